@@ -1,0 +1,90 @@
+# make train      train the example model (creates the environment first)
+# make test       run every test and doctest
+# make test-fast  the same without the tests marked slow
+# make check      lint, formatting and types
+# make format     rewrite the sources in the project's format
+# make wheel      build dist/*, and try the wheel in an environment of its own
+# make clean      remove environments, builds and caches; runs/ is kept
+#
+# PYTHON is the interpreter to create the environment VENV with; ARGS goes to
+# the program that is run: make train ARGS=--help, make test ARGS='-k galore'.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN = $(VENV)/bin/python
+
+# Modules must come from VENV, whatever the caller's shell has set.
+unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONSTARTUP
+unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_REQUIRE_VIRTUALENV
+# pip leaves byte-compiling to the first import (--no-compile below), so that
+# import must be allowed to write what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
+PIP_INSTALL = $(BIN) -m pip install -qq --no-input --no-compile \
+  --disable-pip-version-check
+
+.PHONY: help train test test-fast check format wheel clean
+# Two installations at once would damage the environment they share.
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+train: $(VENV)/.stamp-examples
+	$(BIN) examples/pretrain.py $(ARGS)
+
+test: $(VENV)/.stamp-test
+	$(BIN) -m pytest $(ARGS)
+
+test-fast: $(VENV)/.stamp-test
+	$(BIN) -m pytest -m 'not slow' $(ARGS)
+
+check: $(VENV)/.stamp-dev
+	$(BIN) -m ruff check .
+	$(BIN) -m ruff format --check .
+	$(BIN) -m pyright --pythonpath $(BIN)
+
+format: $(VENV)/.stamp-dev
+	$(BIN) -m ruff check --select I --fix .
+	$(BIN) -m ruff format .
+
+# -I and the change of folder keep the source tree out of the import.
+wheel: $(VENV)/.stamp-dev
+	rm -rf dist build/wheel-venv
+	$(BIN) -m build
+	$(BIN) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install -qq --no-input --no-compile \
+	  --disable-pip-version-check dist/*.whl
+	cd build && wheel-venv/bin/python -I -c "import subspace_optax as s; \
+	  assert 'wheel-venv' in s.__file__, s.__file__; \
+	  print('The wheel installs and imports:', s.__file__)"
+
+clean:
+	rm -rf .venv .venv-* build dist
+	rm -rf .hypothesis .pytest_cache .ruff_cache
+	find subspace_optax examples tests -name __pycache__ -prune \
+	  -exec rm -rf {} +
+
+# An interrupted run leaves no stamp, so the next one starts again from there.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c '' || { \
+	  echo "No Python found as '$(PYTHON)'. Install Python 3.11 or newer, or" \
+	    "name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "'$(PYTHON)' is `$(PYTHON) --version 2>&1`, and Python 3.11 or newer" \
+	    "is needed. Name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot create virtual environments. On Debian and" \
+	    "Ubuntu: apt install python3-venv (or python3.X-venv for" \
+	    "python3.X)."; exit 1; }
+	@echo "Creating $(VENV) with `$(PYTHON) --version`"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-examples $(VENV)/.stamp-test $(VENV)/.stamp-dev: \
+    $(VENV)/.stamp-venv pyproject.toml
+	@echo "Installing the package with its $(subst .stamp-,,$(@F)) extra into" \
+	  "$(VENV) (up to a minute)"
+	@$(PIP_INSTALL) -e '.[$(subst .stamp-,,$(@F))]'
+	@touch $@

@@ -1,0 +1,20 @@
+"""Configures jax before any test, or any doctest, starts its backend."""
+
+import os
+
+# Tests must not depend on an accelerator, nor take one that is in use.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import hypothesis
+import jax
+
+# Enough devices for a 2 x 2 mesh on any machine.
+jax.config.update('jax_num_cpu_devices', 4)
+
+# A (n,) added to a (m, n) is more often a mistake than meant.
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# No deadline: the first example of a property also pays for compilation.
+# Derandomized: the same commit gives the same result everywhere.
+hypothesis.settings.register_profile('default', deadline=None, derandomize=True)
+hypothesis.settings.load_profile('default')
