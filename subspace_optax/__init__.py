@@ -1,0 +1,33 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training in gradient subspaces: composable optax transformations."""
+
+from subspace_optax import projectors as projectors
+from subspace_optax._describe import describe as describe
+from subspace_optax._in_subspace import in_subspace as in_subspace
+from subspace_optax._memory import MemoryReport as MemoryReport
+from subspace_optax._memory import memory_report as memory_report
+from subspace_optax._metrics import subspace_metrics as subspace_metrics
+from subspace_optax._project import project as project
+from subspace_optax._projected import Projected as Projected
+from subspace_optax._spec import DimensionNumbers as DimensionNumbers
+from subspace_optax._spec import SubspaceSpec as SubspaceSpec
+from subspace_optax._subspace import subspace as subspace
+from subspace_optax._unproject import Residual as Residual
+from subspace_optax._unproject import unproject as unproject
+from subspace_optax.optimizers import galore as galore
+from subspace_optax.optimizers import golore as golore
+from subspace_optax.optimizers import (
+  online_subspace_descent as online_subspace_descent,
+)

@@ -1,0 +1,116 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is projected, and why the rest is not."""
+
+from collections.abc import Iterator
+import contextlib
+import contextvars
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax import _spec
+
+Matches = list[_spec.Match | None]
+
+_records: contextvars.ContextVar[list | None] = contextvars.ContextVar(
+  'records', default=None
+)
+
+
+def record(spec: _spec.SubspaceSpec, matches: Matches, projector: str) -> None:
+  """Notes what a `project` was initialised with, if anybody listens."""
+  records = _records.get()
+  if records is not None:
+    records.append((spec, matches, projector))
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list]:
+  records: list = []
+  token = _records.set(records)
+  try:
+    yield records
+  finally:
+    _records.reset(token)
+
+
+def describe(tx_or_spec: Any, params: Any) -> str:
+  """Tells of every leaf how it is projected, or why it stays plain.
+
+  Args:
+    tx_or_spec: a `SubspaceSpec`, or an optimizer with `project` anywhere in it.
+    params: the parameters, or their shapes (`jax.eval_shape`).
+
+  Returns:
+    A table, one line a leaf: path, shape, how many matrices of which shape,
+    rank, side that the basis spans, and the basis's dtype and shape or the
+    reason for none.
+
+  Raises:
+    ValueError: the optimizer holds no `project`.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> tx = so.galore(1e-3, rank=4)
+    >>> print(
+    ...   so.describe(tx, {'w': jnp.ones((3, 64, 16)), 'bias': jnp.ones(16)})
+    ... )
+    svd(update_proj_gap=200, method='auto')
+    path  shape      as matrices    rank  side   basis
+    bias  (16)       -              -     plain  has fewer than two axes
+    w     (3,64,16)  3 x (64 x 16)  4     rows   float32(3,64,4)
+  """
+  if isinstance(tx_or_spec, _spec.SubspaceSpec):
+    return _table(tx_or_spec.match(params), tx_or_spec)
+  with _listening() as records:
+    jax.eval_shape(tx_or_spec.init, params)
+  if not records:
+    raise ValueError(f'tx_or_spec holds no `project`: {tx_or_spec!r}.')
+  return '\n'.join(
+    f'{projector}\n{_table(matches, spec)}'
+    for spec, matches, projector in records
+  )
+
+
+_HEADER = ('path', 'shape', 'as matrices', 'rank', 'side', 'basis')
+
+
+def _table(matches: Matches, spec: _spec.SubspaceSpec) -> str:
+  rows = [_HEADER, *(_row(match, spec) for match in matches if match)]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+    for row in rows
+  ]
+  return '\n'.join(line.rstrip() for line in lines)
+
+
+def _row(match: _spec.Match, spec: _spec.SubspaceSpec) -> tuple[str, ...]:
+  shape = _shape(match.leaf.shape)
+  layout = match.layout
+  if layout is None:
+    return match.path, shape, '-', '-', 'plain', match.reason
+  sides = (layout.m, layout.n)
+  m, n = sides if layout.project_rows else sides[::-1]
+  count = ' x '.join(map(str, layout.batch_shape))
+  matrices = f'{count} x ({m} x {n})' if count else f'{m} x {n}'
+  side = 'rows' if layout.project_rows else 'columns'
+  basis = f'{jnp.dtype(spec.basis_dtype).name}{_shape(layout.basis_shape)}'
+  return match.path, shape, matrices, str(layout.rank), side, basis
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+  return f'({",".join(map(str, shape))})'

@@ -1,0 +1,188 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The inner optimizer on coordinates: the piece that owns its state."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax import _per_leaf
+from subspace_optax import _projected
+from subspace_optax import _sharding
+from subspace_optax import _spec
+from subspace_optax import _transport
+from subspace_optax import _tree
+
+
+class InSubspaceState(NamedTuple):
+  """State of `in_subspace`."""
+
+  inner: Any  # the inner optimizer's state, moments in coords' shape
+
+
+def in_subspace(
+  inner: optax.GradientTransformation,
+  spec: _spec.SubspaceSpec,
+  *,
+  transport: str = 'keep',
+) -> optax.GradientTransformationExtraArgs:
+  """Runs an optimizer on coordinates, as if they were the gradients.
+
+  The inner optimizer sees one tree: coordinates in place of projected leaves,
+  everything else as it is. Its state keeps the dtypes it was made with, and
+  its arithmetic on coordinates is float32 or wider.
+
+  Args:
+    inner: any optax transformation that needs no params.
+    spec: the one given to `project`.
+    transport: what happens to the inner state when a basis moves: 'keep'
+      nothing (GaLore); 'first' maps first moments by C = P_n^T P_o (GoLore's
+      momentum projection), known for Adam, momentum (trace), Lion and RMSProp;
+      'reset' starts the leaf's state anew (RSO), for which every leaf gets a
+      state of its own, counters included.
+
+  Returns:
+    A transformation whose state is the inner optimizer's.
+
+  Raises:
+    ValueError: an unknown transport; at `init`, an inner optimizer that needs
+      params, or one whose moments `transport` does not know; at `update`,
+      gradients that `project` has not seen.
+
+  References:
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> spec = so.SubspaceSpec(rank=128)
+    >>> tx = so.in_subspace(optax.scale_by_lion(), spec, transport='first')
+  """
+  _spec.check_spec(spec)
+  _transport.check_policy(transport)
+  if transport == 'reset':
+    runner = _per_leaf.per_leaf(inner)
+  else:
+    runner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    matches = spec.match(params)
+    _, treedef = _tree.flatten(params)
+    templates = treedef.unflatten([_template(spec, match) for match in matches])
+    state = runner.init(templates)
+    if transport == 'first':
+      _transport.check_known(state)
+    _check_params_free(runner, templates, state)
+    state = _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+    return InSubspaceState(state)
+
+  def update(updates, state, params=None, **extra_args):
+    del params
+    pairs, treedef = _tree.flatten(updates)
+    _check_projected(spec, updates, pairs)
+    own = _carry(state.inner, _moves(pairs, lambda node: node.before))
+    coords = treedef.unflatten([_coords(entry) for _, entry in pairs])
+    directions, new = runner.update(coords, own, None, **extra_args)
+    # Whatever dtype the inner optimizer computes in, its state keeps its own.
+    new = jax.tree.map(_sharding.like, new, own)
+    new = _carry(new, _moves(pairs, lambda node: node.after))
+    entries = [
+      _with_direction(entry, direction)
+      for (_, entry), (_, direction) in zip(
+        pairs, _tree.flatten(directions)[0], strict=True
+      )
+    ]
+    return _tree.replace_entries(updates, entries), InSubspaceState(new)
+
+  def _carry(state, moves):
+    if transport == 'first':
+      return _transport.first(state, moves)
+    if transport == 'reset':
+      return _per_leaf.restart(inner, state, moves)
+    return state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
+  """Returns what stands for a parameter when the inner state is made."""
+  if match is None:
+    return optax.MaskedNode()
+  if match.layout is None:
+    return match.leaf
+  layout, dtype = match.layout, spec.moment_dtype or match.leaf.dtype
+  zeros = lambda: jnp.zeros(layout.coords_shape, dtype)
+  return layout.place_coords(zeros, (), match.leaf)
+
+
+def _check_params_free(runner: Any, templates: Any, state: Any) -> None:
+  """Raises if the inner optimizer works with params and not without."""
+
+  def works(params: Any) -> bool:
+    try:
+      jax.eval_shape(runner.update, templates, state, params)
+      return True
+    except Exception:  # pylint: disable=broad-except
+      return False  # For any reason: an extra argument may be missing, too.
+
+  if jax.tree.leaves(templates) and not works(None) and works(templates):
+    raise ValueError(
+      'inner needs params, which have no coordinates to give it; for weight '
+      'decay use `weight_decay` of the ready-made optimizers or chain '
+      '`optax.add_decayed_weights` after `unproject`, with '
+      '`optax.scale_by_adam` in place of `optax.adamw` here.'
+    )
+
+
+def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
+  """Raises where `project` should have been, and was not."""
+  if any(isinstance(entry, _projected.Projected) for _, entry in pairs):
+    for path, entry in pairs:
+      if (
+        isinstance(entry, _projected.Projected) and entry.direction is not None
+      ):
+        raise ValueError(
+          f'gradient {path!r} went through `in_subspace` already; chain '
+          '`project`, `in_subspace` and `unproject` in this order, once.'
+        )
+    return
+  bare = [m.path for m in spec.match(updates) if m and m.layout]
+  if bare:
+    raise ValueError(
+      f'gradient {bare[0]!r} is not projected; chain `project` before '
+      '`in_subspace`.'
+    )
+
+
+def _moves(
+  pairs: list, get: Callable[[_projected.Projected], Any]
+) -> _transport.Moves:
+  return {
+    path: (entry, get(entry))
+    for path, entry in pairs
+    if isinstance(entry, _projected.Projected) and get(entry) is not None
+  }
+
+
+def _coords(entry: Any) -> Any:
+  return entry.coords if isinstance(entry, _projected.Projected) else entry
+
+
+def _with_direction(entry: Any, direction: Any) -> Any:
+  if not isinstance(entry, _projected.Projected):
+    return direction
+  return dataclasses.replace(entry, direction=direction)

@@ -1,0 +1,262 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A leaf of any number of axes, seen as a batch of matrices.
+
+Every product keeps the leaf's own axes (einsum, no reshape): merging sharded
+axes is an error under explicit sharding and a gather under automatic sharding.
+With the matrix G (m x n, m the projected side) of one batch element:
+
+  leaf    (..., m axes, ..., n axes, ...)   the parameter or gradient
+  basis   (batch and m axes, r)             P
+  coords  the leaf's axes, r for the m axes R = P^T G
+
+If the columns of the leaf are the projected side, all of it reads as G^T.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from subspace_optax import _sharding
+
+_AXES = 'abcdefghijklmnopqrstuvw'
+_HIGHEST = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Which axes of a leaf are the matrix's rows and columns, and the rank.
+
+  Attributes:
+    shape: the leaf's shape.
+    rows: axes of the matrix's rows (optax's reduction axes).
+    cols: axes of its columns (optax's output axes).
+    project_rows: whether the basis spans the rows' space (P^T G) or the
+      columns' (G Q).
+    rank: r, at most the short side.
+  """
+
+  shape: tuple[int, ...]
+  rows: tuple[int, ...]
+  cols: tuple[int, ...]
+  project_rows: bool
+  rank: int
+
+  @property
+  def batch(self) -> tuple[int, ...]:
+    """Axes that count matrices, in order."""
+    both = self.rows + self.cols
+    return tuple(i for i in range(len(self.shape)) if i not in both)
+
+  @property
+  def projected(self) -> tuple[int, ...]:
+    """Axes that the basis spans."""
+    return self.rows if self.project_rows else self.cols
+
+  @property
+  def free(self) -> tuple[int, ...]:
+    """Axes of the matrix that stay as they are."""
+    return self.cols if self.project_rows else self.rows
+
+  def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(self.shape[i] for i in axes)
+
+  @property
+  def m(self) -> int:
+    """Length of the projected side."""
+    return math.prod(self._sizes(self.projected))
+
+  @property
+  def n(self) -> int:
+    """Length of the other side."""
+    return math.prod(self._sizes(self.free))
+
+  @property
+  def batch_shape(self) -> tuple[int, ...]:
+    """Shape of one value per matrix."""
+    return self._sizes(self.batch)
+
+  @property
+  def _basis_axes(self) -> tuple[int, ...]:
+    return tuple(sorted(self.batch + self.projected))
+
+  @property
+  def basis_shape(self) -> tuple[int, ...]:
+    """Shape of the leaf's bases."""
+    return (*self._sizes(self._basis_axes), self.rank)
+
+  @property
+  def coords_shape(self) -> tuple[int, ...]:
+    """Shape of the leaf's coordinates."""
+    sizes = dict(zip(_AXES, self.shape, strict=False)) | {'y': self.rank}
+    return tuple(sizes[c] for c in self.coords_axes())
+
+  # Einsum subscripts; `r` names the rank axis.
+
+  @property
+  def leaf_axes(self) -> str:
+    """Subscripts of the leaf."""
+    return _AXES[: len(self.shape)]
+
+  @property
+  def batch_axes(self) -> str:
+    """Subscripts of one value per matrix."""
+    return ''.join(_AXES[i] for i in self.batch)
+
+  def basis_axes(self, r: str = 'y') -> str:
+    """Subscripts of the basis."""
+    return ''.join(_AXES[i] for i in self._basis_axes) + r
+
+  def coords_axes(self, r: str = 'y') -> str:
+    """Subscripts of the coordinates."""
+    gone = set(self.projected)
+    first = min(self.projected)
+    return ''.join(
+      r if i == first else _AXES[i]
+      for i in range(len(self.shape))
+      if i == first or i not in gone
+    )
+
+  @property
+  def projected_axes(self) -> str:
+    """Subscripts of the axes that the basis spans."""
+    return ''.join(_AXES[i] for i in self.projected)
+
+  @property
+  def free_axes(self) -> str:
+    """Subscripts of the axes that coordinates keep."""
+    return ''.join(_AXES[i] for i in self.free)
+
+  # Products. Those with the whole gradient run at the default precision and in
+  # the gradient's dtype, like any other product of the training step, with
+  # float32 sums; those of bases and transitions alone run in full float32.
+
+  def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
+    """Returns R = P^T G."""
+    eq = f'{self.leaf_axes},{self.basis_axes()}->{self.coords_axes()}'
+    return self._with_leaf(eq, leaf, basis)
+
+  def back(self, leaf: jax.Array, coords: jax.Array) -> jax.Array:
+    """Returns G R^T, of the basis's shape."""
+    eq = f'{self.leaf_axes},{self.coords_axes()}->{self.basis_axes()}'
+    return self._with_leaf(eq, leaf, coords)
+
+  def unproject(self, basis, coords, sharding) -> jax.Array:
+    """Returns P R, of the leaf's shape and, where explicit, sharding."""
+    eq = f'{self.basis_axes()},{self.coords_axes()}->{self.leaf_axes}'
+    return _sharding.einsum(eq, basis, coords, out_sharding=sharding)
+
+  def gram(self, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns L^T R of two bases, (*batch, r, r)."""
+    eq = f'{self.basis_axes("y")},{self.basis_axes("z")}->{self.batch_axes}yz'
+    return _sharding.einsum(eq, left, right, precision=_HIGHEST)
+
+  def mix_basis(self, basis: jax.Array, square: jax.Array) -> jax.Array:
+    """Returns P S for S of (*batch, r, r)."""
+    eq = f'{self.basis_axes("y")},{self.batch_axes}yz->{self.basis_axes("z")}'
+    return _sharding.einsum(eq, basis, square, precision=_HIGHEST)
+
+  def mix_coords(self, square: jax.Array, coords: jax.Array) -> jax.Array:
+    """Returns S R for S of (*batch, r, r)."""
+    eq = f'{self.batch_axes}zy,{self.coords_axes("y")}->{self.coords_axes("z")}'
+    return _sharding.einsum(eq, square, coords, precision=_HIGHEST)
+
+  def _with_leaf(self, eq: str, leaf: jax.Array, other: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    return _sharding.einsum(
+      eq, leaf, other.astype(leaf.dtype), preferred_element_type=wide
+    )
+
+  # One value per matrix.
+
+  def energy(self, leaf: jax.Array) -> jax.Array:
+    """Returns ||G||_F^2 of every matrix, in float32 or wider."""
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    axes = self.rows + self.cols
+    return jnp.sum(jnp.square(leaf.astype(wide)), axis=axes)
+
+  def coords_energy(self, coords: jax.Array) -> jax.Array:
+    """Returns ||R||_F^2 of every matrix."""
+    keep = set(self.batch_axes)
+    axes = tuple(i for i, c in enumerate(self.coords_axes()) if c not in keep)
+    return jnp.sum(jnp.square(coords), axis=axes)
+
+  def basis_energy(self, x: jax.Array) -> jax.Array:
+    """Returns ||X||_F^2 of every matrix for X of the basis's shape."""
+    keep = set(self.batch_axes)
+    axes = tuple(i for i, c in enumerate(self.basis_axes()) if c not in keep)
+    return jnp.sum(jnp.square(x), axis=axes)
+
+  # Where arrays of state live, given where the leaf lives.
+
+  def place_basis(self, make, args, leaf) -> jax.Array:
+    """Returns `make(*args)`, of the basis's shape, sharded as `leaf`."""
+    return _sharding.place(
+      make, args, leaf, self.leaf_axes, self.basis_axes(), self.projected_axes
+    )
+
+  def place_coords(self, make, args, leaf) -> jax.Array:
+    """Returns `make(*args)`, of the coords' shape, sharded as `leaf`."""
+    return _sharding.place(
+      make, args, leaf, self.leaf_axes, self.coords_axes(), self.free_axes
+    )
+
+  def place_values(self, make, args, leaf) -> jax.Array:
+    """Returns `make(*args)`, a value per matrix, sharded as `leaf`."""
+    return _sharding.place(make, args, leaf, self.leaf_axes, self.batch_axes)
+
+  def settle_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns `x` where `place_basis` puts it, under explicit sharding."""
+    return _sharding.settle(
+      x, leaf, self.leaf_axes, self.basis_axes(), self.projected_axes
+    )
+
+  def settle_coords(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns `x` where `place_coords` puts it, under explicit sharding."""
+    return _sharding.settle(
+      x, leaf, self.leaf_axes, self.coords_axes(), self.free_axes
+    )
+
+  def along_basis(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against the basis."""
+    return self._expand(x, self.basis_axes())
+
+  def along_coords(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against coords."""
+    return self._expand(x, self.coords_axes())
+
+  def _expand(self, x: jax.Array, axes: str) -> jax.Array:
+    keep = set(self.batch_axes)
+    gone = [i for i, c in enumerate(axes) if c not in keep]
+    return jnp.expand_dims(x, gone)
+
+  # Plain matrices, for factorisations that need them; never of sharded axes.
+
+  def to_matrix(self, leaf: jax.Array) -> jax.Array:
+    """Returns the leaf as (*batch, rows, columns)."""
+    perm = self.batch + self.rows + self.cols
+    rows, cols = self._sizes(self.rows), self._sizes(self.cols)
+    shape = (*self.batch_shape, math.prod(rows), math.prod(cols))
+    return jnp.transpose(leaf, perm).reshape(shape)
+
+  def from_matrix(self, matrix: jax.Array) -> jax.Array:
+    """Returns (*batch, m, r) in the basis's shape."""
+    order = self.batch + self.projected
+    split = matrix.reshape(*self._sizes(order), matrix.shape[-1])
+    perm = [order.index(i) for i in self._basis_axes]
+    return jnp.transpose(split, (*perm, len(perm)))

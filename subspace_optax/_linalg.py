@@ -1,0 +1,135 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Orthonormal bases by matrix products: batched, sharding-safe, float32.
+
+Only r x r matrices are factorised, so that a basis whose rows are spread over
+devices costs all-reduces of r x r blocks, where QR or SVD would gather it.
+"""
+
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from subspace_optax import _layout
+from subspace_optax import _sharding
+
+_HIGHEST = lax.Precision.HIGHEST
+
+# Relative to the trace of the Gram matrix. The first two passes of Cholesky QR
+# are shifted, which keeps them finite at condition numbers up to about 1e6 in
+# float32; the last two, of a matrix that is nearly orthonormal, are not.
+_SHIFTS = (1e-6, 1e-6, 0.0, 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def haar(
+  layout: _layout.Layout, seeds: jax.Array, period: jax.Array | int
+) -> jax.Array:
+  """Returns Haar-distributed orthonormal bases.
+
+  The Q factor of a Gaussian matrix, with a positive diagonal of R, is uniform
+  on the Stiefel manifold; Cholesky QR gives that factor.
+
+  Args:
+    layout: of the leaf.
+    seeds: (*batch), uint32, one per matrix.
+    period: int32 scalar, folded into every key.
+
+  Returns:
+    (*batch and projected axes, r), float32.
+  """
+  return orthonormalize(layout, gaussian(layout, seeds, period))
+
+
+def gaussian(
+  layout: _layout.Layout, seeds: jax.Array, period: jax.Array | int
+) -> jax.Array:
+  """Returns standard normal matrices of the basis's shape, a key for each."""
+
+  def draw(seed: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), period)
+    return jax.random.normal(key, (layout.m, layout.rank), jnp.float32)
+
+  flat = jax.vmap(draw)(_sharding.replicate(seeds).reshape(-1))
+  shape = (*layout.batch_shape, layout.m, layout.rank)
+  return layout.from_matrix(flat.reshape(shape))
+
+
+def orthonormalize(layout: _layout.Layout, y: jax.Array) -> jax.Array:
+  """Returns the Q factors of `y` by shifted Cholesky QR.
+
+  Y = Q R with R's diagonal positive, by Q <- Q L^-T with L L^T = Q^T Q + shift,
+  repeated. The result is not finite where `y` is too far from full rank.
+
+  Args:
+    layout: of the leaf.
+    y: (*batch and projected axes, r).
+
+  Returns:
+    The same shape, float32, orthonormal to rounding.
+
+  References:
+    Fukaya et al., `Shifted Cholesky QR for computing the QR factorization of
+    ill-conditioned matrices <https://arxiv.org/abs/1809.11085>`_, 2018
+  """
+  q = y.astype(jnp.float32)
+  for shift in _SHIFTS:
+    gram = layout.gram(q, q)
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    chol = jnp.linalg.cholesky(gram + shift * trace * identity_like(gram))
+    inverse = lax.linalg.triangular_solve(
+      chol, identity_like(chol), left_side=True, lower=True
+    )
+    q = layout.mix_basis(q, jnp.swapaxes(inverse, -1, -2))
+  return q
+
+
+def transition(
+  layout: _layout.Layout, new: jax.Array, old: jax.Array
+) -> jax.Array:
+  """Returns C = P_n^T P_o (P_o^T P_o)^-1, (*batch, r, r), float32.
+
+  C R is what the new basis makes of the matrix P_o (P_o^T P_o)^-1 R, the
+  smallest one whose old coordinates are R; for orthonormal bases it is
+  P_n^T P_o.
+  """
+  new, old = new.astype(jnp.float32), old.astype(jnp.float32)
+  cross = layout.gram(old, new)  # P_o^T P_n = (P_n^T P_o)^T
+  chol = jnp.linalg.cholesky(layout.gram(old, old))
+  half = lax.linalg.triangular_solve(chol, cross, left_side=True, lower=True)
+  full = lax.linalg.triangular_solve(
+    chol, half, left_side=True, lower=True, transpose_a=True
+  )
+  return jnp.swapaxes(full, -1, -2)
+
+
+def orthogonality_error(gram: jax.Array) -> jax.Array:
+  """Returns ||P^T P - I||_F of every matrix, given P^T P of (*batch, r, r)."""
+  return jnp.sqrt(
+    jnp.sum(jnp.square(gram - identity_like(gram)), axis=(-2, -1))
+  )
+
+
+def identity_like(squares: jax.Array) -> jax.Array:
+  """Returns identity matrices of the shape of (*batch, r, r) `squares`."""
+  eye = jnp.eye(squares.shape[-1], dtype=squares.dtype)
+  eye = eye.reshape((1,) * (squares.ndim - 2) + eye.shape)
+  return _sharding.like(jnp.broadcast_to(eye, squares.shape), squares)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns the product of two batches of matrices in full float32."""
+  return jnp.matmul(a, b, precision=_HIGHEST)

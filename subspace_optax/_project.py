@@ -1,0 +1,276 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From gradients to coordinates: the piece that owns the bases."""
+
+from collections.abc import Callable
+import functools
+import itertools
+from typing import Any, NamedTuple
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from subspace_optax import _describe
+from subspace_optax import _layout
+from subspace_optax import _linalg
+from subspace_optax import _projected
+from subspace_optax import _sharding
+from subspace_optax import _spec
+from subspace_optax import _tree
+from subspace_optax._projectors import _base
+
+# The period in the keys of the first bases, which no schedule reaches.
+_AT_INIT = 2**31 - 1
+
+
+class ProjectState(NamedTuple):
+  """State of `project`; trees have the parameters' structure, without boxes."""
+
+  count: jax.Array  # shape=(), dtype=int32
+  seed: Any  # tree, leaf shape=(*batch,), dtype=uint32
+  subspaces: _base.Subspaces
+  projector: Any  # the projector's own state
+
+
+def project(
+  spec: _spec.SubspaceSpec,
+  projector: _base.Projector,
+  *,
+  keep_gradient: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """Takes gradients to the coordinates of their subspaces.
+
+  A leaf that `spec` selects becomes a `Projected` node with R = P^T G; others
+  pass unchanged. The bases start as Haar samples and move as `projector` says;
+  a matrix whose gradient is zero or not finite keeps its basis.
+
+  Args:
+    spec: which leaves, as which matrices, at which rank.
+    projector: how bases are found and moved, from `subspace_optax.projectors`.
+    keep_gradient: whether the gradient travels along, for a residual rule.
+
+  Returns:
+    A transformation whose state holds the bases, (*batch and projected axes,
+    r) in `spec.basis_dtype`, and a few numbers per matrix.
+
+  Raises:
+    ValueError: at `init`, what `SubspaceSpec.match` raises; at `update`, a tree
+      unlike that at `init`, or gradients that are already projected.
+    TypeError: `spec` or `projector` is something else.
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Eq. (9)
+
+  Example:
+    >>> import jax.numpy as jnp, optax, subspace_optax as so
+    >>> spec = so.SubspaceSpec(rank=2)
+    >>> tx = optax.chain(
+    ...   so.project(spec, so.projectors.svd(200)),
+    ...   so.in_subspace(optax.scale_by_adam(), spec),
+    ...   so.unproject(),
+    ...   optax.scale_by_learning_rate(1e-3),
+    ... )
+    >>> params = {'w': jnp.ones((8, 16)), 'bias': jnp.ones(16)}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> print(updates['w'].shape, state[0].subspaces.basis['w'].shape)
+    (8, 16) (8, 2)
+  """
+  _spec.check_spec(spec)
+  if not isinstance(projector, _base.Projector):
+    raise TypeError(
+      f'projector must come from subspace_optax.projectors, got {projector!r}.'
+    )
+
+  def init(params):
+    matches = spec.match(params)
+    _describe.record(spec, matches, projector.name)
+    _, treedef = _tree.flatten(params)
+    per_matrix = functools.partial(_per_matrix, matches, treedef)
+    subspaces = _base.Subspaces(
+      basis=per_matrix(functools.partial(_first_basis, spec)),
+      captured_energy=per_matrix(_zero),
+      orthogonality_error=per_matrix(_zero),
+      drift=per_matrix(_zero),
+    )
+    state = ProjectState(
+      count=jnp.zeros((), jnp.int32),
+      seed=per_matrix(functools.partial(_seed, spec)),
+      subspaces=subspaces,
+      projector=projector.init(subspaces),
+    )
+    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+
+  def update(updates, state, params=None, **extra_args):
+    del params, extra_args
+    matches = _match_as_at_init(spec, updates, state.subspaces.basis)
+    _, treedef = _tree.flatten(updates)
+    seeds = dict(_tree.flatten(state.seed)[0])
+    matrices = _per_matrix(
+      matches,
+      treedef,
+      lambda path, leaf, layout: _matrix(leaf, layout, seeds[path]),
+    )
+    context = _base.Context(state.count, jnp.array(True))
+
+    subspaces, before, own = projector.refresh(
+      context, matrices, state.subspaces, state.projector
+    )
+    basis = subspaces.basis
+    coords = jax.tree.map(_coords, basis, matrices)
+    captured = jax.tree.map(
+      _captured, subspaces.captured_energy, matrices, coords
+    )
+    subspaces = subspaces._replace(captured_energy=captured)
+    subspaces, after, own = projector.track(
+      context, matrices, coords, subspaces, own
+    )
+
+    nothing = jax.tree.map(lambda _: None, basis)
+    nodes = jax.tree.map(
+      functools.partial(_node, keep_gradient),
+      basis,
+      matrices,
+      coords,
+      nothing if before is None else before,
+      nothing if after is None else after,
+    )
+    entries = [
+      match.leaf if match and not match.layout else node
+      for match, (_, node) in zip(matches, _tree.flatten(nodes)[0], strict=True)
+    ]
+    count = jnp.asarray(optax.safe_increment(state.count))
+    new_state = ProjectState(count, state.seed, subspaces, own)
+    return _tree.replace_entries(updates, entries), new_state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _per_matrix(
+  matches: list[_spec.Match | None],
+  treedef: Any,
+  make: Callable[[str, Any, _layout.Layout], Any],
+) -> Any:
+  """Returns a tree of `make(path, leaf, layout)`; `MaskedNode` for the rest."""
+  return treedef.unflatten(
+    [
+      make(match.path, match.leaf, match.layout)
+      if match and match.layout
+      else optax.MaskedNode()
+      for match in matches
+    ]
+  )
+
+
+def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+  """Returns a float32 zero per matrix."""
+  del path
+  return layout.place_values(lambda: jnp.zeros(layout.batch_shape), (), leaf)
+
+
+def _seed(
+  spec: _spec.SubspaceSpec, path: str, leaf: Any, layout: _layout.Layout
+) -> jax.Array:
+  """Returns a seed per matrix: the same on every host and after a resume."""
+  # crc32, since Python's hash of a string differs between processes.
+  path_hash = np.uint32(zlib.crc32(path.encode()))
+
+  def make() -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(spec.seed), path_hash)
+    return jax.random.bits(key, layout.batch_shape, jnp.uint32)
+
+  return layout.place_values(make, (), leaf)
+
+
+def _first_basis(
+  spec: _spec.SubspaceSpec, path: str, leaf: Any, layout: _layout.Layout
+) -> jax.Array:
+  def make(seed: jax.Array) -> jax.Array:
+    return _linalg.haar(layout, seed, _AT_INIT).astype(spec.basis_dtype)
+
+  return layout.place_basis(make, (_seed(spec, path, leaf, layout),), leaf)
+
+
+def _match_as_at_init(
+  spec: _spec.SubspaceSpec, updates: Any, bases: Any
+) -> list[_spec.Match | None]:
+  """Returns the matches of the gradients, which must be those of `init`."""
+  pairs, _ = _tree.flatten(updates)
+  for path, entry in pairs:
+    if isinstance(entry, _projected.Projected):
+      raise ValueError(
+        f'gradient {path!r} is projected already; chain `project` once, first.'
+      )
+  known, _ = _tree.flatten(bases)
+  for new, old in itertools.zip_longest(pairs, known, fillvalue=(None, None)):
+    if new[0] != old[0]:
+      raise ValueError(
+        'gradients must have the tree of the parameters at init, where leaf '
+        f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
+      )
+  matches = spec.match(updates)
+  for match, (path, basis) in zip(matches, known, strict=True):
+    _check_basis(match, basis, path)
+  return matches
+
+
+def _check_basis(match: _spec.Match | None, basis: Any, path: str) -> None:
+  layout = match.layout if match else None
+  expected = layout.basis_shape if layout else None
+  found = None if _tree.is_masked(basis) else basis.shape
+  if expected != found:
+    shape = tuple(match.leaf.shape) if match else 'masked'
+    raise ValueError(
+      f'gradient {path!r} of shape {shape} needs a basis of shape {expected}, '
+      f'but init made {found}; give update the tree that init was given.'
+    )
+
+
+def _matrix(
+  gradient: jax.Array, layout: _layout.Layout, seed: jax.Array
+) -> _base.Matrix:
+  energy = layout.energy(gradient)
+  # A sum of squares is finite only if all elements are.
+  ok = jnp.isfinite(energy) & (energy > 0)
+  energy = jnp.where(ok, energy, 1.0)  # a divisor, whatever the gradient
+  return _base.Matrix(gradient, layout, seed, energy, ok)
+
+
+def _coords(basis: jax.Array, matrix: _base.Matrix) -> jax.Array:
+  coords = matrix.layout.project(matrix.gradient, basis)
+  return matrix.layout.settle_coords(coords, matrix.gradient)
+
+
+def _captured(
+  last: jax.Array, matrix: _base.Matrix, coords: jax.Array
+) -> jax.Array:
+  """Returns ||P^T G||^2 / ||G||^2, or the last value where G tells nothing."""
+  ratio = matrix.layout.coords_energy(coords) / matrix.energy
+  return jnp.where(matrix.ok, ratio.astype(last.dtype), last)
+
+
+def _node(keep_gradient, basis, matrix, coords, before, after):
+  return _projected.Projected(
+    coords=coords,
+    basis=basis,
+    before=before,
+    after=after,
+    gradient=matrix.gradient if keep_gradient else None,
+    direction=None,
+    layout=matrix.layout,
+    dtype=matrix.gradient.dtype,
+    sharding=_sharding.explicit(matrix.gradient),
+  )

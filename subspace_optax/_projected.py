@@ -1,0 +1,70 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The pytree node that stands where a projected matrix stood in the tree."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from subspace_optax import _layout
+
+
+class Move(NamedTuple):
+  """One change of a leaf's basis, from P_o to P_n.
+
+  Attributes:
+    moved: whether any matrix of the leaf moved; one unbatched predicate, so
+      that a `cond` on it stays a `cond`.
+    transition: C = P_n^T P_o (P_o^T P_o)^-1, which maps coordinates in the old
+      basis to coordinates in the new one.
+  """
+
+  moved: jax.Array  # shape=(), dtype=bool
+  transition: jax.Array  # shape=(*batch, r, r), dtype=float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projected:
+  """A matrix in the coordinates of its subspace, on its way down the chain.
+
+  Made by `project`, given a direction by `in_subspace`, and turned into a full
+  update by `unproject`. An elementwise transformation placed between those
+  acts on every array in here, the basis included.
+
+  Attributes:
+    coords: P^T G (or G Q), float32 or wider, the leaf's axes with the rank in
+      place of the projected ones.
+    basis: P (or Q), (*batch and projected axes, r).
+    before: the basis's move before this step's coordinates, None if its
+      projector never moves it there.
+    after: the basis's move after them, None likewise.
+    gradient: the gradient itself, if `project(..., keep_gradient=True)`.
+    direction: what the inner optimizer made of the coordinates; None until
+      `in_subspace` has run.
+    layout: which axes are projected.
+    dtype: the gradient's dtype.
+    sharding: the gradient's, under explicit sharding.
+  """
+
+  coords: jax.Array
+  basis: jax.Array
+  before: Move | None
+  after: Move | None
+  gradient: jax.Array | None
+  direction: jax.Array | None
+  layout: _layout.Layout = dataclasses.field(metadata={'static': True})
+  dtype: Any = dataclasses.field(metadata={'static': True})
+  sharding: Any = dataclasses.field(metadata={'static': True})

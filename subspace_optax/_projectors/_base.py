@@ -1,0 +1,114 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a projector is, and what it sees of a projected leaf.
+
+A step runs: `refresh` may move the bases to P_t (GaLore's SVD of G_t), the
+coordinates R = P_t^T G_t are taken, `track` may move the bases to P_{t+1}
+(Online Subspace Descent, which moves W with P_t first). Both see and return
+whole trees, since the optimizer of a basis is one optax transformation.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax import _layout
+from subspace_optax import _sharding
+
+
+class Subspaces(NamedTuple):
+  """The bases and how good they are; trees with the parameters' structure.
+
+  `MaskedNode` stands for leaves that are not projected.
+  """
+
+  basis: Any  # leaf shape=(*batch and projected axes, r), dtype=basis_dtype
+  captured_energy: Any  # leaf shape=(*batch,), dtype=float32, of the last G
+  orthogonality_error: Any  # leaf shape=(*batch,), dtype=float32
+  drift: Any  # leaf shape=(*batch,), dtype=float32, of the last move
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+  """One projected leaf, as projectors see it.
+
+  Attributes:
+    gradient: G, the leaf's own axes.
+    layout: which of them are projected.
+    seed: (*batch), uint32, one per matrix.
+    energy: (*batch), ||G||_F^2, or 1 where not `ok`.
+    ok: (*batch), whether G is finite and not zero.
+  """
+
+  gradient: jax.Array
+  layout: _layout.Layout
+  seed: jax.Array
+  energy: jax.Array
+  ok: jax.Array
+
+
+class Context(NamedTuple):
+  """What holds for all leaves in this step."""
+
+  count: jax.Array  # shape=(), dtype=int32, steps before this one
+  active: jax.Array  # shape=(), dtype=bool, False while `switch` rests a rule
+
+
+class Projector(NamedTuple):
+  """A rule that finds and moves the basis of every matrix.
+
+  Attributes:
+    name: what `describe` calls it.
+    init: from the first `Subspaces` to the rule's own state, made of trees
+      with the same structure.
+    refresh: (context, matrices, subspaces, state) -> (subspaces, moves, state),
+      before this step's coordinates are taken. `moves` is a tree of `Move`, or
+      None if the rule never moves a basis here.
+    track: (context, matrices, coords, subspaces, state) -> (subspaces, moves,
+      state), after they are taken.
+  """
+
+  name: str
+  init: Callable[[Any], Any]
+  refresh: Callable[..., tuple[Subspaces, Any, Any]]
+  track: Callable[..., tuple[Subspaces, Any, Any]]
+
+
+def no_refresh(context, matrices, subspaces, state):
+  """A `refresh` that leaves the bases where they are."""
+  del context, matrices
+  return subspaces, None, state
+
+
+def no_track(context, matrices, coords, subspaces, state):
+  """A `track` that leaves the bases where they are."""
+  del context, matrices, coords
+  return subspaces, None, state
+
+
+def still(layout: _layout.Layout, basis: jax.Array) -> jax.Array:
+  """Returns the transition of a basis that stays, (*batch, r, r)."""
+  shape = (*layout.batch_shape, layout.rank, layout.rank)
+  eye = jnp.eye(layout.rank, dtype=jnp.float32)
+  eye = jnp.broadcast_to(eye.reshape((1,) * len(shape[:-2]) + eye.shape), shape)
+  axes = layout.batch_axes + 'yz'
+  return _sharding.settle(eye, basis, layout.basis_axes(), axes)
+
+
+def shown(value: Any) -> str:
+  """Returns how `describe` shows an argument that may be traced."""
+  return 'traced' if isinstance(value, jax.Array) else repr(value)

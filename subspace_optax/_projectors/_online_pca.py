@@ -1,0 +1,195 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Online Subspace Descent's bases: a step of online PCA at every step.
+
+Liang et al., `Memory-Efficient LLM Training with Online Subspace Descent
+<https://arxiv.org/abs/2408.12857>`_, 2024, Algorithm 1. W moves with P_t, then
+any optimizer moves P_t along the gradient of Eq. (6),
+
+  L(P) = ||P P^T G~ - G~||_F^2 + lambda ||P^T P - I||_F^2,   G~ = G / ||G||_F.
+
+With A = P^T G~, S = P^T P and H = G~ A^T,
+
+  dL/dP = P (2 P^T H + 4 lambda (S - I)) + 2 H (S - 2 I),
+
+which costs one product with G (A is at hand) and four r-sized ones, that is
+2mnr + 8mr^2.
+"""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax import _linalg
+from subspace_optax import _projected
+from subspace_optax import _sharding
+from subspace_optax import _tree
+from subspace_optax._projectors import _base
+from subspace_optax._projectors import _svd
+
+_NEVER = 2**31 - 1
+
+
+def online_pca(
+  optimizer: optax.GradientTransformation,
+  orthogonality: float = 0.1,
+  init: str = 'random',
+) -> _base.Projector:
+  """Bases moved at every step by an optimizer on the PCA loss of Eq. (6).
+
+  Bases stay close to orthonormal without any factorisation. The optimizer's
+  learning rate must stay small, such as 5 times that of the weights.
+
+  Args:
+    optimizer: OptimizerP of Algorithm 1, complete with learning rate, run on
+      the bases and given them as its params; Adam adds 2mr of state to the
+      basis's mr, SGD none.
+    orthogonality: lambda of Eq. (6).
+    init: 'random' starts from a Haar sample, 'svd' from the singular vectors
+      of the first gradient.
+
+  Returns:
+    A projector.
+
+  Raises:
+    ValueError: an unknown `init`; a negative `orthogonality`.
+    TypeError: `optimizer` is no gradient transformation.
+
+  References:
+    Liang et al., `Online Subspace Descent
+    <https://arxiv.org/abs/2408.12857>`_, 2024, Algorithm 1 and Eq. (6)
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> tx = so.subspace(
+    ...   so.SubspaceSpec(rank=128),
+    ...   so.projectors.online_pca(optax.adam(5e-3)),
+    ...   optax.scale_by_adam(),
+    ... )
+  """
+  if not hasattr(optimizer, 'init') or not hasattr(optimizer, 'update'):
+    raise TypeError(f'optimizer must be an optax optimizer, got {optimizer!r}.')
+  if init not in ('random', 'svd'):
+    raise ValueError(f"init must be 'random' or 'svd', got {init!r}.")
+  if not isinstance(orthogonality, jax.Array) and orthogonality < 0:
+    raise ValueError(
+      f'orthogonality must not be negative, got {orthogonality}.'
+    )
+  first = _svd.svd(_NEVER) if init == 'svd' else None
+
+  def init_fn(subspaces):
+    own = optimizer.init(subspaces.basis)
+    return (first.init(subspaces), own) if first else own
+
+  def refresh(context, matrices, subspaces, state):
+    if not first:
+      return subspaces, None, state
+    subspaces, moves, s = first.refresh(context, matrices, subspaces, state[0])
+    return subspaces, moves, (s, state[1])
+
+  def track(context, matrices, coords, subspaces, state):
+    old, own = subspaces.basis, state[1] if first else state
+    grads, captured, error, ok = _tree.map_unzip(
+      lambda p, x, r: _pca_gradient(p, x, r, orthogonality, context.active),
+      4,
+      old,
+      matrices,
+      coords,
+    )
+    updates, new_own = optimizer.update(grads, own, old)
+    new = jax.tree.map(_step, old, updates, matrices, ok)
+    own = _skip(optimizer, own, new_own, matrices, ok)
+    drift, moves = _tree.map_unzip(_moved_by, 2, new, old, matrices, ok)
+    keep = lambda ok, new, old: jnp.where(ok, new, old)
+    subspaces = _base.Subspaces(
+      new,
+      jax.tree.map(keep, ok, captured, subspaces.captured_energy),
+      jax.tree.map(keep, ok, error, subspaces.orthogonality_error),
+      jax.tree.map(keep, ok, drift, subspaces.drift),
+    )
+    return subspaces, moves, (state[0], own) if first else own
+
+  name = (
+    f'online_pca(orthogonality={_base.shown(orthogonality)}, init={init!r})'
+  )
+  return _base.Projector(name, init_fn, refresh, track)
+
+
+def _pca_gradient(basis, matrix, coords, orthogonality, active):
+  """Returns dL/dP of Eq. (6), in closed form, and what it tells of P.
+
+  Where the gradient is zero or not finite, so may the result be; `ok` says so.
+  """
+  layout = matrix.layout
+  p = basis.astype(jnp.float32)
+  a = coords.astype(jnp.float32) * layout.along_coords(
+    lax.rsqrt(matrix.energy).astype(jnp.float32)
+  )
+  h = layout.back(matrix.gradient, a).astype(jnp.float32) * layout.along_basis(
+    lax.rsqrt(matrix.energy).astype(jnp.float32)
+  )
+  h = _sharding.like(h, p)
+  s = layout.gram(p, p)
+  aa = layout.gram(p, h)  # P^T (G~ A^T) = A A^T
+  eye = _linalg.identity_like(s)
+  on_p = 2.0 * aa + 4.0 * orthogonality * (s - eye)
+  on_h = 2.0 * s - 4.0 * eye
+  grad = layout.mix_basis(p, on_p) + layout.mix_basis(h, on_h)
+  # 1 - ||P P^T G~ - G~||^2, which is ||A||^2 for orthonormal P.
+  captured = jnp.sum(aa * (2.0 * eye - s), axis=(-2, -1))
+  error = _linalg.orthogonality_error(s)
+  ok = matrix.ok & active
+  grad = jnp.where(layout.along_basis(ok), grad, jnp.zeros_like(grad))
+  return grad.astype(basis.dtype), captured, error, ok
+
+
+def _step(old, update, matrix, ok):
+  """Returns P_{t+1}, or P_t where there is no gradient to learn from."""
+  new = _sharding.like(old + update.astype(old.dtype), old)
+  return jnp.where(matrix.layout.along_basis(ok), new, old)
+
+
+def _moved_by(new, old, matrix, ok):
+  """Returns ||P_{t+1} - P_t||_F / sqrt(r) and the move."""
+  layout = matrix.layout
+  difference = new.astype(jnp.float32) - old.astype(jnp.float32)
+  drift = jnp.sqrt(layout.basis_energy(difference) / layout.rank)
+  step = _linalg.transition(layout, new, old)
+  return drift, _projected.Move(jnp.any(ok), step)
+
+
+class _Pair:
+  """Two values that travel through a tree map as one leaf."""
+
+  def __init__(self, new, old):
+    self.new, self.old = new, old
+
+
+def _skip(optimizer, old_state, new_state, matrices, ok):
+  """Returns the optimizer's new state, the old one for matrices to skip."""
+  pairs = jax.tree.map(_Pair, new_state, old_state)
+  any_ok = jax.tree.reduce(lambda a, b: a | jnp.any(b), ok, jnp.array(False))
+
+  def per_matrix(pair, matrix, ok):
+    whole = pair.new.shape == matrix.layout.basis_shape
+    keep = matrix.layout.along_basis(ok) if whole else jnp.any(ok)
+    return jnp.where(keep, pair.new, pair.old)
+
+  def shared(pair):
+    return jnp.where(any_ok, pair.new, pair.old)
+
+  return optax.tree.map_params(
+    optimizer, per_matrix, pairs, matrices, ok, transform_non_params=shared
+  )

@@ -1,0 +1,63 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""GoLore's bases: uniform on the Stiefel manifold, whatever the gradient.
+
+He et al., `Subspace Optimization for Large Language Models with Convergence
+Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024, Section 5.
+"""
+
+from typing import Any
+
+import jax
+
+from subspace_optax import _linalg
+from subspace_optax._projectors import _base
+from subspace_optax._projectors import _periodic
+
+
+def stiefel(update_proj_gap: Any = 200) -> _base.Projector:
+  """Haar samples of the Stiefel manifold at steps 0, T, 2T and so on.
+
+  With P ~ U(St(m, r)), E[P P^T] = (r/m) I, so that no direction of the gradient
+  is left out for good (Lemma 5). The samples depend on the spec's seed, the
+  leaf's path, the matrix's place in it and the period, nothing else.
+
+  Args:
+    update_proj_gap: T, steps between samples.
+
+  Returns:
+    A projector with orthonormal bases.
+
+  Raises:
+    TypeError: the gap is no int.
+    ValueError: the gap is below 1.
+
+  References:
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> tx = so.project(so.SubspaceSpec(rank=2), so.projectors.stiefel(200))
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> projected, _ = tx.update(params, tx.init(params))
+    >>> p = projected['w'].basis
+    >>> print(jnp.allclose(p.T @ p, jnp.eye(2), atol=1e-5))
+    True
+  """
+
+  def draw(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
+    return _linalg.haar(matrix.layout, matrix.seed, period)
+
+  name = f'stiefel(update_proj_gap={_base.shown(update_proj_gap)})'
+  return _periodic.periodic(name, draw, update_proj_gap, uses_gradient=False)

@@ -1,0 +1,140 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One projector after another: GoLore@x% and other schedules of rules.
+
+He et al., `Subspace Optimization for Large Language Models with Convergence
+Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024, Section 5: SVD while the
+gradient is mostly signal, random bases once it is mostly noise.
+"""
+
+from collections.abc import Mapping
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from subspace_optax import _projected
+from subspace_optax._projectors import _base
+
+
+def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
+  """Uses each projector from its step on, until the next one's.
+
+  A periodic projector takes over at the first of its own refreshes that falls
+  in its time; until then the basis stays.
+
+  Args:
+    projectors: from first step, an int, to projector; one of them from step 0.
+
+  Returns:
+    A projector; its state holds the state of all.
+
+  Raises:
+    ValueError: no projector for step 0, or a negative step.
+    TypeError: a step that is no int.
+
+  References:
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    GoLore@20% of 10,000 steps:
+
+    >>> from subspace_optax import projectors
+    >>> golore_20 = projectors.switch(
+    ...   {0: projectors.svd(200), 8_000: projectors.stiefel(200)}
+    ... )
+  """
+  for step in projectors:
+    if isinstance(step, bool) or not isinstance(step, int):
+      raise TypeError(f'projectors must be keyed by int steps, got {step!r}.')
+  starts = sorted(projectors)
+  if not starts or starts[0] != 0:
+    raise ValueError(f'projectors must start at step 0, got steps {starts}.')
+  rules = [projectors[start] for start in starts]
+
+  def init(subspaces):
+    return tuple(rule.init(subspaces) for rule in rules)
+
+  def active(context, i):
+    later = context.count >= starts[i]
+    if i + 1 < len(starts):
+      later &= context.count < starts[i + 1]
+    return context._replace(active=context.active & later)
+
+  def refresh(context, matrices, subspaces, state):
+    moves, new_state = [], []
+    for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
+      subspaces, move, s = rule.refresh(
+        active(context, i), matrices, subspaces, s
+      )
+      moves.append(move)
+      new_state.append(s)
+    return subspaces, _merge(subspaces.basis, moves), tuple(new_state)
+
+  def track(context, matrices, coords, subspaces, state):
+    moves, new_state = [], []
+    for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
+      context_i = active(context, i)
+      subspaces, move, s = lax.cond(
+        context_i.active,
+        functools.partial(rule.track, context_i, matrices, coords),
+        functools.partial(_rest, rule, context_i, matrices, coords),
+        subspaces,
+        s,
+      )
+      moves.append(move)
+      new_state.append(s)
+    return subspaces, _merge(subspaces.basis, moves), tuple(new_state)
+
+  parts = ', '.join(
+    f'{s}: {r.name}' for s, r in zip(starts, rules, strict=True)
+  )
+  return _base.Projector(f'switch({parts})', init, refresh, track)
+
+
+def _rest(rule, context, matrices, coords, subspaces, state):
+  """Does what `rule.track` does while another rule is active: nothing."""
+  _, moves, _ = jax.eval_shape(
+    lambda *args: rule.track(context, matrices, coords, *args),
+    subspaces,
+    state,
+  )
+  if moves is None:
+    return subspaces, None, state
+  stay = lambda basis, matrix: _projected.Move(
+    jnp.array(False), _base.still(matrix.layout, basis)
+  )
+  return subspaces, jax.tree.map(stay, subspaces.basis, matrices), state
+
+
+def _merge(bases, moves):
+  """Returns the one move that happened, since one rule is active at a time."""
+  moves = [move for move in moves if move is not None]
+  if not moves:
+    return None
+
+  def pick(one: _projected.Move, other: _projected.Move) -> _projected.Move:
+    transition = lax.select(
+      jnp.broadcast_to(other.moved, other.transition.shape),
+      other.transition,
+      one.transition,
+    )
+    return _projected.Move(one.moved | other.moved, transition)
+
+  def merge(basis, *of_leaf):
+    del basis
+    return functools.reduce(pick, of_leaf)
+
+  return jax.tree.map(merge, bases, *moves)

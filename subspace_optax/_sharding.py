@@ -1,0 +1,216 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The few places that know about meshes.
+
+Under explicit sharding every operand's spec is part of its type, so products
+say where their result lives. Under automatic sharding the compiler decides,
+and state is placed once, at `init`, from the shardings of the parameters.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+from jax.core import Tracer
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+Spec = tuple[Any, ...]
+
+
+def _explicit_spec(x: jax.Array) -> Spec | None:
+  """Returns the spec in the type of `x`, None outside explicit sharding."""
+  sharding = jax.typeof(x).sharding
+  if not sharding.mesh.explicit_axes:
+    return None
+  return _pad(sharding.spec, x.ndim)
+
+
+def _pad(spec: Any, ndim: int) -> Spec:
+  return tuple(spec) + (None,) * (ndim - len(spec))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  if entry is None:
+    return ()
+  return entry if isinstance(entry, tuple) else (entry,)
+
+
+def einsum(
+  eq: str,
+  a: jax.Array,
+  b: jax.Array,
+  *,
+  precision: Any = None,
+  preferred_element_type: Any = None,
+  out_sharding: NamedSharding | None = None,
+) -> jax.Array:
+  """Einsum that keeps the larger operand's sharding of every axis it names.
+
+  `out_sharding`, of explicit axes, goes before both operands' shardings.
+  """
+  kwargs = {
+    'precision': precision,
+    'preferred_element_type': preferred_element_type,
+  }
+  specs = [_explicit_spec(x) for x in (a, b)]
+  if specs[0] is None and specs[1] is None:
+    return jnp.einsum(eq, a, b, **kwargs)
+  inputs, output = eq.split('->')
+  letters = inputs.split(',')
+  placed: dict[str, Any] = {}
+  if out_sharding is not None:
+    entries = _pad(out_sharding.spec, len(output))
+    placed.update(zip(output, entries, strict=True))
+  for i in (0, 1) if a.size >= b.size else (1, 0):
+    for letter, entry in zip(letters[i], specs[i] or (), strict=False):
+      used = {name for e in placed.values() for name in _names(e)}
+      if letter not in placed and not used & set(_names(entry)):
+        placed[letter] = entry
+
+  mesh = jax.typeof(a if specs[0] is not None else b).sharding.mesh
+
+  def target(axes: str) -> NamedSharding:
+    spec = PartitionSpec(*[placed.get(letter) for letter in axes])
+    return NamedSharding(mesh, spec)
+
+  a = jax.reshard(a, target(letters[0]))
+  b = jax.reshard(b, target(letters[1]))
+  return jnp.einsum(eq, a, b, out_sharding=target(output), **kwargs)
+
+
+def explicit(x: jax.Array) -> NamedSharding | None:
+  """Returns the sharding in the type of `x`, None outside explicit sharding."""
+  return None if _explicit_spec(x) is None else jax.typeof(x).sharding
+
+
+def like(x: jax.Array, reference: jax.Array) -> jax.Array:
+  """Returns `x` with `reference`'s dtype and, if explicit, its sharding."""
+  x = x if x.dtype == reference.dtype else x.astype(reference.dtype)
+  if _explicit_spec(reference) is None:
+    return x
+  return jax.reshard(x, jax.typeof(reference).sharding)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+  """Returns `x` on every device, where its type says that it is not."""
+  if _explicit_spec(x) is None:
+    return x
+  return jax.reshard(
+    x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec())
+  )
+
+
+def is_sharded(x: jax.Array) -> bool:
+  """Whether a matrix may be spread over devices; unknown counts as spread."""
+  mesh = jax.typeof(x).sharding.mesh
+  if mesh.empty or mesh.size == 1:
+    return False
+  spec = _explicit_spec(x)
+  return spec is None or any(entry is not None for entry in spec)
+
+
+def _leaf_sharding(leaf: Any) -> NamedSharding | None:
+  """Returns where a leaf lives, if that is known at this point."""
+  if isinstance(leaf, Tracer):
+    spec = _explicit_spec(leaf)
+    return None if spec is None else jax.typeof(leaf).sharding
+  sharding = getattr(leaf, 'sharding', None)
+  return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def place(
+  make: Callable[..., jax.Array],
+  args: tuple[Any, ...],
+  leaf: Any,
+  leaf_axes: str,
+  axes: str,
+  spread: str = '',
+) -> jax.Array:
+  """Returns `make(*args)`, of subscripts `axes`, sharded along with `leaf`.
+
+  An axis that both name is sharded alike. Mesh axes that only the rest of the
+  leaf used go to an axis of `spread` that they divide, so that bytes per device
+  fall with the mesh.
+  """
+  sharding = _leaf_sharding(leaf)
+  if sharding is None:
+    return make(*args)
+  shape = jax.eval_shape(make, *args).shape
+  spec = _derived_spec(sharding, leaf_axes, axes, spread, shape)
+  target = NamedSharding(sharding.mesh, spec)
+  if isinstance(leaf, Tracer):
+    return jax.reshard(make(*args), target)
+  return jax.jit(make, out_shardings=target)(*args)
+
+
+def settle(
+  x: jax.Array, leaf: jax.Array, leaf_axes: str, axes: str, spread: str = ''
+) -> jax.Array:
+  """Returns `x` sharded as `place` shards such an array, where explicit."""
+  if _explicit_spec(leaf) is None:
+    return x
+  sharding = jax.typeof(leaf).sharding
+  spec = _derived_spec(sharding, leaf_axes, axes, spread, x.shape)
+  return jax.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
+def on_mesh_of(leaves: list[Any], tree: Any) -> Any:
+  """Returns state with arrays that no leaf places put on the leaves' mesh.
+
+  A scalar made on one device would change its sharding in the first step, and
+  so cost a second compilation.
+  """
+  known = [_leaf_sharding(x) for x in leaves]
+  meshes = {s.mesh for s in known if s is not None and isinstance(s.mesh, Mesh)}
+  if len(meshes) != 1:
+    return tree
+  everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+
+  def put(x: Any) -> Any:
+    alone = isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    alone = alone and not isinstance(x.sharding, NamedSharding)
+    return jax.device_put(x, everywhere) if alone else x
+
+  return jax.tree.map(put, tree)
+
+
+def _derived_spec(
+  sharding: Any, leaf_axes: str, axes: str, spread: str, shape: Spec
+) -> PartitionSpec:
+  entries = map(_names, _pad(sharding.spec, len(leaf_axes)))
+  of_leaf = dict(zip(leaf_axes, entries, strict=True))
+  spec = [of_leaf.get(axis, ()) for axis in axes]
+  left = [k for axis in leaf_axes if axis not in axes for k in of_leaf[axis]]
+  sizes = sharding.mesh.shape
+  # Axes that are split already come first: joining them, the compiler gathers
+  # small arrays over a subgroup, where a new axis made it gather the gradient.
+  candidates = sorted(map(axes.index, spread), key=lambda i: not spec[i])
+  for name in left:
+    for i in candidates:
+      if shape[i] % math.prod(sizes[k] for k in (*spec[i], name)) == 0:
+        spec[i] = (*spec[i], name)
+        break
+  entries = [_entry(names) for names in spec]
+  # The form that jit gives its results, so that the second step hits its cache.
+  while entries and entries[-1] is None and not sharding.mesh.explicit_axes:
+    entries.pop()
+  return PartitionSpec(*entries)
+
+
+def _entry(names: tuple[str, ...]) -> Any:
+  return names[0] if len(names) == 1 else (names or None)

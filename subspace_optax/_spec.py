@@ -1,0 +1,304 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which leaves are projected, as which matrices, at which rank."""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+import math
+import numbers
+import operator
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax import _layout
+from subspace_optax import _tree
+
+DEFAULT_EXCLUDE = r'embed|wte|wpe|lm_head|head$|norm|scale|bias'
+SIDES = ('short', 'long', 'in', 'out')
+
+# Attention kernels of three axes, (d, heads, head_dim) and back; axes before
+# those three are batch axes.
+_ATTENTION_IN = re.compile(r'(^|/)(query|key|value)(/|$)')
+_ATTENTION_OUT = re.compile(r'(^|/)(out|o_proj)(/|$)')
+
+
+class DimensionNumbers(NamedTuple):
+  """Which axes of a leaf form its matrix; the others count matrices.
+
+  Attributes:
+    reduction_axis: axis or axes of the rows (the input side).
+    output_axis: axis or axes of the columns (the output side).
+
+  Example:
+    >>> import subspace_optax as so
+    >>> so.DimensionNumbers(0, (1, 2))  # (embed, heads, head_dim)
+    DimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+  """
+
+  reduction_axis: int | tuple[int, ...] = -2
+  output_axis: int | tuple[int, ...] = -1
+
+
+Rank = int | float | Callable[[str, Any], int | float]
+
+
+class Match(NamedTuple):
+  """What a spec makes of one leaf.
+
+  Attributes:
+    path: the leaf's path.
+    leaf: the leaf.
+    layout: how it is projected, None if it stays plain.
+    selected: whether the spec's rules chose it, small though it may be.
+    reason: why it stays plain.
+  """
+
+  path: str
+  leaf: Any
+  layout: _layout.Layout | None
+  selected: bool = True
+  reason: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceSpec:
+  """Chooses the leaves to project, their matrices, ranks and dtypes.
+
+  Attributes:
+    rank: r, as an int, a fraction of the short side in (0, 1], or a callable
+      of (path, leaf) that returns either. Clipped to the short side.
+    include: regular expression; only leaves whose path it finds are projected.
+      Paths look like `blocks/mlp/up`. None for all.
+    exclude: regular expression; leaves whose path it finds stay plain. The
+      default keeps embeddings, heads, norms and biases out; None for nothing.
+    side: the side the basis spans: 'short' (the papers), 'long'
+      (`optax.contrib.galore`), 'in' (rows) or 'out' (columns).
+    weight_dimension_numbers: the axes that form each matrix: a
+      `DimensionNumbers` for every leaf, a tree of them with None for leaves
+      that stay plain, or a callable from the parameters to such a tree. None
+      takes the last two axes, except for attention kernels under
+      `query|key|value` and `out|o_proj` of three axes.
+    only_if_smaller: keep leaves plain whose basis and two moments would not be
+      smaller than Adam's two.
+    allow_empty: accept trees in which no leaf is matched.
+    seed: what all randomness is derived from, folded with each leaf's path.
+    basis_dtype: dtype of the bases.
+    moment_dtype: dtype of the inner optimizer's state on projected leaves,
+      None for the parameter's. Arithmetic is float32 or wider in any case.
+
+  Raises:
+    ValueError: a rank that is not positive, a fraction outside (0, 1], an
+      unknown side.
+    TypeError: a rank that is no number; a pattern that is no string.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> spec = so.SubspaceSpec(rank=4, include='mlp')
+    >>> params = {
+    ...   'mlp': {'up': jnp.ones((16, 64))},
+    ...   'embed': jnp.ones((99, 16)),
+    ... }
+    >>> print(so.describe(spec, params))
+    path    shape    as matrices  rank  side   basis
+    embed   (99,16)  -            -     plain  path matches no include='mlp'
+    mlp/up  (16,64)  16 x 64      4     rows   float32(16,4)
+  """
+
+  rank: Rank
+  include: str | None = None
+  exclude: str | None = DEFAULT_EXCLUDE
+  side: str = 'short'
+  weight_dimension_numbers: Any = None
+  only_if_smaller: bool = True
+  allow_empty: bool = False
+  seed: int = 0
+  basis_dtype: Any = jnp.float32
+  moment_dtype: Any = None
+
+  def __post_init__(self):
+    if not callable(self.rank):
+      _check_rank(self.rank, '')
+    if self.side not in SIDES:
+      raise ValueError(f'side must be one of {SIDES}, got {self.side!r}.')
+    for name in ('include', 'exclude'):
+      pattern = getattr(self, name)
+      if pattern is not None and not isinstance(pattern, str):
+        raise TypeError(
+          f'{name} must be a regular expression or None, got {pattern!r}.'
+        )
+
+  def match(self, params: Any) -> list[Match | None]:
+    """Returns a `Match` for every entry of the tree, None for masked ones.
+
+    Raises:
+      ValueError: no leaf of a non-empty tree is matched; dimension numbers
+        that overlap or name a missing axis; a bad rank from a callable.
+      TypeError: a selected leaf is not of a real floating type.
+    """
+    pairs, treedef = _tree.flatten(params)
+    numbers_of = self._dimension_numbers(params, pairs, treedef)
+    matches = [
+      None if _tree.is_masked(leaf) else self._match_leaf(path, leaf, dims)
+      for (path, leaf), dims in zip(pairs, numbers_of, strict=True)
+    ]
+    self._check_any(matches)
+    return matches
+
+  def _match_leaf(self, path: str, leaf: Any, dims: Any) -> Match:
+    reason = self._exclusion(path, leaf, dims)
+    if reason:
+      return Match(path, leaf, None, False, reason)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise TypeError(
+        f'leaf {path!r} of dtype {leaf.dtype} is selected for projection, '
+        'which needs a real floating dtype; name it in `exclude`.'
+      )
+    rows, cols = _axes_of(path, leaf, dims)
+    layout = self._layout(path, leaf, rows, cols)
+    r, m, n = layout.rank, layout.m, layout.n
+    if 0 in leaf.shape:
+      return Match(path, leaf, None, reason='has no elements')
+    if self.only_if_smaller and m * r + 2 * n * r >= 2 * m * n:
+      reason = f'rank {r} of {m} x {n} would take as much state as Adam'
+      return Match(path, leaf, None, reason=reason)
+    return Match(path, leaf, layout)
+
+  def _exclusion(self, path: str, leaf: Any, dims: Any) -> str:
+    given = self.weight_dimension_numbers
+    if given is not None and not _is_dims(given):  # the tree names the leaves
+      return '' if dims is not None else 'has no weight_dimension_numbers'
+    if len(leaf.shape) < 2:
+      return 'has fewer than two axes'
+    if self.include is not None and not re.search(self.include, path):
+      return f'path matches no include={self.include!r}'
+    found = re.search(self.exclude, path) if self.exclude is not None else None
+    return f'path matches exclude ({found.group()!r})' if found else ''
+
+  def _layout(self, path: str, leaf: Any, rows, cols) -> _layout.Layout:
+    m = math.prod(leaf.shape[i] for i in rows)
+    n = math.prod(leaf.shape[i] for i in cols)
+    project_rows = {
+      'short': m <= n,
+      'long': m >= n,
+      'in': True,
+      'out': False,
+    }[self.side]
+    rank = self.rank(path, leaf) if callable(self.rank) else self.rank
+    rank = _check_rank(rank, path)
+    if isinstance(rank, float):
+      rank = max(1, round(rank * min(m, n)))
+    rank = min(rank, m, n)
+    return _layout.Layout(tuple(leaf.shape), rows, cols, project_rows, rank)
+
+  def _dimension_numbers(self, params, pairs, treedef) -> list[Any]:
+    given = self.weight_dimension_numbers
+    if callable(given):
+      given = given(params)
+    if _is_dims(given):
+      return [given] * len(pairs)
+    if given is None:
+      return [None] * len(pairs)
+    found, _ = jax.tree_util.tree_flatten_with_path(
+      given, is_leaf=lambda x: x is None or _is_dims(x) or _tree.is_masked(x)
+    )
+    by_path = {_tree.path_str(path): dims for path, dims in found}
+    missing = [path for path, _ in pairs if path not in by_path]
+    if missing:
+      raise ValueError(
+        'weight_dimension_numbers has no entry for leaf '
+        f'{missing[0]!r}; give every leaf a DimensionNumbers or None.'
+      )
+    return [by_path[path] for path, _ in pairs]
+
+  def _check_any(self, matches: Iterable[Match | None]) -> None:
+    known = [match for match in matches if match is not None]
+    if known and not any(m.selected for m in known) and not self.allow_empty:
+      nearest = sorted(known, key=lambda m: -len(m.leaf.shape))[:5]
+      lines = [f'  {m.path} {tuple(m.leaf.shape)}: {m.reason}' for m in nearest]
+      raise ValueError(
+        f'SubspaceSpec(rank={self.rank!r}, include={self.include!r}, '
+        f'exclude={self.exclude!r}) matches no leaf. Nearest paths:\n'
+        + '\n'.join(lines)
+      )
+
+
+def check_spec(spec: Any) -> None:
+  """Raises unless `spec` is a `SubspaceSpec`."""
+  if not isinstance(spec, SubspaceSpec):
+    raise TypeError(f'spec must be a SubspaceSpec, got {spec!r}.')
+
+
+def _is_dims(x: Any) -> bool:
+  """Whether `x` is dimension numbers, ours or optax's, told by the fields."""
+  return hasattr(x, 'reduction_axis') and hasattr(x, 'output_axis')
+
+
+def _check_rank(rank: Any, path: str) -> int | float:
+  where = f' for leaf {path!r}' if path else ''
+  if isinstance(rank, jax.Array):
+    raise TypeError(
+      f'rank{where} must be static, got {rank!r}; under '
+      "optax.inject_hyperparams, pass static_args=('rank',)."
+    )
+  if isinstance(rank, numbers.Integral) and not isinstance(rank, bool):
+    if rank <= 0:
+      raise ValueError(f'rank{where} must be positive, got {rank}.')
+    return operator.index(rank)
+  if isinstance(rank, numbers.Real) and not isinstance(rank, bool):
+    rank = float(rank)
+    if not 0 < rank <= 1:
+      raise ValueError(
+        f'rank{where} as a fraction of the short side must lie in (0, 1], '
+        f'got {rank}; a number of dimensions is an int.'
+      )
+    return rank
+  raise TypeError(f'rank{where} must be an int or a fraction, got {rank!r}.')
+
+
+def _axes_of(path: str, leaf: Any, dims: Any):
+  """Returns the axes of the rows and of the columns."""
+  if dims is None:
+    dims = _default_dimension_numbers(path, len(leaf.shape))
+  rows = _normalize(path, leaf, 'reduction_axis', dims.reduction_axis)
+  cols = _normalize(path, leaf, 'output_axis', dims.output_axis)
+  both = rows + cols
+  if len(set(both)) != len(both):
+    raise ValueError(
+      f'weight_dimension_numbers {tuple(dims)} of leaf {path!r} of shape '
+      f'{tuple(leaf.shape)} overlap: rows {rows}, columns {cols}.'
+    )
+  return rows, cols
+
+
+def _normalize(path: str, leaf: Any, name: str, axis: Any) -> tuple[int, ...]:
+  axes = (axis,) if isinstance(axis, numbers.Integral) else tuple(axis)
+  axes = tuple(operator.index(i) for i in axes)
+  ndim = len(leaf.shape)
+  if not axes or not all(-ndim <= i < ndim for i in axes):
+    raise ValueError(
+      f'{name}={axis!r} of leaf {path!r} names an axis that shape '
+      f'{tuple(leaf.shape)} does not have.'
+    )
+  return tuple(i % ndim for i in axes)
+
+
+def _default_dimension_numbers(path: str, ndim: int) -> DimensionNumbers:
+  if ndim >= 3 and _ATTENTION_IN.search(path):
+    return DimensionNumbers(-3, (-2, -1))
+  if ndim >= 3 and _ATTENTION_OUT.search(path):
+    return DimensionNumbers((-3, -2), -1)
+  return DimensionNumbers()

@@ -1,0 +1,84 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trees of parameters: boxes, paths, and maps with several results.
+
+A parameter tree reaches an optimizer in many dresses: bare arrays, `nnx.State`
+of `nnx.Param`, linen's `Partitioned` boxes, or with `optax.MaskedNode` where a
+wrapper hid a leaf. Everything here sees *entries*: one array, `Projected` or
+`MaskedNode` per parameter, in tree order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+from flax.core import meta
+import jax
+import optax
+
+from subspace_optax import _projected
+
+
+def is_masked(x: Any) -> bool:
+  """Whether `x` stands where a wrapper or a spec left a leaf out."""
+  return isinstance(x, optax.MaskedNode)
+
+
+def is_entry(x: Any) -> bool:
+  """Whether `x` stands for one parameter."""
+  return is_masked(x) or isinstance(x, _projected.Projected)
+
+
+def _is_box(x: Any) -> bool:
+  return isinstance(x, nnx.Variable | meta.AxisMetadata)
+
+
+def unbox(tree: Any) -> Any:
+  """Returns `tree` with flax boxes replaced by the arrays inside them."""
+
+  def content(x: Any) -> Any:
+    # A box is a pytree node with one child; reading it as such needs no API of
+    # the box, and adds none of its sharding constraints.
+    return jax.tree.leaves(x, is_leaf=is_entry)[0] if _is_box(x) else x
+
+  return jax.tree.map(
+    content, tree, is_leaf=lambda x: _is_box(x) or is_entry(x)
+  )
+
+
+def path_str(path: Sequence[Any]) -> str:
+  """Returns a path as users write it: `blocks/mlp/up`."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
+
+
+def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+  """Returns the (path, entry) pairs of the un-boxed tree, and its treedef."""
+  pairs, treedef = jax.tree_util.tree_flatten_with_path(
+    unbox(tree), is_leaf=is_entry
+  )
+  return [(path_str(path), entry) for path, entry in pairs], treedef
+
+
+def replace_entries(tree: Any, entries: Sequence[Any]) -> Any:
+  """Returns `tree`, boxes and all, with its entries replaced in order."""
+  return jax.tree.structure(tree, is_leaf=is_entry).unflatten(entries)
+
+
+def map_unzip(f: Callable[..., tuple], n: int, tree: Any, *rest: Any) -> tuple:
+  """Maps `f`, which returns `n` values, over trees; returns `n` trees."""
+  leaves, treedef = jax.tree.flatten(tree)
+  others = [treedef.flatten_up_to(r) for r in rest]
+  results = [f(*args) for args in zip(leaves, *others, strict=True)]
+  columns = zip(*results, strict=True) if results else [()] * n
+  return tuple(treedef.unflatten(column) for column in columns)
