@@ -79,13 +79,13 @@ def orthonormalize(layout: _layout.Layout, y: jax.Array) -> jax.Array:
     y: (*batch and projected axes, r).
 
   Returns:
-    The same shape, float32, orthonormal to rounding.
+    The same shape, float32 or wider, orthonormal to rounding.
 
   References:
     Fukaya et al., `Shifted Cholesky QR for computing the QR factorization of
     ill-conditioned matrices <https://arxiv.org/abs/1809.11085>`_, 2018
   """
-  q = y.astype(jnp.float32)
+  q = widen(y)
   for shift in _SHIFTS:
     gram = layout.gram(q, q)
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
@@ -106,7 +106,7 @@ def transition(
   smallest one whose old coordinates are R; for orthonormal bases it is
   P_n^T P_o.
   """
-  new, old = new.astype(jnp.float32), old.astype(jnp.float32)
+  new, old = widen(new), widen(old)
   cross = layout.gram(old, new)  # P_o^T P_n = (P_n^T P_o)^T
   chol = jnp.linalg.cholesky(layout.gram(old, old))
   half = lax.linalg.triangular_solve(chol, cross, left_side=True, lower=True)
@@ -128,6 +128,11 @@ def identity_like(squares: jax.Array) -> jax.Array:
   eye = jnp.eye(squares.shape[-1], dtype=squares.dtype)
   eye = eye.reshape((1,) * (squares.ndim - 2) + eye.shape)
   return _sharding.like(jnp.broadcast_to(eye, squares.shape), squares)
+
+
+def widen(x: jax.Array) -> jax.Array:
+  """Returns `x` in float32, or as it is if it is wider."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:

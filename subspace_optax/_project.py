@@ -56,7 +56,7 @@ def project(
 
   A leaf that `spec` selects becomes a `Projected` node with R = P^T G; others
   pass unchanged. The bases start as Haar samples and move as `projector` says;
-  a matrix whose gradient is zero or not finite keeps its basis.
+  no basis is made from a gradient that is zero or not finite.
 
   Args:
     spec: which leaves, as which matrices, at which rank.

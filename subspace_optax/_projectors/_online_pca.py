@@ -27,6 +27,8 @@ which costs one product with G (A is at hand) and four r-sized ones, that is
 2mnr + 8mr^2.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -42,6 +44,14 @@ from subspace_optax._projectors import _svd
 _NEVER = 2**31 - 1
 
 
+class OnlinePcaState(NamedTuple):
+  """State of `online_pca`."""
+
+  optimizer: Any  # OptimizerP's state, moments in the bases' shape
+  start: Any  # state of the first SVD, () for a random start
+  fresh: Any  # tree, leaf shape=(*batch,), dtype=bool: SVD taken in this step
+
+
 def online_pca(
   optimizer: optax.GradientTransformation,
   orthogonality: float = 0.1,
@@ -53,9 +63,9 @@ def online_pca(
   learning rate must stay small, such as 5 times that of the weights.
 
   Args:
-    optimizer: OptimizerP of Algorithm 1, complete with learning rate, run on
-      the bases and given them as its params; Adam adds 2mr of state to the
-      basis's mr, SGD none.
+    optimizer: OptimizerP of Algorithm 1, complete with learning rate and, for
+      lambda_P, weight decay; run on the bases and given them as its params.
+      Adam adds 2mr of state to the basis's mr, SGD none.
     orthogonality: lambda of Eq. (6).
     init: 'random' starts from a Haar sample, 'svd' from the singular vectors
       of the first gradient.
@@ -90,36 +100,50 @@ def online_pca(
   first = _svd.svd(_NEVER) if init == 'svd' else None
 
   def init_fn(subspaces):
-    own = optimizer.init(subspaces.basis)
-    return (first.init(subspaces), own) if first else own
+    start = first.init(subspaces) if first else ()
+    fresh = first.init(subspaces).owed if first else ()  # its own buffers
+    return OnlinePcaState(optimizer.init(subspaces.basis), start, fresh)
 
   def refresh(context, matrices, subspaces, state):
     if not first:
       return subspaces, None, state
-    subspaces, moves, s = first.refresh(context, matrices, subspaces, state[0])
-    return subspaces, moves, (s, state[1])
+    wanted = jax.tree.map(
+      lambda owed: context.active & (owed | (context.count == 0)),
+      state.start.owed,
+    )
+    subspaces, moves, start = first.refresh(
+      context, matrices, subspaces, state.start
+    )
+    fresh = jax.tree.map(lambda want, owed: want & ~owed, wanted, start.owed)
+    return subspaces, moves, state._replace(start=start, fresh=fresh)
 
   def track(context, matrices, coords, subspaces, state):
-    old, own = subspaces.basis, state[1] if first else state
-    grads, captured, error, ok = _tree.map_unzip(
-      lambda p, x, r: _pca_gradient(p, x, r, orthogonality, context.active),
-      4,
+    old = subspaces.basis
+    learns = jax.tree.map(lambda x: x.ok & context.active, matrices)
+    if first:
+      # Singular vectors minimise Eq. (6): their gradient is rounding noise,
+      # which Adam would blow up to a step of full length.
+      learns = jax.tree.map(lambda a, b: a & ~b, learns, state.fresh)
+    grads, captured, error = _tree.map_unzip(
+      lambda p, x, r, ok: _pca_gradient(p, x, r, ok, orthogonality),
+      3,
       old,
       matrices,
       coords,
+      learns,
     )
-    updates, new_own = optimizer.update(grads, own, old)
-    new = jax.tree.map(_step, old, updates, matrices, ok)
-    own = _skip(optimizer, own, new_own, matrices, ok)
-    drift, moves = _tree.map_unzip(_moved_by, 2, new, old, matrices, ok)
-    keep = lambda ok, new, old: jnp.where(ok, new, old)
+    updates, own = optimizer.update(grads, state.optimizer, old)
+    new = jax.tree.map(_step, old, updates, matrices, learns)
+    own = _skip(optimizer, state.optimizer, own, matrices, learns)
+    drift, moves = _tree.map_unzip(_moved_by, 2, new, old, matrices, learns)
+    keep = lambda ok, new, old: jnp.where(ok, new.astype(old.dtype), old)
     subspaces = _base.Subspaces(
       new,
-      jax.tree.map(keep, ok, captured, subspaces.captured_energy),
-      jax.tree.map(keep, ok, error, subspaces.orthogonality_error),
-      jax.tree.map(keep, ok, drift, subspaces.drift),
+      jax.tree.map(keep, learns, captured, subspaces.captured_energy),
+      jax.tree.map(keep, learns, error, subspaces.orthogonality_error),
+      jax.tree.map(keep, learns, drift, subspaces.drift),
     )
-    return subspaces, moves, (state[0], own) if first else own
+    return subspaces, moves, state._replace(optimizer=own)
 
   name = (
     f'online_pca(orthogonality={_base.shown(orthogonality)}, init={init!r})'
@@ -127,19 +151,13 @@ def online_pca(
   return _base.Projector(name, init_fn, refresh, track)
 
 
-def _pca_gradient(basis, matrix, coords, orthogonality, active):
-  """Returns dL/dP of Eq. (6), in closed form, and what it tells of P.
-
-  Where the gradient is zero or not finite, so may the result be; `ok` says so.
-  """
+def _pca_gradient(basis, matrix, coords, ok, orthogonality):
+  """Returns dL/dP of Eq. (6), in closed form, and what it tells of P."""
   layout = matrix.layout
-  p = basis.astype(jnp.float32)
-  a = coords.astype(jnp.float32) * layout.along_coords(
-    lax.rsqrt(matrix.energy).astype(jnp.float32)
-  )
-  h = layout.back(matrix.gradient, a).astype(jnp.float32) * layout.along_basis(
-    lax.rsqrt(matrix.energy).astype(jnp.float32)
-  )
+  p = _linalg.widen(basis)
+  scale = lax.rsqrt(matrix.energy)
+  a = coords * layout.along_coords(scale)
+  h = layout.back(matrix.gradient, a) * layout.along_basis(scale)
   h = _sharding.like(h, p)
   s = layout.gram(p, p)
   aa = layout.gram(p, h)  # P^T (G~ A^T) = A A^T
@@ -150,9 +168,8 @@ def _pca_gradient(basis, matrix, coords, orthogonality, active):
   # 1 - ||P P^T G~ - G~||^2, which is ||A||^2 for orthonormal P.
   captured = jnp.sum(aa * (2.0 * eye - s), axis=(-2, -1))
   error = _linalg.orthogonality_error(s)
-  ok = matrix.ok & active
   grad = jnp.where(layout.along_basis(ok), grad, jnp.zeros_like(grad))
-  return grad.astype(basis.dtype), captured, error, ok
+  return grad.astype(basis.dtype), captured, error
 
 
 def _step(old, update, matrix, ok):
@@ -164,7 +181,7 @@ def _step(old, update, matrix, ok):
 def _moved_by(new, old, matrix, ok):
   """Returns ||P_{t+1} - P_t||_F / sqrt(r) and the move."""
   layout = matrix.layout
-  difference = new.astype(jnp.float32) - old.astype(jnp.float32)
+  difference = _linalg.widen(new) - _linalg.widen(old)
   drift = jnp.sqrt(layout.basis_energy(difference) / layout.rank)
   step = _linalg.transition(layout, new, old)
   return drift, _projected.Move(jnp.any(ok), step)

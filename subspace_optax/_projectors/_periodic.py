@@ -109,8 +109,8 @@ def periodic(
 def _move(layout, old, candidate, moves, error, drift):
   """Takes the candidates that came out orthonormal, where a move is wanted."""
   candidate = _sharding.like(candidate, old)
-  gram = layout.gram(candidate, candidate).astype(jnp.float32)
-  new_error = _linalg.orthogonality_error(gram)
+  wide = _linalg.widen(candidate)
+  new_error = _linalg.orthogonality_error(layout.gram(wide, wide))
   usable = moves & (new_error < 0.5)  # False for NaN: a failed factorisation
   new = jnp.where(layout.along_basis(usable), candidate, old)
   step = _linalg.transition(layout, new, old)
@@ -118,5 +118,6 @@ def _move(layout, old, candidate, moves, error, drift):
   # Chordal distance of the two subspaces, as a share of the largest possible.
   kept = jnp.sum(jnp.square(step), axis=(-2, -1)) / layout.rank
   moved_by = jnp.sqrt(jnp.maximum(1.0 - kept, 0.0))
-  error = jnp.where(usable, new_error, error)
-  return new, error, jnp.where(usable, moved_by, drift), step
+  error = jnp.where(usable, new_error.astype(error.dtype), error)
+  drift = jnp.where(usable, moved_by.astype(drift.dtype), drift)
+  return new, error, drift, step.astype(jnp.float32)

@@ -22,6 +22,7 @@ subspace iteration after Halko et al., `Finding structure with randomness
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax import _linalg
@@ -34,7 +35,7 @@ METHODS = ('auto', 'exact', 'gram', 'randomized')
 # Subspace iteration adds this share of ||G||_F^2 to every eigenvalue of G G^T:
 # the subspaces stay the same and a rank-deficient G no longer loses directions.
 _SHIFT = 1e-5
-_ITERATIONS = 2
+_ITERATIONS = 3
 
 
 def svd(update_proj_gap: Any = 200, method: str = 'auto') -> _base.Projector:
@@ -44,7 +45,7 @@ def svd(update_proj_gap: Any = 200, method: str = 'auto') -> _base.Projector:
     update_proj_gap: T, steps between refreshes.
     method: 'exact', a full SVD of every matrix; 'gram', eigenvectors of the
       Gram matrix of the short side, which loses directions weaker than 3e-4 of
-      the strongest; 'randomized', two rounds of subspace iteration from a
+      the strongest; 'randomized', three rounds of subspace iteration from a
       Gaussian start, matrix products only; 'auto', exact where the matrix lies
       on one device that is not a TPU, else randomized. Only 'randomized' never
       gathers a sharded gradient.
@@ -73,7 +74,7 @@ def svd(update_proj_gap: Any = 200, method: str = 'auto') -> _base.Projector:
     raise ValueError(f'method must be one of {METHODS}, got {method!r}.')
 
   def draw(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
-    return _DRAWS[_resolve(method, matrix)](matrix, period)
+    return _DRAWS[method](matrix, period)
 
   name = (
     f'svd(update_proj_gap={_base.shown(update_proj_gap)}, method={method!r})'
@@ -81,13 +82,14 @@ def svd(update_proj_gap: Any = 200, method: str = 'auto') -> _base.Projector:
   return _periodic.periodic(name, draw, update_proj_gap, uses_gradient=True)
 
 
-def _resolve(method: str, matrix: _base.Matrix) -> str:
-  if method != 'auto':
-    return method
-  # Compiling an SVD of 512 x 512 takes two minutes on a TPU.
-  one_device = not _sharding.is_sharded(matrix.gradient)
-  return (
-    'exact' if one_device and jax.default_backend() != 'tpu' else 'randomized'
+def _auto(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
+  """Exact where that gathers nothing, and compiles within the day."""
+  if _sharding.is_sharded(matrix.gradient):
+    return _randomized(matrix, period)
+  # XLA takes two minutes to compile an SVD of 512 x 512 for a TPU.
+  return lax.platform_dependent(
+    tpu=lambda: _randomized(matrix, period),
+    default=lambda: _exact(matrix, period),
   )
 
 
@@ -105,7 +107,7 @@ def _gram(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
   """Eigenvectors of G G^T, or G times those of G^T G if that is smaller."""
   layout = matrix.layout
   g = layout.to_matrix(_sharding.replicate(matrix.gradient))
-  g = g.astype(jnp.float32) * jax.lax.rsqrt(matrix.energy)[..., None, None]
+  g = g.astype(jnp.float32) * lax.rsqrt(matrix.energy)[..., None, None]
   g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
   gt = jnp.swapaxes(g, -1, -2)
   if layout.m <= layout.n:
@@ -117,7 +119,7 @@ def _gram(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
   # Columns G v / sigma are orthonormal where sigma is above rounding; the
   # others are replaced by random ones and made orthogonal to the rest.
   weak = (values < 1e-7 * values[..., :1])[..., None, :]
-  u = _linalg.matmul(g, vectors) * jax.lax.rsqrt(
+  u = _linalg.matmul(g, vectors) * lax.rsqrt(
     jnp.where(weak, 1.0, values[..., None, :])
   )
   noise = _linalg.gaussian(layout, matrix.seed, period) / jnp.sqrt(layout.m)
@@ -127,7 +129,7 @@ def _gram(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
 
 
 def _randomized(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
-  """Two rounds of P <- orth((G G^T / ||G||^2 + shift) P) from a Gaussian P."""
+  """Three rounds of P <- orth((G G^T / ||G||^2 + shift) P) from a Gaussian P."""
   layout, g = matrix.layout, matrix.gradient
   p = _linalg.gaussian(layout, matrix.seed, period)
   p = layout.settle_basis(p, g)
@@ -139,4 +141,9 @@ def _randomized(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
   return p
 
 
-_DRAWS = {'exact': _exact, 'gram': _gram, 'randomized': _randomized}
+_DRAWS = {
+  'auto': _auto,
+  'exact': _exact,
+  'gram': _gram,
+  'randomized': _randomized,
+}
