@@ -76,7 +76,8 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   if isinstance(tx_or_spec, _spec.SubspaceSpec):
     return _table(tx_or_spec.match(params), tx_or_spec)
   with _listening() as records:
-    jax.eval_shape(tx_or_spec.init, params)
+    # A new function each time: a traced one would be served from jax's cache.
+    jax.eval_shape(lambda p: tx_or_spec.init(p), params)
   if not records:
     raise ValueError(f'tx_or_spec holds no `project`: {tx_or_spec!r}.')
   return '\n'.join(

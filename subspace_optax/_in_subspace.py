@@ -96,7 +96,11 @@ def in_subspace(
     _check_projected(spec, updates, pairs)
     own = _carry(state.inner, _moves(pairs, lambda node: node.before))
     coords = treedef.unflatten([_coords(entry) for _, entry in pairs])
-    directions, new = runner.update(coords, own, None, **extra_args)
+    try:
+      directions, new = runner.update(coords, own, None, **extra_args)
+    except (TypeError, ValueError):
+      _check_moments(runner, own, coords)
+      raise
     # Whatever dtype the inner optimizer computes in, its state keeps its own.
     new = jax.tree.map(_sharding.like, new, own)
     new = _carry(new, _moves(pairs, lambda node: node.after))
@@ -166,6 +170,26 @@ def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
       f'gradient {bare[0]!r} is not projected; chain `project` before '
       '`in_subspace`.'
     )
+
+
+def _check_moments(runner: Any, state: Any, coords: Any) -> None:
+  """Raises for the leaf whose moments don't fit its coordinates, if any."""
+  pairs, treedef = _tree.flatten(coords)
+  paths = treedef.unflatten([path for path, _ in pairs])
+
+  def check(moment: Any, coord: Any, path: str) -> None:
+    if _tree.is_masked(moment) or moment.ndim != coord.ndim:
+      return
+    if moment.shape != coord.shape:
+      raise ValueError(
+        f'gradient {path!r} has coordinates of shape {coord.shape}, but init '
+        f'made moments of shape {moment.shape}; give update the tree that init '
+        'was given.'
+      )
+
+  optax.tree.map_params(
+    runner, check, state, coords, paths, is_leaf=_tree.is_masked
+  )
 
 
 def _moves(

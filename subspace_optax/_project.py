@@ -115,8 +115,9 @@ def project(
     return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
   def update(updates, state, params=None, **extra_args):
-    del params, extra_args
+    del extra_args
     matches = _match_as_at_init(spec, updates, state.subspaces.basis)
+    _check_shapes(updates, params)
     _, treedef = _tree.flatten(updates)
     seeds = dict(_tree.flatten(state.seed)[0])
     matrices = _per_matrix(
@@ -225,6 +226,20 @@ def _match_as_at_init(
   for match, (path, basis) in zip(matches, known, strict=True):
     _check_basis(match, basis, path)
   return matches
+
+
+def _check_shapes(updates: Any, params: Any) -> None:
+  """Raises unless gradients have their parameters' shapes, if those are given.
+
+  The bases know only one side of a matrix.
+  """
+  known = {} if params is None else dict(_tree.flatten(params)[0])
+  for path, gradient in _tree.flatten(updates)[0]:
+    shapes = [getattr(x, 'shape', None) for x in (gradient, known.get(path))]
+    if None not in shapes and shapes[0] != shapes[1]:
+      raise ValueError(
+        f'gradient {path!r} has shape {shapes[0]}, its parameter {shapes[1]}.'
+      )
 
 
 def _check_basis(match: _spec.Match | None, basis: Any, path: str) -> None:

@@ -49,19 +49,20 @@ def check_policy(transport: str) -> None:
     raise ValueError(f'transport must be one of {POLICIES}, got {transport!r}.')
 
 
-def check_known(state: Any) -> None:
+def check_known(state: Any, owner: type | None = None) -> None:
   """Raises if the state holds arrays that may be moments, but of what kind?"""
   if type(state) in _FIRST_MOMENTS:
     return
+  owner = type(state) if hasattr(state, '_fields') else owner
   for child in _children(state):
-    if isinstance(child, jax.Array | jax.ShapeDtypeStruct):
-      if child.ndim > 0:
-        raise ValueError(
-          f"transport='first' does not know the moments in {type(state)}; "
-          "use transport='keep' or 'reset'."
-        )
-    else:
-      check_known(child)
+    if not isinstance(child, jax.Array | jax.ShapeDtypeStruct):
+      check_known(child, owner)
+    elif child.ndim > 0:
+      known = ', '.join(sorted(t.__name__ for t in _FIRST_MOMENTS))
+      raise ValueError(
+        f"transport='first' does not know the moments in {owner}, only in "
+        f"{known}; use transport='keep' or 'reset'."
+      )
 
 
 def first(state: Any, moves: Moves) -> Any:

@@ -129,7 +129,7 @@ def _gram(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
 
 
 def _randomized(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
-  """Three rounds of P <- orth((G G^T / ||G||^2 + shift) P) from a Gaussian P."""
+  """Rounds of P <- orth((G G^T / ||G||^2 + shift) P) from a Gaussian P."""
   layout, g = matrix.layout, matrix.gradient
   p = _linalg.gaussian(layout, matrix.seed, period)
   p = layout.settle_basis(p, g)
