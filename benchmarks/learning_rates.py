@@ -12,6 +12,7 @@ run again, so an interrupted run can simply be started again.
 
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 
@@ -24,12 +25,13 @@ import tyro  # noqa: E402
 
 import machine  # noqa: E402
 import pretrain  # noqa: E402
+import settings  # noqa: E402
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-# Half a decade apart; extended by the same factor.
-FACTOR = 10**0.5
+# Between neighbours on a grid.
+FACTOR = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Args:
     'contrib_galore',
     'adamw',
   )
-  lr: float = 0.01  # where the grids start
-  lr_rest: float = 0.003
-  steps: int = pretrain.Config.steps
+  lr: float = 0.005  # where the grids start
+  lr_rest: float = 0.005
+  steps: int = settings.Config.steps
   most: int = 7  # grid points at the most
   out: str = str(ROOT / 'results' / 'learning_rates.json')
 
@@ -53,7 +55,7 @@ class Args:
 def run(args: Args, optimizer: str, lr: float) -> dict:
   """Trains once; returns what the picture and the table need."""
   jax.clear_caches()
-  config = pretrain.Config(
+  config = settings.Config(
     optimizer=optimizer,
     lr=lr,
     lr_rest=args.lr_rest,
@@ -65,13 +67,16 @@ def run(args: Args, optimizer: str, lr: float) -> dict:
   )
   (summary,) = pretrain.main(config)
   names = ('validation_bits_per_byte', 'trigram_bits_per_byte', 'memory')
-  return {'lr': lr} | {name: summary[name] for name in names}
+  row = {'lr': lr} | {name: summary[name] for name in names}
+  if not math.isfinite(row[names[0]]):
+    row[names[0]] = None  # JSON has no NaN
+  return row
 
 
 def bits(row: dict) -> float:
   """Validation bits per byte; a diverged run is worse than any other."""
   value = row['validation_bits_per_byte']
-  return value if value == value else float('inf')
+  return math.inf if value is None else value
 
 
 def next_lr(rows: list[dict], start: float) -> float | None:
@@ -129,12 +134,15 @@ def main(args: Args) -> None:
   """Runs what is missing, then draws and prints everything."""
   out = pathlib.Path(args.out)
   out.parent.mkdir(parents=True, exist_ok=True)
-  settings = {'steps': args.steps, 'lr_rest': args.lr_rest}
-  results = {'machine': machine.describe(), 'settings': settings, 'runs': {}}
+  fixed = {'steps': args.steps, 'lr_rest': args.lr_rest}
+  results = {'machine': machine.describe(), 'settings': fixed, 'runs': {}}
   if out.exists():
     results = json.loads(out.read_text())
-    if results['settings'] != settings:
-      raise ValueError(f'{out} holds runs with {results["settings"]}')
+    if results['settings'] != fixed:
+      raise ValueError(
+        f'{out} holds runs with {results["settings"]}, not {fixed}: delete it '
+        'or name another --out'
+      )
   for optimizer in args.optimizers:
     search(args, results, optimizer)
   picture(results, out.with_suffix('.png'))

@@ -25,6 +25,7 @@ from subspace_optax import _spec
 
 Matches = list[_spec.Match | None]
 
+# A chain shows nothing of what it is made of, so `project` tells at `init`.
 _records: contextvars.ContextVar[list | None] = contextvars.ContextVar(
   'records', default=None
 )

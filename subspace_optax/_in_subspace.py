@@ -13,7 +13,6 @@
 # limitations under the License.
 """The inner optimizer on coordinates: the piece that owns its state."""
 
-from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_optax import _per_leaf
+from subspace_optax import _per_matrix
 from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _spec
@@ -53,8 +52,10 @@ def in_subspace(
     transport: what happens to the inner state when a basis moves: 'keep'
       nothing (GaLore); 'first' maps first moments by C = P_n^T P_o (GoLore's
       momentum projection), known for Adam, momentum (trace), Lion and RMSProp;
-      'reset' starts the leaf's state anew (RSO), for which every leaf gets a
-      state of its own, counters included.
+      'reset' starts the state of a matrix anew (RSO), for which each matrix,
+      and each plain leaf, gets a state of its own, counters included: an inner
+      optimizer that looks at the whole tree then sees one matrix at a time.
+      With `online_pca`, which moves at every step, nothing accumulates.
 
   Returns:
     A transformation whose state is the inner optimizer's.
@@ -74,19 +75,23 @@ def in_subspace(
   """
   _spec.check_spec(spec)
   _transport.check_policy(transport)
-  if transport == 'reset':
-    runner = _per_leaf.per_leaf(inner)
-  else:
-    runner = optax.with_extra_args_support(inner)
+  inner = optax.with_extra_args_support(inner)
+
+  def runner(batch_axes: _per_matrix.BatchAxes) -> Any:
+    if transport == 'reset':
+      return _per_matrix.per_matrix(inner, batch_axes)
+    return inner
 
   def init(params):
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     templates = treedef.unflatten([_template(spec, match) for match in matches])
-    state = runner.init(templates)
+    _check_params_free(inner, templates)
+    layouts = {m.path: m.layout for m in matches if m and m.layout}
+    batch_axes = {path: x.coords_batch for path, x in layouts.items()}
+    state = runner(batch_axes).init(templates)
     if transport == 'first':
       _transport.check_known(state)
-    _check_params_free(runner, templates, state)
     state = _sharding.on_mesh_of([m.leaf for m in matches if m], state)
     return InSubspaceState(state)
 
@@ -94,16 +99,23 @@ def in_subspace(
     del params
     pairs, treedef = _tree.flatten(updates)
     _check_projected(spec, updates, pairs)
-    own = _carry(state.inner, _moves(pairs, lambda node: node.before))
+    nodes = {path: node for path, node in pairs if _is_projected(node)}
+    batch_axes = {path: x.layout.coords_batch for path, x in nodes.items()}
     coords = treedef.unflatten([_coords(entry) for _, entry in pairs])
+    before = {path: (x, x.before) for path, x in nodes.items() if x.before}
+    after = {path: (x, x.after) for path, x in nodes.items() if x.after}
+
+    own = _carry(state.inner, coords, before)
     try:
-      directions, new = runner.update(coords, own, None, **extra_args)
+      directions, new = runner(batch_axes).update(
+        coords, own, None, **extra_args
+      )
     except (TypeError, ValueError):
-      _check_moments(runner, own, coords)
+      _check_moments(inner, own, coords)
       raise
     # Whatever dtype the inner optimizer computes in, its state keeps its own.
     new = jax.tree.map(_sharding.like, new, own)
-    new = _carry(new, _moves(pairs, lambda node: node.after))
+    new = _carry(new, coords, after)
     entries = [
       _with_direction(entry, direction)
       for (_, entry), (_, direction) in zip(
@@ -112,11 +124,11 @@ def in_subspace(
     ]
     return _tree.replace_entries(updates, entries), InSubspaceState(new)
 
-  def _carry(state, moves):
+  def _carry(state, coords, moves):
     if transport == 'first':
       return _transport.first(state, moves)
     if transport == 'reset':
-      return _per_leaf.restart(inner, state, moves)
+      return _per_matrix.restart(inner, state, coords, moves)
     return state
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -129,19 +141,21 @@ def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   if match.layout is None:
     return match.leaf
   layout, dtype = match.layout, spec.moment_dtype or match.leaf.dtype
-  zeros = lambda: jnp.zeros(layout.coords_shape, dtype)
-  return layout.place_coords(zeros, (), match.leaf)
+  static = (layout.coords_shape, jnp.dtype(dtype))
+  return layout.place_coords(jnp.zeros, static, (), match.leaf)
 
 
-def _check_params_free(runner: Any, templates: Any, state: Any) -> None:
+def _check_params_free(inner: Any, templates: Any) -> None:
   """Raises if the inner optimizer works with params and not without."""
 
   def works(params: Any) -> bool:
     try:
-      jax.eval_shape(runner.update, templates, state, params)
+      jax.eval_shape(
+        lambda u, p: inner.update(u, inner.init(u), p), templates, params
+      )
       return True
-    except Exception:  # pylint: disable=broad-except
-      return False  # For any reason: an extra argument may be missing, too.
+    except Exception:  # for any reason: an extra argument may be missing, too
+      return False
 
   if jax.tree.leaves(templates) and not works(None) and works(templates):
     raise ValueError(
@@ -154,11 +168,9 @@ def _check_params_free(runner: Any, templates: Any, state: Any) -> None:
 
 def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
   """Raises where `project` should have been, and was not."""
-  if any(isinstance(entry, _projected.Projected) for _, entry in pairs):
+  if any(_is_projected(entry) for _, entry in pairs):
     for path, entry in pairs:
-      if (
-        isinstance(entry, _projected.Projected) and entry.direction is not None
-      ):
+      if _is_projected(entry) and entry.direction is not None:
         raise ValueError(
           f'gradient {path!r} went through `in_subspace` already; chain '
           '`project`, `in_subspace` and `unproject` in this order, once.'
@@ -192,21 +204,15 @@ def _check_moments(runner: Any, state: Any, coords: Any) -> None:
   )
 
 
-def _moves(
-  pairs: list, get: Callable[[_projected.Projected], Any]
-) -> _transport.Moves:
-  return {
-    path: (entry, get(entry))
-    for path, entry in pairs
-    if isinstance(entry, _projected.Projected) and get(entry) is not None
-  }
+def _is_projected(entry: Any) -> bool:
+  return isinstance(entry, _projected.Projected)
 
 
 def _coords(entry: Any) -> Any:
-  return entry.coords if isinstance(entry, _projected.Projected) else entry
+  return entry.coords if _is_projected(entry) else entry
 
 
 def _with_direction(entry: Any, direction: Any) -> Any:
-  if not isinstance(entry, _projected.Projected):
+  if not _is_projected(entry):
     return direction
   return dataclasses.replace(entry, direction=direction)

@@ -133,6 +133,11 @@ class Layout:
     )
 
   @property
+  def coords_batch(self) -> tuple[int, ...]:
+    """Axes of the coordinates that count matrices."""
+    return tuple(map(self.coords_axes().index, self.batch_axes))
+
+  @property
   def projected_axes(self) -> str:
     """Subscripts of the axes that the basis spans."""
     return ''.join(_AXES[i] for i in self.projected)
@@ -204,21 +209,35 @@ class Layout:
 
   # Where arrays of state live, given where the leaf lives.
 
-  def place_basis(self, make, args, leaf) -> jax.Array:
-    """Returns `make(*args)`, of the basis's shape, sharded as `leaf`."""
+  def place_basis(self, make, static, args, leaf) -> jax.Array:
+    """Returns `make(*static, *args)`, a basis, sharded as `leaf`."""
     return _sharding.place(
-      make, args, leaf, self.leaf_axes, self.basis_axes(), self.projected_axes
+      make,
+      static,
+      args,
+      leaf,
+      self.leaf_axes,
+      self.basis_axes(),
+      self.projected_axes,
     )
 
-  def place_coords(self, make, args, leaf) -> jax.Array:
-    """Returns `make(*args)`, of the coords' shape, sharded as `leaf`."""
+  def place_coords(self, make, static, args, leaf) -> jax.Array:
+    """Returns `make(*static, *args)`, coordinates, sharded as `leaf`."""
     return _sharding.place(
-      make, args, leaf, self.leaf_axes, self.coords_axes(), self.free_axes
+      make,
+      static,
+      args,
+      leaf,
+      self.leaf_axes,
+      self.coords_axes(),
+      self.free_axes,
     )
 
-  def place_values(self, make, args, leaf) -> jax.Array:
-    """Returns `make(*args)`, a value per matrix, sharded as `leaf`."""
-    return _sharding.place(make, args, leaf, self.leaf_axes, self.batch_axes)
+  def place_values(self, make, static, args, leaf) -> jax.Array:
+    """Returns `make(*static, *args)`, a value per matrix, sharded as `leaf`."""
+    return _sharding.place(
+      make, static, args, leaf, self.leaf_axes, self.batch_axes
+    )
 
   def settle_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
     """Returns `x` where `place_basis` puts it, under explicit sharding."""
@@ -231,6 +250,10 @@ class Layout:
     return _sharding.settle(
       x, leaf, self.leaf_axes, self.coords_axes(), self.free_axes
     )
+
+  def along_leaf(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against the leaf."""
+    return self._expand(x, self.leaf_axes)
 
   def along_basis(self, x: jax.Array) -> jax.Array:
     """Returns one value per matrix, shaped to broadcast against the basis."""

@@ -60,12 +60,26 @@ def gaussian(
   """Returns standard normal matrices of the basis's shape, a key for each."""
 
   def draw(seed: jax.Array) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed), period)
+    key = jax.random.fold_in(_key(seed), period)
     return jax.random.normal(key, (layout.m, layout.rank), jnp.float32)
 
   flat = jax.vmap(draw)(_sharding.replicate(seeds).reshape(-1))
   shape = (*layout.batch_shape, layout.m, layout.rank)
   return layout.from_matrix(flat.reshape(shape))
+
+
+def seeds(
+  seed: int, batch_shape: tuple[int, ...], path_hash: jax.Array
+) -> jax.Array:
+  """Returns a seed for every matrix of a leaf, (*batch), uint32."""
+  key = jax.random.fold_in(_key(seed), path_hash)
+  return jax.random.bits(key, batch_shape, jnp.uint32)
+
+
+def _key(seed: jax.Array | int) -> jax.Array:
+  # Whatever generator the program has chosen: what others draw may depend on
+  # the backend, and for a matrix of a batch on the batch.
+  return jax.random.key(seed, impl='threefry2x32')
 
 
 def orthonormalize(layout: _layout.Layout, y: jax.Array) -> jax.Array:
@@ -89,7 +103,7 @@ def orthonormalize(layout: _layout.Layout, y: jax.Array) -> jax.Array:
   for shift in _SHIFTS:
     gram = layout.gram(q, q)
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    chol = jnp.linalg.cholesky(gram + shift * trace * identity_like(gram))
+    chol = _cholesky(gram + shift * trace * identity_like(gram))
     inverse = lax.linalg.triangular_solve(
       chol, identity_like(chol), left_side=True, lower=True
     )
@@ -108,12 +122,20 @@ def transition(
   """
   new, old = widen(new), widen(old)
   cross = layout.gram(old, new)  # P_o^T P_n = (P_n^T P_o)^T
-  chol = jnp.linalg.cholesky(layout.gram(old, old))
+  chol = _cholesky(layout.gram(old, old))
   half = lax.linalg.triangular_solve(chol, cross, left_side=True, lower=True)
   full = lax.linalg.triangular_solve(
     chol, half, left_side=True, lower=True, transpose_a=True
   )
   return jnp.swapaxes(full, -1, -2)
+
+
+def _cholesky(squares: jax.Array) -> jax.Array:
+  # Mapped: of a batch that is sharded explicitly, jax's own raises an error.
+  cholesky = jnp.linalg.cholesky
+  for _ in squares.shape[:-2]:
+    cholesky = jax.vmap(cholesky)
+  return cholesky(squares)
 
 
 def orthogonality_error(gram: jax.Array) -> jax.Array:

@@ -137,7 +137,7 @@ def project(
     )
     subspaces = subspaces._replace(captured_energy=captured)
     subspaces, after, own = projector.track(
-      context, matrices, coords, subspaces, own
+      context._replace(moves=before), matrices, coords, subspaces, own
     )
 
     nothing = jax.tree.map(lambda _: None, basis)
@@ -179,7 +179,7 @@ def _per_matrix(
 def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   """Returns a float32 zero per matrix."""
   del path
-  return layout.place_values(lambda: jnp.zeros(layout.batch_shape), (), leaf)
+  return layout.place_values(jnp.zeros, (layout.batch_shape,), (), leaf)
 
 
 def _seed(
@@ -188,21 +188,22 @@ def _seed(
   """Returns a seed per matrix: the same on every host and after a resume."""
   # crc32, since Python's hash of a string differs between processes.
   path_hash = np.uint32(zlib.crc32(path.encode()))
-
-  def make() -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(spec.seed), path_hash)
-    return jax.random.bits(key, layout.batch_shape, jnp.uint32)
-
-  return layout.place_values(make, (), leaf)
+  static = (spec.seed, layout.batch_shape)
+  return layout.place_values(_linalg.seeds, static, (path_hash,), leaf)
 
 
 def _first_basis(
   spec: _spec.SubspaceSpec, path: str, leaf: Any, layout: _layout.Layout
 ) -> jax.Array:
-  def make(seed: jax.Array) -> jax.Array:
-    return _linalg.haar(layout, seed, _AT_INIT).astype(spec.basis_dtype)
+  seed = _seed(spec, path, leaf, layout)
+  static = (layout, jnp.dtype(spec.basis_dtype))
+  return layout.place_basis(_haar_at_init, static, (seed,), leaf)
 
-  return layout.place_basis(make, (_seed(spec, path, leaf, layout),), leaf)
+
+def _haar_at_init(
+  layout: _layout.Layout, dtype: Any, seed: jax.Array
+) -> jax.Array:
+  return _linalg.haar(layout, seed, _AT_INIT).astype(dtype)
 
 
 def _match_as_at_init(

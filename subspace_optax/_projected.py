@@ -25,13 +25,13 @@ class Move(NamedTuple):
   """One change of a leaf's basis, from P_o to P_n.
 
   Attributes:
-    moved: whether any matrix of the leaf moved; one unbatched predicate, so
-      that a `cond` on it stays a `cond`.
+    moved: which matrices of the leaf moved. Branch on `jnp.any` of it, outside
+      of any vmap: under one, a `cond` runs both its branches.
     transition: C = P_n^T P_o (P_o^T P_o)^-1, which maps coordinates in the old
-      basis to coordinates in the new one.
+      basis to coordinates in the new one; the identity where nothing moved.
   """
 
-  moved: jax.Array  # shape=(), dtype=bool
+  moved: jax.Array  # shape=(*batch,), dtype=bool
   transition: jax.Array  # shape=(*batch, r, r), dtype=float32
 
 

@@ -18,7 +18,8 @@ say where their result lives. Under automatic sharding the compiler decides,
 and state is placed once, at `init`, from the shardings of the parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+import functools
 import math
 from typing import Any
 
@@ -116,7 +117,10 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def is_sharded(x: jax.Array) -> bool:
-  """Whether a matrix may be spread over devices; unknown counts as spread."""
+  """Whether a matrix may be spread over devices.
+
+  On a mesh of automatic axes the type does not tell, so it may.
+  """
   mesh = jax.typeof(x).sharding.mesh
   if mesh.empty or mesh.size == 1:
     return False
@@ -135,13 +139,14 @@ def _leaf_sharding(leaf: Any) -> NamedSharding | None:
 
 def place(
   make: Callable[..., jax.Array],
+  static: tuple[Hashable, ...],
   args: tuple[Any, ...],
   leaf: Any,
   leaf_axes: str,
   axes: str,
   spread: str = '',
 ) -> jax.Array:
-  """Returns `make(*args)`, of subscripts `axes`, sharded along with `leaf`.
+  """Returns `make(*static, *args)`, of `axes`, sharded along with `leaf`.
 
   An axis that both name is sharded alike. Mesh axes that only the rest of the
   leaf used go to an axis of `spread` that they divide, so that bytes per device
@@ -149,13 +154,23 @@ def place(
   """
   sharding = _leaf_sharding(leaf)
   if sharding is None:
-    return make(*args)
-  shape = jax.eval_shape(make, *args).shape
+    return make(*static, *args)
+  shape = jax.eval_shape(functools.partial(make, *static), *args).shape
   spec = _derived_spec(sharding, leaf_axes, axes, spread, shape)
   target = NamedSharding(sharding.mesh, spec)
   if isinstance(leaf, Tracer):
-    return jax.reshard(make(*args), target)
-  return jax.jit(make, out_shardings=target)(*args)
+    return jax.reshard(make(*static, *args), target)
+  return _compiled(make, static, target)(*args)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(
+  make: Callable[..., jax.Array],
+  static: tuple[Hashable, ...],
+  target: NamedSharding,
+) -> Callable[..., jax.Array]:
+  """Returns `make` compiled once for all leaves of a shape and placement."""
+  return jax.jit(functools.partial(make, *static), out_shardings=target)
 
 
 def settle(

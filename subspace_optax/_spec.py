@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from subspace_optax import _layout
 from subspace_optax import _tree
 
-DEFAULT_EXCLUDE = r'embed|wte|wpe|lm_head|head$|norm|scale|bias'
+DEFAULT_EXCLUDE = r'embed|wte|wpe|lm_head|head(/kernel)?$|norm|scale|bias'
 SIDES = ('short', 'long', 'in', 'out')
 
 # Attention kernels of three axes, (d, heads, head_dim) and back; axes before
@@ -85,20 +85,24 @@ class SubspaceSpec:
       Paths look like `blocks/mlp/up`. None for all.
     exclude: regular expression; leaves whose path it finds stay plain. The
       default keeps embeddings, heads, norms and biases out; None for nothing.
+      A tree of `weight_dimension_numbers` goes before it.
     side: the side the basis spans: 'short' (the papers), 'long'
       (`optax.contrib.galore`), 'in' (rows) or 'out' (columns).
     weight_dimension_numbers: the axes that form each matrix: a
       `DimensionNumbers` for every leaf, a tree of them with None for leaves
       that stay plain, or a callable from the parameters to such a tree. None
-      takes the last two axes, except for attention kernels under
-      `query|key|value` and `out|o_proj` of three axes.
-    only_if_smaller: keep leaves plain whose basis and two moments would not be
-      smaller than Adam's two.
+      takes the last two axes, except under `query|key|value` and `out|o_proj`,
+      where kernels of three axes are (d, heads, head_dim) and back: name the
+      axes of such kernels if they are stacked matrices.
+    only_if_smaller: keep leaves plain whose basis and two moments would take
+      no fewer bytes than Adam's two moments.
     allow_empty: accept trees in which no leaf is matched.
     seed: what all randomness is derived from, folded with each leaf's path.
     basis_dtype: dtype of the bases.
     moment_dtype: dtype of the inner optimizer's state on projected leaves,
-      None for the parameter's. Arithmetic is float32 or wider in any case.
+      None for the parameter's, as in optax. Of bfloat16 parameters prefer
+      float32: a second moment that decays by 0.1 % a step can't in bfloat16.
+      Arithmetic is float32 or wider in any case.
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an
@@ -150,6 +154,7 @@ class SubspaceSpec:
       TypeError: a selected leaf is not of a real floating type.
     """
     pairs, treedef = _tree.flatten(params)
+    _check_distinct([path for path, _ in pairs])
     numbers_of = self._dimension_numbers(params, pairs, treedef)
     matches = [
       None if _tree.is_masked(leaf) else self._match_leaf(path, leaf, dims)
@@ -169,22 +174,29 @@ class SubspaceSpec:
       )
     rows, cols = _axes_of(path, leaf, dims)
     layout = self._layout(path, leaf, rows, cols)
-    r, m, n = layout.rank, layout.m, layout.n
     if 0 in leaf.shape:
       return Match(path, leaf, None, reason='has no elements')
-    if self.only_if_smaller and m * r + 2 * n * r >= 2 * m * n:
+    if self.only_if_smaller and not self._is_smaller(layout, leaf.dtype):
+      r, m, n = layout.rank, layout.m, layout.n
       reason = f'rank {r} of {m} x {n} would take as much state as Adam'
       return Match(path, leaf, None, reason=reason)
     return Match(path, leaf, layout)
 
+  def _is_smaller(self, layout: _layout.Layout, dtype: Any) -> bool:
+    """Whether a basis and two moments of it take fewer bytes than Adam's."""
+    r, m, n = layout.rank, layout.m, layout.n
+    basis = m * r * jnp.dtype(self.basis_dtype).itemsize
+    moments = 2 * n * r * jnp.dtype(self.moment_dtype or dtype).itemsize
+    return basis + moments < 2 * m * n * jnp.dtype(dtype).itemsize
+
   def _exclusion(self, path: str, leaf: Any, dims: Any) -> str:
+    if self.include is not None and not re.search(self.include, path):
+      return f'path matches no include={self.include!r}'
     given = self.weight_dimension_numbers
     if given is not None and not _is_dims(given):  # the tree names the leaves
       return '' if dims is not None else 'has no weight_dimension_numbers'
     if len(leaf.shape) < 2:
       return 'has fewer than two axes'
-    if self.include is not None and not re.search(self.include, path):
-      return f'path matches no include={self.include!r}'
     found = re.search(self.exclude, path) if self.exclude is not None else None
     return f'path matches exclude ({found.group()!r})' if found else ''
 
@@ -240,6 +252,12 @@ def check_spec(spec: Any) -> None:
   """Raises unless `spec` is a `SubspaceSpec`."""
   if not isinstance(spec, SubspaceSpec):
     raise TypeError(f'spec must be a SubspaceSpec, got {spec!r}.')
+
+
+def _check_distinct(paths: list[str]) -> None:
+  if len(set(paths)) != len(paths):
+    twice = next(path for path in paths if paths.count(path) > 1)
+    raise ValueError(f'two leaves have the path {twice!r}; rename one.')
 
 
 def _is_dims(x: Any) -> bool:

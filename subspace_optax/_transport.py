@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 from jax import lax
+import jax.numpy as jnp
 import optax
 
 from subspace_optax import _projected
@@ -79,19 +80,29 @@ def first(state: Any, moves: Moves) -> Any:
 def _move(moments: Any, moves: Moves) -> Any:
   """Maps one tree of moments; leaves that are not projected stay."""
   pairs, treedef = _tree.flatten(moments)
+  _check_paths([path for path, _ in pairs], moves)
 
   def one(path: str, moment: Any) -> Any:
     if path not in moves or _tree.is_masked(moment):
       return moment
     node, move = moves[path]
     return lax.cond(
-      move.moved,
+      jnp.any(move.moved),
       lambda m: _sharding.like(node.layout.mix_coords(move.transition, m), m),
       lambda m: m,
       moment,
     )
 
   return treedef.unflatten([one(*pair) for pair in pairs])
+
+
+def _check_paths(paths: list[str], moves: Moves) -> None:
+  for path in moves:
+    if not any(path == p or path.startswith(f'{p}/') for p in paths):
+      raise ValueError(
+        f"transport='first' finds no moments of leaf {path!r} among {paths}; "
+        "use transport='keep' or 'reset'."
+      )
 
 
 def _children(state: Any) -> list[Any]:

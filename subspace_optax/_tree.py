@@ -50,7 +50,9 @@ def unbox(tree: Any) -> Any:
   def content(x: Any) -> Any:
     # A box is a pytree node with one child; reading it as such needs no API of
     # the box, and adds none of its sharding constraints.
-    return jax.tree.leaves(x, is_leaf=is_entry)[0] if _is_box(x) else x
+    if not _is_box(x):
+      return x
+    return jax.tree.leaves(x, is_leaf=lambda y: y is not x)[0]
 
   return jax.tree.map(
     content, tree, is_leaf=lambda x: _is_box(x) or is_entry(x)

@@ -107,8 +107,8 @@ def _check_directed(
   nodes = [(p, e) for p, e in pairs if isinstance(e, _projected.Projected)]
   if pairs and not nodes and not allow_empty:
     raise ValueError(
-      f'no update is projected, {pairs[0][0]!r} neither; chain `project` and '
-      '`in_subspace` before `unproject`.'
+      f'no update is projected (the first is {pairs[0][0]!r}); chain '
+      '`project` and `in_subspace` before `unproject`.'
     )
   for path, node in nodes:
     if node.direction is None:

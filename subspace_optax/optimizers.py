@@ -109,7 +109,8 @@ def golore(
   """GoLore: GaLore whose bases turn random, so that noise can't trap it.
 
   Bases come from the gradient's SVD before step `random_from` and are Haar
-  samples after it; first moments move along (momentum projection).
+  samples after it; first moments move along (momentum projection). A tree
+  without a matrix to project is left to the base optimizer, see `describe`.
 
   Args:
     learning_rate: a float or a schedule.
@@ -177,6 +178,9 @@ def online_subspace_descent(
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
   """Online Subspace Descent: bases learned along with the weights, no SVD.
+
+  A tree without a matrix to project is left to the base optimizer, see
+  `describe`.
 
   Args:
     learning_rate: a float or a schedule.

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_optax import _layout
+from subspace_optax import _projected
 from subspace_optax import _sharding
 
 
@@ -51,7 +52,8 @@ class Matrix:
     layout: which of them are projected.
     seed: (*batch), uint32, one per matrix.
     energy: (*batch), ||G||_F^2, or 1 where not `ok`.
-    ok: (*batch), whether G is finite and not zero.
+    ok: (*batch), whether the energy is finite and not zero, which for elements
+      between about 1e-19 and 1e19 is whether G is.
   """
 
   gradient: jax.Array
@@ -66,6 +68,7 @@ class Context(NamedTuple):
 
   count: jax.Array  # shape=(), dtype=int32, steps before this one
   active: jax.Array  # shape=(), dtype=bool, False while `switch` rests a rule
+  moves: Any = None  # for `track`: the tree of `Move` that `refresh` made
 
 
 class Projector(NamedTuple):
@@ -100,13 +103,15 @@ def no_track(context, matrices, coords, subspaces, state):
   return subspaces, None, state
 
 
-def still(layout: _layout.Layout, basis: jax.Array) -> jax.Array:
-  """Returns the transition of a basis that stays, (*batch, r, r)."""
+def still(matrix: Matrix, basis: jax.Array) -> _projected.Move:
+  """Returns the move of a basis that stays where it is."""
+  layout = matrix.layout
   shape = (*layout.batch_shape, layout.rank, layout.rank)
   eye = jnp.eye(layout.rank, dtype=jnp.float32)
   eye = jnp.broadcast_to(eye.reshape((1,) * len(shape[:-2]) + eye.shape), shape)
   axes = layout.batch_axes + 'yz'
-  return _sharding.settle(eye, basis, layout.basis_axes(), axes)
+  eye = _sharding.settle(eye, basis, layout.basis_axes(), axes)
+  return _projected.Move(jnp.zeros_like(matrix.ok), eye)
 
 
 def shown(value: Any) -> str:

@@ -39,6 +39,7 @@ from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _tree
 from subspace_optax._projectors import _base
+from subspace_optax._projectors import _periodic
 from subspace_optax._projectors import _svd
 
 _NEVER = 2**31 - 1
@@ -48,8 +49,7 @@ class OnlinePcaState(NamedTuple):
   """State of `online_pca`."""
 
   optimizer: Any  # OptimizerP's state, moments in the bases' shape
-  start: Any  # state of the first SVD, () for a random start
-  fresh: Any  # tree, leaf shape=(*batch,), dtype=bool: SVD taken in this step
+  start: Any  # tree, leaf shape=(*batch,), dtype=bool: owed its SVD; or ()
 
 
 def online_pca(
@@ -100,30 +100,29 @@ def online_pca(
   first = _svd.svd(_NEVER) if init == 'svd' else None
 
   def init_fn(subspaces):
-    start = first.init(subspaces) if first else ()
-    fresh = first.init(subspaces).owed if first else ()  # its own buffers
-    return OnlinePcaState(optimizer.init(subspaces.basis), start, fresh)
+    start = ()
+    if first:
+      owed = first.init(subspaces).owed
+      start = jax.tree.map(lambda x: jnp.ones_like(x), owed)
+    return OnlinePcaState(optimizer.init(subspaces.basis), start)
 
   def refresh(context, matrices, subspaces, state):
     if not first:
       return subspaces, None, state
-    wanted = jax.tree.map(
-      lambda owed: context.active & (owed | (context.count == 0)),
-      state.start.owed,
-    )
     subspaces, moves, start = first.refresh(
-      context, matrices, subspaces, state.start
+      context, matrices, subspaces, _periodic.PeriodicState(state.start)
     )
-    fresh = jax.tree.map(lambda want, owed: want & ~owed, wanted, start.owed)
-    return subspaces, moves, state._replace(start=start, fresh=fresh)
+    return subspaces, moves, state._replace(start=start.owed)
 
   def track(context, matrices, coords, subspaces, state):
     old = subspaces.basis
     learns = jax.tree.map(lambda x: x.ok & context.active, matrices)
-    if first:
+    if context.moves is not None:
       # Singular vectors minimise Eq. (6): their gradient is rounding noise,
       # which Adam would blow up to a step of full length.
-      learns = jax.tree.map(lambda a, b: a & ~b, learns, state.fresh)
+      learns = jax.tree.map(
+        lambda ok, move: ok & ~move.moved, learns, context.moves
+      )
     grads, captured, error = _tree.map_unzip(
       lambda p, x, r, ok: _pca_gradient(p, x, r, ok, orthogonality),
       3,
@@ -184,7 +183,7 @@ def _moved_by(new, old, matrix, ok):
   difference = _linalg.widen(new) - _linalg.widen(old)
   drift = jnp.sqrt(layout.basis_energy(difference) / layout.rank)
   step = _linalg.transition(layout, new, old)
-  return drift, _projected.Move(jnp.any(ok), step)
+  return drift, _projected.Move(ok, step)
 
 
 class _Pair:

@@ -20,6 +20,7 @@ good gradient.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -78,16 +79,21 @@ def periodic(
       good = matrix.ok if uses_gradient else jnp.ones_like(matrix.ok)
       wants = due | (owed & context.active)
       moves = wants & good
-      moved = jnp.any(moves)
-      new, error, drift, step = lax.cond(
-        moved,
+      new, error, drift, move = lax.cond(
+        jnp.any(moves),
         lambda: _move(
-          matrix.layout, basis, draw(matrix, period), moves, error, drift
+          matrix.layout,
+          basis,
+          draw(_only(moves, matrix) if uses_gradient else matrix, period),
+          moves,
+          error,
+          drift,
         ),
-        lambda: (basis, error, drift, _base.still(matrix.layout, basis)),
+        lambda: (basis, error, drift, _base.still(matrix, basis)),
       )
-      owed = (owed | due) & ~moves
-      return new, error, drift, owed, _projected.Move(moved, step)
+      # A factorisation that failed is owed, too.
+      owed = (owed | due) & ~move.moved
+      return new, error, drift, owed, move
 
     basis, error, drift, owed, moves = _tree.map_unzip(
       one,
@@ -106,6 +112,15 @@ def periodic(
   return _base.Projector(name, init, refresh, _base.no_track)
 
 
+def _only(moves: jax.Array, matrix: _base.Matrix) -> _base.Matrix:
+  """Returns the leaf with zeros for the gradients that don't count.
+
+  LAPACK's SVD may never return from a matrix that holds an Inf.
+  """
+  gradient = jnp.where(matrix.layout.along_leaf(moves), matrix.gradient, 0)
+  return dataclasses.replace(matrix, gradient=gradient)
+
+
 def _move(layout, old, candidate, moves, error, drift):
   """Takes the candidates that came out orthonormal, where a move is wanted."""
   candidate = _sharding.like(candidate, old)
@@ -120,4 +135,5 @@ def _move(layout, old, candidate, moves, error, drift):
   moved_by = jnp.sqrt(jnp.maximum(1.0 - kept, 0.0))
   error = jnp.where(usable, new_error.astype(error.dtype), error)
   drift = jnp.where(usable, moved_by.astype(drift.dtype), drift)
-  return new, error, drift, step.astype(jnp.float32)
+  move = _projected.Move(usable, step.astype(jnp.float32))
+  return new, error, drift, move

@@ -46,9 +46,10 @@ def svd(update_proj_gap: Any = 200, method: str = 'auto') -> _base.Projector:
     method: 'exact', a full SVD of every matrix; 'gram', eigenvectors of the
       Gram matrix of the short side, which loses directions weaker than 3e-4 of
       the strongest; 'randomized', three rounds of subspace iteration from a
-      Gaussian start, matrix products only; 'auto', exact where the matrix lies
-      on one device that is not a TPU, else randomized. Only 'randomized' never
-      gathers a sharded gradient.
+      Gaussian start, matrix products only; 'auto', exact where the matrix
+      surely lies on one device that is not a TPU, else (and on any mesh of
+      several automatic devices) randomized. Only 'randomized' never gathers a
+      sharded gradient.
 
   Returns:
     A projector with orthonormal bases.
@@ -133,11 +134,13 @@ def _randomized(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
   layout, g = matrix.layout, matrix.gradient
   p = _linalg.gaussian(layout, matrix.seed, period)
   p = layout.settle_basis(p, g)
-  scale = layout.along_basis(1.0 / matrix.energy).astype(p.dtype)
+  scale = lax.rsqrt(matrix.energy).astype(p.dtype)
   for _ in range(_ITERATIONS):
-    image = layout.back(g, layout.project(g, p)).astype(p.dtype)
+    # Scaled after each product, since G may be float16.
+    image = layout.project(g, p).astype(p.dtype) * layout.along_coords(scale)
+    image = layout.back(g, image).astype(p.dtype) * layout.along_basis(scale)
     image = layout.settle_basis(image, g)
-    p = _linalg.orthonormalize(layout, image * scale + _SHIFT * p)
+    p = _linalg.orthonormalize(layout, image + _SHIFT * p)
   return p
 
 

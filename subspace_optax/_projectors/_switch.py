@@ -113,10 +113,10 @@ def _rest(rule, context, matrices, coords, subspaces, state):
   )
   if moves is None:
     return subspaces, None, state
-  stay = lambda basis, matrix: _projected.Move(
-    jnp.array(False), _base.still(matrix.layout, basis)
+  still = jax.tree.map(
+    lambda basis, matrix: _base.still(matrix, basis), subspaces.basis, matrices
   )
-  return subspaces, jax.tree.map(stay, subspaces.basis, matrices), state
+  return subspaces, still, state
 
 
 def _merge(bases, moves):
@@ -126,11 +126,8 @@ def _merge(bases, moves):
     return None
 
   def pick(one: _projected.Move, other: _projected.Move) -> _projected.Move:
-    transition = lax.select(
-      jnp.broadcast_to(other.moved, other.transition.shape),
-      other.transition,
-      one.transition,
-    )
+    of_other = other.moved[..., None, None]
+    transition = jnp.where(of_other, other.transition, one.transition)
     return _projected.Move(one.moved | other.moved, transition)
 
   def merge(basis, *of_leaf):

@@ -1,0 +1,53 @@
+"""Checkpoints by Orbax v1: written in the background, complete or absent."""
+
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+
+def open_folder(
+  folder: pathlib.Path, keep: int = 2
+) -> ocp.training.Checkpointer:
+  """A checkpointer that keeps the newest ones and removes unfinished ones."""
+  newest: Any = ocp.training.preservation_policies.LatestN(keep)
+  return ocp.training.Checkpointer(
+    str(folder.absolute()),
+    preservation_policy=newest,
+    cleanup_tmp_directories=True,
+  )
+
+
+def by_name(state: Any) -> dict[str, Any]:
+  """The leaves of `state` by path, but the empty ones, which Orbax refuses."""
+  leaves, _ = jax.tree.flatten_with_path(state)
+  return {_name(path): x for path, x in leaves if x.size}
+
+
+def save(
+  checkpointer: ocp.training.Checkpointer, step: int, state: Any
+) -> None:
+  """Starts to write `state`; it is copied now, so it may be donated next."""
+  checkpointer.wait()  # a save still under way would make Orbax skip this one
+  checkpointer.save_async(step, by_name(state))
+
+
+def restore(
+  checkpointer: ocp.training.Checkpointer, like: Any
+) -> tuple[int, Any]:
+  """(step, state) of the newest complete checkpoint, or (0, `like`)."""
+  if checkpointer.latest is None:
+    return 0, like
+  step = checkpointer.latest.step
+  loaded = checkpointer.load(step, jax.tree.map(_abstract, by_name(like)))
+  pick = lambda path, x: loaded.get(_name(path), x)
+  return step, jax.tree.map_with_path(pick, like)
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='.')
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

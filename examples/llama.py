@@ -1,0 +1,177 @@
+"""A LLaMA in Flax nnx: RMSNorm, rotary positions, causal attention, SwiGLU.
+
+Axes are named in the suffix of each array: B batch, T time, D width, F width of
+the MLP, H heads, K width of a head, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+_INIT = nnx.initializers.lecun_normal()
+_EMBED_INIT = nnx.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """Sizes of a LLaMA; `NAMED` holds those that have a name."""
+
+  width: int
+  mlp_width: int
+  layers: int
+  heads: int
+  vocab: int = 32_000
+  dtype: str = 'float32'  # of the activations and the matrix products
+  param_dtype: str = 'float32'
+  scan_layers: bool = (
+    True  # one stack of kernels (layers, in, out) and one scan
+  )
+  remat: bool = False  # recompute each block in the backward pass
+  rope_base: float = 10_000.0
+  norm_epsilon: float = 1e-6
+
+
+NAMED = {
+  'llama_test': LlamaConfig(width=16, mlp_width=40, layers=2, heads=2),
+  'llama_1m': LlamaConfig(width=128, mlp_width=352, layers=4, heads=4),
+  'llama_3m': LlamaConfig(width=192, mlp_width=512, layers=6, heads=6),
+  'llama_10m': LlamaConfig(width=320, mlp_width=864, layers=8, heads=5),
+  'llama_60m': LlamaConfig(width=512, mlp_width=1376, layers=8, heads=8),
+  'llama_130m': LlamaConfig(width=768, mlp_width=2048, layers=12, heads=12),
+  'llama_350m': LlamaConfig(width=1024, mlp_width=2736, layers=24, heads=16),
+  'llama_1b': LlamaConfig(width=2048, mlp_width=5461, layers=24, heads=32),
+  'llama_7b': LlamaConfig(width=4096, mlp_width=11008, layers=32, heads=32),
+}
+
+
+def named(name: str, **changes) -> LlamaConfig:
+  """The configuration called `name`, with some fields changed."""
+  if name not in NAMED:
+    raise ValueError(f'model={name!r} is unknown; choose from {sorted(NAMED)}')
+  return dataclasses.replace(NAMED[name], **changes)
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale, computed in float32."""
+
+  def __init__(self, c: LlamaConfig):
+    self.scale = nnx.Param(jnp.ones((c.width,), c.param_dtype))
+    self.epsilon = c.norm_epsilon
+    self.dtype = c.dtype
+
+  def __call__(self, x_BxTxD):
+    x = x_BxTxD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.epsilon)
+    scale_1x1xD = self.scale[...].astype(jnp.float32)[None, None]
+    return (x * scale_1x1xD).astype(self.dtype)
+
+
+def linear(c: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs):
+  return nnx.Linear(
+    inputs,
+    outputs,
+    use_bias=False,
+    kernel_init=_INIT,
+    dtype=c.dtype,
+    param_dtype=c.param_dtype,
+    rngs=rngs,
+  )
+
+
+def rotate(x_BxTxHxK, base: float):
+  """Turns the pair (k, k + K/2) of position t by the angle t base^(-2k/K)."""
+  T, K = x_BxTxHxK.shape[1], x_BxTxHxK.shape[3]
+  frequency_K2 = base ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+  angle_TxK2 = jnp.outer(jnp.arange(T, dtype=jnp.float32), frequency_K2)
+  cos, sin = jnp.cos(angle_TxK2), jnp.sin(angle_TxK2)
+  cos, sin = cos[None, :, None], sin[None, :, None]
+  a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
+  x = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return x.astype(x_BxTxHxK.dtype)
+
+
+class Attention(nnx.Module):
+  """Causal self-attention; the heads are merged, so every kernel is (D, D)."""
+
+  def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
+    self.wq, self.wk, self.wv, self.wo = (
+      linear(c, c.width, c.width, rngs) for _ in range(4)
+    )
+    self.heads = c.heads
+    self.rope_base = c.rope_base
+
+  def __call__(self, x_BxTxD):
+    B, T, D = x_BxTxD.shape
+    split = lambda x: x.reshape(B, T, self.heads, D // self.heads)
+    q_BxTxHxK = rotate(split(self.wq(x_BxTxD)), self.rope_base)
+    k_BxTxHxK = rotate(split(self.wk(x_BxTxD)), self.rope_base)
+    v_BxTxHxK = split(self.wv(x_BxTxD))
+    y_BxTxHxK = jax.nn.dot_product_attention(
+      q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, is_causal=True
+    )
+    return self.wo(y_BxTxHxK.reshape(B, T, D))
+
+
+class Mlp(nnx.Module):
+  """SwiGLU: down(silu(gate x) * up x)."""
+
+  def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
+    self.gate = linear(c, c.width, c.mlp_width, rngs)
+    self.up = linear(c, c.width, c.mlp_width, rngs)
+    self.down = linear(c, c.mlp_width, c.width, rngs)
+
+  def __call__(self, x_BxTxD):
+    h_BxTxF = jax.nn.silu(self.gate(x_BxTxD)) * self.up(x_BxTxD)
+    return self.down(h_BxTxF)
+
+
+class Block(nnx.Module):
+  def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(c)
+    self.attention = Attention(c, rngs)
+    self.mlp_norm = RMSNorm(c)
+    self.mlp = Mlp(c, rngs)
+
+  def __call__(self, x_BxTxD):
+    x_BxTxD = x_BxTxD + self.attention(self.attention_norm(x_BxTxD))
+    return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+
+
+def stack(c: LlamaConfig, rngs: nnx.Rngs) -> Any:
+  """All blocks: as one module of stacked kernels, or as a list of modules."""
+  if not c.scan_layers:
+    return nnx.List([Block(c, rngs) for _ in range(c.layers)])
+  return nnx.vmap(lambda r: Block(c, r))(rngs.split(c.layers))
+
+
+class Llama(nnx.Module):
+  """Tokens (B, T) to logits (B, T, V)."""
+
+  def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
+    self.config = c
+    self.embed = nnx.Embed(
+      c.vocab,
+      c.width,
+      embedding_init=_EMBED_INIT,
+      dtype=c.dtype,
+      param_dtype=c.param_dtype,
+      rngs=rngs,
+    )
+    self.blocks = stack(c, rngs)
+    self.final_norm = RMSNorm(c)
+    self.lm_head = linear(c, c.width, c.vocab, rngs)
+
+  def __call__(self, tokens_BxT):
+    step = lambda x, block: (block(x), None)
+    if self.config.remat:
+      step = jax.checkpoint(step)
+    x_BxTxD = self.embed(tokens_BxT)
+    if self.config.scan_layers:
+      x_BxTxD, _ = jax.lax.scan(step, x_BxTxD, self.blocks)
+    else:
+      for block in self.blocks:
+        x_BxTxD, _ = step(x_BxTxD, block)
+    return self.lm_head(self.final_norm(x_BxTxD))

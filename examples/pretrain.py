@@ -1,0 +1,350 @@
+r"""Trains a LLaMA on text, by one optimizer or by several side by side.
+
+  python examples/pretrain.py
+  python examples/pretrain.py --optimizer galore --rank 16 --out runs/galore
+  python examples/pretrain.py --out runs/galore --resume ...
+  python examples/pretrain.py --compare online_subspace_descent,galore,adamw
+  python examples/pretrain.py --model llama_60m --data c4:2000000 \
+      --vocab 32000 --seq 256 --batch 512 --accumulation 8 --rank 128 \
+      --steps 10000 --dtype bfloat16 --remat
+
+By default the text is the docstrings of the installed packages, so nothing is
+downloaded. A run leaves config.json, metrics.jsonl, curves.png, summary.json
+and checkpoints/ in its folder. Ctrl-C saves and says how to go on.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import pathlib
+import shlex
+import sys
+
+from flax import nnx
+import jax
+import numpy as np
+import tyro
+
+import checkpoint
+import data
+import interrupt
+import llama
+import recipes
+import report
+import settings
+from settings import Config
+import subspace_optax as so
+import train_step
+import trigram
+
+# Fields that may differ between a run and its continuation.
+_FREE = """compare data out resume tensorboard log_every eval_every eval_batches
+    final_eval_batches save_every""".split()
+
+
+# --- The folder of a run -----------------------------------------------------
+
+
+def resolve(c: Config) -> Config:
+  """Checks the configuration and fills in what depends on other fields."""
+  settings.check(c)
+  names = settings.optimizers(c)
+  if c.scan_layers and 'contrib_galore' in names:
+    report.say(
+      'contrib_galore projects 2-D kernels only: '
+      'the layers are not stacked in this run'
+    )
+    c = dataclasses.replace(c, scan_layers=False)
+  name = 'compare' if c.compare else c.optimizer
+  return dataclasses.replace(c, out=c.out or f'runs/{c.model}-{name}')
+
+
+def for_optimizer(c: Config, name: str) -> Config:
+  """The configuration of one optimizer's run."""
+  out = str(pathlib.Path(c.out, name)) if c.compare else c.out
+  c = dataclasses.replace(c, optimizer=name, out=out, compare='')
+  lr, lr_rest = recipes.rates(c)
+  return dataclasses.replace(c, lr=lr, lr_rest=lr_rest)
+
+
+def make_room(c: Config):
+  """Moves an earlier run out of the way; nothing is ever overwritten."""
+  out = pathlib.Path(c.out)
+  if c.resume or not out.exists() or not any(out.iterdir()):
+    return
+  if not [*out.glob('config.json'), *out.glob('*/config.json')]:
+    raise ValueError(f'out={c.out!r} is a folder of something else')
+  names = (pathlib.Path(f'{out}.{i}') for i in itertools.count(1))
+  spare = next(path for path in names if not path.exists())
+  report.say(f'{out} is there already: moved to {spare}')
+  out.rename(spare)
+
+
+def check_same_run(c: Config, corpus: data.Corpus):
+  """Compares with the configuration that `out` was begun with, or saves it."""
+  path = pathlib.Path(c.out, 'config.json')
+  given = dataclasses.asdict(c) | {'sha256': corpus.sha256}
+  saved = json.loads(path.read_text()) if path.exists() else given
+  for name, value in given.items():
+    if name not in _FREE and saved.get(name) != value:
+      raise ValueError(
+        f'{name}={value!r}, but the run in out={c.out!r} has '
+        f'{name}={saved.get(name)!r}'
+        + (f' (data={c.data!r} is another text)' if name == 'sha256' else '')
+      )
+  report.write_json(path, given)
+
+
+# --- Training ----------------------------------------------------------------
+
+
+def build(c: Config, vocab: int):
+  """(loss, optimizer, initial state) of a run."""
+  model = llama.named(
+    c.model,
+    vocab=vocab,
+    dtype=c.dtype,
+    param_dtype=c.param_dtype,
+    scan_layers=c.scan_layers,
+    remat=c.remat,
+  )
+  tx = recipes.make(c)
+  graphdef, _ = nnx.split(
+    nnx.eval_shape(lambda: llama.Llama(model, nnx.Rngs(0)))
+  )
+
+  @jax.jit
+  def init(key):
+    params = nnx.to_pure_dict(nnx.state(llama.Llama(model, nnx.Rngs(key))))
+    return {'params': params, 'opt_state': tx.init(params)}
+
+  return train_step.make_loss(graphdef), tx, init(jax.random.key(c.seed))
+
+
+class Validation:
+  """Mean loss on fixed windows of the validation tokens."""
+
+  def __init__(self, c: Config, loss: Callable, tokens: np.ndarray):
+    self._loss = jax.jit(loss)
+    pick = lambda count: data.validation_batches(tokens, c.batch, c.seq, count)
+    self._some, self._all = pick(c.eval_batches), pick(c.final_eval_batches)
+
+  def __call__(self, params, final: bool = False) -> float:
+    batches = self._all if final else self._some
+    return float(np.mean([self._loss(params, b) for b in batches], dtype=float))
+
+
+def bits(loss: float, corpus: data.Corpus) -> float:
+  """Nats a token to bits a byte, or bits a token where bytes are unknown."""
+  return loss / math.log(2) * (corpus.tokens_per_byte or 1.0)
+
+
+def digest(params) -> str:
+  """A hash of every bit of the parameters."""
+  leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(params)]
+  return hashlib.sha256(b''.join(leaves)).hexdigest()
+
+
+def derived(row: dict, corpus: data.Corpus) -> dict:
+  """A row of metrics as Python numbers, with what follows from the loss."""
+  row = {k: v if k == 'step' else float(v) for k, v in row.items()}
+  if 'loss' in row:
+    row['bits'] = bits(row['loss'], corpus)
+  if 'validation_loss' in row:
+    row['validation_perplexity'] = math.exp(min(row['validation_loss'], 700.0))
+    row['validation_bits'] = bits(row['validation_loss'], corpus)
+  return row
+
+
+def batches(c: Config, corpus: data.Corpus, start: int) -> Iterator[np.ndarray]:
+  """The batches of the steps from `start` on, (A, B / A, T + 1) each."""
+  shape = (c.accumulation, c.batch // c.accumulation)
+  for step in range(start, c.steps):
+    yield data.batch(corpus.train, shape, c.seq, c.seed, step)
+
+
+def compiled(c: Config, loss, tx, state, corpus: data.Corpus):
+  """The step for these shapes only: it can't compile a second time."""
+  example = next(batches(c, corpus, 0))
+  program = jax.jit(train_step.make_step(loss, tx), donate_argnums=0)
+  return program.lower(state, example).compile()
+
+
+def run_steps(c: Config, corpus: data.Corpus, parts, saved, start: int, state):
+  """The loop: (last step, state, steps per second, signal that ended it)."""
+  loss, tx, validate = parts
+  rate = recipes.schedule(recipes.rates(c)[0], c.steps, c.schedule)
+  log = report.MetricsFile(pathlib.Path(c.out), start, c.tensorboard)
+  line = report.LiveLine(c.optimizer, start, c.steps)
+  done = start
+  due = lambda every: done % every == 0 or done == c.steps
+  with log, line, interrupt.Stop() as stop:
+    run = compiled(c, loss, tx, state, corpus)
+    meter = report.Meter(start)
+    for done, batch in enumerate(batches(c, corpus, start), start + 1):
+      state, metrics = run(state, batch)
+      line.advance(done)
+      if due(c.log_every):  # the only place that waits for the device
+        row = derived({'step': done, 'lr': rate(done - 1)} | metrics, corpus)
+        row['steps_per_second'] = meter.read(done)
+        row['tokens_per_second'] = row['steps_per_second'] * c.batch * c.seq
+        log.write(row)
+        line.show(row)
+      if due(c.eval_every):
+        row = {'step': done, 'validation_loss': validate(state['params'])}
+        log.write(derived(row, corpus))
+        meter.restart(done)
+      if due(c.save_every) or stop.signal:
+        checkpoint.save(saved, done, state)
+      if stop.signal:
+        break
+  return done, state, meter.mean, stop.signal
+
+
+def leave(c: Config, step: int, number: int):
+  """Ends a run that was asked to stop; its checkpoint is written by now."""
+  words = [word for word in sys.argv if word != '--resume']
+  report.say(
+    f'stopped and saved after step {step} of {c.steps}; to go on:\n'
+    f'  python {shlex.join(words)} --resume'
+  )
+  raise SystemExit(128 + number)
+
+
+def draw(c: Config, corpus: data.Corpus, bar: float | None):
+  out, unit = pathlib.Path(c.out), bits_unit(corpus)
+  rows = report.read_rows(out / 'metrics.jsonl')
+  report.picture(out / 'curves.png', {c.optimizer: rows}, bar, unit)
+
+
+def bits_unit(corpus: data.Corpus) -> str:
+  return f'bits per {"byte" if corpus.tokens_per_byte else "token"}'
+
+
+def train(c: Config, corpus: data.Corpus, bar: float | None = None) -> dict:
+  """Runs one optimizer to the end and returns the summary of it."""
+  out = pathlib.Path(c.out)
+  check_same_run(c, corpus)
+  report.say(f'\n{c.optimizer}: {c.steps} steps of {c.batch} x {c.seq} tokens')
+  loss, tx, state = build(c, corpus.vocab)
+  validate = Validation(c, loss, corpus.validation)
+  with checkpoint.open_folder(out / 'checkpoints') as saved:
+    start, state = checkpoint.restore(saved, state)
+    if c.resume:
+      report.say(f'{out}: going on after step {start}')
+    parts = (loss, tx, validate)
+    done, state, speed, stopped = start, state, 0.0, 0
+    if start < c.steps:
+      done, state, speed, stopped = run_steps(
+        c, corpus, parts, saved, start, state
+      )
+  draw(c, corpus, bar)
+  if stopped:
+    leave(c, done, stopped)
+  summary = summarize(c, corpus, tx, state['params'], validate, speed)
+  summary['trigram_bits_per_byte'] = bar
+  report.write_json(out / 'summary.json', summary)
+  return summary
+
+
+def summarize(
+  c: Config, corpus: data.Corpus, tx, params, validate, speed
+) -> dict:
+  row = {'step': c.steps, 'validation_loss': validate(params, final=True)}
+  row = derived(row, corpus)
+  return {
+    'model': c.model,
+    'optimizer': c.optimizer,
+    'parameters': sum(x.size for x in jax.tree.leaves(params)),
+    'steps': c.steps,
+    'validation_loss': row['validation_loss'],
+    'validation_perplexity': row['validation_perplexity'],
+    'validation_bits_per_byte': (
+      row['validation_bits'] if corpus.tokens_per_byte else None
+    ),
+    'tokens_per_second': speed * c.batch * c.seq,
+    'memory': so.memory_report(tx, params)._asdict(),
+    'data_sha256': corpus.sha256,
+    'params_sha256': digest(params),
+  }
+
+
+# --- The program -------------------------------------------------------------
+
+
+def trigram_bar(corpus: data.Corpus) -> float | None:
+  """Bits per byte of the trigram on the validation text, if there is text."""
+  if min(len(corpus.train_text), len(corpus.validation_text)) < 100:
+    return None
+  return trigram.bits_per_byte(
+    trigram.fit(corpus.train_text), corpus.validation_text
+  )
+
+
+def load_corpus(c: Config) -> data.Corpus:
+  tokenizer = pathlib.Path(c.out, 'tokenizer.json')
+  known = tokenizer.read_text() if c.resume and tokenizer.exists() else ''
+  corpus = data.load(c.data, c.vocab, known)
+  for name, tokens in (
+    ('train', corpus.train),
+    ('validation', corpus.validation),
+  ):
+    if len(tokens) <= c.seq:
+      raise ValueError(
+        f'seq={c.seq} is too long for data={c.data!r}, which has '
+        f'{len(tokens)} {name} tokens'
+      )
+  report.say(f'{corpus.summary}\nsha256 {corpus.sha256}')
+  return corpus
+
+
+def compare_pictures(c: Config, corpus: data.Corpus, summaries, bar):
+  """All curves in one picture, and the memory beside them."""
+  out = pathlib.Path(c.out)
+  names = [s['optimizer'] for s in summaries]
+  rows = {n: report.read_rows(out / n / 'metrics.jsonl') for n in names}
+  memory = {s['optimizer']: s['memory'] for s in summaries}
+  report.picture(out / 'curves.png', rows, bar, bits_unit(corpus), memory)
+  report.write_json(
+    out / 'summary.json', {s['optimizer']: s for s in summaries}
+  )
+
+
+def verdict(summaries, bar: float | None):
+  """The final lines: results, memory beside Adam's, and the trigram."""
+  report.results_table(summaries)
+  for s in summaries:
+    report.say(f'\n{s["optimizer"]}\n{so.MemoryReport(**s["memory"])}')
+  if bar is None:
+    return
+  report.say('\nBits per byte of the validation files:')
+  scores = {s['optimizer']: s['validation_bits_per_byte'] for s in summaries}
+  for name, score in (scores | {'byte trigram': bar}).items():
+    report.say(f'{name:<24} {score:.3f}')
+
+
+def main(c: Config) -> list[dict]:
+  """Trains what the configuration asks for; the summaries."""
+  c = resolve(c)
+  corpus = load_corpus(c)
+  make_room(c)
+  if corpus.tokenizer:
+    report.write_text(pathlib.Path(c.out, 'tokenizer.json'), corpus.tokenizer)
+  bar = trigram_bar(corpus)
+  runs = [for_optimizer(c, name) for name in settings.optimizers(c)]
+  summaries = [train(run, corpus, bar) for run in runs]
+  if c.compare:
+    compare_pictures(c, corpus, summaries, bar)
+  verdict(summaries, bar)
+  report.say(f'everything is in {c.out}')
+  return summaries
+
+
+if __name__ == '__main__':
+  try:
+    main(tyro.cli(Config))
+  except KeyboardInterrupt:
+    raise SystemExit(130) from None

@@ -1,0 +1,149 @@
+"""From the name of an optimizer to an optax chain."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+import optax.contrib
+
+import subspace_optax as so
+
+# Peak learning rates (matrices, the rest), tuned at the default model and data.
+LEARNING_RATES = {
+  'online_subspace_descent': (5e-3, 5e-3),
+  'galore': (4e-3, 3e-3),
+  'golore': (4e-3, 3e-3),
+  'contrib_galore': (4e-3, 3e-3),
+  'adamw': (3e-3, 3e-3),
+  'adafactor': (3e-3, 3e-3),
+  'muon': (2e-2, 3e-3),
+}
+
+
+def is_matrix(path) -> bool:
+  """Attention and MLP kernels: what every method here projects."""
+  name = jax.tree_util.keystr(path, simple=True, separator='/')
+  return name.endswith('kernel') and 'lm_head' not in name
+
+
+def matrix_mask(params):
+  return jax.tree_util.tree_map_with_path(lambda p, _: is_matrix(p), params)
+
+
+def matrix_axes(dimension_numbers: Callable):
+  """Names the last two axes of every matrix; None keeps a leaf as it is."""
+
+  def label(path, x):
+    return (
+      dimension_numbers(x.ndim - 2, x.ndim - 1) if is_matrix(path) else None
+    )
+
+  return lambda params: jax.tree_util.tree_map_with_path(label, params)
+
+
+def schedule(peak: float, steps: int, kind: str = 'cosine'):
+  """Linear warm-up over a tenth of the steps, then a cosine to a tenth."""
+  if kind == 'constant':
+    return optax.constant_schedule(peak)
+  warmup = max(1, steps // 10)
+  return optax.warmup_cosine_decay_schedule(
+    peak / warmup, peak, warmup, max(steps, warmup + 1), end_value=0.1 * peak
+  )
+
+
+def online_subspace_descent(c, lr):
+  return so.online_subspace_descent(
+    lr, c.rank, weight_decay=c.weight_decay, seed=c.seed
+  )
+
+
+def galore(c, lr):
+  return so.galore(lr, c.rank, c.update_proj_gap, weight_decay=c.weight_decay)
+
+
+def golore(c, lr):
+  """GoLore@50%: gradients choose the bases, then chance does."""
+  return so.golore(
+    lr,
+    c.rank,
+    c.update_proj_gap,
+    random_from=c.steps // 2,
+    weight_decay=c.weight_decay,
+    seed=c.seed,
+  )
+
+
+def contrib_galore(c, lr):
+  return optax.contrib.galore(
+    lr,
+    c.rank,
+    c.update_proj_gap,
+    weight_decay=c.weight_decay,
+    weight_dimension_numbers=matrix_axes(optax.contrib.GaLoreDimensionNumbers),
+  )
+
+
+def adamw(c, lr):
+  return optax.adamw(lr, weight_decay=c.weight_decay)
+
+
+def adafactor(c, lr):
+  return optax.adafactor(
+    lr,
+    min_dim_size_to_factor=32,
+    multiply_by_parameter_scale=False,
+    weight_decay_rate=c.weight_decay or None,
+  )
+
+
+def muon(c, lr):
+  return optax.contrib.muon(
+    lr,
+    weight_decay=c.weight_decay,
+    adam_weight_decay=c.weight_decay,
+    muon_weight_dimension_numbers=matrix_axes(
+      optax.contrib.MuonDimensionNumbers
+    ),
+  )
+
+
+OPTIMIZERS = {
+  f.__name__: f
+  for f in (
+    online_subspace_descent,
+    galore,
+    golore,
+    contrib_galore,
+    adamw,
+    adafactor,
+    muon,
+  )
+}
+
+
+def check(name: str) -> str:
+  if name not in OPTIMIZERS:
+    raise ValueError(
+      f'optimizer={name!r} is unknown; choose from {sorted(OPTIMIZERS)}'
+    )
+  return name
+
+
+def rates(c) -> tuple[float, float]:
+  """Peak learning rates of the matrices and of the rest."""
+  lr, rest = LEARNING_RATES[check(c.optimizer)]
+  if c.lr is not None:
+    lr = rest = c.lr
+  return lr, rest if c.lr_rest is None else c.lr_rest
+
+
+def make(c) -> optax.GradientTransformation:
+  """The chain: clip the global norm, the optimizer, the split of the rates."""
+  lr, rest = rates(c)
+  steps = [OPTIMIZERS[c.optimizer](c, schedule(lr, c.steps, c.schedule))]
+  if c.clip:
+    steps.insert(0, optax.clip_by_global_norm(c.clip))
+  if rest != lr:
+    others = lambda p: jax.tree.map(lambda matrix: not matrix, matrix_mask(p))
+    steps.append(optax.masked(optax.scale(rest / lr), others))
+  return optax.chain(*steps)

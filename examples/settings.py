@@ -1,0 +1,91 @@
+"""The flags of `pretrain.py`, and what they may be."""
+
+import dataclasses
+import math
+import typing
+from typing import Any, Literal
+
+import llama
+import recipes
+
+Dtype = Literal['float32', 'bfloat16']
+Schedule = Literal['cosine', 'constant']
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Trains a LLaMA on text."""
+
+  model: str = 'llama_1m'  # a name of llama.NAMED: llama_1m, ..., llama_7b
+  optimizer: str = 'online_subspace_descent'  # a name of recipes.OPTIMIZERS
+  compare: str = ''  # several optimizers, separated by commas: one run for each
+  rank: int = 32  # of the subspaces
+  update_proj_gap: int = 100  # steps between refreshes of a basis
+  lr: float | None = None  # peak, of the matrices; None: recipes.LEARNING_RATES
+  lr_rest: float | None = None  # of embedding, head, norms; None: like lr
+  schedule: Schedule = 'cosine'  # both rates; cosine after a warm-up
+  weight_decay: float = 0.0
+  clip: float = 1.0  # global norm of the gradients; 0: no clipping
+  data: tuple[str, ...] = ()  # text files, folders, one .bin, or c4:COUNT
+  vocab: int = 0  # 0: bytes; else of a BPE trained here, or of the .bin
+  batch: int = 16  # sequences a step
+  accumulation: int = 1  # microbatches that a batch is cut into
+  seq: int = 64  # tokens in a sequence
+  steps: int = 400
+  dtype: Dtype = 'float32'  # of activations and matrix products
+  param_dtype: Dtype = 'float32'
+  scan_layers: bool = True  # stacked kernels, which contrib_galore can't take
+  remat: bool = False  # recompute the blocks in the backward pass
+  seed: int = 0
+  log_every: int = 10
+  eval_every: int = 50
+  eval_batches: int = 16  # batches of validation text on the way
+  final_eval_batches: int = 256  # and at the end; fewer if there is less text
+  save_every: int = 100
+  out: str = ''  # folder of the run; runs/MODEL-OPTIMIZER by default
+  resume: bool = False  # go on from the newest complete checkpoint in `out`
+  tensorboard: bool = False
+
+
+_POSITIVE = """rank update_proj_gap lr lr_rest batch accumulation seq steps
+    log_every eval_every eval_batches final_eval_batches save_every""".split()
+_NOT_NEGATIVE = 'vocab seed clip weight_decay'.split()
+
+
+def check_type(field: dataclasses.Field, value: Any):
+  origin = typing.get_origin(field.type)
+  if origin is Literal:
+    allowed = typing.get_args(field.type)
+    if value not in allowed:
+      raise ValueError(f'{field.name}={value!r}: expected one of {allowed}')
+    return
+  kind: Any = tuple if origin is tuple else field.type
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  fits = isinstance(value, kind) or (number and isinstance(1.0, kind))
+  if not fits or (isinstance(value, bool) and kind is not bool):
+    raise TypeError(f'{field.name}={value!r}: expected {kind}')
+
+
+def check(c: Config):
+  """Raises what is wrong with the arguments, by name and value."""
+  for field in dataclasses.fields(c):
+    check_type(field, getattr(c, field.name))
+  for name in _POSITIVE + _NOT_NEGATIVE:
+    value = getattr(c, name)
+    if value is None or 0 < value < math.inf:
+      continue
+    if value != 0 or name in _POSITIVE:
+      least = 'more than 0' if name in _POSITIVE else '0 or more'
+      raise ValueError(f'{name}={value!r}: expected {least}, and finite')
+  if c.batch % c.accumulation:
+    raise ValueError(
+      f'accumulation={c.accumulation} does not divide batch={c.batch}'
+    )
+  llama.named(c.model)
+  for name in optimizers(c):
+    recipes.check(name)
+
+
+def optimizers(c: Config) -> list[str]:
+  names = c.compare or c.optimizer
+  return [name.strip() for name in names.split(',')]

@@ -1,0 +1,72 @@
+"""One training step as one program: loss, mean gradient, update, metrics."""
+
+from collections.abc import Callable
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+import subspace_optax as so
+
+
+def make_loss(graphdef) -> Callable:
+  """The mean cross-entropy of a (B, T + 1) batch, in nats a token."""
+
+  def loss(params, batch_BxT1):
+    logits_BxTxV = nnx.merge(graphdef, params)(batch_BxT1[:, :-1])
+    return jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(
+        logits_BxTxV.astype(jnp.float32), batch_BxT1[:, 1:]
+      )
+    )
+
+  return loss
+
+
+def mean_gradient(loss: Callable, params, batch_AxBxT1):
+  """(loss, gradient), averaged over the A microbatches one after another."""
+  value_and_grad = jax.value_and_grad(loss)
+  if len(batch_AxBxT1) == 1:
+    return value_and_grad(params, batch_AxBxT1[0])
+
+  def add(total, batch_BxT1):
+    new = value_and_grad(params, batch_BxT1)
+    return jax.tree.map(jnp.add, total, new), None
+
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(value_and_grad, params, batch_AxBxT1[0]),
+  )
+  total, _ = jax.lax.scan(add, zeros, batch_AxBxT1)
+  return jax.tree.map(lambda x: x / len(batch_AxBxT1), total)
+
+
+def basis_metrics(opt_state) -> dict[str, jax.Array]:
+  """Captured energy and the like, averaged over all matrices."""
+  try:
+    by_path = so.subspace_metrics(opt_state)
+  except ValueError:  # an optimizer without subspaces
+    return {}
+  names = {name for metrics in by_path.values() for name in metrics}
+  gather = lambda name: [
+    jnp.ravel(m[name]) for m in by_path.values() if name in m
+  ]
+  return {
+    name: jnp.mean(jnp.concatenate(gather(name))) for name in sorted(names)
+  }
+
+
+def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
+  """(state, batch) -> (state, metrics): the whole step as one program."""
+
+  def step(state, batch_AxBxT1):
+    params, opt_state = state['params'], state['opt_state']
+    value, gradient = mean_gradient(loss, params, batch_AxBxT1)
+    updates, opt_state = tx.update(gradient, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    metrics = {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
+    metrics |= basis_metrics(opt_state)
+    return {'params': params, 'opt_state': opt_state}, metrics
+
+  return step

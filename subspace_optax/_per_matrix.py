@@ -1,0 +1,190 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""An inner optimizer with a state of its own for every matrix.
+
+Counters that a tree-wide state shares among leaves can be restarted for one
+matrix only if each has its own, as `transport='reset'` needs: with Adam's
+moments at zero but its count at T, bias correction would be off for 1/(1-b2)
+steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax import _sharding
+from subspace_optax import _tree
+
+_AXES = 'abcdefghijklmnopqrstuvw'
+
+# From path to the axes of a leaf that count matrices; a plain leaf has none.
+BatchAxes = Mapping[str, tuple[int, ...]]
+
+
+def per_matrix(
+  inner: optax.GradientTransformation, batch_axes: BatchAxes
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `inner` run on each matrix alone.
+
+  Every field of its state is a tree with the parameters' structure, in which
+  the first axes of a leaf's arrays count its matrices.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    pairs, treedef = _tree.flatten(params)
+    rows = [
+      _init_leaf(inner, leaf, batch_axes.get(path, ())) for path, leaf in pairs
+    ]
+    return _from_rows(inner, rows, treedef)
+
+  def update(updates, state, params=None, **extra_args):
+    del params
+    pairs, treedef = _tree.flatten(updates)
+
+    def one(u: Any, row: Row) -> tuple[Any, Row]:
+      s = _structure(inner).unflatten(row)
+      u, s = inner.update(u, s, None, **extra_args)
+      return u, tuple(jax.tree.leaves(s))
+
+    results = [
+      (u, row)
+      if _tree.is_masked(u)
+      else _over_matrices(one, batch_axes.get(path, ()))(u, row)
+      for (path, u), row in zip(
+        pairs, _to_rows(inner, state, pairs), strict=True
+      )
+    ]
+    new_updates = treedef.unflatten([u for u, _ in results])
+    return new_updates, _from_rows(inner, [row for _, row in results], treedef)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def restart(
+  inner: optax.GradientTransformation,
+  state: Any,
+  coords: Any,
+  moves: Mapping[str, Any],
+) -> Any:
+  """Returns the state of `per_matrix(inner)`, anew for matrices that moved.
+
+  Args:
+    inner: what `per_matrix` wraps.
+    state: of `per_matrix(inner)`.
+    coords: the tree of coordinates and plain leaves.
+    moves: from path to the leaf's `Projected` node and its `Move`.
+  """
+
+  def one(path: str, row: Row) -> Row:
+    if path not in moves:
+      return row
+    node, move = moves[path]
+    fresh = _init_leaf(inner, node.coords, node.layout.coords_batch)
+    fresh = jax.tree.map(_sharding.like, fresh, row)
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+      after = tuple(range(move.moved.ndim, old.ndim))
+      return jnp.where(jnp.expand_dims(move.moved, after), new, old)
+
+    return lax.cond(
+      jnp.any(move.moved),
+      lambda: jax.tree.map(choose, fresh, row),
+      lambda: row,
+    )
+
+  pairs, treedef = _tree.flatten(coords)
+  rows = [
+    one(path, row)
+    for (path, _), row in zip(pairs, _to_rows(inner, state, pairs), strict=True)
+  ]
+  return _from_rows(inner, rows, treedef)
+
+
+# The leaves of one matrix's, or one leaf's, inner state.
+Row = tuple[Any, ...]
+
+
+def _init_leaf(
+  inner: optax.GradientTransformation, leaf: Any, axes: tuple[int, ...]
+) -> Row:
+  """Returns the states of a leaf's matrices, all of which start alike."""
+  if _tree.is_masked(leaf):
+    return (leaf,) * _structure(inner).num_leaves
+  if not axes:
+    return _init_one(inner, leaf)
+  sizes = list(enumerate(leaf.shape))
+  shape = tuple(size for i, size in sizes if i not in axes)
+  row = _init_one(inner, jnp.zeros(shape, leaf.dtype))
+  return tuple(_for_each(x, leaf, axes) for x in row)
+
+
+def _init_one(inner: optax.GradientTransformation, leaf: Any) -> Row:
+  state = inner.init(leaf)
+  if jax.tree.structure(state) != _structure(inner):
+    raise ValueError(
+      "transport='reset' runs inner on one matrix at a time, for which its "
+      f'state must have one structure, not {jax.tree.structure(state)} and '
+      f"{_structure(inner)}; use transport='keep' or 'first'."
+    )
+  return tuple(jax.tree.leaves(state))
+
+
+def _for_each(x: jax.Array, leaf: Any, axes: tuple[int, ...]) -> jax.Array:
+  """Returns one matrix's `x` for each matrix, sharded along with the leaf."""
+  names = _AXES[: len(leaf.shape)]
+  first = ''.join(names[i] for i in axes)
+  rest = ''.join(c for c in names if c not in first)
+  if x.ndim != len(rest):
+    rest = _AXES[::-1][: x.ndim]
+  counts = tuple(leaf.shape[i] for i in axes)
+  return _sharding.place(_repeat, (counts,), (x,), leaf, names, first + rest)
+
+
+def _repeat(counts: tuple[int, ...], x: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(x, counts + x.shape)
+
+
+def _over_matrices(
+  f: Callable[[Any, Row], tuple[Any, Row]], axes: tuple[int, ...]
+) -> Callable[[Any, Row], tuple[Any, Row]]:
+  """Maps `f` over the axes of a leaf, which in a row come first."""
+  for k in reversed(range(len(axes))):
+    of_leaf = axes[k] - k  # the axes before it are gone by then
+    f = jax.vmap(f, in_axes=(of_leaf, 0), out_axes=(of_leaf, 0))
+  return f
+
+
+def _structure(inner: optax.GradientTransformation) -> Any:
+  return jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
+
+
+def _from_rows(
+  inner: optax.GradientTransformation, rows: Sequence[Row], treedef: Any
+) -> Any:
+  structure = _structure(inner)
+  columns = zip(*rows, strict=True) if rows else [()] * structure.num_leaves
+  return structure.unflatten([treedef.unflatten(c) for c in columns])
+
+
+def _to_rows(
+  inner: optax.GradientTransformation, state: Any, pairs: Sequence[Any]
+) -> list[Row]:
+  fields = _structure(inner).flatten_up_to(state)
+  columns = [[leaf for _, leaf in _tree.flatten(field)[0]] for field in fields]
+  return list(zip(*columns, strict=True)) if columns else [()] * len(pairs)

@@ -1,0 +1,425 @@
+"""The example trainer: what a run leaves, how it goes on, what it refuses."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import checkpoint
+import data
+import interrupt
+import llama
+import pretrain
+import recipes
+import report
+import train_step
+
+ROOT = pathlib.Path(__file__).parent.parent
+WORDS = 'the cat sat on a mat and so did two dogs near one old log'.split()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once(tmp_path_factory):
+  """What one run of this file has compiled, the next one reads."""
+  before = jax.config.jax_compilation_cache_dir
+  folder = tmp_path_factory.mktemp('compiled')
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  yield
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  """A folder of six small files."""
+  folder = tmp_path_factory.mktemp('text')
+  for i in range(6):
+    words = np.random.default_rng(i).choice(WORDS, 400)
+    (folder / f'{i}.txt').write_text(' '.join(words))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def tiny(text):
+  """A configuration that trains in a second, once it is compiled."""
+  return pretrain.Config(
+    model='llama_test', data=(str(text),), rank=4, batch=4, seq=16, steps=6,
+    accumulation=2, update_proj_gap=2, log_every=2, eval_every=3, save_every=2,
+    eval_batches=2, final_eval_batches=4,
+  )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def finished(tiny, tmp_path_factory):
+  """(configuration, summary) of a whole run."""
+  out = tmp_path_factory.mktemp('runs') / 'finished'
+  config = dataclasses.replace(tiny, out=str(out))
+  (summary,) = pretrain.main(config)
+  return config, summary
+
+
+def shapes(config):
+  """(step, abstract state, abstract batch): a run without compiling it."""
+  config = pretrain.for_optimizer(config, config.optimizer)
+  parts = {}
+
+  def build():
+    parts['loss'], parts['tx'], state = pretrain.build(config, 256)
+    return state
+
+  state = jax.eval_shape(build)
+  batch = jax.ShapeDtypeStruct((2, 2, 17), jnp.int32)
+  return train_step.make_step(parts['loss'], parts['tx']), state, batch
+
+
+# --- A whole run -------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files(finished):
+  config, summary = finished
+  out = pathlib.Path(config.out)
+  saved = json.loads((out / 'config.json').read_text())
+  assert saved['optimizer'] == config.optimizer and len(saved['sha256']) == 64
+  assert json.loads((out / 'summary.json').read_text()) == summary
+  assert (out / 'curves.png').read_bytes().startswith(b'\x89PNG')
+  assert {p.name for p in (out / 'checkpoints').iterdir()} == {'4', '6'}
+
+
+def test_metrics_are_finite_and_complete(finished):
+  rows = report.read_rows(pathlib.Path(finished[0].out, 'metrics.jsonl'))
+  training = [row for row in rows if 'loss' in row]
+  assert [row['step'] for row in training] == [2, 4, 6]
+  assert [row['step'] for row in rows if 'validation_loss' in row] == [3, 6]
+  names = {'loss', 'bits', 'lr', 'gradient_norm', 'tokens_per_second'}
+  assert all(names <= row.keys() for row in training)
+  assert all(np.isfinite(list(row.values())).all() for row in rows)
+
+
+def test_energy_is_a_share(finished):
+  rows = report.read_rows(pathlib.Path(finished[0].out, 'metrics.jsonl'))
+  energy = [row['captured_energy'] for row in rows if 'loss' in row]
+  assert all(0 < e < 1.1 for e in energy)
+
+
+def test_summary(finished):
+  _, summary = finished
+  loss = summary['validation_loss']
+  np.testing.assert_allclose(summary['validation_perplexity'], np.exp(loss))
+  np.testing.assert_allclose(
+    summary['validation_bits_per_byte'], loss / np.log(2)
+  )
+  assert 0 < summary['trigram_bits_per_byte'] < 8
+  assert summary['memory']['adam'] >= 2 * summary['memory']['params']
+
+
+def test_an_earlier_run_is_moved_not_overwritten(tmp_path):
+  config = pretrain.Config(out=str(tmp_path / 'run'))
+  for i in range(2):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'config.json').write_text(str(i))
+    pretrain.make_room(config)
+  assert not (tmp_path / 'run').exists()
+  for i in range(2):
+    assert (tmp_path / f'run.{i + 1}' / 'config.json').read_text() == str(i)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+  (tmp_path / 'thesis.tex').touch()
+  with pytest.raises(ValueError, match='out=.* is a folder of something else'):
+    pretrain.make_room(pretrain.Config(out=str(tmp_path)))
+
+
+def test_compare_draws_every_optimizer(tiny, tmp_path, capsys):
+  """contrib_galore has empty arrays in its state and needs unstacked layers."""
+  config = dataclasses.replace(
+    tiny, compare='galore, contrib_galore', out=str(tmp_path / 'c'), steps=2,
+    tensorboard=True,
+  )  # fmt: skip
+  summaries = pretrain.main(config)
+  assert [s['optimizer'] for s in summaries] == ['galore', 'contrib_galore']
+  assert 'the layers are not stacked in this run' in capsys.readouterr().out
+  assert (tmp_path / 'c' / 'curves.png').exists()
+  assert list((tmp_path / 'c' / 'galore' / 'tensorboard').iterdir())
+  memory = [s['memory']['adam'] for s in summaries]
+  assert memory[0] == memory[1]
+
+
+# --- Going on ----------------------------------------------------------------
+
+
+def stop_at(monkeypatch, step, number):
+  """Sends a signal to this process when the loop has done `step` steps."""
+  advance = report.LiveLine.advance
+
+  def advance_and_signal(self, done):
+    advance(self, done)
+    if done == step:
+      signal.raise_signal(number)
+
+  monkeypatch.setattr(report.LiveLine, 'advance', advance_and_signal)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(
+  finished, tmp_path, monkeypatch, capsys
+):
+  whole, summary = finished
+  config = dataclasses.replace(whole, out=str(tmp_path / 'run'))
+  with monkeypatch.context() as patch:
+    stop_at(patch, 3, signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+      pretrain.main(config)
+  assert stopped.value.code == 130
+  assert 'saved after step 3 of 6' in capsys.readouterr().out
+  assert (tmp_path / 'run' / 'checkpoints' / '3').exists()
+  (resumed,) = pretrain.main(dataclasses.replace(config, resume=True))
+  assert resumed['params_sha256'] == summary['params_sha256']
+  assert resumed['validation_loss'] == summary['validation_loss']
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_one_acts(number):
+  before = signal.getsignal(number)
+  with interrupt.Stop() as stop:
+    assert stop.signal == 0 and signal.getsignal(number) != before
+    signal.raise_signal(number)
+    assert stop.signal == number and signal.getsignal(number) == before
+
+
+def test_resume_after_the_end_changes_nothing(finished):
+  config, summary = finished
+  (again,) = pretrain.main(dataclasses.replace(config, resume=True))
+  assert again['params_sha256'] == summary['params_sha256']
+
+
+CHILD = """
+import os, signal, sys
+import checkpoint, pretrain, tyro
+
+step, when = int(sys.argv.pop(1)), sys.argv.pop(1)
+save = checkpoint.save
+
+def save_and_die(checkpointer, done, state):
+  save(checkpointer, done, state)
+  if done == step:
+    if when == 'after':
+      checkpointer.wait()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save = save_and_die
+pretrain.main(tyro.cli(pretrain.Config))
+"""
+
+
+def start_child(tiny, out, step, when, *flags):
+  """Trains in another process, which kills itself at the save of `step`."""
+  command = [sys.executable, '-c', CHILD, str(step), when, '--out', str(out)]
+  command += ['--data', *tiny.data, *flags]
+  for field in dataclasses.fields(tiny):
+    value = getattr(tiny, field.name)
+    if type(value) in (int, str) and field.name != 'out':
+      command += [f'--{field.name.replace("_", "-")}', str(value)]
+  environment = {'PATH': '', 'JAX_PLATFORMS': 'cpu'}
+  environment['PYTHONPATH'] = f'{ROOT}:{ROOT / "examples"}'
+  return subprocess.Popen(
+    command, env=environment, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+  )  # fmt: skip
+
+
+def finish(child):
+  """(exit status, output) of a process."""
+  output, _ = child.communicate()
+  return child.returncode, output
+
+
+@pytest.mark.slow
+def test_killed_twice_and_resumed_equals_uninterrupted(tiny, tmp_path):
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  uninterrupted = start_child(tiny, whole, 0, '-')
+  status, _ = finish(start_child(tiny, killed, 2, 'after'))
+  assert status == -signal.SIGKILL
+  status, output = finish(start_child(tiny, killed, 4, 'during', '--resume'))
+  assert status == -signal.SIGKILL and 'going on after step 2' in output
+  for child in (start_child(tiny, killed, 0, '-', '--resume'), uninterrupted):
+    status, output = finish(child)
+    assert status == 0, output
+  summaries = [
+    json.loads((f / 'summary.json').read_text()) for f in (whole, killed)
+  ]
+  assert summaries[0]['params_sha256'] == summaries[1]['params_sha256']
+  rows = report.read_rows(killed / 'metrics.jsonl')
+  assert [row['step'] for row in rows if 'loss' in row] == [2, 4, 6]
+
+
+def test_an_unfinished_checkpoint_is_ignored(tmp_path):
+  state = {'a': jnp.arange(3.0), 'none': None, 'empty': jnp.zeros((0, 0))}
+  with checkpoint.open_folder(tmp_path) as saved:
+    assert checkpoint.restore(saved, state)[0] == 0
+    for step in (1, 2, 3):
+      checkpoint.save(saved, step, {**state, 'a': state['a'] + step})
+  (tmp_path / '4.orbax-checkpoint-tmp').mkdir()
+  with checkpoint.open_folder(tmp_path) as saved:
+    step, got = checkpoint.restore(saved, state)
+  assert step == 3 and got['none'] is None and got['empty'].shape == (0, 0)
+  np.testing.assert_array_equal(got['a'], [3.0, 4.0, 5.0])
+
+
+def test_half_a_line_of_metrics_is_dropped(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"st')
+  with report.MetricsFile(tmp_path, 1, tensorboard=False) as log:
+    log.write({'step': 2, 'loss': 1.5})
+  assert [row['loss'] for row in report.read_rows(path)] == [2.0, 1.5]
+
+
+# --- Bad input ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'rank': 8}, 'rank=8, but the run .* has rank=4'),
+    ({'model': 'llama_1m'}, "model='llama_1m', but .* model='llama_test'"),
+    ({'steps': 7}, 'steps=7, but .* steps=6'),
+    ({'optimizer': 'galore'}, "optimizer='galore', but"),
+    ({'lr': 0.5}, 'lr.*=0.5, but'),
+  ],
+)
+def test_a_checkpoint_of_another_config(finished, change, message):
+  config = dataclasses.replace(finished[0], resume=True, **change)
+  with pytest.raises(ValueError, match=message):
+    pretrain.main(config)
+
+
+def test_a_checkpoint_of_another_text(finished, tmp_path):
+  (tmp_path / 'other.txt').write_text('another text ' * 500)
+  config = dataclasses.replace(finished[0], resume=True, data=(str(tmp_path),))
+  with pytest.raises(ValueError, match='sha256=.*data=.* is another text'):
+    pretrain.main(config)
+
+
+@pytest.mark.parametrize(
+  ('change', 'error'),
+  [
+    ({'model': 'gpt'}, ValueError),
+    ({'optimizer': 'adamwx'}, ValueError),
+    ({'rank': 0}, ValueError),
+    ({'rank': 2.5}, TypeError),
+    ({'steps': '10'}, TypeError),
+    ({'batch': True}, TypeError),
+    ({'data': 'folder'}, TypeError),
+    ({'accumulation': 3}, ValueError),
+    ({'clip': -1.0}, ValueError),
+    ({'lr': float('nan')}, ValueError),
+    ({'dtype': 'float8'}, ValueError),
+    ({'schedule': 'linear'}, ValueError),
+    ({'data': ('/nowhere',)}, ValueError),
+    ({'seq': 10**6}, ValueError),
+  ],
+)
+def test_bad_arguments_are_named_with_their_value(tiny, change, error):
+  ((name, value),) = change.items()
+  shown = repr(value).strip('()')
+  with pytest.raises(error, match=f'{name}=.*{shown.strip(",")}'):
+    pretrain.main(dataclasses.replace(tiny, **change))
+
+
+def test_an_unknown_optimizer_to_compare(tiny):
+  config = dataclasses.replace(tiny, compare='galore,sophia')
+  with pytest.raises(ValueError, match="optimizer='sophia' is unknown"):
+    pretrain.main(config)
+
+
+# --- The step ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('optimizer', 'scan_layers'),
+  [(name, name != 'contrib_galore') for name in recipes.OPTIMIZERS]
+  + [(name, False) for name in ('galore', 'online_subspace_descent', 'muon')],
+)
+def test_every_optimizer_keeps_its_state_structure(
+  tiny, optimizer, scan_layers
+):
+  config = dataclasses.replace(
+    tiny, optimizer=optimizer, scan_layers=scan_layers
+  )
+  step, state, batch = shapes(config)
+  after, metrics = jax.eval_shape(step, state, batch)
+  kinds = lambda tree: jax.tree.map(
+    lambda x: (x.shape, x.dtype, x.weak_type), tree
+  )
+  assert kinds(after) == kinds(state)
+  assert metrics['loss'].dtype == jnp.float32
+
+
+def test_galore_and_contrib_galore_project_the_same_matrices(tiny):
+  def sizes(optimizer):
+    config = dataclasses.replace(tiny, scan_layers=False, optimizer=optimizer)
+    _, state, _ = shapes(config)
+    return sorted(x.size for x in jax.tree.leaves(state) if x.size > 1)
+
+  assert sizes('galore') == sizes('contrib_galore')
+
+
+def test_accumulation_averages():
+  loss = lambda w, x: jnp.mean((x @ w) ** 2)
+  w, x = jax.random.normal(jax.random.key(0), (5,)), np.random.rand(4, 3, 5)
+  x = x.astype(np.float32)
+  whole = train_step.mean_gradient(loss, w, x.reshape(1, 12, 5))
+  parts = train_step.mean_gradient(loss, w, x)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, parts
+  )
+
+
+def test_rates_of_matrices_and_the_rest():
+  config = pretrain.Config(
+    optimizer='adamw', lr=1e-2, lr_rest=3e-2, schedule='constant', clip=0.0
+  )
+  params = {
+    'embed': {'embedding': jnp.ones((4, 4))},
+    'wq': {'kernel': jnp.ones((4, 4))},
+  }
+  tx = recipes.make(config)
+  updates, _ = tx.update(params, tx.init(params), params)
+  np.testing.assert_allclose(
+    updates['wq']['kernel'], np.full((4, 4), -1e-2), rtol=1e-4
+  )
+  rest = updates['embed']['embedding']
+  np.testing.assert_allclose(rest, np.full((4, 4), -3e-2), rtol=1e-4)
+
+
+def test_gradients_are_clipped():
+  config = pretrain.Config(optimizer='adamw', clip=1.0)
+  tx = recipes.make(config)
+  params = {'wq': {'kernel': jnp.full((2, 2), 100.0)}}
+  _, state = tx.update(params, tx.init(params), params)
+  mu = optax.tree.get(state, 'mu')['wq']['kernel']
+  np.testing.assert_allclose(mu, np.full((2, 2), 0.1 * 0.5), rtol=1e-5)
+
+
+def test_schedule():
+  rate = recipes.schedule(2.0, 100)
+  assert 0 < rate(0) < rate(5) < rate(10)
+  np.testing.assert_allclose([rate(10), rate(55), rate(100)], [2.0, 1.1, 0.2])
+  assert recipes.schedule(2.0, 100, 'constant')(77) == 2.0
+
+
+def test_every_optimizer_has_learning_rates():
+  assert recipes.LEARNING_RATES.keys() == recipes.OPTIMIZERS.keys()
+  assert all(min(rates) > 0 for rates in recipes.LEARNING_RATES.values())
+
+
+def test_defaults_are_valid():
+  config = pretrain.resolve(pretrain.Config())
+  assert config.out == f'runs/{config.model}-{config.optimizer}'
+  assert config.model in llama.NAMED
+  assert set(data.PACKAGES) >= {'jax', 'optax'}
