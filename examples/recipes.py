@@ -11,10 +11,10 @@ import subspace_optax as so
 # Peak learning rates (matrices, the rest), tuned at the default model and data.
 LEARNING_RATES = {
   'online_subspace_descent': (5e-3, 5e-3),
-  'galore': (4e-3, 3e-3),
-  'golore': (4e-3, 3e-3),
-  'contrib_galore': (4e-3, 3e-3),
-  'adamw': (3e-3, 3e-3),
+  'galore': (5e-3, 5e-3),
+  'golore': (5e-3, 5e-3),
+  'contrib_galore': (5e-3, 5e-3),
+  'adamw': (2.5e-3, 5e-3),
   'adafactor': (3e-3, 3e-3),
   'muon': (2e-2, 3e-3),
 }

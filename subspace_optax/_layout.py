@@ -137,16 +137,6 @@ class Layout:
     """Axes of the coordinates that count matrices."""
     return tuple(map(self.coords_axes().index, self.batch_axes))
 
-  @property
-  def projected_axes(self) -> str:
-    """Subscripts of the axes that the basis spans."""
-    return ''.join(_AXES[i] for i in self.projected)
-
-  @property
-  def free_axes(self) -> str:
-    """Subscripts of the axes that coordinates keep."""
-    return ''.join(_AXES[i] for i in self.free)
-
   # Products. Those with the whole gradient run at the default precision and in
   # the gradient's dtype, like any other product of the training step, with
   # float32 sums; those of bases and transitions alone run in full float32.
@@ -212,25 +202,13 @@ class Layout:
   def place_basis(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, a basis, sharded as `leaf`."""
     return _sharding.place(
-      make,
-      static,
-      args,
-      leaf,
-      self.leaf_axes,
-      self.basis_axes(),
-      self.projected_axes,
+      make, static, args, leaf, self.leaf_axes, self.basis_axes()
     )
 
   def place_coords(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, coordinates, sharded as `leaf`."""
     return _sharding.place(
-      make,
-      static,
-      args,
-      leaf,
-      self.leaf_axes,
-      self.coords_axes(),
-      self.free_axes,
+      make, static, args, leaf, self.leaf_axes, self.coords_axes()
     )
 
   def place_values(self, make, static, args, leaf) -> jax.Array:
@@ -239,16 +217,14 @@ class Layout:
       make, static, args, leaf, self.leaf_axes, self.batch_axes
     )
 
-  def settle_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Returns `x` where `place_basis` puts it, under explicit sharding."""
-    return _sharding.settle(
-      x, leaf, self.leaf_axes, self.basis_axes(), self.projected_axes
-    )
+  def align_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns `x` with the sharding that products with `leaf` give it."""
+    return _sharding.settle(x, leaf, self.leaf_axes, self.basis_axes())
 
   def settle_coords(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
     """Returns `x` where `place_coords` puts it, under explicit sharding."""
     return _sharding.settle(
-      x, leaf, self.leaf_axes, self.coords_axes(), self.free_axes
+      x, leaf, self.leaf_axes, self.coords_axes(), rest=True
     )
 
   def along_leaf(self, x: jax.Array) -> jax.Array:

@@ -32,6 +32,9 @@ from jax.sharding import PartitionSpec
 
 Spec = tuple[Any, ...]
 
+# Subscripts of rank axes.
+RANK = 'yz'
+
 
 def _explicit_spec(x: jax.Array) -> Spec | None:
   """Returns the spec in the type of `x`, None outside explicit sharding."""
@@ -73,7 +76,8 @@ def einsum(
     return jnp.einsum(eq, a, b, **kwargs)
   inputs, output = eq.split('->')
   letters = inputs.split(',')
-  placed: dict[str, Any] = {}
+  # The rank axis is split at rest only: products of r x r are for every device.
+  placed: dict[str, Any] = dict.fromkeys(RANK)
   if out_sharding is not None:
     entries = _pad(out_sharding.spec, len(output))
     placed.update(zip(output, entries, strict=True))
@@ -144,19 +148,19 @@ def place(
   leaf: Any,
   leaf_axes: str,
   axes: str,
-  spread: str = '',
 ) -> jax.Array:
   """Returns `make(*static, *args)`, of `axes`, sharded along with `leaf`.
 
   An axis that both name is sharded alike. Mesh axes that only the rest of the
-  leaf used go to an axis of `spread` that they divide, so that bytes per device
-  fall with the mesh.
+  leaf used go to the rank axis where they divide it, so that bytes per device
+  fall with the mesh. (Joined to an axis that is split already, they made the
+  compiler pass the gradient around.)
   """
   sharding = _leaf_sharding(leaf)
   if sharding is None:
     return make(*static, *args)
   shape = jax.eval_shape(functools.partial(make, *static), *args).shape
-  spec = _derived_spec(sharding, leaf_axes, axes, spread, shape)
+  spec = _derived_spec(sharding, leaf_axes, axes, shape)
   target = NamedSharding(sharding.mesh, spec)
   if isinstance(leaf, Tracer):
     return jax.reshard(make(*static, *args), target)
@@ -174,13 +178,17 @@ def _compiled(
 
 
 def settle(
-  x: jax.Array, leaf: jax.Array, leaf_axes: str, axes: str, spread: str = ''
+  x: jax.Array, leaf: jax.Array, leaf_axes: str, axes: str, rest: bool = False
 ) -> jax.Array:
-  """Returns `x` sharded as `place` shards such an array, where explicit."""
+  """Returns `x` sharded along with `leaf`, where explicit.
+
+  With `rest` as `place` shards it; without, its rank axis is not split.
+  """
   if _explicit_spec(leaf) is None:
     return x
   sharding = jax.typeof(leaf).sharding
-  spec = _derived_spec(sharding, leaf_axes, axes, spread, x.shape)
+  shape = x.shape if rest else None
+  spec = _derived_spec(sharding, leaf_axes, axes, shape)
   return jax.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
@@ -205,23 +213,21 @@ def on_mesh_of(leaves: list[Any], tree: Any) -> Any:
 
 
 def _derived_spec(
-  sharding: Any, leaf_axes: str, axes: str, spread: str, shape: Spec
+  sharding: Any, leaf_axes: str, axes: str, shape: Spec | None
 ) -> PartitionSpec:
+  """Returns the spec of state; its rank axis is split if `shape` is given."""
   entries = map(_names, _pad(sharding.spec, len(leaf_axes)))
   of_leaf = dict(zip(leaf_axes, entries, strict=True))
   spec = [of_leaf.get(axis, ()) for axis in axes]
   left = [k for axis in leaf_axes if axis not in axes for k in of_leaf[axis]]
-  sizes = sharding.mesh.shape
-  # Axes that are split already come first: joining them, the compiler gathers
-  # small arrays over a subgroup, where a new axis made it gather the gradient.
-  candidates = sorted(map(axes.index, spread), key=lambda i: not spec[i])
-  for name in left:
-    for i in candidates:
+  if shape is not None and RANK[0] in axes and RANK[1] not in axes:
+    i, sizes = axes.index(RANK[0]), sharding.mesh.shape
+    for name in left:
       if shape[i] % math.prod(sizes[k] for k in (*spec[i], name)) == 0:
         spec[i] = (*spec[i], name)
-        break
   entries = [_entry(names) for names in spec]
-  # The form that jit gives its results, so that the second step hits its cache.
+  # P('x') and P('x', None) are one placement, but two keys of jit's cache: this
+  # is the form that jit gives its results.
   while entries and entries[-1] is None and not sharding.mesh.explicit_axes:
     entries.pop()
   return PartitionSpec(*entries)

@@ -103,14 +103,14 @@ def no_track(context, matrices, coords, subspaces, state):
   return subspaces, None, state
 
 
-def still(matrix: Matrix, basis: jax.Array) -> _projected.Move:
+def still(matrix: Matrix) -> _projected.Move:
   """Returns the move of a basis that stays where it is."""
   layout = matrix.layout
   shape = (*layout.batch_shape, layout.rank, layout.rank)
   eye = jnp.eye(layout.rank, dtype=jnp.float32)
   eye = jnp.broadcast_to(eye.reshape((1,) * len(shape[:-2]) + eye.shape), shape)
   axes = layout.batch_axes + 'yz'
-  eye = _sharding.settle(eye, basis, layout.basis_axes(), axes)
+  eye = _sharding.settle(eye, matrix.gradient, layout.leaf_axes, axes)
   return _projected.Move(jnp.zeros_like(matrix.ok), eye)
 
 

@@ -157,7 +157,6 @@ def _pca_gradient(basis, matrix, coords, ok, orthogonality):
   scale = lax.rsqrt(matrix.energy)
   a = coords * layout.along_coords(scale)
   h = layout.back(matrix.gradient, a) * layout.along_basis(scale)
-  h = _sharding.like(h, p)
   s = layout.gram(p, p)
   aa = layout.gram(p, h)  # P^T (G~ A^T) = A A^T
   eye = _linalg.identity_like(s)
@@ -168,7 +167,7 @@ def _pca_gradient(basis, matrix, coords, ok, orthogonality):
   captured = jnp.sum(aa * (2.0 * eye - s), axis=(-2, -1))
   error = _linalg.orthogonality_error(s)
   grad = jnp.where(layout.along_basis(ok), grad, jnp.zeros_like(grad))
-  return grad.astype(basis.dtype), captured, error
+  return _sharding.like(grad, basis), captured, error
 
 
 def _step(old, update, matrix, ok):

@@ -89,7 +89,7 @@ def periodic(
           error,
           drift,
         ),
-        lambda: (basis, error, drift, _base.still(matrix, basis)),
+        lambda: (basis, error, drift, _base.still(matrix)),
       )
       # A factorisation that failed is owed, too.
       owed = (owed | due) & ~move.moved

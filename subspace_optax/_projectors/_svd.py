@@ -133,13 +133,12 @@ def _randomized(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
   """Rounds of P <- orth((G G^T / ||G||^2 + shift) P) from a Gaussian P."""
   layout, g = matrix.layout, matrix.gradient
   p = _linalg.gaussian(layout, matrix.seed, period)
-  p = layout.settle_basis(p, g)
+  p = layout.align_basis(p, g)
   scale = lax.rsqrt(matrix.energy).astype(p.dtype)
   for _ in range(_ITERATIONS):
     # Scaled after each product, since G may be float16.
     image = layout.project(g, p).astype(p.dtype) * layout.along_coords(scale)
     image = layout.back(g, image).astype(p.dtype) * layout.along_basis(scale)
-    image = layout.settle_basis(image, g)
     p = _linalg.orthonormalize(layout, image + _SHIFT * p)
   return p
 

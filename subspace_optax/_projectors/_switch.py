@@ -113,9 +113,7 @@ def _rest(rule, context, matrices, coords, subspaces, state):
   )
   if moves is None:
     return subspaces, None, state
-  still = jax.tree.map(
-    lambda basis, matrix: _base.still(matrix, basis), subspaces.basis, matrices
-  )
+  still = jax.tree.map(_base.still, matrices)
   return subspaces, still, state
 
 
