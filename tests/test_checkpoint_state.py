@@ -1,0 +1,113 @@
+"""The state in an Orbax checkpoint, and training that resumes from it."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+from orbax.checkpoint import v1 as ocp
+import pytest
+
+import cases
+import subspace_optax as so
+
+
+def _abstract(tree, mesh=None):
+  """Returns shapes, dtypes and shardings, on another mesh if it is given."""
+
+  def one(x):
+    sharding = x.sharding
+    if mesh is not None:
+      sharding = NamedSharding(mesh, getattr(sharding, 'spec', P()))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(one, tree)
+
+
+def _save_and_load(folder, tree, abstract):
+  ocp.save(folder / 'state', tree)
+  return ocp.load(folder / 'state', abstract)
+
+
+@pytest.mark.parametrize('name', cases.CASES)
+def test_state_comes_back_and_training_goes_on_to_the_bit(name, tmp_path):
+  small = cases.small(name)
+  gradients = [cases.tree(cases.SMALL, 80 + t) for t in range(cases.STEPS)]
+  history = small.run(gradients)
+  # Between two refreshes, and before `switch` and `golore` change rules.
+  params, state, _ = history[2]
+  saved = {'params': params, 'state': state}
+  got = _save_and_load(tmp_path, saved, _abstract(saved))
+  assert jax.tree.structure(got) == jax.tree.structure(saved)
+  assert cases.types(got) == cases.types(saved)
+  cases.assert_trees_close(got, saved)
+  resumed = small.run(gradients[3:], (got['params'], got['state']))
+  for one, other in zip(resumed, history[3:], strict=True):
+    cases.assert_trees_close(one, other)
+  # A random basis is that of its period, not of the process.
+  assert (
+    np.asarray(cases.bases(resumed[-1][1])['up'])
+    != np.asarray(cases.bases(state)['up'])
+  ).any()
+
+
+def test_state_moves_to_another_mesh(tmp_path):
+  params = {
+    'w': jax.random.normal(jax.random.key(0), (16, 32)),
+    'layers': jax.random.normal(jax.random.key(1), (2, 16, 32)),
+    'bias': jnp.ones(32),
+  }
+  specs = {
+    'w': P('fsdp', 'tensor'),
+    'layers': P(None, 'tensor', 'fsdp'),
+    'bias': P('tensor'),
+  }
+  tx = so.online_subspace_descent(0.01, rank=4)
+
+  def mesh_of(shape):
+    return jax.make_mesh(
+      shape, ('fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 2
+    )
+
+  def put(mesh):
+    return {
+      path: jax.device_put(x, NamedSharding(mesh, specs[path]))
+      for path, x in params.items()
+    }
+
+  @cases.jit
+  def step(params, state):
+    gradients = jax.tree.map(jnp.sin, params)
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  first, second = mesh_of((2, 2)), mesh_of((4, 1))
+  with jax.set_mesh(first):
+    there, state = step(put(first), tx.init(put(first)))
+    saved = {'params': there, 'state': state}
+    ocp.save(tmp_path / 'state', saved)
+    wanted = step(there, state)
+  with jax.set_mesh(second):
+    abstract = _abstract(saved, second)
+    got = ocp.load(tmp_path / 'state', abstract)
+    cases.assert_trees_close(got, saved)
+    for x, y in zip(
+      jax.tree.leaves(got), jax.tree.leaves(abstract), strict=True
+    ):
+      assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    basis = cases.bases(got['state'])['w']
+    assert basis.sharding.mesh.shape == {'fsdp': 4, 'tensor': 1}
+    assert basis.addressable_shards[0].data.size * 4 == basis.size
+    cases.assert_trees_close(
+      step(got['params'], got['state']), wanted, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_state_has_what_checkpoints_can_hold():
+  tx = so.golore(0.01, rank=3, random_from=4)
+  params = cases.tree(cases.LEAVES) | {'scalar': jnp.ones(())}
+  for x in jax.tree.leaves(tx.init(params)):
+    assert isinstance(x, jax.Array) and x.size > 0
+    assert not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,242 @@
+"""nnx and linen: annotated, sharded, scan-stacked and boxed parameters."""
+
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import subspace_optax as so
+
+LAYERS = 3
+
+
+def _mesh():
+  return jax.make_mesh(
+    (2, 2), ('fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 2
+  )
+
+
+def _annotated(*names):
+  return nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
+
+
+class Block(nnx.Module):
+  def __init__(self, rngs):
+    self.up = nnx.Linear(
+      16,
+      32,
+      use_bias=False,
+      kernel_init=_annotated('fsdp', 'tensor'),
+      rngs=rngs,
+    )
+    self.down = nnx.Linear(
+      32, 16, kernel_init=_annotated('tensor', 'fsdp'), rngs=rngs
+    )
+
+  def __call__(self, x):
+    return x + self.down(jax.nn.silu(self.up(x)))
+
+
+class Model(nnx.Module):
+  """A scan over stacked blocks."""
+
+  def __init__(self, rngs):
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+    def stack(rngs):
+      return Block(rngs)
+
+    self.blocks = stack(rngs.split(LAYERS))
+
+  def __call__(self, x):
+    x, _ = jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)
+    return x
+
+
+def _loss(model, x):
+  return jnp.mean(jnp.square(model(x) - 1.0))
+
+
+KERNELS = {'blocks/up/kernel', 'blocks/down/kernel'}
+
+
+@pytest.fixture
+def model():
+  with jax.set_mesh(_mesh()):
+    yield jax.jit(lambda: Model(nnx.Rngs(0)))()
+
+
+@nnx.jit
+def _step(model, optimizer, x):
+  loss, gradients = nnx.value_and_grad(_loss)(model, x)
+  optimizer.update(model, gradients)
+  return loss
+
+
+def _assert_sharded(optimizer, rank):
+  arrays = jax.tree.leaves(nnx.as_pure(optimizer.opt_state))
+  of_basis = [x for x in arrays if x.shape == (LAYERS, 16, rank)]
+  assert of_basis
+  for x in of_basis:
+    # By the leaf's own axes, not by annotations for arrays of other shapes.
+    assert x.addressable_shards[0].data.nbytes * 2 <= x.nbytes
+
+
+def test_nnx_optimizer_with_sharded_stacked_parameters(model):
+  tx = so.online_subspace_descent(0.01, rank=4)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  _assert_sharded(optimizer, 4)
+  x = jax.random.normal(jax.random.key(0), (8, 16))
+  losses = [float(_step(model, optimizer, x)) for _ in range(8)]
+  assert losses[-1] < 0.9 * losses[0], losses
+  _assert_sharded(optimizer, 4)
+  metrics = so.subspace_metrics(optimizer.opt_state)
+  assert metrics.keys() == KERNELS
+  for path in KERNELS:
+    energy = np.asarray(metrics[path]['captured_energy'])
+    assert energy.shape == (LAYERS,)
+    assert (energy > 0.05).all() and (energy < 1.01).all()
+  # The kernels keep the shardings that their annotations ask for.
+  assert model.blocks.up.kernel[...].sharding.spec == P(None, 'fsdp', 'tensor')
+
+
+def test_nnx_optimizer_at_a_rank_that_no_mesh_axis_divides(model):
+  tx = so.golore(0.01, rank=3, random_from=4)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  _assert_sharded(optimizer, 3)
+  x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+  # Tracing is where metadata of another shape would be rejected.
+  loss = nnx.eval_shape(_step, model, optimizer, x)
+  assert loss.shape == ()
+
+
+def test_nnx_steps_equal_those_on_a_plain_tree():
+  plain = nnx.Linear(8, 12, rngs=nnx.Rngs(0))
+  tx = so.online_subspace_descent(0.01, rank=3)
+  optimizer = nnx.Optimizer(plain, tx, wrt=nnx.Param)
+  pure = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
+  gradients = jax.tree.map(lambda x: jnp.sin(7.0 * x) + 0.1, pure)
+  # The seeds come from paths, which are those of the plain tree.
+  state = tx.init(pure)
+  update = jax.jit(tx.update)
+  nnx_update = nnx.jit(lambda optimizer, model, g: optimizer.update(model, g))
+  boxed = jax.tree.map(lambda x: x, nnx.state(plain, nnx.Param))
+  nnx.replace_by_pure_dict(boxed, gradients)
+  for _ in range(3):
+    updates, state = update(gradients, state, pure)
+    pure = optax.apply_updates(pure, updates)
+    nnx_update(optimizer, plain, boxed)
+  got = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
+  cases.assert_trees_close(got, pure, rtol=1e-5, atol=1e-6)
+
+
+def test_boxes_come_back_as_they_went_in(model):
+  params = nnx.state(model, nnx.Param)
+  tx = so.golore(0.01, rank=4)
+  state = jax.eval_shape(tx.init, params)
+  updates, after = jax.eval_shape(tx.update, params, state, params)
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  # The state itself has no boxes, and none of their metadata.
+  is_box = lambda x: isinstance(x, nnx.Variable)
+  leaves = jax.tree.leaves(state, is_leaf=is_box)
+  assert leaves and not any(map(is_box, leaves))
+
+
+class Linen(nn.Module):
+  """Boxed kernels, one of them stacked by a scan along axis 1."""
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = nn.with_partitioning(
+      nn.initializers.lecun_normal(), ('embed', 'mlp')
+    )
+    scanned = nn.scan(
+      _LinenBlock,
+      variable_axes={'params': 1},
+      split_rngs={'params': True},
+      length=LAYERS,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    x, _ = scanned(name='layers')(x)
+    x = nn.Dense(32, kernel_init=kernel, name='wide')(x)
+    return nn.Dense(16, name='plain')(nn.relu(x))
+
+
+class _LinenBlock(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    kernel = nn.with_partitioning(
+      nn.initializers.lecun_normal(), ('embed', 'mlp')
+    )
+    return x + nn.Dense(16, kernel_init=kernel, name='dense')(x), None
+
+
+def test_linen_train_state_with_boxed_axis_1_stacked_parameters():
+  model = Linen()
+  x = jax.random.normal(jax.random.key(1), (4, 16))
+  params = model.init(jax.random.key(0), x)['params']
+
+  def numbers(params):
+    return {
+      'layers': {'dense': {'kernel': so.DimensionNumbers(0, 2), 'bias': None}},
+      'wide': {'kernel': so.DimensionNumbers(0, 1), 'bias': None},
+      'plain': {'kernel': so.DimensionNumbers(0, 1), 'bias': None},
+    }
+
+  spec = so.SubspaceSpec(4, weight_dimension_numbers=numbers)
+  state = train_state.TrainState.create(
+    apply_fn=model.apply,
+    params=params,
+    tx=so.online_subspace_descent(0.01, spec=spec),
+  )
+  # A Python int at first, which would cost a compilation of its own.
+  state = state.replace(step=jnp.zeros((), jnp.int32))
+  start = jax.tree.structure(state)
+
+  @jax.jit
+  def step(state):
+    def loss(params):
+      y = state.apply_fn({'params': params}, x)
+      return jnp.mean(jnp.square(y - 1.0))
+
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads=gradients), value
+
+  losses = []
+  for _ in range(8):
+    state, value = step(state)
+    losses.append(float(value))
+  assert losses[-1] < 0.9 * losses[0], losses
+  assert step._cache_size() == 1
+  assert jax.tree.structure(state) == start
+  metrics = so.subspace_metrics(state.opt_state)
+  assert metrics['layers/dense/kernel']['drift'].shape == (LAYERS,)
+  assert metrics.keys() == {
+    'layers/dense/kernel',
+    'wide/kernel',
+    'plain/kernel',
+  }
+  # The state has no boxes, whose axis names would be those of other shapes.
+  is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
+  assert not any(map(is_box, jax.tree.leaves(state.opt_state, is_leaf=is_box)))
+
+
+def test_linen_boxes_give_the_steps_of_bare_arrays():
+  model = Linen()
+  boxed = model.init(jax.random.key(0), jnp.ones((1, 16)))['params']
+  bare = nn.unbox(boxed)
+  assert jax.tree.structure(boxed) != jax.tree.structure(bare)
+  tx = so.golore(0.01, rank=4)
+  shapes = jax.eval_shape(tx.init, boxed)
+  assert jax.tree.structure(shapes) == jax.tree.structure(
+    jax.eval_shape(tx.init, bare)
+  )
+  updates, _ = jax.eval_shape(tx.update, boxed, shapes, boxed)
+  assert jax.tree.structure(updates) == jax.tree.structure(boxed)
