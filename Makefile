@@ -14,6 +14,9 @@ ARGS ?=
 
 BIN = $(VENV)/bin/python
 
+# A file of tests stays in one process: its tests share compiled programs.
+PARALLEL = -n 2 --dist loadfile
+
 # Modules must come from VENV, whatever the caller's shell has set.
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONSTARTUP
 unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_REQUIRE_VIRTUALENV
@@ -35,10 +38,10 @@ train: $(VENV)/.stamp-examples
 	$(BIN) examples/pretrain.py $(ARGS)
 
 test: $(VENV)/.stamp-test
-	$(BIN) -m pytest $(ARGS)
+	$(BIN) -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: $(VENV)/.stamp-test
-	$(BIN) -m pytest -m 'not slow' $(ARGS)
+	$(BIN) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 
 check: $(VENV)/.stamp-dev
 	$(BIN) -m ruff check .
