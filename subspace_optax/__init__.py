@@ -24,6 +24,9 @@ from subspace_optax._projected import Projected as Projected
 from subspace_optax._spec import DimensionNumbers as DimensionNumbers
 from subspace_optax._spec import SubspaceSpec as SubspaceSpec
 from subspace_optax._subspace import subspace as subspace
+from subspace_optax._theory import TheoremParameters as TheoremParameters
+from subspace_optax._theory import theorem_parameters as theorem_parameters
+from subspace_optax._transport import register_moments as register_moments
 from subspace_optax._unproject import Residual as Residual
 from subspace_optax._unproject import unproject as unproject
 from subspace_optax.optimizers import galore as galore

@@ -13,13 +13,17 @@
 # limitations under the License.
 """The inner optimizer on coordinates: the piece that owns its state."""
 
+from collections.abc import Iterable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _linalg
 from subspace_optax import _per_matrix
 from subspace_optax import _projected
 from subspace_optax import _sharding
@@ -39,6 +43,9 @@ def in_subspace(
   spec: _spec.SubspaceSpec,
   *,
   transport: str = 'keep',
+  params: str | None = None,
+  per_matrix: bool = False,
+  plain: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Runs an optimizer on coordinates, as if they were the gradients.
 
@@ -47,56 +54,73 @@ def in_subspace(
   its arithmetic on coordinates is float32 or wider.
 
   Args:
-    inner: any optax transformation that needs no params.
+    inner: any optax transformation.
     spec: the one given to `project`.
-    transport: what happens to the inner state when a basis moves: 'keep'
-      nothing (GaLore); 'first' maps first moments by C = P_n^T P_o (GoLore's
-      momentum projection), known for Adam, momentum (trace), Lion and RMSProp;
-      'reset' starts the state of a matrix anew (RSO), for which each matrix,
-      and each plain leaf, gets a state of its own, counters included: an inner
-      optimizer that looks at the whole tree then sees one matrix at a time.
-      With `online_pca`, which moves at every step, nothing accumulates.
+    transport: what happens to the inner state when a basis moves. 'keep':
+      nothing (GaLore). 'first': first moments are mapped by C = P_n^T P_o
+      (GoLore's momentum projection). 'both': second moments, too, by LDAdam's
+      rule. They are known for Adam, Lion, momentum, RMSProp and others; see
+      `register_moments`. 'reset': the state of a matrix starts anew (RSO), for
+      which each has its own, as with `per_matrix`; with `online_pca`, which
+      moves at every step, nothing accumulates.
+    params: 'coordinates' hands `inner` the coordinates of the parameters,
+      (P^T P)^-1 P^T W, for weight decay or trust ratios in the subspace, at
+      2mnr FLOPs a step. Its `init` sees zeros.
+    per_matrix: whether `inner` sees one matrix at a time, each with a state of
+      its own, counters included: for rules that look at a whole matrix, such
+      as Muon, LAMB or Adafactor, where leaves are stacks of matrices.
+    plain: optimizer of the leaves that are not projected, `inner` by default.
 
   Returns:
     A transformation whose state is the inner optimizer's.
 
   Raises:
-    ValueError: an unknown transport; at `init`, an inner optimizer that needs
-      params, or one whose moments `transport` does not know; at `update`,
-      gradients that `project` has not seen.
+    ValueError: an unknown transport or `params`; at `init`, an inner optimizer
+      that needs params without them or keeps a copy of them, or one whose
+      moments `transport` does not know; at `update`, gradients that `project`
+      has not seen, or params that are missing.
 
   References:
-    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024; Robert et
+    al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
 
   Example:
     >>> import optax, subspace_optax as so
     >>> spec = so.SubspaceSpec(rank=128)
-    >>> tx = so.in_subspace(optax.scale_by_lion(), spec, transport='first')
+    >>> lion = so.in_subspace(optax.scale_by_lion(), spec, transport='first')
+    >>> muon = so.in_subspace(
+    ...   optax.contrib.scale_by_muon(),
+    ...   spec,
+    ...   per_matrix=True,
+    ...   plain=optax.scale_by_adam(),
+    ... )
   """
   _spec.check_spec(spec)
   _transport.check_policy(transport)
+  if params not in (None, 'coordinates'):
+    raise ValueError(f"params must be None or 'coordinates', got {params!r}.")
   inner = optax.with_extra_args_support(inner)
+  each = per_matrix or transport == 'reset'
+  takes_params = params is not None
 
   def runner(batch_axes: _per_matrix.BatchAxes) -> Any:
-    if transport == 'reset':
-      return _per_matrix.per_matrix(inner, batch_axes)
-    return inner
+    run = _per_matrix.per_matrix(inner, batch_axes) if each else inner
+    return run if plain is None else _beside(plain, run, batch_axes)
 
   def init(params):
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     templates = treedef.unflatten([_template(spec, match) for match in matches])
-    _check_params_free(inner, templates)
     layouts = {m.path: m.layout for m in matches if m and m.layout}
-    batch_axes = {path: x.coords_batch for path, x in layouts.items()}
-    state = runner(batch_axes).init(templates)
-    if transport == 'first':
-      _transport.check_known(state)
+    run = runner({path: x.coords_batch for path, x in layouts.items()})
+    _check_params(run, templates, takes_params)
+    state = run.init(templates)
+    if transport in ('first', 'both'):
+      _transport.check_known(_of_inner(state), transport)
     state = _sharding.on_mesh_of([m.leaf for m in matches if m], state)
     return InSubspaceState(state)
 
-  def update(updates, state, params=None, **extra_args):
-    del params
+  def update(updates, state, params=None, *, hold=None, **extra_args):
     pairs, treedef = _tree.flatten(updates)
     _check_projected(spec, updates, pairs)
     nodes = {path: node for path, node in pairs if _is_projected(node)}
@@ -104,18 +128,28 @@ def in_subspace(
     coords = treedef.unflatten([_coords(entry) for _, entry in pairs])
     before = {path: (x, x.before) for path, x in nodes.items() if x.before}
     after = {path: (x, x.after) for path, x in nodes.items() if x.after}
+    weights = None
+    if takes_params:
+      weights = treedef.unflatten(_param_coords(pairs, params))
 
-    own = _carry(state.inner, coords, before)
-    try:
-      directions, new = runner(batch_axes).update(
-        coords, own, None, **extra_args
-      )
-    except (TypeError, ValueError):
-      _check_moments(inner, own, coords)
-      raise
-    # Whatever dtype the inner optimizer computes in, its state keeps its own.
-    new = jax.tree.map(_sharding.like, new, own)
-    new = _carry(new, coords, after)
+    def run(own):
+      try:
+        directions, new = runner(batch_axes).update(
+          coords, own, weights, **extra_args
+        )
+      except (TypeError, ValueError):
+        if not each:
+          _check_moments(runner(batch_axes), own, coords)
+        raise
+      # Whatever dtype the inner optimizer computes in, its state keeps its own.
+      return directions, jax.tree.map(_sharding.like, new, own)
+
+    own = carry(state.inner, coords, before, extra_args)
+    if hold is None:
+      directions, new = run(own)
+    else:
+      directions, new = lax.cond(hold, functools.partial(_rest, run), run, own)
+    new = carry(new, coords, after, extra_args)
     entries = [
       _with_direction(entry, direction)
       for (_, entry), (_, direction) in zip(
@@ -124,14 +158,90 @@ def in_subspace(
     ]
     return _tree.replace_entries(updates, entries), InSubspaceState(new)
 
-  def _carry(state, coords, moves):
-    if transport == 'first':
-      return _transport.first(state, moves)
+  def carry(state, coords, moves, extra_args):
+    if transport == 'keep' or not moves:
+      return state
+    own = _of_inner(state)
+    if plain is not None:
+      coords = _split(coords, moves)[0]
     if transport == 'reset':
-      return _per_matrix.restart(inner, state, coords, moves)
-    return state
+      own = _per_matrix.restart(inner, own, coords, moves)
+    else:
+      both, decayed = transport == 'both', None
+      if both and _transport.pairs_moments(own):
+        decayed = _transport.decay_rates(
+          inner, None if each else own, coords, extra_args
+        )
+      own = _transport.carry(
+        own, moves, both=both, decayed=decayed, per_matrix=each
+      )
+    return own if plain is None else state._replace(projected=own)
+
+  def _of_inner(state):
+    return state if plain is None else state.projected
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+class BesideState(NamedTuple):
+  """State of two optimizers that share a tree."""
+
+  projected: Any  # of `inner`; `MaskedNode` for plain leaves
+  plain: Any  # of `plain`; `MaskedNode` for projected leaves
+
+
+def _beside(
+  plain: optax.GradientTransformation, run: Any, projected: Iterable[str]
+) -> Any:
+  """Returns `run` on leaves with paths in `projected`, `plain` on the rest."""
+  plain = optax.with_extra_args_support(plain)
+
+  def init(params):
+    mine, rest = _split(params, projected)
+    return BesideState(run.init(mine), plain.init(rest))
+
+  def update(updates, state, params=None, **extra_args):
+    mine, rest = _split(updates, projected)
+    params = (None, None) if params is None else _split(params, projected)
+    mine, a = run.update(mine, state.projected, params[0], **extra_args)
+    rest, b = plain.update(rest, state.plain, params[1], **extra_args)
+    merge = lambda x, y: y if _tree.is_masked(x) else x
+    both = jax.tree.map(merge, mine, rest, is_leaf=_tree.is_masked)
+    return both, BesideState(a, b)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
+  """Returns the tree without plain leaves, and that without projected ones."""
+  pairs, treedef = _tree.flatten(tree)
+  hide = optax.MaskedNode()
+  mine = [x if path in projected else hide for path, x in pairs]
+  rest = [hide if path in projected else x for path, x in pairs]
+  return treedef.unflatten(mine), treedef.unflatten(rest)
+
+
+def _rest(run: Any, own: Any) -> tuple[Any, Any]:
+  """Returns zeros in place of directions, and the state as it is."""
+  directions, _ = jax.eval_shape(run, own)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), directions), own
+
+
+def _param_coords(pairs: list, params: Any) -> list[Any]:
+  """Returns the coordinates of parameters, and plain ones as they are."""
+  if params is None:
+    raise ValueError(
+      "params='coordinates' needs the parameters: call update(gradients, "
+      'state, params).'
+    )
+  return [
+    _linalg.coordinates(entry.layout, param, entry.basis)
+    if _is_projected(entry)
+    else param
+    for (_, entry), (_, param) in zip(
+      pairs, _tree.flatten(params)[0], strict=True
+    )
+  ]
 
 
 def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
@@ -145,25 +255,47 @@ def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   return layout.place_coords(jnp.zeros, static, (), match.leaf)
 
 
-def _check_params_free(inner: Any, templates: Any) -> None:
-  """Raises if the inner optimizer works with params and not without."""
+def _check_params(run: Any, templates: Any, takes_params: bool) -> None:
+  """Raises if the inner optimizer needs params that it does not get."""
 
   def works(params: Any) -> bool:
     try:
       jax.eval_shape(
-        lambda u, p: inner.update(u, inner.init(u), p), templates, params
+        lambda u, p: run.update(u, run.init(u), p), templates, params
       )
       return True
     except Exception:  # for any reason: an extra argument may be missing, too
       return False
 
-  if jax.tree.leaves(templates) and not works(None) and works(templates):
+  if not jax.tree.leaves(templates):
+    return
+  if not takes_params and not works(None) and works(templates):
     raise ValueError(
-      'inner needs params, which have no coordinates to give it; for weight '
-      'decay use `weight_decay` of the ready-made optimizers or chain '
+      "inner needs params; params='coordinates' gives it their coordinates "
+      'in the subspace. For weight decay of the whole matrix, use '
+      '`weight_decay` of the ready-made optimizers or chain '
       '`optax.add_decayed_weights` after `unproject`, with '
       '`optax.scale_by_adam` in place of `optax.adamw` here.'
     )
+  if takes_params and _copies_params(run, templates):
+    raise ValueError(
+      'inner keeps a copy of the params in its state, which would go stale '
+      'whenever a basis moves; wrap it around the whole optimizer instead.'
+    )
+
+
+def _copies_params(run: Any, templates: Any) -> bool:
+  """Whether the initial state depends on the values of the params."""
+
+  def depends(value: float) -> Any:
+    tiny = lambda x: jnp.full((1,) * len(x.shape), value, x.dtype)
+    return run.init(jax.tree.map(tiny, templates))
+
+  try:
+    zeros, ones = (jax.tree.leaves(depends(value)) for value in (0.0, 1.0))
+    return any(bool(jnp.any(x != y)) for x, y in zip(zeros, ones, strict=True))
+  except Exception:  # a rule for matrices of a certain size, or under jit
+    return False
 
 
 def _check_projected(spec: Any, updates: Any, pairs: list) -> None:

@@ -161,6 +161,11 @@ class Layout:
     eq = f'{self.basis_axes("y")},{self.basis_axes("z")}->{self.batch_axes}yz'
     return _sharding.einsum(eq, left, right, precision=_HIGHEST)
 
+  def gram_coords(self, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns L R^T of two coordinates, (*batch, r, r)."""
+    eq = f'{self.coords_axes("y")},{self.coords_axes("z")}->{self.batch_axes}yz'
+    return _sharding.einsum(eq, left, right, precision=_HIGHEST)
+
   def mix_basis(self, basis: jax.Array, square: jax.Array) -> jax.Array:
     """Returns P S for S of (*batch, r, r)."""
     eq = f'{self.basis_axes("y")},{self.batch_axes}yz->{self.basis_axes("z")}'
@@ -170,6 +175,31 @@ class Layout:
     """Returns S R for S of (*batch, r, r)."""
     eq = f'{self.batch_axes}zy,{self.coords_axes("y")}->{self.coords_axes("z")}'
     return _sharding.einsum(eq, square, coords, precision=_HIGHEST)
+
+  def fold(self, leaf: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns G S, of the basis's shape, where S_ij = w_i if i = j mod r.
+
+    For weights of (*batch, n). As a sum where a device has all of the free
+    axes, else as the product that it is.
+    """
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    r, n = self.rank, self.n
+    if _sharding.is_whole(leaf, self.free):
+      g = jnp.transpose(leaf, (*self._basis_axes, *self.free)).astype(wide)
+      g = g.reshape(*g.shape[: -len(self.free)], n)
+      gone = [i for i, a in enumerate(self._basis_axes) if a in self.projected]
+      w = jnp.expand_dims(weights, gone)
+      blocks = lambda x: x.reshape(*x.shape[:-1], -1, r)
+      even = n - n % r
+      y = jnp.sum(blocks(g[..., :even]) * blocks(w[..., :even]), axis=-2)
+      rest = g[..., even:] * w[..., even:]
+      return y + jnp.pad(rest, [(0, 0)] * (g.ndim - 1) + [(0, even + r - n)])
+    rows = jnp.arange(n)[:, None] % r == jnp.arange(r)[None, :]
+    s = jnp.where(rows, weights[..., None], 0.0)
+    s = s.reshape(*self.batch_shape, *self._sizes(self.free), r)
+    names = self.batch_axes + ''.join(_AXES[i] for i in self.free) + 'y'
+    eq = f'{self.leaf_axes},{names}->{self.basis_axes()}'
+    return self._with_leaf(eq, leaf, s)
 
   def _with_leaf(self, eq: str, leaf: jax.Array, other: jax.Array) -> jax.Array:
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
@@ -221,6 +251,12 @@ class Layout:
     """Returns `x` with the sharding that products with `leaf` give it."""
     return _sharding.settle(x, leaf, self.leaf_axes, self.basis_axes())
 
+  def settle_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns `x` where `place_basis` puts it, under explicit sharding."""
+    return _sharding.settle(
+      x, leaf, self.leaf_axes, self.basis_axes(), rest=True
+    )
+
   def settle_coords(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
     """Returns `x` where `place_coords` puts it, under explicit sharding."""
     return _sharding.settle(
@@ -244,6 +280,31 @@ class Layout:
     gone = [i for i, c in enumerate(axes) if c not in keep]
     return jnp.expand_dims(x, gone)
 
+  # One matrix of a stack, its batch axes kept at size 1.
+
+  @property
+  def one(self) -> 'Layout':
+    """The layout of a single matrix of this leaf."""
+    batch = set(self.batch)
+    shape = tuple(1 if i in batch else s for i, s in enumerate(self.shape))
+    return dataclasses.replace(self, shape=shape)
+
+  def take(self, x: jax.Array, axes: str, i: jax.Array) -> jax.Array:
+    """Returns the part of `x`, of `axes`, that belongs to the i-th matrix."""
+    keep = set(self.batch_axes)
+    sizes = [1 if c in keep else n for c, n in zip(axes, x.shape, strict=True)]
+    return lax.dynamic_slice(x, self._start(axes, i), sizes)
+
+  def put(self, x: jax.Array, axes: str, i: jax.Array, part: jax.Array):
+    """Returns `x` with its part for the i-th matrix replaced."""
+    return lax.dynamic_update_slice(x, part, self._start(axes, i))
+
+  def _start(self, axes: str, i: jax.Array) -> list[jax.Array]:
+    at = dict(
+      zip(self.batch_axes, jnp.unravel_index(i, self.batch_shape), strict=True)
+    )
+    return [at.get(c, jnp.zeros_like(i)) for c in axes]
+
   # Plain matrices, for factorisations that need them; never of sharded axes.
 
   def to_matrix(self, leaf: jax.Array) -> jax.Array:
@@ -259,3 +320,10 @@ class Layout:
     split = matrix.reshape(*self._sizes(order), matrix.shape[-1])
     perm = [order.index(i) for i in self._basis_axes]
     return jnp.transpose(split, (*perm, len(perm)))
+
+
+def square(batch_shape: tuple[int, ...], size: int, rank: int) -> Layout:
+  """Returns the layout of a batch of size x size matrices."""
+  ndim = len(batch_shape)
+  shape = (*batch_shape, size, size)
+  return Layout(shape, (ndim,), (ndim + 1,), True, rank)

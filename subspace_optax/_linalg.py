@@ -17,6 +17,7 @@ Only r x r matrices are factorised, so that a basis whose rows are spread over
 devices costs all-reduces of r x r blocks, where QR or SVD would gather it.
 """
 
+from collections.abc import Sequence
 import functools
 
 import jax
@@ -31,7 +32,12 @@ _HIGHEST = lax.Precision.HIGHEST
 # Relative to the trace of the Gram matrix. The first two passes of Cholesky QR
 # are shifted, which keeps them finite at condition numbers up to about 1e6 in
 # float32; the last two, of a matrix that is nearly orthonormal, are not.
-_SHIFTS = (1e-6, 1e-6, 0.0, 0.0)
+SHIFTS = (1e-6, 1e-6, 0.0, 0.0)
+# Enough up to 1e5; a well-conditioned basis of the same space; enough for tall
+# Gaussian matrices.
+FEW_SHIFTS = (1e-6, 0.0, 0.0)
+ROUGH = (1e-6,)
+_NONE = (0.0, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -46,12 +52,14 @@ def haar(
   Args:
     layout: of the leaf.
     seeds: (*batch), uint32, one per matrix.
-    period: int32 scalar, folded into every key.
+    period: int32, a scalar or (*batch), folded into every key.
 
   Returns:
     (*batch and projected axes, r), float32.
   """
-  return orthonormalize(layout, gaussian(layout, seeds, period))
+  tall = layout.m >= max(64, 2 * layout.rank)
+  y = gaussian(layout, seeds, period)
+  return orthonormalize(layout, y, _NONE if tall else SHIFTS)
 
 
 def gaussian(
@@ -59,13 +67,28 @@ def gaussian(
 ) -> jax.Array:
   """Returns standard normal matrices of the basis's shape, a key for each."""
 
-  def draw(seed: jax.Array) -> jax.Array:
-    key = jax.random.fold_in(_key(seed), period)
+  def draw(key: jax.Array) -> jax.Array:
     return jax.random.normal(key, (layout.m, layout.rank), jnp.float32)
 
-  flat = jax.vmap(draw)(_sharding.replicate(seeds).reshape(-1))
+  flat = jax.vmap(draw)(_keys(seeds, period))
   shape = (*layout.batch_shape, layout.m, layout.rank)
   return layout.from_matrix(flat.reshape(shape))
+
+
+def gumbel(size: int, seeds: jax.Array, period: jax.Array | int) -> jax.Array:
+  """Returns `size` standard Gumbel numbers for every matrix, (*batch, size)."""
+  draw = jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))
+  return draw(_keys(seeds, period)).reshape(*seeds.shape, size)
+
+
+def _keys(seeds: jax.Array, period: jax.Array | int) -> jax.Array:
+  """Returns a key for every matrix, in one row."""
+  seeds = _sharding.replicate(seeds)
+  if isinstance(period, jax.Array):
+    period = _sharding.replicate(period)
+  period = jnp.broadcast_to(period, seeds.shape).reshape(-1)
+  fold_in = lambda seed, k: jax.random.fold_in(_key(seed), k)
+  return jax.vmap(fold_in)(seeds.reshape(-1), period)
 
 
 def seeds(
@@ -82,7 +105,37 @@ def _key(seed: jax.Array | int) -> jax.Array:
   return jax.random.key(seed, impl='threefry2x32')
 
 
-def orthonormalize(layout: _layout.Layout, y: jax.Array) -> jax.Array:
+def sketch(
+  layout: _layout.Layout,
+  leaf: jax.Array,
+  seeds: jax.Array,
+  period: jax.Array | int,
+) -> jax.Array:
+  """Returns G S for a random sign matrix S with one entry a row.
+
+  Each of the r columns sums every r-th column of G with random signs: a sketch
+  of G's range at the price of reading it (CountSketch; Clarkson and Woodruff,
+  `Low rank approximation <https://arxiv.org/abs/1207.6365>`_, 2013).
+
+  Args:
+    layout: of the leaf.
+    leaf: G.
+    seeds: (*batch), uint32, one per matrix.
+    period: int32, a scalar or (*batch), folded into every key.
+
+  Returns:
+    (*batch and projected axes, r), float32 or wider.
+  """
+  signs = jax.vmap(
+    lambda key: jax.random.rademacher(key, (layout.n,), jnp.float32)
+  )
+  flat = signs(_keys(seeds, period)).reshape(*layout.batch_shape, layout.n)
+  return layout.fold(leaf, flat)
+
+
+def orthonormalize(
+  layout: _layout.Layout, y: jax.Array, shifts: Sequence[float] = SHIFTS
+) -> jax.Array:
   """Returns the Q factors of `y` by shifted Cholesky QR.
 
   Y = Q R with R's diagonal positive, by Q <- Q L^-T with L L^T = Q^T Q + shift,
@@ -91,6 +144,7 @@ def orthonormalize(layout: _layout.Layout, y: jax.Array) -> jax.Array:
   Args:
     layout: of the leaf.
     y: (*batch and projected axes, r).
+    shifts: one for each pass, relative to the trace of the Gram matrix.
 
   Returns:
     The same shape, float32 or wider, orthonormal to rounding.
@@ -100,7 +154,7 @@ def orthonormalize(layout: _layout.Layout, y: jax.Array) -> jax.Array:
     ill-conditioned matrices <https://arxiv.org/abs/1809.11085>`_, 2018
   """
   q = widen(y)
-  for shift in _SHIFTS:
+  for shift in shifts:
     gram = layout.gram(q, q)
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     chol = _cholesky(gram + shift * trace * identity_like(gram))
@@ -121,9 +175,41 @@ def transition(
   P_n^T P_o.
   """
   new, old = widen(new), widen(old)
-  cross = layout.gram(old, new)  # P_o^T P_n = (P_n^T P_o)^T
-  chol = _cholesky(layout.gram(old, old))
-  half = lax.linalg.triangular_solve(chol, cross, left_side=True, lower=True)
+  return _right_solve(layout.gram(new, old), layout.gram(old, old))
+
+
+def change(
+  layout: _layout.Layout, new: jax.Array, old: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `transition` and the mean squared cosine of principal angles.
+
+  The latter, (*batch), is tr(P_n^T P_o (P_o^T P_o)^-1 P_o^T P_n (P_n^T
+  P_n)^-1) / r: 1 for the same subspace, 0 for orthogonal ones.
+  """
+  new, old = widen(new), widen(old)
+  cross = layout.gram(new, old)
+  there = _right_solve(cross, layout.gram(old, old))
+  back = _right_solve(jnp.swapaxes(cross, -1, -2), layout.gram(new, new))
+  kept = jnp.sum(there * jnp.swapaxes(back, -1, -2), axis=(-2, -1))
+  return there, kept / layout.rank
+
+
+def coordinates(
+  layout: _layout.Layout, leaf: jax.Array, basis: jax.Array
+) -> jax.Array:
+  """Returns (P^T P)^-1 P^T W: P times it is the part of W in P's span."""
+  wide = widen(basis)
+  gram = layout.gram(wide, wide)
+  inverse = _right_solve(identity_like(gram), gram)
+  return layout.mix_coords(inverse, layout.project(leaf, basis))
+
+
+def _right_solve(x: jax.Array, squares: jax.Array) -> jax.Array:
+  """Returns X S^-1 for positive definite S, both (*batch, r, r)."""
+  chol = _cholesky(squares)
+  half = lax.linalg.triangular_solve(
+    chol, jnp.swapaxes(x, -1, -2), left_side=True, lower=True
+  )
   full = lax.linalg.triangular_solve(
     chol, half, left_side=True, lower=True, transpose_a=True
   )

@@ -48,30 +48,36 @@ def per_matrix(
 
   def init(params):
     pairs, treedef = _tree.flatten(params)
+    structure = _structure(inner, pairs, batch_axes)
     rows = [
-      _init_leaf(inner, leaf, batch_axes.get(path, ())) for path, leaf in pairs
+      _init_leaf(inner, structure, leaf, batch_axes.get(path, ()))
+      for path, leaf in pairs
     ]
-    return _from_rows(inner, rows, treedef)
+    return _from_rows(structure, rows, treedef)
 
   def update(updates, state, params=None, **extra_args):
-    del params
     pairs, treedef = _tree.flatten(updates)
+    weights = [None] * len(pairs)
+    if params is not None:
+      weights = [leaf for _, leaf in _tree.flatten(params)[0]]
+    structure = _structure(inner, pairs, batch_axes)
 
-    def one(u: Any, row: Row) -> tuple[Any, Row]:
-      s = _structure(inner).unflatten(row)
-      u, s = inner.update(u, s, None, **extra_args)
+    def one(u: Any, row: Row, weight: Any) -> tuple[Any, Row]:
+      s = structure.unflatten(row)
+      u, s = inner.update(u, s, weight, **extra_args)
       return u, tuple(jax.tree.leaves(s))
 
     results = [
       (u, row)
       if _tree.is_masked(u)
-      else _over_matrices(one, batch_axes.get(path, ()))(u, row)
-      for (path, u), row in zip(
-        pairs, _to_rows(inner, state, pairs), strict=True
+      else _over_matrices(one, batch_axes.get(path, ()))(u, row, weight)
+      for (path, u), row, weight in zip(
+        pairs, _to_rows(structure, state, pairs), weights, strict=True
       )
     ]
     new_updates = treedef.unflatten([u for u, _ in results])
-    return new_updates, _from_rows(inner, [row for _, row in results], treedef)
+    rows = [row for _, row in results]
+    return new_updates, _from_rows(structure, rows, treedef)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -90,12 +96,18 @@ def restart(
     coords: the tree of coordinates and plain leaves.
     moves: from path to the leaf's `Projected` node and its `Move`.
   """
+  pairs, treedef = _tree.flatten(coords)
+  batch_axes = {
+    path: node.layout.coords_batch for path, (node, _) in moves.items()
+  }
+  structure = _structure(inner, pairs, batch_axes)
 
   def one(path: str, row: Row) -> Row:
     if path not in moves:
       return row
     node, move = moves[path]
-    fresh = _init_leaf(inner, node.coords, node.layout.coords_batch)
+    axes = node.layout.coords_batch
+    fresh = _init_leaf(inner, structure, node.coords, axes)
     fresh = jax.tree.map(_sharding.like, fresh, row)
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -108,12 +120,13 @@ def restart(
       lambda: row,
     )
 
-  pairs, treedef = _tree.flatten(coords)
   rows = [
     one(path, row)
-    for (path, _), row in zip(pairs, _to_rows(inner, state, pairs), strict=True)
+    for (path, _), row in zip(
+      pairs, _to_rows(structure, state, pairs), strict=True
+    )
   ]
-  return _from_rows(inner, rows, treedef)
+  return _from_rows(structure, rows, treedef)
 
 
 # The leaves of one matrix's, or one leaf's, inner state.
@@ -121,28 +134,30 @@ Row = tuple[Any, ...]
 
 
 def _init_leaf(
-  inner: optax.GradientTransformation, leaf: Any, axes: tuple[int, ...]
+  inner: optax.GradientTransformation,
+  structure: Any,
+  leaf: Any,
+  axes: tuple[int, ...],
 ) -> Row:
   """Returns the states of a leaf's matrices, all of which start alike."""
   if _tree.is_masked(leaf):
-    return (leaf,) * _structure(inner).num_leaves
-  if not axes:
-    return _init_one(inner, leaf)
-  sizes = list(enumerate(leaf.shape))
-  shape = tuple(size for i, size in sizes if i not in axes)
-  row = _init_one(inner, jnp.zeros(shape, leaf.dtype))
-  return tuple(_for_each(x, leaf, axes) for x in row)
-
-
-def _init_one(inner: optax.GradientTransformation, leaf: Any) -> Row:
-  state = inner.init(leaf)
-  if jax.tree.structure(state) != _structure(inner):
+    return (leaf,) * structure.num_leaves
+  one = _one_matrix(leaf, axes) if axes else leaf
+  state = inner.init(one)
+  if jax.tree.structure(state) != structure:
     raise ValueError(
-      "transport='reset' runs inner on one matrix at a time, for which its "
-      f'state must have one structure, not {jax.tree.structure(state)} and '
-      f"{_structure(inner)}; use transport='keep' or 'first'."
+      'inner runs on one matrix at a time, for which its state must have one '
+      f'structure, not {jax.tree.structure(state)} and {structure}; give '
+      'leaves that are not projected an optimizer of their own with `plain`, '
+      "or use transport='keep' or 'first' without per_matrix."
     )
-  return tuple(jax.tree.leaves(state))
+  row = tuple(jax.tree.leaves(state))
+  return tuple(_for_each(x, leaf, axes) for x in row) if axes else row
+
+
+def _one_matrix(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
+  shape = tuple(n for i, n in enumerate(leaf.shape) if i not in axes)
+  return jnp.zeros(shape, leaf.dtype)
 
 
 def _for_each(x: jax.Array, leaf: Any, axes: tuple[int, ...]) -> jax.Array:
@@ -161,30 +176,44 @@ def _repeat(counts: tuple[int, ...], x: jax.Array) -> jax.Array:
 
 
 def _over_matrices(
-  f: Callable[[Any, Row], tuple[Any, Row]], axes: tuple[int, ...]
-) -> Callable[[Any, Row], tuple[Any, Row]]:
+  f: Callable[[Any, Row, Any], tuple[Any, Row]], axes: tuple[int, ...]
+) -> Callable[[Any, Row, Any], tuple[Any, Row]]:
   """Maps `f` over the axes of a leaf, which in a row come first."""
-  for k in reversed(range(len(axes))):
-    of_leaf = axes[k] - k  # the axes before it are gone by then
-    f = jax.vmap(f, in_axes=(of_leaf, 0), out_axes=(of_leaf, 0))
-  return f
+
+  def mapped(u: Any, row: Row, weight: Any) -> tuple[Any, Row]:
+    run = f
+    for k in reversed(range(len(axes))):
+      of_leaf = axes[k] - k  # the axes before it are gone by then
+      of_weight = None if weight is None else of_leaf
+      run = jax.vmap(
+        run, in_axes=(of_leaf, 0, of_weight), out_axes=(of_leaf, 0)
+      )
+    return run(u, row, weight)
+
+  return mapped
 
 
-def _structure(inner: optax.GradientTransformation) -> Any:
-  return jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros(())))
-
-
-def _from_rows(
-  inner: optax.GradientTransformation, rows: Sequence[Row], treedef: Any
+def _structure(
+  inner: optax.GradientTransformation,
+  pairs: Sequence[tuple[str, Any]],
+  batch_axes: BatchAxes,
 ) -> Any:
-  structure = _structure(inner)
+  """Returns the structure of one matrix's state."""
+  for path, leaf in pairs:
+    if not _tree.is_masked(leaf):
+      one = lambda x, path=path: _one_matrix(x, batch_axes.get(path, ()))
+      return jax.tree.structure(
+        jax.eval_shape(lambda x, one=one: inner.init(one(x)), leaf)
+      )
+  return jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros((1, 1))))
+
+
+def _from_rows(structure: Any, rows: Sequence[Row], treedef: Any) -> Any:
   columns = zip(*rows, strict=True) if rows else [()] * structure.num_leaves
   return structure.unflatten([treedef.unflatten(c) for c in columns])
 
 
-def _to_rows(
-  inner: optax.GradientTransformation, state: Any, pairs: Sequence[Any]
-) -> list[Row]:
-  fields = _structure(inner).flatten_up_to(state)
+def _to_rows(structure: Any, state: Any, pairs: Sequence[Any]) -> list[Row]:
+  fields = structure.flatten_up_to(state)
   columns = [[leaf for _, leaf in _tree.flatten(field)[0]] for field in fields]
   return list(zip(*columns, strict=True)) if columns else [()] * len(pairs)

@@ -33,8 +33,12 @@ from subspace_optax import _spec
 from subspace_optax import _tree
 from subspace_optax._projectors import _base
 
-# The period in the keys of the first bases, which no schedule reaches.
-_AT_INIT = 2**31 - 1
+
+class Window(NamedTuple):
+  """Where a micro-step stands among those that are accumulated."""
+
+  first: jax.Array  # shape=(), dtype=bool: bases may be refreshed
+  last: jax.Array  # shape=(), dtype=bool: bases may be tracked, the step ends
 
 
 class ProjectState(NamedTuple):
@@ -55,8 +59,12 @@ def project(
   """Takes gradients to the coordinates of their subspaces.
 
   A leaf that `spec` selects becomes a `Projected` node with R = P^T G; others
-  pass unchanged. The bases start as Haar samples and move as `projector` says;
-  no basis is made from a gradient that is zero or not finite.
+  pass unchanged. The bases start as random samples and move as `projector`
+  says; no basis is made from a gradient that is zero or not finite.
+
+  `update` takes `refresh_gradients`, a tree like the gradients: what refreshed
+  bases are made from in place of them, such as the gradients of a larger batch
+  at every T-th step (large-batch GaLore).
 
   Args:
     spec: which leaves, as which matrices, at which rank.
@@ -69,7 +77,8 @@ def project(
 
   Raises:
     ValueError: at `init`, what `SubspaceSpec.match` raises; at `update`, a tree
-      unlike that at `init`, or gradients that are already projected.
+      unlike that at `init`, of refresh gradients too, or gradients that are
+      already projected.
     TypeError: `spec` or `projector` is something else.
 
   References:
@@ -101,7 +110,7 @@ def project(
     _, treedef = _tree.flatten(params)
     per_matrix = functools.partial(_per_matrix, matches, treedef)
     subspaces = _base.Subspaces(
-      basis=per_matrix(functools.partial(_first_basis, spec)),
+      basis=per_matrix(functools.partial(_first_basis, spec, projector.sample)),
       captured_energy=per_matrix(_zero),
       orthogonality_error=per_matrix(_zero),
       drift=per_matrix(_zero),
@@ -110,34 +119,53 @@ def project(
       count=jnp.zeros((), jnp.int32),
       seed=per_matrix(functools.partial(_seed, spec)),
       subspaces=subspaces,
-      projector=projector.init(subspaces),
+      projector=projector.init(
+        subspaces, functools.partial(per_matrix, _zero_coords)
+      ),
     )
+    if projector.rebuild:
+      state = state._replace(subspaces=subspaces._replace(basis=()))
     return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
-  def update(updates, state, params=None, **extra_args):
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    refresh_gradients=None,
+    window=None,
+    **extra_args,
+  ):
     del extra_args
-    matches = _match_as_at_init(spec, updates, state.subspaces.basis)
-    _check_shapes(updates, params)
-    _, treedef = _tree.flatten(updates)
-    seeds = dict(_tree.flatten(state.seed)[0])
-    matrices = _per_matrix(
-      matches,
-      treedef,
-      lambda path, leaf, layout: _matrix(leaf, layout, seeds[path]),
-    )
-    context = _base.Context(state.count, jnp.array(True))
+    _check_shapes(updates, params, 'its parameter')
+    matches, matrices = _matrices(spec, updates, state)
+    sources = matrices
+    if refresh_gradients is not None:
+      _check_shapes(updates, refresh_gradients, 'refresh_gradients')
+      _, sources = _matrices(spec, refresh_gradients, state)
+    yes = jnp.array(True)
+    window = Window(yes, yes) if window is None else window
+    subspaces = state.subspaces
+    if projector.rebuild:
+      basis = projector.rebuild(matrices, state.projector)
+      basis = jax.tree.map(
+        functools.partial(_place_rebuilt, spec.basis_dtype), basis, matrices
+      )
+      subspaces = subspaces._replace(basis=basis)
 
+    context = _base.Context(state.count, window.first)
     subspaces, before, own = projector.refresh(
-      context, matrices, state.subspaces, state.projector
+      context, sources, subspaces, state.projector
     )
     basis = subspaces.basis
     coords = jax.tree.map(_coords, basis, matrices)
     captured = jax.tree.map(
-      _captured, subspaces.captured_energy, matrices, coords
+      _captured, subspaces.captured_energy, matrices, coords, basis
     )
     subspaces = subspaces._replace(captured_energy=captured)
+    context = _base.Context(state.count, window.last, before)
     subspaces, after, own = projector.track(
-      context._replace(moves=before), matrices, coords, subspaces, own
+      context, matrices, coords, subspaces, own
     )
 
     nothing = jax.tree.map(lambda _: None, basis)
@@ -153,7 +181,11 @@ def project(
       match.leaf if match and not match.layout else node
       for match, (_, node) in zip(matches, _tree.flatten(nodes)[0], strict=True)
     ]
-    count = jnp.asarray(optax.safe_increment(state.count))
+    count = jnp.where(
+      window.last, optax.safe_increment(state.count), state.count
+    )
+    if projector.rebuild:
+      subspaces = subspaces._replace(basis=())
     new_state = ProjectState(count, state.seed, subspaces, own)
     return _tree.replace_entries(updates, entries), new_state
 
@@ -182,32 +214,64 @@ def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   return layout.place_values(jnp.zeros, (layout.batch_shape,), (), leaf)
 
 
+def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+  del path
+  static = (layout.coords_shape, jnp.dtype(jnp.float32))
+  return layout.place_coords(jnp.zeros, static, (), leaf)
+
+
 def _seed(
   spec: _spec.SubspaceSpec, path: str, leaf: Any, layout: _layout.Layout
 ) -> jax.Array:
   """Returns a seed per matrix: the same on every host and after a resume."""
   # crc32, since Python's hash of a string differs between processes.
-  path_hash = np.uint32(zlib.crc32(path.encode()))
+  group = spec.key_group(path) if spec.key_group else path
+  path_hash = np.uint32(zlib.crc32(group.encode()))
   static = (spec.seed, layout.batch_shape)
   return layout.place_values(_linalg.seeds, static, (path_hash,), leaf)
 
 
 def _first_basis(
-  spec: _spec.SubspaceSpec, path: str, leaf: Any, layout: _layout.Layout
+  spec: _spec.SubspaceSpec,
+  sample: _base.Sample,
+  path: str,
+  leaf: Any,
+  layout: _layout.Layout,
 ) -> jax.Array:
   seed = _seed(spec, path, leaf, layout)
-  static = (layout, jnp.dtype(spec.basis_dtype))
-  return layout.place_basis(_haar_at_init, static, (seed,), leaf)
+  static = (sample, layout, jnp.dtype(spec.basis_dtype))
+  return layout.place_basis(_sample_at_init, static, (seed,), leaf)
 
 
-def _haar_at_init(
-  layout: _layout.Layout, dtype: Any, seed: jax.Array
+def _sample_at_init(
+  sample: _base.Sample, layout: _layout.Layout, dtype: Any, seed: jax.Array
 ) -> jax.Array:
-  return _linalg.haar(layout, seed, _AT_INIT).astype(dtype)
+  return sample(layout, seed, _base.AT_INIT).astype(dtype)
+
+
+def _place_rebuilt(
+  dtype: Any, basis: jax.Array, matrix: _base.Matrix
+) -> jax.Array:
+  """Returns a basis as it would have come from the state."""
+  return matrix.layout.settle_basis(basis.astype(dtype), matrix.gradient)
+
+
+def _matrices(
+  spec: _spec.SubspaceSpec, gradients: Any, state: ProjectState
+) -> tuple[list[_spec.Match | None], Any]:
+  """Returns the matches of gradients, and the tree of their matrices."""
+  matches = _match_as_at_init(spec, gradients, state)
+  _, treedef = _tree.flatten(gradients)
+  seeds = dict(_tree.flatten(state.seed)[0])
+  return matches, _per_matrix(
+    matches,
+    treedef,
+    lambda path, leaf, layout: _matrix(leaf, layout, seeds[path]),
+  )
 
 
 def _match_as_at_init(
-  spec: _spec.SubspaceSpec, updates: Any, bases: Any
+  spec: _spec.SubspaceSpec, updates: Any, state: ProjectState
 ) -> list[_spec.Match | None]:
   """Returns the matches of the gradients, which must be those of `init`."""
   pairs, _ = _tree.flatten(updates)
@@ -216,41 +280,47 @@ def _match_as_at_init(
       raise ValueError(
         f'gradient {path!r} is projected already; chain `project` once, first.'
       )
-  known, _ = _tree.flatten(bases)
+  known, _ = _tree.flatten(state.seed)
   for new, old in itertools.zip_longest(pairs, known, fillvalue=(None, None)):
     if new[0] != old[0]:
       raise ValueError(
         'gradients must have the tree of the parameters at init, where leaf '
         f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
       )
+  bases = dict(_tree.flatten(state.subspaces.basis)[0])
   matches = spec.match(updates)
-  for match, (path, basis) in zip(matches, known, strict=True):
-    _check_basis(match, basis, path)
+  for match, (path, seed) in zip(matches, known, strict=True):
+    layout = match.layout if match else None
+    _check_made(match, path, seed, layout and layout.batch_shape, 'seeds')
+    if path in bases:
+      basis, shape = bases[path], layout and layout.basis_shape
+      _check_made(match, path, basis, shape, 'a basis')
   return matches
 
 
-def _check_shapes(updates: Any, params: Any) -> None:
-  """Raises unless gradients have their parameters' shapes, if those are given.
+def _check_shapes(updates: Any, others: Any, name: str) -> None:
+  """Raises unless gradients have the shapes of another tree, if it is given.
 
   The bases know only one side of a matrix.
   """
-  known = {} if params is None else dict(_tree.flatten(params)[0])
+  known = {} if others is None else dict(_tree.flatten(others)[0])
   for path, gradient in _tree.flatten(updates)[0]:
     shapes = [getattr(x, 'shape', None) for x in (gradient, known.get(path))]
     if None not in shapes and shapes[0] != shapes[1]:
       raise ValueError(
-        f'gradient {path!r} has shape {shapes[0]}, its parameter {shapes[1]}.'
+        f'gradient {path!r} has shape {shapes[0]}, {name} {shapes[1]}.'
       )
 
 
-def _check_basis(match: _spec.Match | None, basis: Any, path: str) -> None:
-  layout = match.layout if match else None
-  expected = layout.basis_shape if layout else None
-  found = None if _tree.is_masked(basis) else basis.shape
+def _check_made(
+  match: _spec.Match | None, path: str, array: Any, expected: Any, what: str
+) -> None:
+  """Raises unless `init` made an array for the leaf as it is now."""
+  found = None if _tree.is_masked(array) else array.shape
   if expected != found:
     shape = tuple(match.leaf.shape) if match else 'masked'
     raise ValueError(
-      f'gradient {path!r} of shape {shape} needs a basis of shape {expected}, '
+      f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, '
       f'but init made {found}; give update the tree that init was given.'
     )
 
@@ -271,10 +341,15 @@ def _coords(basis: jax.Array, matrix: _base.Matrix) -> jax.Array:
 
 
 def _captured(
-  last: jax.Array, matrix: _base.Matrix, coords: jax.Array
+  last: jax.Array, matrix: _base.Matrix, coords: jax.Array, basis: jax.Array
 ) -> jax.Array:
-  """Returns ||P^T G||^2 / ||G||^2, or the last value where G tells nothing."""
-  ratio = matrix.layout.coords_energy(coords) / matrix.energy
+  """Returns ||P^T G||^2 / ||G||^2, or the last value where G tells nothing.
+
+  For P with columns of length 1 on average, whatever its scale.
+  """
+  layout = matrix.layout
+  scale = layout.basis_energy(_linalg.widen(basis)) / layout.rank
+  ratio = layout.coords_energy(coords) / (matrix.energy * scale)
   return jnp.where(matrix.ok, ratio.astype(last.dtype), last)
 
 

@@ -132,6 +132,19 @@ def is_sharded(x: jax.Array) -> bool:
   return spec is None or any(entry is not None for entry in spec)
 
 
+def is_whole(x: jax.Array, axes: tuple[int, ...]) -> bool:
+  """Whether every device surely holds all of `x` along `axes`.
+
+  Taking one element of an axis that is split gathers the whole array.
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  if mesh.empty or mesh.size == 1:
+    return True
+  spec = _explicit_spec(x)
+  known = spec is not None and len(mesh.explicit_axes) == len(mesh.axis_names)
+  return known and all(spec[i] is None for i in axes)
+
+
 def _leaf_sharding(leaf: Any) -> NamedSharding | None:
   """Returns where a leaf lives, if that is known at this point."""
   if isinstance(leaf, Tracer):

@@ -98,6 +98,9 @@ class SubspaceSpec:
       no fewer bytes than Adam's two moments.
     allow_empty: accept trees in which no leaf is matched.
     seed: what all randomness is derived from, folded with each leaf's path.
+    key_group: from a leaf's path to the name that is folded instead of it, so
+      that leaves of one group, such as query, key and value, draw the same
+      random bases if their shapes allow.
     basis_dtype: dtype of the bases.
     moment_dtype: dtype of the inner optimizer's state on projected leaves,
       None for the parameter's, as in optax. Of bfloat16 parameters prefer
@@ -130,6 +133,7 @@ class SubspaceSpec:
   only_if_smaller: bool = True
   allow_empty: bool = False
   seed: int = 0
+  key_group: Callable[[str], str] | None = None
   basis_dtype: Any = jnp.float32
   moment_dtype: Any = None
 

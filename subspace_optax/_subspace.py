@@ -17,11 +17,13 @@ from typing import Any
 
 import optax
 
+from subspace_optax import _every_k
 from subspace_optax import _in_subspace
 from subspace_optax import _project
 from subspace_optax import _spec
 from subspace_optax import _unproject
 from subspace_optax._projectors import _base
+from subspace_optax._projectors import _gap
 
 
 def subspace(
@@ -30,8 +32,13 @@ def subspace(
   inner: optax.GradientTransformation,
   *,
   transport: str = 'keep',
+  params: str | None = None,
+  per_matrix: bool = False,
+  plain: optax.GradientTransformation | None = None,
   residual: _unproject.Residual | None = None,
   scale: Any = 1.0,
+  every_k: int = 1,
+  after: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Chains `project`, `in_subspace` and `unproject`.
 
@@ -40,15 +47,25 @@ def subspace(
     projector: how bases are found and moved.
     inner: the optimizer that runs on coordinates.
     transport: see `in_subspace`.
+    params: see `in_subspace`.
+    per_matrix: see `in_subspace`.
+    plain: see `in_subspace`.
     residual: see `unproject`.
     scale: see `unproject`.
+    every_k: k, micro-steps to a step, at the end of which the inner optimizer,
+      what follows it, and `after` run once on the mean of k gradients, kept
+      r-sized. Bases stay for a window; gaps count steps. k - 1 of k updates
+      are zero.
+    after: runs on whole updates: weight decay and learning rate, which would
+      run at every micro-step if they were chained behind.
 
   Returns:
     A transformation from gradients to updates, without learning rate.
 
   Raises:
-    ValueError: see the three pieces.
-    TypeError: see the three pieces.
+    ValueError: see the three pieces; `every_k` below 1, or with a residual,
+      which needs the gradients that it does not keep.
+    TypeError: see the three pieces; `every_k` is no int.
 
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, and Liang
@@ -67,8 +84,26 @@ def subspace(
     ...   optax.scale_by_learning_rate(1e-3),
     ... )
   """
-  return optax.chain(
-    _project.project(spec, projector, keep_gradient=residual is not None),
-    _in_subspace.in_subspace(inner, spec, transport=transport),
-    _unproject.unproject_any(scale, residual, allow_empty=True),
+  _gap.check_gap(every_k, 'every_k')
+  if every_k > 1 and residual is not None:
+    raise ValueError(
+      f'every_k={every_k} keeps coordinates of the gradients, not what a '
+      'residual rule needs; wrap the optimizer in optax.MultiSteps.'
+    )
+  project = _project.project(
+    spec, projector, keep_gradient=residual is not None
   )
+  in_subspace = _in_subspace.in_subspace(
+    inner,
+    spec,
+    transport=transport,
+    params=params,
+    per_matrix=per_matrix,
+    plain=plain,
+  )
+  rest = _unproject.unproject_any(scale, residual, allow_empty=True)
+  if after is not None:
+    rest = optax.chain(rest, after)
+  if every_k == 1:
+    return optax.chain(project, in_subspace, rest)
+  return _every_k.every_k(every_k, spec, project, in_subspace, rest)

@@ -36,6 +36,7 @@ def galore(
   mask: Mask = None,
   weight_dimension_numbers: Any = None,
   *,
+  stagger: bool = False,
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
   """GaLore: an optimizer in the gradient's leading singular subspace.
@@ -55,6 +56,8 @@ def galore(
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
+    stagger: whether matrices take turns within each T steps, starting from
+      random bases, so that no step pays for all SVDs.
     spec: takes the place of `rank` and `weight_dimension_numbers`.
 
   Returns:
@@ -86,7 +89,7 @@ def galore(
   )
   tx = _subspace.subspace(
     spec,
-    projectors.svd(update_proj_gap),
+    projectors.svd(update_proj_gap, stagger=stagger),
     _adam_or(base_optimizer),
     scale=scale,
   )
@@ -103,6 +106,7 @@ def golore(
   base_optimizer: optax.GradientTransformation | None = None,
   weight_decay: Any = 0.0,
   mask: Mask = None,
+  stagger: bool = False,
   seed: int = 0,
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
@@ -124,6 +128,8 @@ def golore(
       default.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices take turns within each tau steps, so that no step
+      pays for all refreshes.
     seed: of the random bases.
     spec: takes the place of `rank` and `seed`.
 
@@ -147,11 +153,14 @@ def golore(
       f'random_from must be a static int, got {random_from!r}; under '
       "optax.inject_hyperparams, pass static_args=('rank', 'random_from')."
     )
-  random = projectors.stiefel(update_proj_gap)
+  random = projectors.stiefel(update_proj_gap, stagger=stagger)
   rule = random
   if random_from != 0:
     rule = projectors.switch(
-      {0: projectors.svd(update_proj_gap), random_from: random}
+      {
+        0: projectors.svd(update_proj_gap, stagger=stagger),
+        random_from: random,
+      }
     )
   tx = _subspace.subspace(
     spec or _default_spec(rank, seed),

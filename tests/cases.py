@@ -484,10 +484,11 @@ def small(name: str) -> Small:
 
 
 def equations(jaxpr: Any, in_cond: bool = False):
-  """Yields every equation of a jaxpr and whether a `cond` holds it.
+  """Yields every equation of a jaxpr and whether it may be skipped.
 
-  A choice by platform (`lax.platform_dependent`) is a `cond` of the compiler,
-  not of the program, and does not count.
+  That is, whether a `cond` holds it or a loop of as many turns as the program
+  finds work for. A choice by platform (`lax.platform_dependent`) is a `cond`
+  of the compiler, not of the program, and does not count.
   """
   by_platform = set()
   for eqn in jaxpr.eqns:
@@ -500,6 +501,7 @@ def equations(jaxpr: Any, in_cond: bool = False):
       by_platform.update(eqn.outvars)
     chosen = kind == 'cond' and eqn.invars[0] not in by_platform
     inside = in_cond or (chosen and not hasattr(eqn.invars[0], 'val'))
+    inside = inside or kind == 'while'
     for value in eqn.params.values():
       for inner in _jaxprs(value):
         yield from equations(inner, inside)

@@ -300,7 +300,7 @@ def test_unknown_transport(transport):
 @pytest.mark.parametrize(
   'inner, state',
   [
-    (optax.scale_by_belief(), 'ScaleByBeliefState'),
+    (optax.scale_by_adan(), 'ScaleByAdanState'),
     (optax.scale_by_amsgrad(), 'ScaleByAmsgradState'),
   ],
 )

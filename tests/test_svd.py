@@ -105,17 +105,21 @@ def test_coordinates_are_taken_in_the_basis_of_the_last_refresh(name):
     np.testing.assert_allclose(coords, expected, rtol=0, atol=1e-6)
 
 
-def test_randomized_captures_almost_what_the_best_subspace_does():
-  """Singular values 1/i: 99.9 % on average by simulation, 99.7 % with two
-  rounds in place of three, 26 % without any.
-  """
+@pytest.mark.parametrize(
+  'rounds, mean, least', [(1, 0.995, 0.99), (2, 0.998, 0.995)]
+)
+def test_randomized_captures_almost_what_the_best_subspace_does(
+  rounds, mean, least
+):
+  """Singular values 1/i: 99.57 and 99.85 % of the best, 26 % without rounds."""
   view = ref.view((24, 48, 64))
   grad = ref.decaying(0, view, spectrum=1 / np.arange(1, 49))
-  tx = so.project(so.SubspaceSpec(12), so.projectors.svd(1, 'randomized'))
+  rule = so.projectors.svd(1, 'randomized', power_iterations=rounds)
+  tx = so.project(so.SubspaceSpec(12), rule)
   node, _ = ref.jit(tx.update)({'w': grad}, tx.init({'w': grad}))
   pairs = zip(view.matrices(grad), view.bases(node['w'].basis), strict=True)
   shares = [ref.captured(p, g) for g, p in pairs]
-  assert np.mean(shares) > 0.998 and min(shares) > 0.995, shares
+  assert np.mean(shares) > mean and min(shares) > least, shares
 
 
 def test_metrics():

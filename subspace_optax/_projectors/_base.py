@@ -21,12 +21,15 @@ whole trees, since the optimizer of a basis is one optax transformation.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax import _layout
+from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax import _sharding
 
@@ -37,7 +40,9 @@ class Subspaces(NamedTuple):
   `MaskedNode` stands for leaves that are not projected.
   """
 
-  basis: Any  # leaf shape=(*batch and projected axes, r), dtype=basis_dtype
+  # leaf shape=(*batch and projected axes, r), dtype=basis_dtype; () between
+  # steps if the projector draws them again
+  basis: Any
   captured_energy: Any  # leaf shape=(*batch,), dtype=float32, of the last G
   orthogonality_error: Any  # leaf shape=(*batch,), dtype=float32
   drift: Any  # leaf shape=(*batch,), dtype=float32, of the last move
@@ -54,6 +59,7 @@ class Matrix:
     energy: (*batch), ||G||_F^2, or 1 where not `ok`.
     ok: (*batch), whether the energy is finite and not zero, which for elements
       between about 1e-19 and 1e19 is whether G is.
+    mean: of past coordinates, for a rule that keeps it.
   """
 
   gradient: jax.Array
@@ -61,6 +67,7 @@ class Matrix:
   seed: jax.Array
   energy: jax.Array
   ok: jax.Array
+  mean: jax.Array | None = None
 
 
 class Context(NamedTuple):
@@ -71,24 +78,37 @@ class Context(NamedTuple):
   moves: Any = None  # for `track`: the tree of `Move` that `refresh` made
 
 
+# (layout, seeds, period) -> bases that depend on nothing else.
+Sample = Callable[[_layout.Layout, jax.Array, Any], jax.Array]
+
+# The period in the keys of the first bases, which no schedule reaches.
+AT_INIT = 2**31 - 1
+
+
 class Projector(NamedTuple):
   """A rule that finds and moves the basis of every matrix.
 
   Attributes:
     name: what `describe` calls it.
-    init: from the first `Subspaces` to the rule's own state, made of trees
-      with the same structure.
+    init: (subspaces, zero_coords) -> the rule's own state, made of trees with
+      the structure of the first subspaces; `zero_coords()` is a tree of float32
+      zeros where coordinates will be.
     refresh: (context, matrices, subspaces, state) -> (subspaces, moves, state),
       before this step's coordinates are taken. `moves` is a tree of `Move`, or
       None if the rule never moves a basis here.
     track: (context, matrices, coords, subspaces, state) -> (subspaces, moves,
       state), after they are taken.
+    sample: draws the first bases.
+    rebuild: (matrices, state) -> bases, for a rule that draws them again at
+      every step; None for one whose bases are stored.
   """
 
   name: str
-  init: Callable[[Any], Any]
+  init: Callable[[Subspaces, Callable[[], Any]], Any]
   refresh: Callable[..., tuple[Subspaces, Any, Any]]
   track: Callable[..., tuple[Subspaces, Any, Any]]
+  sample: Sample = _linalg.haar
+  rebuild: Callable[[Any, Any], Any] | None = None
 
 
 def no_refresh(context, matrices, subspaces, state):
@@ -114,6 +134,38 @@ def still(matrix: Matrix) -> _projected.Move:
   return _projected.Move(jnp.zeros_like(matrix.ok), eye)
 
 
-def shown(value: Any) -> str:
-  """Returns how `describe` shows an argument that may be traced."""
+def call(name: str, **arguments: Any) -> str:
+  """Returns how `describe` shows a rule; what is not set is left out."""
+  shown = [
+    f'{key}={_shown(value)}'
+    for key, value in arguments.items()
+    if value is not None and value is not False
+  ]
+  return f'{name}({", ".join(shown)})'
+
+
+def _shown(value: Any) -> str:
   return 'traced' if isinstance(value, jax.Array) else repr(value)
+
+
+def resting(track: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `track`, skipped wherever the context is not active."""
+
+  def rest(context, matrices, coords, subspaces, state):
+    _, moves, _ = jax.eval_shape(
+      lambda *args: track(context, matrices, coords, *args), subspaces, state
+    )
+    if moves is not None:
+      moves = jax.tree.map(still, matrices)
+    return subspaces, moves, state
+
+  def maybe(context, matrices, coords, subspaces, state):
+    return lax.cond(
+      context.active,
+      functools.partial(track, context, matrices, coords),
+      functools.partial(rest, context, matrices, coords),
+      subspaces,
+      state,
+    )
+
+  return maybe

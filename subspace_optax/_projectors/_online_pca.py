@@ -39,7 +39,7 @@ from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _tree
 from subspace_optax._projectors import _base
-from subspace_optax._projectors import _periodic
+from subspace_optax._projectors import _gap
 from subspace_optax._projectors import _svd
 
 _NEVER = 2**31 - 1
@@ -49,13 +49,16 @@ class OnlinePcaState(NamedTuple):
   """State of `online_pca`."""
 
   optimizer: Any  # OptimizerP's state, moments in the bases' shape
-  start: Any  # tree, leaf shape=(*batch,), dtype=bool: owed its SVD; or ()
+  start: Any  # the state of the rule that makes the first bases; or ()
 
 
 def online_pca(
   optimizer: optax.GradientTransformation,
   orthogonality: float = 0.1,
   init: str = 'random',
+  *,
+  update_every: int = 1,
+  orthonormalize_every: int | None = None,
 ) -> _base.Projector:
   """Bases moved at every step by an optimizer on the PCA loss of Eq. (6).
 
@@ -69,13 +72,19 @@ def online_pca(
     orthogonality: lambda of Eq. (6).
     init: 'random' starts from a Haar sample, 'svd' from the singular vectors
       of the first gradient.
+    update_every: steps between steps of the optimizer; those between cost no
+      product with the gradient beyond the coordinates.
+    orthonormalize_every: steps, a multiple of `update_every`, between exact
+      orthonormalisations by Cholesky QR; None for never.
 
   Returns:
     A projector.
 
   Raises:
-    ValueError: an unknown `init`; a negative `orthogonality`.
-    TypeError: `optimizer` is no gradient transformation.
+    ValueError: an unknown `init`; a negative `orthogonality`; numbers of steps
+      below 1, or not multiples.
+    TypeError: `optimizer` is no gradient transformation; a number of steps is
+      no int.
 
   References:
     Liang et al., `Online Subspace Descent
@@ -97,22 +106,30 @@ def online_pca(
     raise ValueError(
       f'orthogonality must not be negative, got {orthogonality}.'
     )
+  _gap.check_gap(update_every, 'update_every')
+  if orthonormalize_every is not None:
+    _gap.check_gap(orthonormalize_every, 'orthonormalize_every')
+    if orthonormalize_every % update_every:
+      raise ValueError(
+        'orthonormalize_every must be a multiple of update_every='
+        f'{update_every}, got {orthonormalize_every}.'
+      )
   first = _svd.svd(_NEVER) if init == 'svd' else None
 
-  def init_fn(subspaces):
+  def init_fn(subspaces, zero_coords):
     start = ()
     if first:
-      owed = first.init(subspaces).owed
-      start = jax.tree.map(lambda x: jnp.ones_like(x), owed)
+      start = first.init(subspaces, zero_coords)
+      start = start._replace(owed=jax.tree.map(jnp.ones_like, start.owed))
     return OnlinePcaState(optimizer.init(subspaces.basis), start)
 
   def refresh(context, matrices, subspaces, state):
     if not first:
       return subspaces, None, state
     subspaces, moves, start = first.refresh(
-      context, matrices, subspaces, _periodic.PeriodicState(state.start)
+      context, matrices, subspaces, state.start
     )
-    return subspaces, moves, state._replace(start=start.owed)
+    return subspaces, moves, state._replace(start=start)
 
   def track(context, matrices, coords, subspaces, state):
     old = subspaces.basis
@@ -133,6 +150,15 @@ def online_pca(
     )
     updates, own = optimizer.update(grads, state.optimizer, old)
     new = jax.tree.map(_step, old, updates, matrices, learns)
+    if orthonormalize_every is not None:
+      # The last of the steps, so that it acts on steps that were taken.
+      due = (context.count + update_every) % orthonormalize_every == 0
+      new = lax.cond(
+        due & context.active,
+        lambda new: jax.tree.map(_orthonormal, new, matrices),
+        lambda new: new,
+        new,
+      )
     own = _skip(optimizer, state.optimizer, own, matrices, learns)
     drift, moves = _tree.map_unzip(_moved_by, 2, new, old, matrices, learns)
     keep = lambda ok, new, old: jnp.where(ok, new.astype(old.dtype), old)
@@ -144,10 +170,21 @@ def online_pca(
     )
     return subspaces, moves, state._replace(optimizer=own)
 
-  name = (
-    f'online_pca(orthogonality={_base.shown(orthogonality)}, init={init!r})'
+  def track_sometimes(context, matrices, coords, subspaces, state):
+    due = context.active & (context.count % update_every == 0)
+    context = context._replace(active=due)
+    return _base.resting(track)(context, matrices, coords, subspaces, state)
+
+  name = _base.call(
+    'online_pca',
+    orthogonality=orthogonality,
+    init=init,
+    update_every=update_every if update_every != 1 else None,
+    orthonormalize_every=orthonormalize_every,
   )
-  return _base.Projector(name, init_fn, refresh, track)
+  return _base.Projector(
+    name, init_fn, refresh, track if update_every == 1 else track_sometimes
+  )
 
 
 def _pca_gradient(basis, matrix, coords, ok, orthogonality):
@@ -174,6 +211,14 @@ def _step(old, update, matrix, ok):
   """Returns P_{t+1}, or P_t where there is no gradient to learn from."""
   new = _sharding.like(old + update.astype(old.dtype), old)
   return jnp.where(matrix.layout.along_basis(ok), new, old)
+
+
+def _orthonormal(basis, matrix):
+  """Returns the basis made exactly orthonormal, if that succeeds."""
+  layout = matrix.layout
+  q = _linalg.orthonormalize(layout, layout.align_basis(basis, matrix.gradient))
+  good = jnp.isfinite(layout.basis_energy(q))
+  return jnp.where(layout.along_basis(good), _sharding.like(q, basis), basis)
 
 
 def _moved_by(new, old, matrix, ok):

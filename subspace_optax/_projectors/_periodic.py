@@ -13,10 +13,12 @@
 # limitations under the License.
 """New bases every so many steps: the schedule shared by all such rules.
 
-One unbatched predicate per leaf decides, outside any vmap, so that the
-factorisation is skipped between refreshes. A matrix whose gradient is zero or
-not finite when a refresh is due keeps its basis, and is refreshed at its next
-good gradient.
+Only matrices that are due are worked on, one after the other in a loop outside
+any vmap: between refreshes nothing is factorised, and a stack whose layers take
+turns pays for one of them at a time. Where a stack's batch axes may be spread
+over devices, it is worked on as a whole and the layers that are not due keep
+what they have. A matrix whose gradient is zero or not finite when its refresh
+is due keeps its basis, and is refreshed at its next good gradient.
 """
 
 from collections.abc import Callable
@@ -27,73 +29,90 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _tree
 from subspace_optax._projectors import _base
+from subspace_optax._projectors import _gap
 
-# (matrix, period) -> orthonormal bases, (*batch and projected axes, r), float32
-Draw = Callable[[_base.Matrix, jax.Array], jax.Array]
+# (matrix, its basis, period) -> new bases, (*batch and projected axes, r).
+Draw = Callable[[_base.Matrix, jax.Array, jax.Array], jax.Array]
 
 
 class PeriodicState(NamedTuple):
-  """State of a periodic rule."""
+  """State of a periodic rule; trees with a leaf for every projected one."""
 
-  owed: Any  # tree, leaf shape=(*batch,), dtype=bool: refresh at next good G
+  owed: Any  # leaf shape=(*batch,), dtype=bool: refresh at next good G
+  schedule: Any  # see `_gap`
+  period: Any  # leaf shape=(*batch,), dtype=int32, of the basis; or ()
 
 
-def check_gap(update_proj_gap: Any) -> None:
-  """Raises unless the gap is a positive int, or traced."""
-  if isinstance(update_proj_gap, jax.Array):
-    return
-  if isinstance(update_proj_gap, bool) or not hasattr(
-    update_proj_gap, '__index__'
-  ):
-    raise TypeError(
-      f'update_proj_gap must be a number of steps, got {update_proj_gap!r}.'
-    )
-  if update_proj_gap < 1:
-    raise ValueError(
-      f'update_proj_gap must be at least 1, got {update_proj_gap}.'
-    )
+class _Bases(NamedTuple):
+  """What a refresh changes of one leaf."""
+
+  basis: jax.Array  # shape=(*batch and projected axes, r)
+  error: jax.Array  # shape=(*batch,), dtype=float32
+  drift: jax.Array  # shape=(*batch,), dtype=float32
+  moved: jax.Array  # shape=(*batch,), dtype=bool
+  transition: jax.Array  # shape=(*batch, r, r), dtype=float32
 
 
 def periodic(
-  name: str, draw: Draw, update_proj_gap: Any, *, uses_gradient: bool
+  name: str,
+  draw: Draw,
+  update_proj_gap: Any,
+  *,
+  stagger: bool,
+  uses_gradient: bool = True,
+  orthonormal: bool = True,
+  sample: _base.Sample | None = None,
+  regenerate: bool = False,
 ) -> _base.Projector:
-  """Returns the projector that calls `draw` at steps 0, T, 2T and so on."""
-  check_gap(update_proj_gap)
+  """Returns the projector that calls `draw` at steps 0, T, 2T and so on.
 
-  def init(subspaces: _base.Subspaces) -> PeriodicState:
-    owed = jax.tree.map(
-      lambda x: jnp.zeros_like(x, jnp.bool_), subspaces.captured_energy
-    )
-    return PeriodicState(owed)
+  Args:
+    name: what `describe` calls it.
+    draw: how a matrix gets its next basis.
+    update_proj_gap: T, or a `LazyGap`.
+    stagger: whether matrices take turns instead.
+    uses_gradient: whether `draw` looks at the gradient, and needs a good one.
+    orthonormal: whether a basis that is not orthonormal is a failed one.
+    sample: how bases are drawn without a gradient, if that is how.
+    regenerate: whether to draw them again at every step instead of storing.
+  """
+  gap = _gap.schedule(update_proj_gap, stagger)
+
+  def init(subspaces: _base.Subspaces, zero_coords: Any) -> PeriodicState:
+    del zero_coords
+    per_matrix = subspaces.captured_energy
+    owed = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.bool_), per_matrix)
+    period = ()
+    if regenerate:
+      at_init = lambda x: jnp.full_like(x, _base.AT_INIT, jnp.int32)
+      period = jax.tree.map(at_init, per_matrix)
+    return PeriodicState(owed, gap.init(per_matrix), period)
 
   def refresh(context, matrices, subspaces, state):
-    due = context.active & (context.count % update_proj_gap == 0)
-    period = context.count // update_proj_gap
+    due, period, schedule = gap.due(context, state.owed, state.schedule)
 
-    def one(basis, matrix, error, drift, owed):
+    def one(basis, matrix, error, drift, owed, due, period):
       good = matrix.ok if uses_gradient else jnp.ones_like(matrix.ok)
-      wants = due | (owed & context.active)
-      moves = wants & good
-      new, error, drift, move = lax.cond(
-        jnp.any(moves),
-        lambda: _move(
-          matrix.layout,
-          basis,
-          draw(_only(moves, matrix) if uses_gradient else matrix, period),
-          moves,
-          error,
-          drift,
-        ),
-        lambda: (basis, error, drift, _base.still(matrix)),
+      wanted = (due | (owed & context.active)) & good
+      still = _base.still(matrix)
+      new = _refresh_wanted(
+        draw,
+        orthonormal,
+        matrix,
+        wanted,
+        period,
+        _Bases(basis, error, drift, *still),
       )
+      move = _projected.Move(new.moved, new.transition)
       # A factorisation that failed is owed, too.
-      owed = (owed | due) & ~move.moved
-      return new, error, drift, owed, move
+      owed = (owed | due) & ~new.moved
+      return new.basis, new.error, new.drift, owed, move
 
     basis, error, drift, owed, moves = _tree.map_unzip(
       one,
@@ -103,37 +122,147 @@ def periodic(
       subspaces.orthogonality_error,
       subspaces.drift,
       state.owed,
+      due,
+      period,
     )
     subspaces = subspaces._replace(
       basis=basis, orthogonality_error=error, drift=drift
     )
-    return subspaces, moves, PeriodicState(owed)
+    moved = lambda old, new, move: jnp.where(move.moved, new, old)
+    state = PeriodicState(
+      owed,
+      gap.after(schedule, moves),
+      jax.tree.map(moved, state.period, period, moves) if regenerate else (),
+    )
+    return subspaces, moves, state
 
-  return _base.Projector(name, init, refresh, _base.no_track)
+  def rebuild(matrices, state):
+    return jax.tree.map(
+      lambda x, period: sample(x.layout, x.seed, period), matrices, state.period
+    )
+
+  return _base.Projector(
+    name,
+    init,
+    refresh,
+    _base.no_track,
+    sample or _linalg.haar,
+    rebuild if regenerate else None,
+  )
 
 
-def _only(moves: jax.Array, matrix: _base.Matrix) -> _base.Matrix:
+def random(
+  name: str,
+  sample: _base.Sample,
+  update_proj_gap: Any,
+  stagger: bool,
+  regenerate: bool,
+  orthonormal: bool = True,
+) -> _base.Projector:
+  """Returns the periodic rule of bases that depend on no gradient."""
+
+  def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
+    del basis
+    return sample(matrix.layout, matrix.seed, period)
+
+  return periodic(
+    _base.call(
+      name,
+      update_proj_gap=update_proj_gap,
+      stagger=stagger,
+      regenerate=regenerate,
+    ),
+    draw,
+    update_proj_gap,
+    stagger=stagger,
+    uses_gradient=False,
+    orthonormal=orthonormal,
+    sample=sample,
+    regenerate=regenerate,
+  )
+
+
+def _refresh_wanted(
+  draw: Draw,
+  orthonormal: bool,
+  matrix: _base.Matrix,
+  wanted: jax.Array,
+  period: jax.Array,
+  state: _Bases,
+) -> _Bases:
+  """Moves the bases that are wanted, matrix by matrix if that is possible."""
+  layout = matrix.layout
+
+  def move(matrix, wanted, period, state):
+    candidate = draw(_only(wanted, matrix), state.basis, period)
+    return _move(matrix.layout, candidate, wanted, orthonormal, state)
+
+  if not layout.batch or not _sharding.is_whole(matrix.gradient, layout.batch):
+    return lax.cond(
+      jnp.any(wanted),
+      lambda: move(matrix, wanted, period, state),
+      lambda: state,
+    )
+  each = layout.batch_axes
+  axes = _Bases(layout.basis_axes(), each, each, each, each + 'yz')
+  turns = jnp.argsort(~wanted.reshape(-1), stable=True)
+
+  def turn(k: jax.Array, state: _Bases) -> _Bases:
+    i = turns[k]
+    take = lambda x, axes: layout.take(x, axes, i)
+    part = move(
+      _base.Matrix(
+        take(matrix.gradient, layout.leaf_axes),
+        layout.one,
+        *(take(x, each) for x in (matrix.seed, matrix.energy, matrix.ok)),
+        None
+        if matrix.mean is None
+        else take(matrix.mean, layout.coords_axes()),
+      ),
+      take(wanted, each),
+      take(period, each),
+      _Bases(*map(take, state, axes)),
+    )
+    put = lambda x, axes, part: layout.put(x, axes, i, part)
+    return _Bases(*map(put, state, axes, part))
+
+  return lax.fori_loop(0, jnp.sum(wanted, dtype=jnp.int32), turn, state)
+
+
+def _only(wanted: jax.Array, matrix: _base.Matrix) -> _base.Matrix:
   """Returns the leaf with zeros for the gradients that don't count.
 
   LAPACK's SVD may never return from a matrix that holds an Inf.
   """
-  gradient = jnp.where(matrix.layout.along_leaf(moves), matrix.gradient, 0)
+  gradient = jnp.where(matrix.layout.along_leaf(wanted), matrix.gradient, 0)
   return dataclasses.replace(matrix, gradient=gradient)
 
 
-def _move(layout, old, candidate, moves, error, drift):
-  """Takes the candidates that came out orthonormal, where a move is wanted."""
-  candidate = _sharding.like(candidate, old)
+def _move(
+  layout: _layout.Layout,
+  candidate: jax.Array,
+  wanted: jax.Array,
+  orthonormal: bool,
+  state: _Bases,
+) -> _Bases:
+  """Takes the candidates that came out well, where a move is wanted."""
+  candidate = _sharding.like(candidate, state.basis)
   wide = _linalg.widen(candidate)
-  new_error = _linalg.orthogonality_error(layout.gram(wide, wide))
-  usable = moves & (new_error < 0.5)  # False for NaN: a failed factorisation
-  new = jnp.where(layout.along_basis(usable), candidate, old)
-  step = _linalg.transition(layout, new, old)
-  step = jnp.where(usable[..., None, None], step, _linalg.identity_like(step))
-  # Chordal distance of the two subspaces, as a share of the largest possible.
-  kept = jnp.sum(jnp.square(step), axis=(-2, -1)) / layout.rank
-  moved_by = jnp.sqrt(jnp.maximum(1.0 - kept, 0.0))
-  error = jnp.where(usable, new_error.astype(error.dtype), error)
-  drift = jnp.where(usable, moved_by.astype(drift.dtype), drift)
-  move = _projected.Move(usable, step.astype(jnp.float32))
-  return new, error, drift, move
+  error = _linalg.orthogonality_error(layout.gram(wide, wide))
+  # False for NaN: a failed factorisation.
+  usable = wanted & (error < (0.5 if orthonormal else jnp.inf))
+  basis = jnp.where(layout.along_basis(usable), candidate, state.basis)
+  transition, kept = _linalg.change(layout, basis, state.basis)
+
+  def where_usable(new: jax.Array, old: jax.Array) -> jax.Array:
+    after = tuple(range(usable.ndim, old.ndim))
+    return jnp.where(jnp.expand_dims(usable, after), new.astype(old.dtype), old)
+
+  return _Bases(
+    basis,
+    where_usable(error, state.error),
+    # Chordal distance of the two subspaces, as a share of the largest possible.
+    where_usable(jnp.sqrt(jnp.maximum(1.0 - kept, 0.0)), state.drift),
+    where_usable(usable, state.moved),
+    where_usable(transition, state.transition),
+  )

@@ -19,14 +19,17 @@ Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024, Section 5.
 
 from typing import Any
 
-import jax
-
 from subspace_optax import _linalg
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _periodic
 
 
-def stiefel(update_proj_gap: Any = 200) -> _base.Projector:
+def stiefel(
+  update_proj_gap: Any = 200,
+  *,
+  stagger: bool = False,
+  regenerate: bool = False,
+) -> _base.Projector:
   """Haar samples of the Stiefel manifold at steps 0, T, 2T and so on.
 
   With P ~ U(St(m, r)), E[P P^T] = (r/m) I, so that no direction of the gradient
@@ -34,7 +37,11 @@ def stiefel(update_proj_gap: Any = 200) -> _base.Projector:
   leaf's path, the matrix's place in it and the period, nothing else.
 
   Args:
-    update_proj_gap: T, steps between samples.
+    update_proj_gap: T, steps between samples, or a `LazyGap`.
+    stagger: whether matrices take turns within each T steps, starting from
+      random bases, so that no step refreshes them all.
+    regenerate: whether to draw the bases again at every step, about 16mr^2
+      FLOPs and mr random numbers, instead of storing mr of them.
 
   Returns:
     A projector with orthonormal bases.
@@ -55,9 +62,6 @@ def stiefel(update_proj_gap: Any = 200) -> _base.Projector:
     >>> print(jnp.allclose(p.T @ p, jnp.eye(2), atol=1e-5))
     True
   """
-
-  def draw(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
-    return _linalg.haar(matrix.layout, matrix.seed, period)
-
-  name = f'stiefel(update_proj_gap={_base.shown(update_proj_gap)})'
-  return _periodic.periodic(name, draw, update_proj_gap, uses_gradient=False)
+  return _periodic.random(
+    'stiefel', _linalg.haar, update_proj_gap, stagger, regenerate
+  )

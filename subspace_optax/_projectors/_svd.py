@@ -19,44 +19,61 @@ subspace iteration after Halko et al., `Finding structure with randomness
 <https://arxiv.org/abs/0909.4061>`_, 2009, Algorithm 4.4.
 """
 
+import functools
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _sharding
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _periodic
 
-METHODS = ('auto', 'exact', 'gram', 'randomized')
+METHODS = ('auto', 'exact', 'gram', 'randomized', 'warm')
 
-# Subspace iteration adds this share of ||G||_F^2 to every eigenvalue of G G^T:
-# the subspaces stay the same and a rank-deficient G no longer loses directions.
+# For a rank-deficient G, in units of ||G||_F: what a sketch that lacks
+# directions is filled with, and what every eigenvalue of G G^T is raised by, so
+# that iteration does not lose them.
+_FILL = 1e-3
 _SHIFT = 1e-5
-_ITERATIONS = 3
+# Rounds of iteration on the Gram matrix, each of which costs 2m^2 r.
+_GRAM_ROUNDS = 6
+# Up to this size of the Gram matrix its eigenvectors are cheaper.
+_EIGH_SIZE = 512
 
 
-def svd(update_proj_gap: Any = 200, method: str = 'auto') -> _base.Projector:
+def svd(
+  update_proj_gap: Any = 200,
+  method: str = 'auto',
+  *,
+  power_iterations: int = 1,
+  stagger: bool = False,
+) -> _base.Projector:
   """Leading r singular vectors of the gradient at steps 0, T, 2T and so on.
 
   Args:
-    update_proj_gap: T, steps between refreshes.
-    method: 'exact', a full SVD of every matrix; 'gram', eigenvectors of the
-      Gram matrix of the short side, which loses directions weaker than 3e-4 of
-      the strongest; 'randomized', three rounds of subspace iteration from a
-      Gaussian start, matrix products only; 'auto', exact where the matrix
-      surely lies on one device that is not a TPU, else (and on any mesh of
-      several automatic devices) randomized. Only 'randomized' never gathers a
-      sharded gradient.
+    update_proj_gap: T, steps between refreshes, or a `LazyGap`.
+    method: 'exact', a full SVD of every matrix; 'gram', subspace iteration on
+      the Gram matrix of the short side, or its eigenvectors where that is
+      small, which loses directions weaker than 3e-4 of the strongest;
+      'randomized', subspace iteration from a random sketch of the gradient,
+      and 'warm', from the last basis: matrix products only; 'auto', exact
+      where the matrix surely lies on one device that is not a TPU, else (and
+      on any mesh of several automatic devices) randomized. 'exact' and 'gram'
+      gather a sharded gradient.
+    power_iterations: of 'randomized' and 'warm', 4mnr FLOPs each.
+    stagger: whether matrices take turns within each T steps, starting from
+      random bases, so that no step refreshes them all.
 
   Returns:
     A projector with orthonormal bases.
 
   Raises:
-    TypeError: the gap is no int.
-    ValueError: the gap is below 1; an unknown method.
+    TypeError: the gap or the number of iterations is no int.
+    ValueError: they are below 1; an unknown method.
 
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2
@@ -74,29 +91,51 @@ def svd(update_proj_gap: Any = 200, method: str = 'auto') -> _base.Projector:
   if method not in METHODS:
     raise ValueError(f'method must be one of {METHODS}, got {method!r}.')
 
-  def draw(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
-    return _DRAWS[method](matrix, period)
-
-  name = (
-    f'svd(update_proj_gap={_base.shown(update_proj_gap)}, method={method!r})'
+  if isinstance(power_iterations, bool) or not hasattr(
+    power_iterations, '__index__'
+  ):
+    raise TypeError(
+      f'power_iterations must be an int, got {power_iterations!r}.'
+    )
+  if power_iterations < 1:
+    raise ValueError(
+      f'power_iterations must be at least 1, got {power_iterations}.'
+    )
+  rule = {
+    'auto': functools.partial(_auto, power_iterations),
+    'exact': _exact,
+    'gram': _gram,
+    'randomized': functools.partial(_randomized, power_iterations),
+    'warm': functools.partial(_warm, power_iterations),
+  }[method]
+  name = _base.call(
+    'svd',
+    update_proj_gap=update_proj_gap,
+    method=method,
+    power_iterations=power_iterations if power_iterations != 1 else None,
+    stagger=stagger,
   )
-  return _periodic.periodic(name, draw, update_proj_gap, uses_gradient=True)
+  return _periodic.periodic(name, rule, update_proj_gap, stagger=stagger)
 
 
-def _auto(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
+def _auto(
+  rounds: int, matrix: _base.Matrix, basis: jax.Array, period: jax.Array
+) -> jax.Array:
   """Exact where that gathers nothing, and compiles within the day."""
   if _sharding.is_sharded(matrix.gradient):
-    return _randomized(matrix, period)
+    return _randomized(rounds, matrix, basis, period)
   # XLA takes two minutes to compile an SVD of 512 x 512 for a TPU.
   return lax.platform_dependent(
-    tpu=lambda: _randomized(matrix, period),
-    default=lambda: _exact(matrix, period),
+    tpu=lambda: _randomized(rounds, matrix, basis, period).astype(basis.dtype),
+    default=lambda: _exact(matrix, basis, period).astype(basis.dtype),
   )
 
 
-def _exact(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
+def _exact(
+  matrix: _base.Matrix, basis: jax.Array, period: jax.Array
+) -> jax.Array:
   """U_r or V_r of the thin SVD."""
-  del period
+  del basis, period
   layout = matrix.layout
   g = layout.to_matrix(_sharding.replicate(matrix.gradient))
   u, _, vh = jnp.linalg.svd(g.astype(jnp.float32), full_matrices=False)
@@ -104,22 +143,24 @@ def _exact(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
   return layout.from_matrix(vectors[..., : layout.rank])
 
 
-def _gram(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
+def _gram(
+  matrix: _base.Matrix, basis: jax.Array, period: jax.Array
+) -> jax.Array:
   """Eigenvectors of G G^T, or G times those of G^T G if that is smaller."""
+  del basis
   layout = matrix.layout
   g = layout.to_matrix(_sharding.replicate(matrix.gradient))
   g = g.astype(jnp.float32) * lax.rsqrt(matrix.energy)[..., None, None]
   g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
   gt = jnp.swapaxes(g, -1, -2)
   if layout.m <= layout.n:
-    _, vectors = jnp.linalg.eigh(_linalg.matmul(g, gt))
-    return layout.from_matrix(vectors[..., ::-1][..., : layout.rank])
-  values, vectors = jnp.linalg.eigh(_linalg.matmul(gt, g))
-  values, vectors = values[..., ::-1], vectors[..., ::-1]
-  values, vectors = values[..., : layout.rank], vectors[..., : layout.rank]
+    vectors, _ = _leading(layout, _linalg.matmul(g, gt), matrix, period)
+    return layout.from_matrix(vectors)
+  vectors, values = _leading(layout, _linalg.matmul(gt, g), matrix, period)
   # Columns G v / sigma are orthonormal where sigma is above rounding; the
   # others are replaced by random ones and made orthogonal to the rest.
-  weak = (values < 1e-7 * values[..., :1])[..., None, :]
+  weak = values < 1e-7 * jnp.max(values, axis=-1, keepdims=True)
+  weak = weak[..., None, :]
   u = _linalg.matmul(g, vectors) * lax.rsqrt(
     jnp.where(weak, 1.0, values[..., None, :])
   )
@@ -129,23 +170,76 @@ def _gram(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
   return _linalg.orthonormalize(layout, u)
 
 
-def _randomized(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
-  """Rounds of P <- orth((G G^T / ||G||^2 + shift) P) from a Gaussian P."""
+def _leading(
+  layout: _layout.Layout,
+  gram: jax.Array,
+  matrix: _base.Matrix,
+  period: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns r vectors of the leading eigenspace, and their values."""
+  size, r = gram.shape[-1], layout.rank
+  if size <= _EIGH_SIZE or 2 * r > size:
+    values, vectors = jnp.linalg.eigh(gram)
+    return vectors[..., ::-1][..., :r], values[..., ::-1][..., :r]
+  # Plain matrices, whatever the axes of the leaf are.
+  square = _layout.square(layout.batch_shape, size, r)
+  p = _linalg.gaussian(square, matrix.seed, period)
+  for _ in range(_GRAM_ROUNDS):
+    p = _linalg.orthonormalize(square, p, _linalg.ROUGH)
+    image = _linalg.matmul(gram, p)
+    kept = jnp.sum(p * image, axis=(-2, -1))
+    p = image - _shift(kept, size, r)[..., None, None] * p
+  p = _linalg.orthonormalize(square, p, _linalg.FEW_SHIFTS)
+  return p, jnp.sum(p * _linalg.matmul(gram, p), axis=-2)
+
+
+def _randomized(
+  rounds: int, matrix: _base.Matrix, basis: jax.Array, period: jax.Array
+) -> jax.Array:
+  """Rounds of subspace iteration from a sketch of the range of G."""
+  del basis
   layout, g = matrix.layout, matrix.gradient
-  p = _linalg.gaussian(layout, matrix.seed, period)
-  p = layout.align_basis(p, g)
+  y = _linalg.sketch(layout, g, matrix.seed, period)
+  y *= layout.along_basis(lax.rsqrt(matrix.energy))
+  # A rank-deficient G leaves directions to be filled, with whatever.
+  eye = jnp.eye(layout.m, layout.rank, dtype=y.dtype)
+  eye = jnp.broadcast_to(eye, (*layout.batch_shape, *eye.shape))
+  y += _FILL * layout.align_basis(layout.from_matrix(eye), g)
+  p = _linalg.orthonormalize(layout, y, _linalg.ROUGH)
+  return _iterate(rounds, matrix, p)
+
+
+def _warm(
+  rounds: int, matrix: _base.Matrix, basis: jax.Array, period: jax.Array
+) -> jax.Array:
+  """The same from the last basis."""
+  del period
+  p = matrix.layout.align_basis(_linalg.widen(basis), matrix.gradient)
+  return _iterate(rounds, matrix, p)
+
+
+def _iterate(rounds: int, matrix: _base.Matrix, p: jax.Array) -> jax.Array:
+  """Rounds of P <- orth((G G^T / ||G||^2 - shift) P)."""
+  layout, g = matrix.layout, matrix.gradient
   scale = lax.rsqrt(matrix.energy).astype(p.dtype)
-  for _ in range(_ITERATIONS):
+  for k in range(rounds):
     # Scaled after each product, since G may be float16.
-    image = layout.project(g, p).astype(p.dtype) * layout.along_coords(scale)
-    image = layout.back(g, image).astype(p.dtype) * layout.along_basis(scale)
-    p = _linalg.orthonormalize(layout, image + _SHIFT * p)
+    coords = layout.project(g, p).astype(p.dtype) * layout.along_coords(scale)
+    image = layout.back(g, coords).astype(p.dtype) * layout.along_basis(scale)
+    shift = _shift(layout.coords_energy(coords), layout.m, layout.rank)
+    image -= layout.along_basis(shift) * p
+    last = k == rounds - 1
+    p = _linalg.orthonormalize(
+      layout, image, _linalg.FEW_SHIFTS if last else _linalg.ROUGH
+    )
   return p
 
 
-_DRAWS = {
-  'auto': _auto,
-  'exact': _exact,
-  'gram': _gram,
-  'randomized': _randomized,
-}
+def _shift(kept: jax.Array, m: int, r: int) -> jax.Array:
+  """Returns half the mean of the eigenvalues that the basis leaves out.
+
+  Taken off every eigenvalue of G G^T / ||G||^2, it makes the unwanted ones
+  about half as large in magnitude: a Chebyshev filter of degree one.
+  """
+  shift = 0.5 * (1.0 - kept) / max(m - r, 1)
+  return jnp.where(shift > _SHIFT, shift, -_SHIFT)

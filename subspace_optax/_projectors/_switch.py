@@ -22,7 +22,6 @@ from collections.abc import Mapping
 import functools
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax import _projected
@@ -42,7 +41,8 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
     A projector; its state holds the state of all.
 
   Raises:
-    ValueError: no projector for step 0, or a negative step.
+    ValueError: no projector for step 0, or a negative step; a projector that
+      regenerates its bases.
     TypeError: a step that is no int.
 
   References:
@@ -63,9 +63,15 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
   if not starts or starts[0] != 0:
     raise ValueError(f'projectors must start at step 0, got steps {starts}.')
   rules = [projectors[start] for start in starts]
+  for rule in rules:
+    if rule.rebuild:
+      raise ValueError(
+        f'switch stores its bases, but {rule.name} draws them again at every '
+        'step; leave out regenerate=True.'
+      )
 
-  def init(subspaces):
-    return tuple(rule.init(subspaces) for rule in rules)
+  def init(subspaces, zero_coords):
+    return tuple(rule.init(subspaces, zero_coords) for rule in rules)
 
   def active(context, i):
     later = context.count >= starts[i]
@@ -87,12 +93,8 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
     moves, new_state = [], []
     for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
       context_i = active(context, i)
-      subspaces, move, s = lax.cond(
-        context_i.active,
-        functools.partial(rule.track, context_i, matrices, coords),
-        functools.partial(_rest, rule, context_i, matrices, coords),
-        subspaces,
-        s,
+      subspaces, move, s = _base.resting(rule.track)(
+        context_i, matrices, coords, subspaces, s
       )
       moves.append(move)
       new_state.append(s)
@@ -101,20 +103,9 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
   parts = ', '.join(
     f'{s}: {r.name}' for s, r in zip(starts, rules, strict=True)
   )
-  return _base.Projector(f'switch({parts})', init, refresh, track)
-
-
-def _rest(rule, context, matrices, coords, subspaces, state):
-  """Does what `rule.track` does while another rule is active: nothing."""
-  _, moves, _ = jax.eval_shape(
-    lambda *args: rule.track(context, matrices, coords, *args),
-    subspaces,
-    state,
+  return _base.Projector(
+    f'switch({parts})', init, refresh, track, rules[0].sample
   )
-  if moves is None:
-    return subspaces, None, state
-  still = jax.tree.map(_base.still, matrices)
-  return subspaces, still, state
 
 
 def _merge(bases, moves):

@@ -1,0 +1,192 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""When bases are refreshed: every T steps, in turns, or ever more rarely."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax import _tree
+from subspace_optax._projectors import _base
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyGap:
+  """A gap that grows, matrix by matrix, where bases hardly change.
+
+  Given in place of `update_proj_gap`. After a refresh the cosine between the
+  first vectors of the new and the old basis joins those of the last few; when
+  these are `window` in number and their mean reaches `threshold`, the matrix's
+  gap is multiplied by `factor`.
+
+  Attributes:
+    start: T, steps between the first refreshes.
+    threshold: of the mean cosine, in (0, 1].
+    factor: of the gap, an int of at least 2.
+    window: cosines to average over.
+
+  Raises:
+    TypeError: `start`, `factor` or `window` is no int.
+    ValueError: they are below 1, or 2 for `factor`; a threshold outside (0, 1].
+
+  References:
+    Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024
+
+  Example:
+    >>> from subspace_optax import projectors
+    >>> bases = projectors.svd(projectors.LazyGap(200))
+  """
+
+  start: int = 200
+  threshold: float = 0.4
+  factor: int = 2
+  window: int = 5
+
+  def __post_init__(self):
+    for name, least in (('start', 1), ('factor', 2), ('window', 1)):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not hasattr(value, '__index__'):
+        raise TypeError(f'{name} must be an int, got {value!r}.')
+      if value < least:
+        raise ValueError(f'{name} must be at least {least}, got {value}.')
+    if not 0 < self.threshold <= 1:
+      raise ValueError(f'threshold must lie in (0, 1], got {self.threshold}.')
+
+
+def schedule(update_proj_gap: Any, stagger: bool) -> '_Fixed | _Lazy':
+  """Returns the schedule that a periodic rule keeps to."""
+  if isinstance(update_proj_gap, LazyGap):
+    return _Lazy(update_proj_gap, stagger)
+  check_gap(update_proj_gap)
+  return _Fixed(update_proj_gap, stagger)
+
+
+def check_gap(gap: Any, name: str = 'update_proj_gap') -> None:
+  """Raises unless a number of steps is a positive int, or traced."""
+  if isinstance(gap, jax.Array):
+    return
+  if isinstance(gap, bool) or not hasattr(gap, '__index__'):
+    raise TypeError(f'{name} must be a number of steps, got {gap!r}.')
+  if gap < 1:
+    raise ValueError(f'{name} must be at least 1, got {gap}.')
+
+
+class FixedState(NamedTuple):
+  """State of a fixed gap."""
+
+  phase: Any  # tree, leaf shape=(*batch,), dtype=float32, in [0, 1); or ()
+
+
+class LazyState(NamedTuple):
+  """State of a lazy gap; trees with a leaf for every projected one."""
+
+  gap: Any  # leaf shape=(*batch,), dtype=int32
+  due: Any  # leaf shape=(*batch,), dtype=int32, the next refresh
+  cosines: Any  # leaf shape=(*batch, window), dtype=float32; -1: none yet
+
+
+def _phases(per_matrix: Any) -> Any:
+  """Returns when in a gap each matrix has its turn, evenly spread."""
+  leaves, treedef = jax.tree.flatten(per_matrix)
+  total = sum(leaf.size for leaf in leaves)
+  phases, first = [], 0
+  for leaf in leaves:
+    # In the middle of its share: far from where rounding could tip it over.
+    turns = jnp.arange(first, first + leaf.size, dtype=jnp.float32) + 0.5
+    phases.append(_sharded_like(turns.reshape(leaf.shape) / total, leaf))
+    first += leaf.size
+  return treedef.unflatten(phases)
+
+
+class _Fixed:
+  """Refreshes at steps 0, T, 2T..., or at each matrix's own turn in a gap."""
+
+  def __init__(self, gap: Any, stagger: bool):
+    self.gap, self.stagger = gap, stagger
+
+  def init(self, per_matrix: Any) -> FixedState:
+    return FixedState(_phases(per_matrix) if self.stagger else ())
+
+  def due(self, context: _base.Context, per_matrix: Any, state: FixedState):
+    """Returns which matrices are due, their periods, and the new state."""
+
+    def one(like: jax.Array, phase: jax.Array | None = None):
+      since = context.count + jnp.zeros_like(like, jnp.int32)
+      if phase is not None:
+        since -= (phase * self.gap).astype(jnp.int32)
+      return context.active & (since % self.gap == 0), since // self.gap
+
+    rest = (state.phase,) if self.stagger else ()
+    return (*_tree.map_unzip(one, 2, per_matrix, *rest), state)
+
+  def after(self, state: FixedState, moves: Any) -> FixedState:
+    """Returns the state, given what has moved."""
+    del moves
+    return state
+
+
+class _Lazy:
+  """Refreshes ever more rarely where the basis hardly changes."""
+
+  def __init__(self, lazy: LazyGap, stagger: bool):
+    self.lazy, self.stagger = lazy, stagger
+
+  def init(self, per_matrix: Any) -> LazyState:
+    zeros = lambda x: jnp.zeros_like(x, jnp.int32)
+    due = jax.tree.map(zeros, per_matrix)
+    if self.stagger:
+      turn = lambda phase: (phase * self.lazy.start).astype(jnp.int32)
+      due = jax.tree.map(turn, _phases(per_matrix))
+    none = lambda x: jnp.stack([-jnp.ones_like(x)] * self.lazy.window, axis=-1)
+    return LazyState(
+      jax.tree.map(lambda x: zeros(x) + self.lazy.start, per_matrix),
+      due,
+      jax.tree.map(none, per_matrix),
+    )
+
+  def due(self, context: _base.Context, per_matrix: Any, state: LazyState):
+    """Returns which matrices are due, their periods, and the new state."""
+
+    def one(like: jax.Array, due: jax.Array, gap: jax.Array):
+      now = context.count >= due
+      # The turns go on while `switch` rests the rule.
+      due = jnp.where(now, context.count + gap, due)
+      period = context.count + jnp.zeros_like(like, jnp.int32)
+      return now & context.active, period, due
+
+    now, period, due = _tree.map_unzip(one, 3, per_matrix, state.due, state.gap)
+    return now, period, state._replace(due=due)
+
+  def after(self, state: LazyState, moves: Any) -> LazyState:
+    """Returns the state with the gaps of bases that changed little longer."""
+
+    def one(gap: jax.Array, due: jax.Array, cosines: jax.Array, move: Any):
+      cosine = jnp.abs(move.transition[..., :1, 0])
+      latest = jnp.concatenate([cosines[..., 1:], cosine], axis=-1)
+      cosines = jnp.where(move.moved[..., None], latest, cosines)
+      full = cosines[..., 0] >= 0
+      alike = full & (jnp.mean(cosines, axis=-1) >= self.lazy.threshold)
+      longer = jnp.where(move.moved & alike, gap * self.lazy.factor, gap)
+      return longer, due + (longer - gap), cosines
+
+    return LazyState(
+      *_tree.map_unzip(one, 3, state.gap, state.due, state.cosines, moves)
+    )
+
+
+def _sharded_like(x: jax.Array, reference: jax.Array) -> jax.Array:
+  """Returns `x` on the devices of `reference`, which is made at `init`."""
+  return x + jnp.zeros_like(reference)
