@@ -1,6 +1,7 @@
 # make train      train the example model (creates the environment first)
 # make test       run every test and doctest
 # make test-fast  the same without the tests marked slow
+# make test-full  every point of the grid instead of a cover: about an hour
 # make check      lint, formatting and types
 # make format     rewrite the sources in the project's format
 # make wheel      build dist/*, and try the wheel in an environment of its own
@@ -27,7 +28,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL = $(BIN) -m pip install -qq --no-input --no-compile \
   --disable-pip-version-check
 
-.PHONY: help train test test-fast check format wheel clean
+.PHONY: help train test test-fast test-full check format wheel clean
 # Two installations at once would damage the environment they share.
 .NOTPARALLEL:
 
@@ -42,6 +43,9 @@ test: $(VENV)/.stamp-test
 
 test-fast: $(VENV)/.stamp-test
 	$(BIN) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
+
+test-full: $(VENV)/.stamp-test
+	$(BIN) -m pytest -n 2 tests/test_grid.py --full $(ARGS)
 
 check: $(VENV)/.stamp-dev
 	$(BIN) -m ruff check .

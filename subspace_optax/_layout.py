@@ -189,11 +189,14 @@ class Layout:
       g = g.reshape(*g.shape[: -len(self.free)], n)
       gone = [i for i, a in enumerate(self._basis_axes) if a in self.projected]
       w = jnp.expand_dims(weights, gone)
-      blocks = lambda x: x.reshape(*x.shape[:-1], -1, r)
+      # A sum over an axis of blocks would be some ten times slower on a CPU.
+      block = lambda x, k: lax.dynamic_slice_in_dim(x, k * r, r, axis=-1)
       even = n - n % r
-      y = jnp.sum(blocks(g[..., :even]) * blocks(w[..., :even]), axis=-2)
-      rest = g[..., even:] * w[..., even:]
-      return y + jnp.pad(rest, [(0, 0)] * (g.ndim - 1) + [(0, even + r - n)])
+      y = g[..., even:] * w[..., even:]
+      y = jnp.pad(y, [(0, 0)] * (g.ndim - 1) + [(0, even + r - n)])
+      return lax.fori_loop(
+        0, n // r, lambda k, y: y + block(g, k) * block(w, k), y
+      )
     rows = jnp.arange(n)[:, None] % r == jnp.arange(r)[None, :]
     s = jnp.where(rows, weights[..., None], 0.0)
     s = s.reshape(*self.batch_shape, *self._sizes(self.free), r)
@@ -203,9 +206,10 @@ class Layout:
 
   def _with_leaf(self, eq: str, leaf: jax.Array, other: jax.Array) -> jax.Array:
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    return _sharding.einsum(
+    product = _sharding.einsum(
       eq, leaf, other.astype(leaf.dtype), preferred_element_type=wide
     )
+    return _sharding.with_whole_rank(product, eq.split('->')[1])
 
   # One value per matrix.
 

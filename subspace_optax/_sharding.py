@@ -205,6 +205,20 @@ def settle(
   return jax.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
+def with_whole_rank(x: jax.Array, axes: str) -> jax.Array:
+  """Returns `x` with a rank axis that automatic sharding may not split.
+
+  Products with the gradient would otherwise take over the split of moments or
+  bases at rest, for which the compiler may gather the gradient.
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  if mesh.empty or mesh.explicit_axes:
+    return x
+  any_ = PartitionSpec.UNCONSTRAINED
+  spec = PartitionSpec(*(None if c in RANK else any_ for c in axes))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def on_mesh_of(leaves: list[Any], tree: Any) -> Any:
   """Returns state with arrays that no leaf places put on the leaves' mesh.
 

@@ -24,9 +24,15 @@ from subspace_optax import projectors
 LEARNING_RATE = 0.02
 STEPS = 6
 
-# Compiling takes nearly all of these tests' time; this halves it.
 jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+  jax.jit,
+  compiler_options={
+    # Compiling takes nearly all of these tests' time; this halves it.
+    'xla_backend_optimization_level': 0,
+    # With more devices than cores, collectives that may run in any order can
+    # wait for each other for ever.
+    'xla_cpu_enable_concurrency_optimized_scheduler': False,
+  },
 )
 
 

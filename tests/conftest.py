@@ -18,3 +18,11 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Derandomized: the same commit gives the same result everywhere.
 hypothesis.settings.register_profile('default', deadline=None, derandomize=True)
 hypothesis.settings.load_profile('default')
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--full',
+    action='store_true',
+    help='test every point of the grid, not only a cover of all pairs',
+  )

@@ -317,3 +317,43 @@ def with_bases(state, basis):
 def jit(f):
   """`jax.jit` that compiles in half the time, for a few runs of small code."""
   return jax.jit(f, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def positive_qr(y):
+  """Returns the Q factor whose R has a positive diagonal."""
+  q, r = np.linalg.qr(y)
+  return q * np.sign(np.diag(r))
+
+
+def power_step(p, mean, g, rho):
+  """LDAdam: P = orth(b b^T P) of b = rho P M + (1 - rho) G, formed densely."""
+  b = rho * p @ mean + (1 - rho) * g
+  return positive_qr(b @ b.T @ p)
+
+
+def carry_both(c, state, b1, b2):
+  """LDAdam: Adam's moments after a change of basis by C."""
+  t, m, v = (state[k] for k in 'tmv')
+  if t == 0:
+    return state
+  w1, w2 = 1 - b1**t, 1 - b2**t
+  mean, square = m / w1, v / w2
+  v = w2 * np.abs(c**2 @ (square - mean**2) + (c @ mean) ** 2)
+  return state | {'m': c @ m, 'v': v}
+
+
+class BothInSubspace(InSubspace):
+  """Adam whose moments both follow the bases, by LDAdam's rule."""
+
+  def carry(self, c, state):
+    return carry_both(c, state, self.inner.b1, self.inner.b2)
+
+  def move(self, bases, which=None):
+    if self.bases is None:
+      super().move(bases)
+      return
+    old, states = self.bases.copy(), list(self.states)
+    super().move(bases, which)
+    for i in range(self.view.count) if which is None else which:
+      c = transition(bases[i], old[i])
+      self.states[i] = self.carry(c, states[i])

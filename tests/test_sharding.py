@@ -19,6 +19,7 @@ import optax
 import pytest
 
 import cases
+import grid
 import subspace_optax as so
 from subspace_optax import projectors
 
@@ -91,6 +92,40 @@ OPTIMIZERS = {
     lambda: _online(),
   ),
 }
+
+
+# Rules of the grid that multiply matrices only. Those that gather a gradient to
+# factorise it are left out: with more devices than cores, XLA's collectives on
+# CPUs can wait for ever for a device that waits for LAPACK.
+RULES = {
+  name: functools.partial(grid.PROJECTORS[name], True)
+  for name in (
+    'randomized',
+    'warm',
+    'power',
+    'tracking',
+    'walk',
+    'stiefel_regenerated',
+    'gaussian',
+  )
+} | {
+  'online_options': lambda: projectors.online_pca(
+    optax.sgd(0.1), update_every=2, orthonormalize_every=4
+  )
+}
+for _name, _rule in RULES.items():
+  _make = functools.partial(lambda rule: _of_grid(rule()), _rule)
+  OPTIMIZERS[_name] = Case(('layers', 'bias'), _make, _make)
+
+
+def _of_grid(rule):
+  return so.subspace(
+    _spec(),
+    rule,
+    optax.scale_by_adam(),
+    transport='both',
+    after=optax.scale(-0.02),
+  )
 
 
 def _online():
@@ -203,9 +238,10 @@ def test_sharded_steps_equal_those_on_one_device(name, kind):
   run = _run(name, kind)
   params, state = _alone(name)
   cases.assert_trees_close(run.params, params, rtol=1e-3, atol=2e-4)
-  cases.assert_trees_close(
-    cases.bases(run.state), cases.bases(state), rtol=1e-2, atol=1e-3
-  )
+  if name != 'stiefel_regenerated':  # its state holds none
+    cases.assert_trees_close(
+      cases.bases(run.state), cases.bases(state), rtol=1e-2, atol=1e-3
+    )
 
 
 @both_meshes

@@ -95,7 +95,8 @@ class LazyState(NamedTuple):
 
   gap: Any  # leaf shape=(*batch,), dtype=int32
   due: Any  # leaf shape=(*batch,), dtype=int32, the next refresh
-  cosines: Any  # leaf shape=(*batch, window), dtype=float32; -1: none yet
+  # leaf shape=(*batch, window), dtype=float32; -1: none yet, -2: no basis yet
+  cosines: Any
 
 
 def _phases(per_matrix: Any) -> Any:
@@ -150,7 +151,7 @@ class _Lazy:
     if self.stagger:
       turn = lambda phase: (phase * self.lazy.start).astype(jnp.int32)
       due = jax.tree.map(turn, _phases(per_matrix))
-    none = lambda x: jnp.stack([-jnp.ones_like(x)] * self.lazy.window, axis=-1)
+    none = lambda x: jnp.stack([x - x - 2.0] * self.lazy.window, axis=-1)
     return LazyState(
       jax.tree.map(lambda x: zeros(x) + self.lazy.start, per_matrix),
       due,
@@ -176,6 +177,8 @@ class _Lazy:
     def one(gap: jax.Array, due: jax.Array, cosines: jax.Array, move: Any):
       cosine = jnp.abs(move.transition[..., :1, 0])
       latest = jnp.concatenate([cosines[..., 1:], cosine], axis=-1)
+      # The basis of `init` was random: there is nothing to compare with.
+      latest = jnp.where(cosines < -1.0, -1.0, latest)
       cosines = jnp.where(move.moved[..., None], latest, cosines)
       full = cosines[..., 0] >= 0
       alike = full & (jnp.mean(cosines, axis=-1) >= self.lazy.threshold)

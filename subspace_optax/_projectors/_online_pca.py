@@ -155,7 +155,7 @@ def online_pca(
       due = (context.count + update_every) % orthonormalize_every == 0
       new = lax.cond(
         due & context.active,
-        lambda new: jax.tree.map(_orthonormal, new, matrices),
+        lambda new: jax.tree.map(_orthonormal, new, matrices, learns),
         lambda new: new,
         new,
       )
@@ -213,11 +213,11 @@ def _step(old, update, matrix, ok):
   return jnp.where(matrix.layout.along_basis(ok), new, old)
 
 
-def _orthonormal(basis, matrix):
-  """Returns the basis made exactly orthonormal, if that succeeds."""
+def _orthonormal(basis, matrix, ok):
+  """Returns the basis made exactly orthonormal, if it moves and that works."""
   layout = matrix.layout
   q = _linalg.orthonormalize(layout, layout.align_basis(basis, matrix.gradient))
-  good = jnp.isfinite(layout.basis_energy(q))
+  good = ok & jnp.isfinite(layout.basis_energy(q))
   return jnp.where(layout.along_basis(good), _sharding.like(q, basis), basis)
 
 

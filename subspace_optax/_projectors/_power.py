@@ -36,15 +36,16 @@ from subspace_optax import _sharding
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _periodic
 
-# Added share of the last basis, which a rank-deficient image falls back on.
-_SHIFT = 1e-5
+# Share of the last basis, relative to what it captures, that a rank-deficient
+# image falls back on.
+_SHIFT = 1e-6
 
 
 class PowerState(NamedTuple):
   """State of `power_iteration` with momentum."""
 
   periodic: _periodic.PeriodicState
-  count: jax.Array  # shape=(), dtype=int32, means taken
+  count: Any  # tree, leaf shape=(*batch,), dtype=int32, coordinates in the mean
   mean: Any  # tree, leaf shape=the coordinates', dtype=float32
 
 
@@ -105,17 +106,22 @@ def power_iteration(
     return rule
 
   def init(subspaces, zero_coords):
+    count = lambda x: jnp.zeros_like(x, jnp.int32)
     return PowerState(
-      rule.init(subspaces, zero_coords), jnp.zeros((), jnp.int32), zero_coords()
+      rule.init(subspaces, zero_coords),
+      jax.tree.map(count, subspaces.captured_energy),
+      zero_coords(),
     )
 
   def refresh(context, matrices, subspaces, state):
-    weight = 1.0 - momentum ** state.count.astype(jnp.float32)
-    debias = 1.0 / jnp.where(state.count > 0, weight, 1.0)
-    with_mean = lambda x, mean: dataclasses.replace(x, mean=mean * debias)
+    def with_mean(x: _base.Matrix, mean: jax.Array, count: jax.Array):
+      weight = 1.0 - momentum ** count.astype(jnp.float32)
+      weight = x.layout.along_coords(jnp.where(count > 0, weight, 1.0))
+      return dataclasses.replace(x, mean=mean / weight)
+
     subspaces, moves, periodic = rule.refresh(
       context,
-      jax.tree.map(with_mean, matrices, state.mean),
+      jax.tree.map(with_mean, matrices, state.mean, state.count),
       subspaces,
       state.periodic,
     )
@@ -127,8 +133,9 @@ def power_iteration(
       new = _sharding.like(momentum * mean + (1.0 - momentum) * r, mean)
       return jnp.where(x.layout.along_coords(x.ok & context.active), new, mean)
 
+    add = lambda x, count: count + (x.ok & context.active).astype(jnp.int32)
+    count = jax.tree.map(add, matrices, state.count)
     mean = jax.tree.map(one, matrices, state.mean, coords)
-    count = state.count + context.active.astype(jnp.int32)
     return subspaces, None, PowerState(state.periodic, count, mean)
 
   return _base.Projector(name, init, refresh, track)
@@ -148,7 +155,10 @@ def _power_step(
   image = layout.back(g, x) * layout.along_basis(scale) * (1.0 - momentum)
   if matrix.mean is not None:
     image += layout.mix_basis(p, layout.gram_coords(mean, x))
-  return _linalg.orthonormalize(layout, image + _SHIFT * p)
+  captured = jnp.maximum(layout.coords_energy(x), 1e-9)
+  return _linalg.orthonormalize(
+    layout, image + layout.along_basis(_SHIFT * captured) * p
+  )
 
 
 def _carry(

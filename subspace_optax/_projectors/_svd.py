@@ -39,8 +39,8 @@ METHODS = ('auto', 'exact', 'gram', 'randomized', 'warm')
 # that iteration does not lose them.
 _FILL = 1e-3
 _SHIFT = 1e-5
-# Rounds of iteration on the Gram matrix, each of which costs 2m^2 r.
-_GRAM_ROUNDS = 6
+# Rounds of iteration on a Gram matrix of m x m, each of which costs 2m^2 r.
+_GRAM_ROUNDS = 4
 # Up to this size of the Gram matrix its eigenvectors are cheaper.
 _EIGH_SIZE = 512
 
@@ -183,7 +183,7 @@ def _leading(
     return vectors[..., ::-1][..., :r], values[..., ::-1][..., :r]
   # Plain matrices, whatever the axes of the leaf are.
   square = _layout.square(layout.batch_shape, size, r)
-  p = _linalg.gaussian(square, matrix.seed, period)
+  p = _fill(square, _linalg.sketch(square, gram, matrix.seed, period), gram)
   for _ in range(_GRAM_ROUNDS):
     p = _linalg.orthonormalize(square, p, _linalg.ROUGH)
     image = _linalg.matmul(gram, p)
@@ -201,12 +201,16 @@ def _randomized(
   layout, g = matrix.layout, matrix.gradient
   y = _linalg.sketch(layout, g, matrix.seed, period)
   y *= layout.along_basis(lax.rsqrt(matrix.energy))
-  # A rank-deficient G leaves directions to be filled, with whatever.
-  eye = jnp.eye(layout.m, layout.rank, dtype=y.dtype)
-  eye = jnp.broadcast_to(eye, (*layout.batch_shape, *eye.shape))
-  y += _FILL * layout.align_basis(layout.from_matrix(eye), g)
+  y = _fill(layout, y, g)
   p = _linalg.orthonormalize(layout, y, _linalg.ROUGH)
   return _iterate(rounds, matrix, p)
+
+
+def _fill(layout: _layout.Layout, y: jax.Array, leaf: jax.Array) -> jax.Array:
+  """Returns a sketch with something in the directions that it may lack."""
+  eye = _FILL * jnp.eye(layout.m, layout.rank, dtype=y.dtype)
+  eye = jnp.broadcast_to(eye, (*layout.batch_shape, *eye.shape))
+  return y + layout.align_basis(layout.from_matrix(eye), leaf)
 
 
 def _warm(

@@ -1,0 +1,192 @@
+"""How much of a LLaMA's gradients each projector's bases capture as it trains.
+
+  python benchmarks/captured_energy.py
+
+The main job of the examples trains once. At every step all projectors see its
+gradients, each keeping bases of its own, and the share of ||G||_F^2 in the span
+of the basis that step would use is averaged over the matrices, beside the most
+that any basis of that rank could capture. A basis refreshed at this very step
+has seen the gradient that it is judged by; the others have not. Results: a
+table, benchmarks/results/captured_energy.json and .png.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT.parent / 'examples'))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from rich import progress  # noqa: E402
+import tyro  # noqa: E402
+
+import machine  # noqa: E402
+import pretrain  # noqa: E402
+import settings  # noqa: E402
+import subspace_optax as so  # noqa: E402
+from subspace_optax import projectors  # noqa: E402
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """What is measured; see the module."""
+
+  optimizer: str = settings.Config.optimizer  # that trains
+  rank: int = settings.Config.rank
+  steps: int = settings.Config.steps
+  update_proj_gap: int = 50
+  best_every: int = 5  # steps between SVDs of everything
+  warm_up: int = 50  # steps that the table leaves out
+  out: str = str(ROOT / 'results' / 'captured_energy.json')
+
+
+def rules(gap: int) -> dict[str, projectors.Projector]:
+  """From the name in the picture to the projector."""
+  adam = optax.adam(5e-3)
+  return {
+    'svd exact': projectors.svd(gap, 'exact'),
+    'svd randomized': projectors.svd(gap, 'randomized'),
+    'svd randomized, 2 rounds': projectors.svd(
+      gap, 'randomized', power_iterations=2
+    ),
+    'svd warm': projectors.svd(gap, 'warm'),
+    'importance_svd': projectors.importance_svd(gap),
+    'power_iteration': projectors.power_iteration(1),
+    'power_iteration, momentum 0.9': projectors.power_iteration(1, 0.9),
+    'online_pca': projectors.online_pca(adam),
+    'online_pca from svd': projectors.online_pca(adam, init='svd'),
+    'online_pca every 4': projectors.online_pca(adam, update_every=4),
+    'grassmann_tracking': projectors.grassmann_tracking(gap),
+    'grassmann_tracking every 5': projectors.grassmann_tracking(5),
+    'grassmann_walk': projectors.grassmann_walk(gap),
+    'stiefel': projectors.stiefel(gap),
+    'gaussian': projectors.gaussian(gap),
+  }
+
+
+def shares(state: Any) -> jax.Array:
+  """The captured energy of every matrix, in a row."""
+  metrics = so.subspace_metrics(state).values()
+  return jnp.concatenate([jnp.ravel(m['captured_energy']) for m in metrics])
+
+
+def watch(spec: so.SubspaceSpec, rule: projectors.Projector) -> Callable:
+  """(gradient, state) -> (shares, state) of one projector."""
+  tx = so.project(spec, rule)
+
+  @jax.jit
+  def step(gradient, state):
+    _, state = tx.update(gradient, state)
+    return shares(state), state
+
+  return step
+
+
+def best(spec: so.SubspaceSpec, gradient: Any) -> jax.Array:
+  """The largest shares that bases of these ranks can capture."""
+
+  def one(match):
+    g = match.layout.to_matrix(match.leaf)
+    squares = jnp.square(jnp.linalg.svd(g, compute_uv=False))
+    kept = jnp.sum(squares[..., : match.layout.rank], axis=-1)
+    return jnp.ravel(kept / jnp.sum(squares, axis=-1))
+
+  matches = [m for m in spec.match(gradient) if m and m.layout]
+  return jnp.concatenate([one(match) for match in matches])
+
+
+def run(args: Args) -> dict:
+  """Trains; returns the mean share of each projector at each step."""
+  config = pretrain.resolve(
+    settings.Config(optimizer=args.optimizer, rank=args.rank, steps=args.steps)
+  )
+  corpus = pretrain.load_corpus(config)
+  loss, tx, state = pretrain.build(config, corpus.vocab)
+  spec = so.SubspaceSpec(args.rank)
+  steps = {k: watch(spec, v) for k, v in rules(args.update_proj_gap).items()}
+  states = {
+    k: so.project(spec, v).init(state['params'])
+    for k, v in rules(args.update_proj_gap).items()
+  }
+  gradient_of = jax.jit(jax.grad(loss))
+  best_of = jax.jit(lambda gradient: best(spec, gradient))
+
+  @jax.jit
+  def train(gradient, state):
+    params = state['params']
+    updates, opt_state = tx.update(gradient, state['opt_state'], params)
+    params = optax.apply_updates(params, updates)
+    return {'params': params, 'opt_state': opt_state}
+
+  curves: dict[str, list] = {name: [] for name in steps}
+  most = []
+  batches = pretrain.batches(config, corpus, 0)
+  for t, batch in enumerate(progress.track(batches, total=args.steps)):
+    gradient = gradient_of(state['params'], batch[0])
+    for name, step in steps.items():
+      share, states[name] = step(gradient, states[name])
+      curves[name].append(float(jnp.mean(share)))
+    if t % args.best_every == 0:
+      most.append((t, float(jnp.mean(best_of(gradient)))))
+    state = train(gradient, state)
+  return {'curves': curves, 'best': most}
+
+
+def means(args: Args, results: dict) -> dict[str, float]:
+  """Each projector's share of the best, over the steps after the first few."""
+  best_at = [(t, share) for t, share in results['best'] if t >= args.warm_up]
+  return {
+    name: float(np.mean([curve[t] / share for t, share in best_at]))
+    for name, curve in results['curves'].items()
+  }
+
+
+def picture(args: Args, results: dict, path: pathlib.Path) -> None:
+  """Captured energy over training, the best possible above it."""
+  figure, axes = plt.subplots(figsize=(10, 6), layout='constrained')
+  axes.plot(*zip(*results['best'], strict=True), 'k', label='best possible')
+  ratios = means(args, results)
+  for i, (name, curve) in enumerate(results['curves'].items()):
+    color = plt.get_cmap('tab20')(i)
+    label = f'{name} ({ratios[name]:.2f} of the best)'
+    axes.plot(curve, color=color, linewidth=0.9, label=label)
+  axes.set_xlabel('step of the main job')
+  axes.set_ylabel(
+    f'share of the gradient at rank {args.rank}, mean of matrices'
+  )
+  axes.set_ylim(0, 1)
+  axes.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+  figure.savefig(path, dpi=150)
+
+
+def main(args: Args) -> None:
+  """Trains, then draws and prints everything."""
+  out = pathlib.Path(args.out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  results = {
+    'machine': machine.describe(),
+    'settings': {
+      k: v for k, v in dataclasses.asdict(args).items() if k != 'out'
+    },
+    **run(args),
+  }
+  results['mean_share_of_the_best'] = means(args, results)
+  out.write_text(json.dumps(results) + '\n')
+  picture(args, results, out.with_suffix('.png'))
+  for name, share in results['mean_share_of_the_best'].items():
+    print(f'{name:<32}{share:.3f} of the best')
+
+
+if __name__ == '__main__':
+  main(tyro.cli(Args))

@@ -1,0 +1,209 @@
+"""The grid of projectors, transports, inner optimizers, and a cover of it."""
+
+from collections.abc import Callable
+import itertools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+import subspace_optax as so
+from subspace_optax import projectors
+
+GAP = 2
+
+PROJECTORS: dict[str, Callable[[bool], projectors.Projector]] = {
+  'svd': lambda stagger: projectors.svd(GAP, 'exact', stagger=stagger),
+  'gram': lambda stagger: projectors.svd(GAP, 'gram', stagger=stagger),
+  'randomized': lambda stagger: projectors.svd(
+    GAP, 'randomized', stagger=stagger
+  ),
+  'warm': lambda stagger: projectors.svd(GAP, 'warm', stagger=stagger),
+  'lazy': lambda stagger: projectors.svd(
+    projectors.LazyGap(GAP, threshold=0.01, window=1), stagger=stagger
+  ),
+  'importance': lambda stagger: projectors.importance_svd(GAP, stagger=stagger),
+  'power': lambda stagger: projectors.power_iteration(1, 0.9, stagger=stagger),
+  'online_pca': lambda stagger: projectors.online_pca(optax.adam(0.02)),
+  'online_pca_options': lambda stagger: projectors.online_pca(
+    optax.sgd(0.5), init='svd', update_every=2, orthonormalize_every=4
+  ),
+  'tracking': lambda stagger: projectors.grassmann_tracking(
+    GAP, stagger=stagger
+  ),
+  'walk': lambda stagger: projectors.grassmann_walk(GAP, stagger=stagger),
+  'stiefel': lambda stagger: projectors.stiefel(GAP, stagger=stagger),
+  'stiefel_regenerated': lambda stagger: projectors.stiefel(
+    GAP, stagger=stagger, regenerate=True
+  ),
+  'gaussian': lambda stagger: projectors.gaussian(GAP, stagger=stagger),
+  'switch': lambda stagger: projectors.switch(
+    {
+      0: projectors.gaussian(GAP, stagger=stagger),
+      2: projectors.svd(GAP, 'gram', stagger=stagger),
+      4: projectors.online_pca(optax.sgd(0.1)),
+    }
+  ),
+}
+
+
+class Inner(NamedTuple):
+  """An inner optimizer and the arguments that it needs.
+
+  Attributes:
+    make: the optimizer.
+    options: of `subspace`.
+    transports: those that know its moments.
+    waits: whether it takes a step only at the end of a window of two.
+  """
+
+  make: Callable[[], optax.GradientTransformation]
+  options: Callable[[], dict[str, Any]] = dict
+  transports: tuple[str, ...] = ('keep', 'first', 'both', 'reset')
+  waits: bool = False
+
+
+_UNKNOWN = ('keep', 'reset')
+
+INNERS = {
+  'adam': Inner(optax.scale_by_adam),
+  'adam_injected': Inner(
+    lambda: optax.inject_hyperparams(optax.scale_by_adam)(b1=0.8, b2=0.9)
+  ),
+  'lion': Inner(optax.scale_by_lion),
+  'momentum': Inner(
+    lambda: optax.chain(
+      optax.trace(0.9), optax.scale_by_schedule(lambda t: 1.0 / (1.0 + t))
+    )
+  ),
+  'rms': Inner(optax.scale_by_rms),
+  'adafactor': Inner(
+    lambda: optax.adafactor(0.1, min_dim_size_to_factor=3),
+    lambda: {'params': 'coordinates', 'per_matrix': True},
+    _UNKNOWN,
+  ),
+  'lamb': Inner(
+    lambda: optax.lamb(0.1),
+    lambda: {'params': 'coordinates', 'per_matrix': True},
+  ),
+  'muon': Inner(
+    optax.contrib.scale_by_muon,
+    lambda: {'per_matrix': True, 'plain': optax.scale_by_adam()},
+  ),
+  'adamw': Inner(
+    lambda: optax.adamw(0.1, weight_decay=0.1),
+    lambda: {'params': 'coordinates'},
+  ),
+  'multi_steps': Inner(
+    lambda: optax.MultiSteps(optax.scale_by_adam(), 2), waits=True
+  ),
+  'sgd': Inner(optax.identity),
+}
+
+FACTORS: dict[str, tuple] = {
+  'projector': tuple(PROJECTORS),
+  'inner': tuple(INNERS),
+  'transport': ('keep', 'first', 'both', 'reset'),
+  'side': ('short', 'long', 'in', 'out'),
+  'stagger': (False, True),
+  'basis_dtype': (jnp.float32, jnp.bfloat16),
+  'every_k': (1, 2),
+}
+
+
+class Point(NamedTuple):
+  """One optimizer of the grid."""
+
+  projector: str
+  inner: str
+  transport: str
+  side: str
+  stagger: bool
+  basis_dtype: Any
+  every_k: int
+
+  def __str__(self) -> str:
+    flags = ['stagger'] * self.stagger + [f'every_{self.every_k}']
+    dtype = jnp.dtype(self.basis_dtype).name
+    return '-'.join([*self[:4], *flags, dtype])
+
+
+def allowed(point: Point) -> bool:
+  """Whether the optimizer can be made; the rest raises, which is tested too."""
+  return point.transport in INNERS[point.inner].transports
+
+
+def make(point: Point, **spec: Any) -> optax.GradientTransformation:
+  """Returns the optimizer, with its learning rate."""
+  inner = INNERS[point.inner]
+  sign = -0.1
+  if point.inner in ('adafactor', 'lamb', 'adamw'):
+    sign = 1.0  # they carry a learning rate themselves
+  return so.subspace(
+    so.SubspaceSpec(3, side=point.side, basis_dtype=point.basis_dtype, **spec),
+    PROJECTORS[point.projector](point.stagger),
+    inner.make(),
+    transport=point.transport,
+    every_k=point.every_k,
+    after=optax.scale(sign),
+    **inner.options(),
+  )
+
+
+def product() -> list[Point]:
+  """Returns all projectors, inner optimizers, transports; the rest in turn."""
+  rest = itertools.cycle(itertools.product(*list(FACTORS.values())[3:]))
+  points = (
+    Point(*three, *next(rest))
+    for three in itertools.product(*list(FACTORS.values())[:3])
+  )
+  return [point for point in points if allowed(point)]
+
+
+def pairwise() -> list[Point]:
+  """Returns few points that hold every allowed pair of values of two factors.
+
+  Greedily: each point starts from the first pair that is missing, and takes for
+  each other factor the value that adds most of those that are.
+  """
+  names = list(FACTORS)
+  missing = {
+    ((a, x), (b, y))
+    for a, b in itertools.combinations(names, 2)
+    for x, y in itertools.product(FACTORS[a], FACTORS[b])
+    if {a, b} != {'inner', 'transport'} or y in INNERS[x].transports
+  }
+  order = sorted(missing, key=str)
+  points = []
+  for first in order:
+    if first not in missing:
+      continue
+    chosen = dict(first)
+    for name in names:
+      if name not in chosen:
+        chosen[name] = _best_value(name, chosen, missing)
+    items = [(name, chosen[name]) for name in names]
+    missing -= set(itertools.combinations(items, 2))
+    points.append(Point(**dict(items)))
+  return points
+
+
+def _best_value(name: str, chosen: dict[str, Any], missing: set) -> Any:
+  """Returns the value that makes most missing pairs with what is chosen."""
+
+  def gain(value: Any) -> int:
+    return sum(_pair((name, value), item) in missing for item in chosen.items())
+
+  values = [v for v in FACTORS[name] if _fits(chosen | {name: v})]
+  return max(values, key=gain)
+
+
+def _fits(chosen: dict[str, Any]) -> bool:
+  if 'inner' not in chosen or 'transport' not in chosen:
+    return True
+  return chosen['transport'] in INNERS[chosen['inner']].transports
+
+
+def _pair(one: tuple, other: tuple) -> tuple:
+  names = list(FACTORS)
+  return tuple(sorted((one, other), key=lambda item: names.index(item[0])))

@@ -1,0 +1,174 @@
+"""Inside and outside of other optax transformations, beyond test_wrappers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cases
+import subspace_optax as so
+from subspace_optax import projectors
+
+SPEC = so.SubspaceSpec(2)
+PARAMS = cases.tree(cases.SMALL)
+STEPS = 5
+
+
+def _gradients(scale=1.0):
+  return [cases.tree(cases.SMALL, 50 + t, scale) for t in range(STEPS)]
+
+
+def _core(stagger=True):
+  return so.subspace(
+    SPEC,
+    projectors.svd(2, 'gram', stagger=stagger),
+    optax.scale_by_adam(),
+    transport='first',
+  )
+
+
+def _run(tx, gradients, params=PARAMS, **extra_args):
+  """Returns the updates of every step, and the last state."""
+  state, update, history = tx.init(params), cases.jit(tx.update), []
+  for gradient in gradients:
+    updates, state = update(gradient, state, params, **extra_args)
+    history.append(updates)
+  assert update._cache_size() == 1
+  return history, state
+
+
+def test_clipping_before_is_clipping_of_the_gradients():
+  clip = optax.clip_by_global_norm(1.0)
+  clipped = [clip.update(g, clip.init(PARAMS))[0] for g in _gradients(3.0)]
+  got, _ = _run(optax.chain(clip, _core()), _gradients(3.0))
+  wanted, _ = _run(_core(), clipped)
+  cases.assert_trees_close(got, wanted, rtol=1e-5, atol=1e-6)
+  unclipped, _ = _run(_core(), _gradients(3.0))
+  assert not np.allclose(got[-1]['up'], unclipped[-1]['up'], rtol=1e-3)
+
+
+def test_clipping_after_bounds_the_updates():
+  got, _ = _run(
+    optax.chain(_core(), optax.clip_by_global_norm(0.5)), _gradients()
+  )
+  wanted, _ = _run(_core(), _gradients())
+  for one, other in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(optax.tree.norm(one), 0.5, rtol=1e-5)
+    scale = 0.5 / optax.tree.norm(other)
+    np.testing.assert_allclose(one['up'], scale * other['up'], rtol=1e-5)
+
+
+def test_reduce_on_plateau():
+  plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
+  got, state = _run(optax.chain(_core(), plateau), _gradients(), value=1.0)
+  wanted, _ = _run(_core(), _gradients())
+  scales = [
+    np.asarray(one['up'] / other['up']).mean()
+    for one, other in zip(got, wanted, strict=True)
+  ]
+  np.testing.assert_allclose(scales[0], 1.0, rtol=1e-5)
+  np.testing.assert_allclose(scales[-1], state[1].scale, rtol=1e-5)
+  assert scales[-1] < 0.9
+
+
+def test_schedule_free_outside():
+  """Its own sequence z moves by the wrapped optimizer's updates."""
+  base = optax.chain(_core(), optax.scale(-0.1))
+  tx = optax.contrib.schedule_free(base, learning_rate=0.1, b1=0.9)
+  params, state = PARAMS, tx.init(PARAMS)
+  z, base_state = PARAMS, base.init(PARAMS)
+  update, base_update = cases.jit(tx.update), cases.jit(base.update)
+  for gradient in _gradients():
+    step, base_state = base_update(gradient, base_state, params)
+    z = optax.apply_updates(z, step)
+    updates, state = update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    cases.assert_trees_close(state.z, z, rtol=1e-4, atol=1e-5)
+  x = optax.contrib.schedule_free_eval_params(state, params)
+  assert np.isfinite(x['up']).all()
+  assert so.subspace_metrics(state)['up']['captured_energy'].shape == (3,)
+
+
+def test_partition_between_two_points_of_the_grid():
+  params = {'a': PARAMS['up'], 'b': PARAMS['up'] + 1.0}
+  gradients = [{'a': g['up'], 'b': 2.0 * g['up']} for g in _gradients()]
+  first = _core()
+  second = so.subspace(
+    SPEC,
+    projectors.gaussian(2, regenerate=True),
+    optax.contrib.scale_by_muon(),
+    per_matrix=True,
+  )
+  both = optax.partition({'x': first, 'y': second}, {'a': 'x', 'b': 'y'})
+  got, state = _run(both, gradients, params)
+  for name, tx in (('a', first), ('b', second)):
+    alone = [{name: g[name]} for g in gradients]
+    wanted, _ = _run(tx, alone, {name: params[name]})
+    for one, other in zip(got, wanted, strict=True):
+      np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5)
+  assert set(so.subspace_metrics(state)) == {'a', 'b'}
+
+
+def test_masked_leaves_what_is_hidden_alone():
+  mask = {'up': True, 'bias': False}
+  got, _ = _run(optax.masked(_core(), mask), _gradients())
+  wanted, _ = _run(_core(), _gradients())
+  for one, other, gradient in zip(got, wanted, _gradients(), strict=True):
+    np.testing.assert_allclose(one['up'], other['up'], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(one['bias'], gradient['bias'])
+
+
+def test_multi_steps_outside_with_stagger():
+  """Bases take their turns by steps, not by micro-steps."""
+  doubled = [g for g in _gradients() for _ in range(2)]
+  got, _ = _run(optax.MultiSteps(_core(), 2), doubled)
+  wanted, _ = _run(_core(), _gradients())
+  for updates in got[::2]:
+    np.testing.assert_array_equal(updates['up'], 0.0)
+  for one, other in zip(got[1::2], wanted, strict=True):
+    np.testing.assert_allclose(one['up'], other['up'], rtol=1e-4, atol=1e-5)
+
+
+def test_apply_if_finite_around_stagger_and_accumulation():
+  tx = so.subspace(
+    SPEC,
+    projectors.stiefel(2, stagger=True),
+    optax.scale_by_adam(),
+    every_k=2,
+    after=optax.scale(-1.0),
+  )
+  gradients = _gradients()
+  bad = jax.tree.map(lambda x: x * jnp.nan, gradients[0])
+  got, _ = _run(
+    optax.apply_if_finite(tx, 3), [gradients[0], bad, *gradients[1:]]
+  )
+  wanted, _ = _run(tx, gradients)
+  np.testing.assert_array_equal(got[1]['up'], 0.0)
+  good = [got[0], *got[2:]]
+  for one, other in zip(good, wanted, strict=True):
+    np.testing.assert_allclose(one['up'], other['up'], rtol=1e-5, atol=1e-6)
+
+
+def test_injected_hyperparameters_of_a_subspace_optimizer():
+  make = optax.inject_hyperparams(
+    so.online_subspace_descent, static_args='rank'
+  )
+  tx = make(learning_rate=0.1, rank=2, alpha=0.5)
+  state, update = tx.init(PARAMS), cases.jit(tx.update)
+  gradient = _gradients()[0]
+  one, _ = update(gradient, state, PARAMS)
+  state.hyperparams['learning_rate'] = jnp.float32(0.2)
+  two, _ = update(gradient, state, PARAMS)
+  assert update._cache_size() == 1
+  np.testing.assert_allclose(two['up'], 2.0 * one['up'], rtol=1e-5)
+
+
+@pytest.mark.parametrize('rate', [0.5, 0.9])
+def test_injected_hyperparameters_of_the_inner_optimizer(rate):
+  inject = optax.inject_hyperparams(optax.scale_by_adam)
+  injected = so.subspace(SPEC, projectors.stiefel(2), inject(b1=rate))
+  got, _ = _run(injected, _gradients())
+  fixed = so.subspace(SPEC, projectors.stiefel(2), optax.scale_by_adam(b1=rate))
+  wanted, _ = _run(fixed, _gradients())
+  cases.assert_trees_close(got, wanted, rtol=1e-5, atol=1e-6)

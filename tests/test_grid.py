@@ -1,0 +1,136 @@
+"""What every point of the grid keeps, on a cover of all pairs of choices.
+
+`pytest tests/test_grid.py --full` takes every projector with every transport
+and every inner optimizer instead (`make test-full`).
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cases
+import grid
+import subspace_optax as so
+
+STEPS = 6
+
+# A stack along the middle axis, a plain matrix, a vector.
+LEAVES = {
+  'blocks/up': cases.Leaf((8, 3, 12), jnp.float32, (0,), (2,)),
+  'down': cases.Leaf((12, 8), jnp.bfloat16, (0,), (1,)),
+  'bias': cases.Leaf((12,), jnp.float32),
+}
+
+
+def pytest_generate_tests(metafunc):
+  if 'point' in metafunc.fixturenames:
+    full = metafunc.config.getoption('full')
+    points = grid.product() if full else grid.pairwise()
+    metafunc.parametrize('point', points, ids=str)
+
+
+def _make(point):
+  return grid.make(
+    point,
+    weight_dimension_numbers=cases.dimension_numbers(LEAVES),
+    only_if_smaller=False,
+  )
+
+
+def _gradients():
+  """A signal with some noise at every step; one matrix rests once."""
+  signal = cases.tree(LEAVES, 1)
+  for t in range(STEPS):
+    noise = cases.tree(LEAVES, 100 + t, 0.3)
+    gradient = jax.tree.map(jnp.add, signal, noise)
+    if t == 2:
+      up = gradient['blocks']['up']
+      gradient['blocks']['up'] = up.at[:, 1].set(0.0)
+    yield gradient
+
+
+def _avals(tree):
+  return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+
+def _matrices(leaf):
+  """Returns a leaf as (count, rows, columns)."""
+  x = np.asarray(leaf, np.float64)
+  return np.moveaxis(x, 1, 0) if x.ndim == 3 else x[None]
+
+
+def test_point(point):
+  tx = _make(point)
+  params = cases.tree(LEAVES, 0)
+  state = tx.init(params)
+  assert all(x.size for x in jax.tree.leaves(state))
+  before = _avals(state), jax.tree.structure(state)
+  update = cases.jit(tx.update)
+  total = jax.tree.map(jnp.zeros_like, params)
+  for gradient in _gradients():
+    updates, state = update(gradient, state, params)
+    assert (_avals(state), jax.tree.structure(state)) == before
+    assert _avals(updates) == _avals(params)
+    for leaf in (updates['blocks']['up'], updates['down']):
+      for u in _matrices(leaf):
+        assert np.isfinite(u).all()
+        values = np.linalg.svd(u, compute_uv=False)
+        rounding = 1e-5 if leaf.dtype == jnp.float32 else 0.03
+        assert values[3] <= rounding * max(values[0], 1e-30)  # of rank 3
+    total = jax.tree.map(jnp.add, total, updates)
+  assert update._cache_size() == 1
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(_float(state)))
+  signal = cases.flat(cases.tree(LEAVES, 1))
+  for path, leaf in cases.flat(total).items():
+    assert np.vdot(np.float64(leaf), np.float64(signal[path])) < 0, path
+
+
+def _float(tree):
+  return [
+    np.asarray(x, np.float64)
+    for x in jax.tree.leaves(tree)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+
+
+def test_cover_holds_every_pair():
+  names = list(grid.FACTORS)
+  covered = {
+    (pair, values)
+    for point in grid.pairwise()
+    for pair, values in zip(
+      itertools.combinations(names, 2),
+      itertools.combinations(point, 2),
+      strict=True,
+    )
+  }
+  for a, b in itertools.combinations(names, 2):
+    for x, y in itertools.product(grid.FACTORS[a], grid.FACTORS[b]):
+      possible = (a, b) != ('inner', 'transport') or (
+        y in grid.INNERS[x].transports
+      )
+      assert (((a, b), (x, y)) in covered) == possible, (x, y)
+
+
+@pytest.mark.parametrize('transport', ['first', 'both'])
+def test_moments_that_are_not_known_are_refused(transport):
+  point = grid.Point(
+    'svd', 'adafactor', transport, 'short', False, jnp.float32, 1
+  )
+  with pytest.raises(ValueError, match='FactoredState.*register_moments'):
+    _make(point).init(cases.tree(LEAVES))
+
+
+def test_every_projector_is_in_the_grid():
+  names = {
+    grid.PROJECTORS[name](False).name.split('(')[0] for name in grid.PROJECTORS
+  }
+  public = {
+    name
+    for name in vars(so.projectors)
+    if name.islower() and not name.startswith('_')
+  }
+  assert names == public
