@@ -3,11 +3,12 @@
   python benchmarks/captured_energy.py
 
 The main job of the examples trains once. At every step all projectors see its
-gradients, each keeping bases of its own, and the share of ||G||_F^2 in the span
-of the basis that step would use is averaged over the matrices, beside the most
-that any basis of that rank could capture. A basis refreshed at this very step
-has seen the gradient that it is judged by; the others have not. Results: a
-table, benchmarks/results/captured_energy.json and .png.
+gradients, each keeping bases of its own, and `captured_energy` of the basis
+that step would use, the share of ||G||_F^2 that it keeps, is averaged over the
+matrices, beside the most that any basis of that rank could capture. A basis
+refreshed at this very step has seen the gradient that it is judged by; the
+others have not. Results: a table, benchmarks/results/captured_energy.json and
+.png.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,8 @@ update, with all that the optimizer's state keeps of it, as a ratio of
 `jnp.linalg.svd(full_matrices=False)` in the same run. Beside it the share of
 the best possible energy that the new basis captures of the gradient, and the
 ratios of Liang et al., 2024, Figure 2. Results: a table,
-benchmarks/results/projectors.json and .png.
+benchmarks/results/projectors.json and .png; a shape that is in the former
+already is not measured again.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ class Args:
 
   shapes: tuple[tuple[int, int], ...] = tuple(PAPER)
   ranks: tuple[int, ...] = (128, 256, 512, 1024)
-  seconds: float = 2.0  # at least, of repetitions of one update
+  seconds: float = 1.0  # at least, of repetitions of one update
   out: str = str(ROOT / 'results' / 'projectors.json')
 
 
@@ -130,14 +131,17 @@ def start(
   return subspaces, lambda: {'w': jnp.zeros(layout.coords_shape)}
 
 
+def ranks(args: Args, m: int) -> list[int]:
+  """Those of use at this size: between an eighth and a half of it."""
+  return [rank for rank in args.ranks if m <= 8 * rank and 2 * rank <= m]
+
+
 def measure(
   args: Args, m: int, n: int, whole: float, g: jax.Array, left: dict
 ) -> Iterator[dict]:
   """Yields a row for every rule and rank at one shape."""
   total = float(jnp.sum(jnp.square(g)))
-  for rank in args.ranks:
-    if 2 * rank > m:
-      continue
+  for rank in ranks(args, m):
     layout = _layout.Layout((m, n), (0,), (1,), True, rank)
     best = jnp.sum(jnp.square(left['values'][:rank]))
     for name, make in RULES.items():
@@ -168,13 +172,13 @@ def measure(
 def table(rows: list[dict], shape: tuple[int, int]) -> str:
   """One shape's rows as text: rules down, ranks across."""
   of_shape = [row for row in rows if tuple(row['shape']) == shape]
-  ranks = sorted({row['rank'] for row in of_shape})
+  columns = sorted({row['rank'] for row in of_shape})
   paper = ', '.join(f'{k} {v}x' for k, v in PAPER.get(shape, {}).items())
   lines = [
     f'{shape[0]} x {shape[1]}: svd {of_shape[0]["svd_seconds"]:.3f} s; times '
     'faster, and share of the best energy',
     f'(the paper, for online PCA: {paper})',
-    f'{"":<26}' + ''.join(f'{f"rank {r}":>20}' for r in ranks),
+    f'{"":<26}' + ''.join(f'{f"rank {r}":>20}' for r in columns),
   ]
   for name in RULES:
     cells = [row for row in of_shape if row['rule'] == name]
@@ -201,11 +205,14 @@ def picture(results: dict, path: pathlib.Path) -> None:
         for row in results['rows']
         if tuple(row['shape']) == shape and row['rule'] == name
       ]
-      row = next(row for row in rows if row['rank'] == shape[0] // 4)
-      ratios.append(row['times_faster_than_svd'])
+      ratios += [
+        row['times_faster_than_svd']
+        for row in rows
+        if row['rank'] == shape[0] // 4
+      ] or [np.nan]
     axes.plot(ticks, ratios, marker='o', label=name)
   for device in ('RTX 3090', 'A100'):
-    ratios = [PAPER[shape][device] for shape in shapes]
+    ratios = [PAPER.get(shape, {}).get(device, np.nan) for shape in shapes]
     axes.plot(ticks, ratios, 'k:', alpha=0.5)
     axes.annotate(f'paper, {device}', (ticks[-1], ratios[-1]), ha='right')
   axes.set_xticks(ticks, [f'{m} x {n}, rank {m // 4}' for m, n in shapes])
@@ -220,7 +227,13 @@ def main(args: Args) -> None:
   out = pathlib.Path(args.out)
   out.parent.mkdir(parents=True, exist_ok=True)
   results: dict[str, Any] = {'machine': machine.describe(), 'rows': []}
+  if out.exists():
+    results = json.loads(out.read_text())
+  known = {tuple(row['shape']) for row in results['rows']}
   for m, n in args.shapes:
+    if (m, n) in known:
+      print(table(results['rows'], (m, n)) + '\n', flush=True)
+      continue
     g = gradient(m, n, seed=1)
     svd = jax.jit(lambda x: jnp.linalg.svd(x, full_matrices=False))
     whole = seconds(svd, g, least=args.seconds)
@@ -230,8 +243,7 @@ def main(args: Args) -> None:
       'values': svd(g)[1],
     }
     rows = measure(args, m, n, whole, g, left)
-    ranks = [rank for rank in args.ranks if 2 * rank <= m]
-    total = len(ranks) * len(RULES)
+    total = len(ranks(args, m)) * len(RULES)
     for row in progress.track(rows, f'{m} x {n}', total=total):
       results['rows'].append(row)
     print(table(results['rows'], (m, n)) + '\n', flush=True)

@@ -90,13 +90,13 @@ def every_k(
     )
 
     def finish(rest_state):
-      return rest.update(nodes, rest_state, params, **extra_args)
+      full, new = rest.update(nodes, rest_state, params, **extra_args)
+      # Whatever dtype it is computed in: both branches must agree.
+      return full, jax.tree.map(_sharding.like, new, rest_state)
 
     def wait(rest_state):
       shapes, _ = jax.eval_shape(finish, rest_state)
-      return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), shapes
-      ), rest_state
+      return jax.tree.map(_sharding.zeros, shapes), rest_state
 
     updates, rest_state = lax.cond(window.last, finish, wait, state.rest)
     mean = jax.tree.structure(state.mean, is_leaf=_tree.is_masked)

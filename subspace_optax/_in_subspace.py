@@ -105,18 +105,25 @@ def in_subspace(
 
   def runner(batch_axes: _per_matrix.BatchAxes) -> Any:
     run = _per_matrix.per_matrix(inner, batch_axes) if each else inner
-    return run if plain is None else _beside(plain, run, batch_axes)
+    if plain is None:
+      return run
+    return _beside(plain, run, batch_axes, takes_params)
 
   def init(params):
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     templates = treedef.unflatten([_template(spec, match) for match in matches])
     layouts = {m.path: m.layout for m in matches if m and m.layout}
-    run = runner({path: x.coords_batch for path, x in layouts.items()})
-    _check_params(run, templates, takes_params)
+    batch_axes = {path: x.coords_batch for path, x in layouts.items()}
+    run = runner(batch_axes)
+    mine = templates if plain is None else _split(templates, layouts)[0]
+    alone = _per_matrix.per_matrix(inner, batch_axes) if each else inner
+    _check_params(alone, mine, takes_params)
     state = run.init(templates)
     if transport in ('first', 'both'):
       _transport.check_known(_of_inner(state), transport)
+    if transport == 'both' and not each:
+      _transport.check_means(inner, mine)
     state = _sharding.on_mesh_of([m.leaf for m in matches if m], state)
     return InSubspaceState(state)
 
@@ -128,11 +135,11 @@ def in_subspace(
     coords = treedef.unflatten([_coords(entry) for _, entry in pairs])
     before = {path: (x, x.before) for path, x in nodes.items() if x.before}
     after = {path: (x, x.after) for path, x in nodes.items() if x.after}
-    weights = None
-    if takes_params:
-      weights = treedef.unflatten(_param_coords(pairs, params))
 
     def run(own):
+      weights = None
+      if takes_params or (plain is not None and params is not None):
+        weights = treedef.unflatten(_param_coords(pairs, params, takes_params))
       try:
         directions, new = runner(batch_axes).update(
           coords, own, weights, **extra_args
@@ -169,8 +176,19 @@ def in_subspace(
     else:
       both, decayed = transport == 'both', None
       if both and _transport.pairs_moments(own):
-        decayed = _transport.decay_rates(
-          inner, None if each else own, coords, extra_args
+        rates = functools.partial(
+          _transport.decay_rates,
+          inner,
+          None if each else own,
+          coords,
+          extra_args,
+        )
+        moved = [jnp.any(move.moved) for _, move in moves.values()]
+        shapes = jax.eval_shape(rates)
+        decayed = lax.cond(
+          jnp.any(jnp.stack(moved)),
+          rates,
+          lambda: jax.tree.map(_sharding.zeros, shapes),
         )
       own = _transport.carry(
         own, moves, both=both, decayed=decayed, per_matrix=each
@@ -191,7 +209,10 @@ class BesideState(NamedTuple):
 
 
 def _beside(
-  plain: optax.GradientTransformation, run: Any, projected: Iterable[str]
+  plain: optax.GradientTransformation,
+  run: Any,
+  projected: Iterable[str],
+  takes_params: bool,
 ) -> Any:
   """Returns `run` on leaves with paths in `projected`, `plain` on the rest."""
   plain = optax.with_extra_args_support(plain)
@@ -203,7 +224,8 @@ def _beside(
   def update(updates, state, params=None, **extra_args):
     mine, rest = _split(updates, projected)
     params = (None, None) if params is None else _split(params, projected)
-    mine, a = run.update(mine, state.projected, params[0], **extra_args)
+    weights = params[0] if takes_params else None
+    mine, a = run.update(mine, state.projected, weights, **extra_args)
     rest, b = plain.update(rest, state.plain, params[1], **extra_args)
     merge = lambda x, y: y if _tree.is_masked(x) else x
     both = jax.tree.map(merge, mine, rest, is_leaf=_tree.is_masked)
@@ -224,20 +246,22 @@ def _split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
 def _rest(run: Any, own: Any) -> tuple[Any, Any]:
   """Returns zeros in place of directions, and the state as it is."""
   directions, _ = jax.eval_shape(run, own)
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), directions), own
+  return jax.tree.map(_sharding.zeros, directions), own
 
 
-def _param_coords(pairs: list, params: Any) -> list[Any]:
-  """Returns the coordinates of parameters, and plain ones as they are."""
+def _param_coords(pairs: list, params: Any, projected: bool) -> list[Any]:
+  """Returns the coordinates of parameters, if wanted, and plain ones as is."""
   if params is None:
     raise ValueError(
       "params='coordinates' needs the parameters: call update(gradients, "
       'state, params).'
     )
   return [
-    _linalg.coordinates(entry.layout, param, entry.basis)
-    if _is_projected(entry)
-    else param
+    param
+    if not _is_projected(entry)
+    else _linalg.coordinates(entry.layout, param, entry.basis)
+    if projected
+    else optax.MaskedNode()
     for (_, entry), (_, param) in zip(
       pairs, _tree.flatten(params)[0], strict=True
     )
@@ -292,9 +316,12 @@ def _copies_params(run: Any, templates: Any) -> bool:
     return run.init(jax.tree.map(tiny, templates))
 
   try:
-    zeros, ones = (jax.tree.leaves(depends(value)) for value in (0.0, 1.0))
-    return any(bool(jnp.any(x != y)) for x, y in zip(zeros, ones, strict=True))
-  except Exception:  # a rule for matrices of a certain size, or under jit
+    with jax.ensure_compile_time_eval():  # under jit, too
+      zeros, ones = (jax.tree.leaves(depends(value)) for value in (0.0, 1.0))
+      return any(
+        bool(jnp.any(x != y)) for x, y in zip(zeros, ones, strict=True)
+      )
+  except Exception:  # a rule for matrices of a certain size
     return False
 
 

@@ -142,7 +142,11 @@ def project(
     sources = matrices
     if refresh_gradients is not None:
       _check_shapes(updates, refresh_gradients, 'refresh_gradients')
-      _, sources = _matrices(spec, refresh_gradients, state)
+      shown = _masked_like(updates, refresh_gradients)
+      _, sources = _matrices(spec, shown, state)
+    track = (
+      projector.track if window is None else _base.resting(projector.track)
+    )
     yes = jnp.array(True)
     window = Window(yes, yes) if window is None else window
     subspaces = state.subspaces
@@ -164,9 +168,7 @@ def project(
     )
     subspaces = subspaces._replace(captured_energy=captured)
     context = _base.Context(state.count, window.last, before)
-    subspaces, after, own = projector.track(
-      context, matrices, coords, subspaces, own
-    )
+    subspaces, after, own = track(context, matrices, coords, subspaces, own)
 
     nothing = jax.tree.map(lambda _: None, basis)
     nodes = jax.tree.map(
@@ -267,6 +269,24 @@ def _matrices(
     matches,
     treedef,
     lambda path, leaf, layout: _matrix(leaf, layout, seeds[path]),
+  )
+
+
+def _masked_like(updates: Any, refresh_gradients: Any) -> Any:
+  """Returns refresh gradients without what a wrapper hid of the gradients.
+
+  Wrappers such as `optax.masked` hand on extra arguments as they are.
+  """
+  pairs, treedef = _tree.flatten(updates)
+  known = dict(_tree.flatten(refresh_gradients)[0])
+  for path, _ in pairs:
+    if path not in known:
+      raise ValueError(
+        f'refresh_gradients has no leaf {path!r}; give it the tree of the '
+        'gradients.'
+      )
+  return treedef.unflatten(
+    [x if _tree.is_masked(x) else known[path] for path, x in pairs]
   )
 
 

@@ -111,6 +111,15 @@ def like(x: jax.Array, reference: jax.Array) -> jax.Array:
   return jax.reshard(x, jax.typeof(reference).sharding)
 
 
+def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+  """Returns zeros of a shape and dtype and, if explicit, sharding."""
+  x = jnp.zeros(shape.shape, shape.dtype)
+  sharding = shape.sharding
+  if not isinstance(sharding, NamedSharding) or not sharding.mesh.explicit_axes:
+    return x
+  return jax.reshard(x, sharding)
+
+
 def replicate(x: jax.Array) -> jax.Array:
   """Returns `x` on every device, where its type says that it is not."""
   if _explicit_spec(x) is None:
@@ -141,8 +150,9 @@ def is_whole(x: jax.Array, axes: tuple[int, ...]) -> bool:
   if mesh.empty or mesh.size == 1:
     return True
   spec = _explicit_spec(x)
-  known = spec is not None and len(mesh.explicit_axes) == len(mesh.axis_names)
-  return known and all(spec[i] is None for i in axes)
+  if spec is None or len(mesh.explicit_axes) < len(mesh.axis_names):
+    return False
+  return all(spec[i] is None for i in axes)
 
 
 def _leaf_sharding(leaf: Any) -> NamedSharding | None:

@@ -100,7 +100,7 @@ class SubspaceSpec:
     seed: what all randomness is derived from, folded with each leaf's path.
     key_group: from a leaf's path to the name that is folded instead of it, so
       that leaves of one group, such as query, key and value, draw the same
-      random bases if their shapes allow.
+      random bases if their shapes allow, and unless they take turns.
     basis_dtype: dtype of the bases.
     moment_dtype: dtype of the inner optimizer's state on projected leaves,
       None for the parameter's, as in optax. Of bfloat16 parameters prefer

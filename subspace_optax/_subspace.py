@@ -54,8 +54,11 @@ def subspace(
     scale: see `unproject`.
     every_k: k, micro-steps to a step, at the end of which the inner optimizer,
       what follows it, and `after` run once on the mean of k gradients, kept
-      r-sized. Bases stay for a window; gaps count steps. k - 1 of k updates
-      are zero.
+      r-sized. Bases stay for a window: they are refreshed with its first
+      gradient, or `refresh_gradients`, and tracked with its last. Gaps count
+      steps. k - 1 of k updates are zero. (`optax.MultiSteps` as `inner` keeps
+      r-sized sums, too, but what is chained behind runs at every micro-step
+      and bases may move within a window.)
     after: runs on whole updates: weight decay and learning rate, which would
       run at every micro-step if they were chained behind.
 
@@ -84,7 +87,7 @@ def subspace(
     ...   optax.scale_by_learning_rate(1e-3),
     ... )
   """
-  _gap.check_gap(every_k, 'every_k')
+  _gap.check_static(every_k, 'every_k')
   if every_k > 1 and residual is not None:
     raise ValueError(
       f'every_k={every_k} keeps coordinates of the gradients, not what a '

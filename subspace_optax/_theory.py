@@ -79,7 +79,6 @@ def theorem_parameters(
 
   Example:
     >>> import optax, subspace_optax as so
-    >>> import subspace_optax as so
     >>> p = so.theorem_parameters(
     ...   'golore', smoothness=1.0, gap=8.0, noise=0.5, share=0.25, steps=10_000
     ... )

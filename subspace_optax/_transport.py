@@ -84,6 +84,7 @@ def register_moments(
   """
   second = dict(second or {})
   named = [*first, *second, *(name for name in second.values() if name)]
+  named += ['count'] if any(second.values()) else []
   for name in named:
     if name not in getattr(state_type, '_fields', ()):
       raise ValueError(f'{state_type} has no field {name!r}.')
@@ -96,7 +97,6 @@ register_moments(optax.ScaleByLionState, ['mu'])
 register_moments(optax.TraceState, ['trace'])
 register_moments(optax.EmaState, ['ema'])
 register_moments(optax.ScaleByRmsState, [], {'nu': None})
-register_moments(optax.ScaleByRStdDevState, ['mu'], {'nu': None})
 register_moments(optax.MultiStepsState, ['acc_grads'])
 register_moments(optax.contrib.MuonState, ['mu'])
 
@@ -175,6 +175,40 @@ def carry(
   return state._replace(**new)
 
 
+def check_means(inner: Any, coords: Any) -> None:
+  """Raises unless paired moments are decaying means of G and of G^2.
+
+  States of one type may hold other things, such as Yogi's or AdaMax's.
+  """
+  with jax.ensure_compile_time_eval():
+    one = jax.tree.map(lambda x: jnp.ones((1,) * len(x.shape)), coords)
+    state = inner.init(jax.tree.map(jnp.zeros_like, one))
+    if not _paired(state):
+      return
+    try:
+      rates = decay_rates(inner, state, one, {})
+      _, state = inner.update(one, state, one)
+    except TypeError:  # it takes extra arguments that are not here yet
+      return
+    values = lambda s: [
+      float(jnp.ravel(jax.tree.leaves(x)[0])[0]) for x in _paired(s)
+    ]
+    found = zip(values(rates), values(state), strict=True)
+    means = [
+      (rate, value / (1 - rate) if rate < 1 else 0) for rate, value in found
+    ]
+  for (b2, square), (b1, mean) in zip(means[::2], means[1::2], strict=True):
+    if (
+      not (0 <= b1 < 1 and 0 <= b2 < 1) or abs(square - mean**2) > 0.05 * square
+    ):
+      raise ValueError(
+        "transport='both' needs first and second moments that are decaying "
+        f'means of gradients and their squares; of gradients of 1 these are '
+        f'{mean:.3g} and {square:.3g} at decay rates of {b1:.3g} and {b2:.3g}. '
+        "Use transport='first' or 'keep'."
+      )
+
+
 def pairs_moments(state: Any) -> bool:
   """Whether a state holds second moments about first ones."""
   moments = _REGISTRY.get(type(state))
@@ -205,7 +239,7 @@ def decay_rates(inner: Any, state: Any, coords: Any, extra_args: Any) -> Any:
     fresh = jax.tree.map(live, fresh, state)
 
   def waits(loop: tuple[jax.Array, Any]) -> jax.Array:
-    values = [jax.tree.leaves(x)[0].reshape(-1)[0] for x in _paired(loop[1])]
+    values = [jnp.ravel(jax.tree.leaves(x)[0])[0] for x in _paired(loop[1])]
     return (loop[0] < _MOST_MICRO_STEPS) & jnp.any(jnp.stack(values) == 1)
 
   def step(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
@@ -221,7 +255,7 @@ def _paired(state: Any) -> list[Any]:
   """Returns all second moments about means, and the means."""
   found = []
   _map_paired(lambda x: found.append(x) or x, state, whole=True)
-  return found
+  return [x for x in found if jax.tree.leaves(x)]  # a label may have no leaf
 
 
 def _map_paired(
@@ -234,10 +268,10 @@ def _map_paired(
   moments = _REGISTRY.get(type(state))
   if moments is None:
     return jax.tree.map(more, state, is_leaf=lambda x: x is not state)
-  pairs = [pair for pair in moments.second.items() if pair[1]]
-  names = {name for pair in pairs for name in pair}
+  pairs = [(name, mean) for name, mean in moments.second.items() if mean]
+  names = [name for pair in pairs for name in pair]
   apply = f if whole else functools.partial(jax.tree.map, f)
-  new = {name: apply(getattr(state, name)) for name in names}
+  new: dict[str, Any] = {name: apply(getattr(state, name)) for name in names}
   for name in _unnamed_fields(state):
     new[name] = more(getattr(state, name))
   return state._replace(**new)
@@ -313,7 +347,8 @@ def _second_about_mean(
 
 def _debias(decayed: Any, count: Any) -> Any:
   """Returns 1 - b^t, or 1 where t = 0 and the moments are 0."""
-  rate = jax.tree.leaves(decayed)[0].reshape(-1)[0].astype(jnp.float32)
+  leaves = jax.tree.leaves(decayed) or [jnp.zeros(())]
+  rate = jnp.ravel(leaves[0])[0].astype(jnp.float32)
 
   def weight(t: jax.Array) -> jax.Array:
     return jnp.where(t > 0, 1.0 - rate ** t.astype(jnp.float32), 1.0)
@@ -322,6 +357,8 @@ def _debias(decayed: Any, count: Any) -> Any:
 
 
 def _check_paths(paths: list[str], moves: Moves) -> None:
+  if paths == ['']:  # a label without leaves
+    return
   for path in moves:
     if not any(path == p or path.startswith(f'{p}/') for p in paths):
       raise ValueError(

@@ -172,3 +172,85 @@ def test_injected_hyperparameters_of_the_inner_optimizer(rate):
   fixed = so.subspace(SPEC, projectors.stiefel(2), optax.scale_by_adam(b1=rate))
   wanted, _ = _run(fixed, _gradients())
   cases.assert_trees_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'inner',
+  [
+    optax.scale_by_yogi(),  # its second moment grows by bounded steps
+    optax.scale_by_adamax(),  # its second moment is a largest value
+    optax.scale_by_adam(b1=0.999, mu_dtype=jnp.bfloat16),  # b1 rounds to 1
+  ],
+)
+def test_moments_that_are_no_means_are_refused(inner):
+  tx = so.subspace(SPEC, projectors.stiefel(2), inner, transport='both')
+  with pytest.raises(ValueError, match="transport='both'.*decaying means"):
+    tx.init(PARAMS)
+
+
+def test_centred_moments_must_not_part():
+  tx = so.subspace(
+    SPEC, projectors.stiefel(2), optax.scale_by_stddev(), transport='first'
+  )
+  with pytest.raises(ValueError, match='ScaleByRStdDevState'):
+    tx.init(PARAMS)
+
+
+def test_refresh_gradients_under_masked_and_partition():
+  core = so.subspace(SPEC, projectors.svd(2), optax.scale_by_adam())
+  mask = {'up': True, 'bias': False}
+  big = cases.tree(cases.SMALL, 9)
+  wanted, _ = _run(core, _gradients(), refresh_gradients=big)
+  labels = {'up': 'x', 'bias': 'y'}
+  for tx in (
+    optax.masked(core, mask),
+    optax.partition({'x': core, 'y': optax.scale(1.0)}, labels),
+  ):
+    got, _ = _run(tx, _gradients(), refresh_gradients=big)
+    np.testing.assert_allclose(
+      got[-1]['up'], wanted[-1]['up'], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_basis_that_would_overflow_stays():
+  """Online PCA diverges from bases as long as Gaussian ones may be."""
+  rule = projectors.switch(
+    {0: projectors.gaussian(1), 2: projectors.online_pca(optax.sgd(1e8))}
+  )
+  got, state = _run(so.subspace(SPEC, rule, optax.identity()), _gradients() * 4)
+  assert np.isfinite(got[-1]['up']).all()
+  assert np.isfinite(state[0].subspaces.basis['up']).all()
+
+
+def test_accumulation_keeps_dtypes_of_what_follows():
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+  tx = so.subspace(
+    SPEC,
+    projectors.stiefel(2),
+    optax.scale_by_adam(),
+    every_k=2,
+    after=optax.trace(0.9),
+  )
+  _, state = _run(tx, _gradients(), params)
+  types = lambda tree: [x.dtype for x in jax.tree.leaves(tree)]
+  assert types(state) == types(tx.init(params))
+
+
+@pytest.mark.parametrize('init', [lambda f: f, jax.jit])
+def test_copies_of_params_are_refused(init):
+  inner = optax.contrib.schedule_free_adamw(0.1)
+  tx = so.subspace(SPEC, projectors.stiefel(2), inner, params='coordinates')
+  with pytest.raises(ValueError, match='keeps a copy of the params'):
+    init(tx.init)(PARAMS)
+
+
+def test_plain_leaves_are_given_their_params():
+  tx = so.subspace(
+    SPEC,
+    projectors.stiefel(2),
+    optax.scale_by_adam(),
+    plain=optax.add_decayed_weights(0.5),
+  )
+  got, _ = _run(tx, _gradients()[:1])
+  wanted = _gradients()[0]['bias'] + 0.5 * PARAMS['bias']
+  np.testing.assert_allclose(got[0]['bias'], wanted, rtol=1e-6)

@@ -191,7 +191,7 @@ def test_slices_of_a_state_keep_their_turns():
 
 
 class Lazy:
-  """Q-GaLore's rule for one matrix."""
+  """Q-GaLore's rule for one matrix, by the angles of subspaces."""
 
   def __init__(self, rule, first):
     self.rule, self.gap, self.turn = rule, rule.start, first
@@ -206,9 +206,10 @@ class Lazy:
 
   def saw(self, basis):
     """Takes note of a new basis."""
-    new = basis[:, 0]
+    new = basis
     if self.old is not None:
-      self.queue = [*self.queue, abs(new @ self.old)][-self.rule.window :]
+      cosine = np.linalg.norm(new.T @ self.old) / np.sqrt(new.shape[1])
+      self.queue = [*self.queue, cosine][-self.rule.window :]
       if len(self.queue) == self.rule.window:
         if np.mean(self.queue) >= self.rule.threshold:
           self.turn += self.gap * (self.rule.factor - 1)
@@ -219,7 +220,7 @@ class Lazy:
 @pytest.mark.parametrize(
   'rule, stagger',
   [
-    (P.LazyGap(2, 0.55, 2, 5), False),
+    (P.LazyGap(2, 0.8, 2, 5), False),
     (P.LazyGap(4, 0.9, 3, 1), True),
   ],
 )

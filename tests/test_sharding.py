@@ -118,14 +118,33 @@ for _name, _rule in RULES.items():
   OPTIMIZERS[_name] = Case(('layers', 'bias'), _make, _make)
 
 
-def _of_grid(rule):
+def _of_grid(rule, inner=None, **options):
   return so.subspace(
     _spec(),
     rule,
-    optax.scale_by_adam(),
+    inner or optax.scale_by_adam(),
     transport='both',
     after=optax.scale(-0.02),
+    **options,
   )
+
+
+def _accumulated():
+  return _of_grid(projectors.stiefel(1), every_k=2)
+
+
+def _of_coordinates():
+  return _of_grid(
+    projectors.stiefel(2),
+    optax.adamw(1.0, weight_decay=0.1),
+    params='coordinates',
+    per_matrix=True,
+    plain=optax.scale_by_lion(),
+  )
+
+
+for _make in (_accumulated, _of_coordinates):
+  OPTIMIZERS[_make.__name__[1:]] = Case(('layers', 'bias'), _make, _make)
 
 
 def _online():

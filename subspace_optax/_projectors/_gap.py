@@ -27,10 +27,12 @@ from subspace_optax._projectors import _base
 class LazyGap:
   """A gap that grows, matrix by matrix, where bases hardly change.
 
-  Given in place of `update_proj_gap`. After a refresh the cosine between the
-  first vectors of the new and the old basis joins those of the last few; when
-  these are `window` in number and their mean reaches `threshold`, the matrix's
-  gap is multiplied by `factor`.
+  Given in place of `update_proj_gap`. After a refresh the root mean square of
+  the cosines of the angles between the new and the old subspace joins those of
+  the last few; when these are `window` in number and their mean reaches
+  `threshold`, the matrix's gap is multiplied by `factor`. (Q-GaLore takes the
+  cosine of the first singular vectors, which not every rule has.) Of no use
+  with rules whose bases are random, or turn little by little.
 
   Attributes:
     start: T, steps between the first refreshes.
@@ -84,6 +86,16 @@ def check_gap(gap: Any, name: str = 'update_proj_gap') -> None:
     raise ValueError(f'{name} must be at least 1, got {gap}.')
 
 
+def check_static(steps: Any, name: str) -> None:
+  """Raises unless a number is a positive int."""
+  if isinstance(steps, jax.Array):
+    raise TypeError(
+      f'{name} must be static, got {steps!r}; under optax.inject_hyperparams, '
+      f"pass static_args=('{name}',)."
+    )
+  check_gap(steps, name)
+
+
 class FixedState(NamedTuple):
   """State of a fixed gap."""
 
@@ -121,7 +133,7 @@ class _Fixed:
   def init(self, per_matrix: Any) -> FixedState:
     return FixedState(_phases(per_matrix) if self.stagger else ())
 
-  def due(self, context: _base.Context, per_matrix: Any, state: FixedState):
+  def due(self, context: _base.Context, per_matrix: Any, state: Any):
     """Returns which matrices are due, their periods, and the new state."""
 
     def one(like: jax.Array, phase: jax.Array | None = None):
@@ -133,9 +145,9 @@ class _Fixed:
     rest = (state.phase,) if self.stagger else ()
     return (*_tree.map_unzip(one, 2, per_matrix, *rest), state)
 
-  def after(self, state: FixedState, moves: Any) -> FixedState:
-    """Returns the state, given what has moved."""
-    del moves
+  def after(self, state: Any, moves: Any, drift: Any) -> FixedState:
+    """Returns the state, given what has moved, and how far."""
+    del moves, drift
     return state
 
 
@@ -158,7 +170,7 @@ class _Lazy:
       jax.tree.map(none, per_matrix),
     )
 
-  def due(self, context: _base.Context, per_matrix: Any, state: LazyState):
+  def due(self, context: _base.Context, per_matrix: Any, state: Any):
     """Returns which matrices are due, their periods, and the new state."""
 
     def one(like: jax.Array, due: jax.Array, gap: jax.Array):
@@ -171,11 +183,11 @@ class _Lazy:
     now, period, due = _tree.map_unzip(one, 3, per_matrix, state.due, state.gap)
     return now, period, state._replace(due=due)
 
-  def after(self, state: LazyState, moves: Any) -> LazyState:
+  def after(self, state: Any, moves: Any, drift: Any) -> LazyState:
     """Returns the state with the gaps of bases that changed little longer."""
 
-    def one(gap: jax.Array, due: jax.Array, cosines: jax.Array, move: Any):
-      cosine = jnp.abs(move.transition[..., :1, 0])
+    def one(gap, due, cosines, move, drift):
+      cosine = jnp.sqrt(jnp.maximum(1.0 - jnp.square(drift), 0.0))[..., None]
       latest = jnp.concatenate([cosines[..., 1:], cosine], axis=-1)
       # The basis of `init` was random: there is nothing to compare with.
       latest = jnp.where(cosines < -1.0, -1.0, latest)
@@ -186,7 +198,9 @@ class _Lazy:
       return longer, due + (longer - gap), cosines
 
     return LazyState(
-      *_tree.map_unzip(one, 3, state.gap, state.due, state.cosines, moves)
+      *_tree.map_unzip(
+        one, 3, state.gap, state.due, state.cosines, moves, drift
+      )
     )
 
 

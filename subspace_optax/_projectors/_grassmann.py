@@ -62,7 +62,9 @@ def grassmann_tracking(
     stagger: whether matrices take turns within each T steps.
 
   Returns:
-    A projector with orthonormal bases; the first ones are Haar samples.
+    A projector with orthonormal bases. The first ones are Haar samples, most of
+    whose directions would last for r moves: start from an SVD, as the paper
+    does and the example shows.
 
   Raises:
     TypeError: the gap is no int.
@@ -75,7 +77,12 @@ def grassmann_tracking(
     >>> import optax, subspace_optax as so
     >>> tx = so.subspace(
     ...   so.SubspaceSpec(rank=128),
-    ...   so.projectors.grassmann_tracking(update_proj_gap=200),
+    ...   so.projectors.switch(
+    ...     {
+    ...       0: so.projectors.svd(update_proj_gap=200),
+    ...       1: so.projectors.grassmann_tracking(update_proj_gap=200),
+    ...     }
+    ...   ),
     ...   optax.scale_by_adam(),
     ...   transport='both',
     ... )

@@ -72,8 +72,9 @@ def online_pca(
     orthogonality: lambda of Eq. (6).
     init: 'random' starts from a Haar sample, 'svd' from the singular vectors
       of the first gradient.
-    update_every: steps between steps of the optimizer; those between cost no
-      product with the gradient beyond the coordinates.
+    update_every: steps between steps of the optimizer, which counts its own in
+      its schedules; those between cost no product with the gradient beyond the
+      coordinates.
     orthonormalize_every: steps, a multiple of `update_every`, between exact
       orthonormalisations by Cholesky QR; None for never.
 
@@ -106,9 +107,9 @@ def online_pca(
     raise ValueError(
       f'orthogonality must not be negative, got {orthogonality}.'
     )
-  _gap.check_gap(update_every, 'update_every')
+  _gap.check_static(update_every, 'update_every')
   if orthonormalize_every is not None:
-    _gap.check_gap(orthonormalize_every, 'orthonormalize_every')
+    _gap.check_static(orthonormalize_every, 'orthonormalize_every')
     if orthonormalize_every % update_every:
       raise ValueError(
         'orthonormalize_every must be a multiple of update_every='
@@ -149,6 +150,8 @@ def online_pca(
       learns,
     )
     updates, own = optimizer.update(grads, state.optimizer, old)
+    # A step that overflows is not taken: nothing would bring the basis back.
+    learns = jax.tree.map(_is_finite, updates, matrices, learns)
     new = jax.tree.map(_step, old, updates, matrices, learns)
     if orthonormalize_every is not None:
       # The last of the steps, so that it acts on steps that were taken.
@@ -207,6 +210,10 @@ def _pca_gradient(basis, matrix, coords, ok, orthogonality):
   return _sharding.like(grad, basis), captured, error
 
 
+def _is_finite(update, matrix, ok):
+  return ok & jnp.isfinite(matrix.layout.basis_energy(_linalg.widen(update)))
+
+
 def _step(old, update, matrix, ok):
   """Returns P_{t+1}, or P_t where there is no gradient to learn from."""
   new = _sharding.like(old + update.astype(old.dtype), old)
@@ -226,7 +233,7 @@ def _moved_by(new, old, matrix, ok):
   layout = matrix.layout
   difference = _linalg.widen(new) - _linalg.widen(old)
   drift = jnp.sqrt(layout.basis_energy(difference) / layout.rank)
-  step = _linalg.transition(layout, new, old)
+  step = _linalg.transition(layout, new, old).astype(jnp.float32)
   return drift, _projected.Move(ok, step)
 
 

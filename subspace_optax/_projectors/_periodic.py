@@ -16,9 +16,10 @@
 Only matrices that are due are worked on, one after the other in a loop outside
 any vmap: between refreshes nothing is factorised, and a stack whose layers take
 turns pays for one of them at a time. Where a stack's batch axes may be spread
-over devices, it is worked on as a whole and the layers that are not due keep
-what they have. A matrix whose gradient is zero or not finite when its refresh
-is due keeps its basis, and is refreshed at its next good gradient.
+over devices, or its bases move at every step, it is worked on as a whole and
+the layers that are not due keep what they have. A matrix whose gradient is zero
+or not finite when its refresh is due keeps its basis, and is refreshed at its
+next good gradient.
 """
 
 from collections.abc import Callable
@@ -83,6 +84,10 @@ def periodic(
     regenerate: whether to draw them again at every step instead of storing.
   """
   gap = _gap.schedule(update_proj_gap, stagger)
+  # Rules that move at every step do so for a whole stack at once.
+  traced = isinstance(update_proj_gap, jax.Array)
+  in_turn = stagger or traced or update_proj_gap != 1
+  sample = sample or _linalg.haar
 
   def init(subspaces: _base.Subspaces, zero_coords: Any) -> PeriodicState:
     del zero_coords
@@ -100,15 +105,9 @@ def periodic(
     def one(basis, matrix, error, drift, owed, due, period):
       good = matrix.ok if uses_gradient else jnp.ones_like(matrix.ok)
       wanted = (due | (owed & context.active)) & good
-      still = _base.still(matrix)
-      new = _refresh_wanted(
-        draw,
-        orthonormal,
-        matrix,
-        wanted,
-        period,
-        _Bases(basis, error, drift, *still),
-      )
+      old = _Bases(basis, error, drift, *_base.still(matrix))
+      whole = not in_turn or not _can_take_apart(matrix)
+      new = _refresh(draw, orthonormal, matrix, wanted, period, old, whole)
       move = _projected.Move(new.moved, new.transition)
       # A factorisation that failed is owed, too.
       owed = (owed | due) & ~new.moved
@@ -131,7 +130,7 @@ def periodic(
     moved = lambda old, new, move: jnp.where(move.moved, new, old)
     state = PeriodicState(
       owed,
-      gap.after(schedule, moves),
+      gap.after(schedule, moves, drift),
       jax.tree.map(moved, state.period, period, moves) if regenerate else (),
     )
     return subspaces, moves, state
@@ -146,7 +145,7 @@ def periodic(
     init,
     refresh,
     _base.no_track,
-    sample or _linalg.haar,
+    sample,
     rebuild if regenerate else None,
   )
 
@@ -182,47 +181,52 @@ def random(
   )
 
 
-def _refresh_wanted(
+def _can_take_apart(matrix: _base.Matrix) -> bool:
+  batch = matrix.layout.batch
+  return bool(batch) and _sharding.is_whole(matrix.gradient, batch)
+
+
+def _refresh(
   draw: Draw,
   orthonormal: bool,
   matrix: _base.Matrix,
   wanted: jax.Array,
   period: jax.Array,
   state: _Bases,
+  whole: bool,
 ) -> _Bases:
-  """Moves the bases that are wanted, matrix by matrix if that is possible."""
+  """Moves the bases that are wanted, all at once or one after the other."""
   layout = matrix.layout
 
   def move(matrix, wanted, period, state):
     candidate = draw(_only(wanted, matrix), state.basis, period)
     return _move(matrix.layout, candidate, wanted, orthonormal, state)
 
-  if not layout.batch or not _sharding.is_whole(matrix.gradient, layout.batch):
+  if whole:
     return lax.cond(
       jnp.any(wanted),
       lambda: move(matrix, wanted, period, state),
       lambda: state,
     )
   each = layout.batch_axes
-  axes = _Bases(layout.basis_axes(), each, each, each, each + 'yz')
+  axes = (layout.basis_axes(), each, each, each, each + 'yz')
   turns = jnp.argsort(~wanted.reshape(-1), stable=True)
 
   def turn(k: jax.Array, state: _Bases) -> _Bases:
     i = turns[k]
     take = lambda x, axes: layout.take(x, axes, i)
-    part = move(
-      _base.Matrix(
-        take(matrix.gradient, layout.leaf_axes),
-        layout.one,
-        *(take(x, each) for x in (matrix.seed, matrix.energy, matrix.ok)),
-        None
-        if matrix.mean is None
-        else take(matrix.mean, layout.coords_axes()),
-      ),
-      take(wanted, each),
-      take(period, each),
-      _Bases(*map(take, state, axes)),
+    mean = matrix.mean
+    one = dataclasses.replace(
+      matrix,
+      gradient=take(matrix.gradient, layout.leaf_axes),
+      layout=layout.one,
+      seed=take(matrix.seed, each),
+      energy=take(matrix.energy, each),
+      ok=take(matrix.ok, each),
+      mean=None if mean is None else take(mean, layout.coords_axes()),
     )
+    old = _Bases(*map(take, state, axes))
+    part = move(one, take(wanted, each), take(period, each), old)
     put = lambda x, axes, part: layout.put(x, axes, i, part)
     return _Bases(*map(put, state, axes, part))
 

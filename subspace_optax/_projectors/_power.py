@@ -58,7 +58,8 @@ def power_iteration(
   """One block power step from the last basis, at every T-th step.
 
   Tracks the leading subspace of successive gradients, from a random start, at
-  the cost of two products with the gradient (4mnr) a step. With `momentum` the
+  the cost of two products with the gradient (4mnr) and about 24mr^2 of Cholesky
+  QR a step. With `momentum` the
   step is that of a mean of the gradient and the mean of past coordinates,
   which follow the basis (C = P_n^T P_o).
 

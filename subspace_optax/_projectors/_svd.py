@@ -30,6 +30,7 @@ from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _sharding
 from subspace_optax._projectors import _base
+from subspace_optax._projectors import _gap
 from subspace_optax._projectors import _periodic
 
 METHODS = ('auto', 'exact', 'gram', 'randomized', 'warm')
@@ -90,17 +91,7 @@ def svd(
   """
   if method not in METHODS:
     raise ValueError(f'method must be one of {METHODS}, got {method!r}.')
-
-  if isinstance(power_iterations, bool) or not hasattr(
-    power_iterations, '__index__'
-  ):
-    raise TypeError(
-      f'power_iterations must be an int, got {power_iterations!r}.'
-    )
-  if power_iterations < 1:
-    raise ValueError(
-      f'power_iterations must be at least 1, got {power_iterations}.'
-    )
+  _gap.check_static(power_iterations, 'power_iterations')
   rule = {
     'auto': functools.partial(_auto, power_iterations),
     'exact': _exact,

@@ -43,7 +43,7 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
   Raises:
     ValueError: no projector for step 0, or a negative step; a projector that
       regenerates its bases.
-    TypeError: a step that is no int.
+    TypeError: a step that is no int; something that is no projector.
 
   References:
     He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
@@ -63,6 +63,12 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
   if not starts or starts[0] != 0:
     raise ValueError(f'projectors must start at step 0, got steps {starts}.')
   rules = [projectors[start] for start in starts]
+  for start, rule in zip(starts, rules, strict=True):
+    if not isinstance(rule, _base.Projector):
+      raise TypeError(
+        f'projectors[{start}] must come from subspace_optax.projectors, got '
+        f'{rule!r}.'
+      )
   for rule in rules:
     if rule.rebuild:
       raise ValueError(
