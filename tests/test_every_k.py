@@ -228,7 +228,7 @@ def test_raises():
     with pytest.raises(ValueError, match='every_k must be at least 1'):
       tx(every_k=value)
   for value in True, 2.0, '2':
-    with pytest.raises(TypeError, match='every_k must be a number of steps'):
+    with pytest.raises(TypeError, match='every_k must be an int'):
       tx(every_k=value)
   rule = so.Residual(lambda params: (), lambda projected, u, s: (u, s))
   with pytest.raises(ValueError, match='residual.*MultiSteps'):

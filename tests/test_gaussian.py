@@ -155,7 +155,7 @@ def moments(state):
     (P.stiefel, {'update_proj_gap': GAP, 'stagger': True}, 'float32'),
     (
       P.gaussian,
-      {'update_proj_gap': P.LazyGap(2, 0.2, 2, 1), 'stagger': True},
+      {'update_proj_gap': P.LazyGap(2, 0.6, 2, 1), 'stagger': True},
       'bfloat16',
     ),
   ],

@@ -131,7 +131,7 @@ def test_raises(name):
     with pytest.raises(ValueError, match=f'{name} must be at least 1'):
       rule(value)
   for value in 2.0, True, '3':
-    with pytest.raises(TypeError, match=f'{name} must be a number of steps'):
+    with pytest.raises(TypeError, match=f'{name} must be an int'):
       rule(value)
 
 

@@ -93,6 +93,8 @@ def check_static(steps: Any, name: str) -> None:
       f'{name} must be static, got {steps!r}; under optax.inject_hyperparams, '
       f"pass static_args=('{name}',)."
     )
+  if isinstance(steps, bool) or not hasattr(steps, '__index__'):
+    raise TypeError(f'{name} must be an int, got {steps!r}.')
   check_gap(steps, name)
 
 
