@@ -197,7 +197,7 @@ def picture(results: dict, path: pathlib.Path) -> None:
   figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
   shapes = sorted({tuple(row['shape']) for row in results['rows']})
   ticks = range(len(shapes))
-  for name in RULES:
+  for i, name in enumerate(RULES):
     ratios = []
     for shape in shapes:
       rows = [
@@ -210,7 +210,8 @@ def picture(results: dict, path: pathlib.Path) -> None:
         for row in rows
         if row['rank'] == shape[0] // 4
       ] or [np.nan]
-    axes.plot(ticks, ratios, marker='o', label=name)
+    color = plt.get_cmap('tab20')(i)
+    axes.plot(ticks, ratios, marker='o', color=color, label=name)
   for device in ('RTX 3090', 'A100'):
     ratios = [PAPER.get(shape, {}).get(device, np.nan) for shape in shapes]
     axes.plot(ticks, ratios, 'k:', alpha=0.5)

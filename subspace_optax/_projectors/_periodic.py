@@ -24,6 +24,7 @@ next good gradient.
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -199,7 +200,10 @@ def _refresh(
   layout = matrix.layout
 
   def move(matrix, wanted, period, state):
-    candidate = draw(_only(wanted, matrix), state.basis, period)
+    # A matrix alone is only worked on if it is wanted.
+    alone = math.prod(matrix.layout.batch_shape) == 1
+    source = matrix if alone else _only(wanted, matrix)
+    candidate = draw(source, state.basis, period)
     return _move(matrix.layout, candidate, wanted, orthonormal, state)
 
   if whole:
