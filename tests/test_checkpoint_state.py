@@ -11,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 import cases
+import measure
 import subspace_optax as so
 
 
@@ -33,7 +34,7 @@ def _save_and_load(folder, tree, abstract):
 
 @pytest.mark.parametrize('name', cases.CASES)
 def test_state_comes_back_and_training_goes_on_to_the_bit(name, tmp_path):
-  small = cases.small(name)
+  small = measure.small(name)
   gradients = [cases.tree(cases.SMALL, 80 + t) for t in range(cases.STEPS)]
   history = small.run(gradients)
   # Between two refreshes, and before `switch` and `golore` change rules.
@@ -41,15 +42,15 @@ def test_state_comes_back_and_training_goes_on_to_the_bit(name, tmp_path):
   saved = {'params': params, 'state': state}
   got = _save_and_load(tmp_path, saved, _abstract(saved))
   assert jax.tree.structure(got) == jax.tree.structure(saved)
-  assert cases.types(got) == cases.types(saved)
-  cases.assert_trees_close(got, saved)
+  assert measure.types(got) == measure.types(saved)
+  measure.assert_trees_close(got, saved)
   resumed = small.run(gradients[3:], (got['params'], got['state']))
   for one, other in zip(resumed, history[3:], strict=True):
-    cases.assert_trees_close(one, other)
+    measure.assert_trees_close(one, other)
   # A random basis is that of its period, not of the process.
   assert (
-    np.asarray(cases.bases(resumed[-1][1])['up'])
-    != np.asarray(cases.bases(state)['up'])
+    np.asarray(measure.bases(resumed[-1][1])['up'])
+    != np.asarray(measure.bases(state)['up'])
   ).any()
 
 
@@ -92,15 +93,15 @@ def test_state_moves_to_another_mesh(tmp_path):
   with jax.set_mesh(second):
     abstract = _abstract(saved, second)
     got = ocp.load(tmp_path / 'state', abstract)
-    cases.assert_trees_close(got, saved)
+    measure.assert_trees_close(got, saved)
     for x, y in zip(
       jax.tree.leaves(got), jax.tree.leaves(abstract), strict=True
     ):
       assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
-    basis = cases.bases(got['state'])['w']
+    basis = measure.bases(got['state'])['w']
     assert basis.sharding.mesh.shape == {'fsdp': 4, 'tensor': 1}
     assert basis.addressable_shards[0].data.size * 4 == basis.size
-    cases.assert_trees_close(
+    measure.assert_trees_close(
       step(got['params'], got['state']), wanted, rtol=1e-4, atol=1e-5
     )
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import cases
+import measure
 import subspace_optax as so
 from subspace_optax import projectors
 
@@ -19,10 +20,10 @@ def _gradients(scale=1.0):
   return [cases.tree(cases.SMALL, 50 + t, scale) for t in range(STEPS)]
 
 
-def _core(stagger=True):
+def _core(stagger=True, projector=None):
   return so.subspace(
     SPEC,
-    projectors.svd(2, 'gram', stagger=stagger),
+    projector or projectors.svd(2, 'gram', stagger=stagger),
     optax.scale_by_adam(),
     transport='first',
   )
@@ -41,10 +42,12 @@ def _run(tx, gradients, params=PARAMS, **extra_args):
 def test_clipping_before_is_clipping_of_the_gradients():
   clip = optax.clip_by_global_norm(1.0)
   clipped = [clip.update(g, clip.init(PARAMS))[0] for g in _gradients(3.0)]
-  got, _ = _run(optax.chain(clip, _core()), _gradients(3.0))
-  wanted, _ = _run(_core(), clipped)
-  cases.assert_trees_close(got, wanted, rtol=1e-5, atol=1e-6)
-  unclipped, _ = _run(_core(), _gradients(3.0))
+  # Random bases: factorised ones magnify the rounding of the two programs.
+  core = _core(projector=projectors.stiefel(2))
+  got, _ = _run(optax.chain(clip, core), _gradients(3.0))
+  wanted, _ = _run(core, clipped)
+  measure.assert_trees_close(got, wanted, rtol=1e-5, atol=1e-6)
+  unclipped, _ = _run(core, _gradients(3.0))
   assert not np.allclose(got[-1]['up'], unclipped[-1]['up'], rtol=1e-3)
 
 
@@ -84,7 +87,7 @@ def test_schedule_free_outside():
     z = optax.apply_updates(z, step)
     updates, state = update(gradient, state, params)
     params = optax.apply_updates(params, updates)
-    cases.assert_trees_close(state.z, z, rtol=1e-4, atol=1e-5)
+    measure.assert_trees_close(state.z, z, rtol=1e-4, atol=1e-5)
   x = optax.contrib.schedule_free_eval_params(state, params)
   assert np.isfinite(x['up']).all()
   assert so.subspace_metrics(state)['up']['captured_energy'].shape == (3,)
@@ -171,7 +174,7 @@ def test_injected_hyperparameters_of_the_inner_optimizer(rate):
   got, _ = _run(injected, _gradients())
   fixed = so.subspace(SPEC, projectors.stiefel(2), optax.scale_by_adam(b1=rate))
   wanted, _ = _run(fixed, _gradients())
-  cases.assert_trees_close(got, wanted, rtol=1e-5, atol=1e-6)
+  measure.assert_trees_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-import cases
+import measure
 import subspace_optax as so
 
 LAYERS = 3
@@ -133,7 +133,7 @@ def test_nnx_steps_equal_those_on_a_plain_tree():
     pure = optax.apply_updates(pure, updates)
     nnx_update(optimizer, plain, boxed)
   got = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
-  cases.assert_trees_close(got, pure, rtol=1e-5, atol=1e-6)
+  measure.assert_trees_close(got, pure, rtol=1e-5, atol=1e-6)
 
 
 def test_boxes_come_back_as_they_went_in(model):

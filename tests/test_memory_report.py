@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import cases
+import measure
 import subspace_optax as so
 
 
@@ -21,7 +22,7 @@ def test_state_is_counted_exactly_and_by_formula(name):
   report = so.memory_report(tx, params)
   assert report.params == report.gradients == _nbytes(params)
   assert report.adam == _nbytes(optax.adam(1.0).init(params))
-  assert report.state == _nbytes(cases.small(name).init()[1])
+  assert report.state == _nbytes(measure.small(name).init()[1])
   assert report.state == cases.state_bytes(name, cases.SMALL)
   # The tree of every layout, and of bfloat16.
   tx = cases.CASES[name].make(cases.LEAVES)

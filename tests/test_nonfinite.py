@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import cases
+import measure
 import subspace_optax as so
 
 every_case = pytest.mark.parametrize('name', cases.CASES)
@@ -35,7 +36,7 @@ def _gradients():
 
 @functools.cache
 def _clean(name):
-  return cases.small(name).run(_gradients())
+  return measure.small(name).run(_gradients())
 
 
 def _spoiled(name, kind, steps):
@@ -43,11 +44,11 @@ def _spoiled(name, kind, steps):
   for t in steps:
     up = gradients[t]['up']
     gradients[t]['up'] = up.at[1].set(BAD[kind](up[1]))
-  return cases.small(name).run(gradients)
+  return measure.small(name).run(gradients)
 
 
 def _basis(state):
-  return np.asarray(cases.bases(state)['up'], np.float32)
+  return np.asarray(measure.bases(state)['up'], np.float32)
 
 
 def _assert_orthonormal(name, basis):
@@ -66,7 +67,7 @@ def _assert_orthonormal(name, basis):
 def test_one_bad_matrix_of_a_stack(name, kind, steps):
   case, clean = cases.CASES[name], _clean(name)
   history = _spoiled(name, kind, steps)
-  before = _basis(cases.small(name).init()[1])
+  before = _basis(measure.small(name).init()[1])
   owed = False
   for t, (_, state, updates) in enumerate(history):
     basis = _basis(state)
@@ -135,14 +136,14 @@ def test_retry_takes_the_next_gradient_s_singular_vectors(name):
 
 @pytest.mark.parametrize('name', ['online', 'online_lion_first'])
 def test_optimizer_of_the_basis_skips_the_step(name):
-  small = cases.small(name)
+  small = measure.small(name)
   gradients = _gradients()
   _, state, _ = small.run(gradients[:2])[-1]
-  own = cases.project_state(state).projector
+  own = measure.project_state(state).projector
   params, _ = small.init()
   nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), gradients[2])
   _, after = small.update(nothing, state, params)
-  cases.assert_trees_close(cases.project_state(after).projector, own)
+  measure.assert_trees_close(measure.project_state(after).projector, own)
   # Of one bad matrix only its own moments stay.
   up = gradients[2]['up']
   bad = gradients[2] | {'up': up.at[1].set(jnp.nan)}
@@ -150,8 +151,8 @@ def test_optimizer_of_the_basis_skips_the_step(name):
   _, clean = small.update(gradients[2], state, params)
   for old, new, wanted in zip(
     jax.tree.leaves(own),
-    jax.tree.leaves(cases.project_state(after).projector),
-    jax.tree.leaves(cases.project_state(clean).projector),
+    jax.tree.leaves(measure.project_state(after).projector),
+    jax.tree.leaves(measure.project_state(clean).projector),
     strict=True,
   ):
     if old.shape == (3, 8, 3):
@@ -169,7 +170,7 @@ def test_bad_plain_leaf_touches_no_basis(name):
   gradients = _gradients()[:4]
   for gradient in gradients[1:3]:
     gradient['bias'] = gradient['bias'].at[0].set(jnp.nan)
-  history = cases.small(name).run(gradients)
+  history = measure.small(name).run(gradients)
   for (_, state, updates), (_, wanted, _) in zip(
     history, _clean(name)[:4], strict=True
   ):
@@ -181,12 +182,12 @@ def test_bad_plain_leaf_touches_no_basis(name):
 @every_case
 def test_all_zero_gradients_from_the_start(name):
   zeros = jax.tree.map(jnp.zeros_like, _gradients()[0])
-  history = cases.small(name).run([zeros] * 3)
+  history = measure.small(name).run([zeros] * 3)
   for _, state, updates in history:
     _assert_orthonormal(name, _basis(state))
     for x in jax.tree.leaves((state, updates)):
       assert np.isfinite(np.asarray(x, np.float32)).all()
-    cases.assert_trees_close(
+    measure.assert_trees_close(
       updates, jax.tree.map(jnp.zeros_like, updates), atol=1e-7
     )
 
@@ -203,7 +204,7 @@ def test_rank_deficient_gradients(name, deficient):
   elif deficient == 'weak':  # the second direction is below float32's rounding
     up = up + 1e-9 * rng.standard_normal((3, 8, 12))
   gradient = {'up': jnp.asarray(up, jnp.float32), 'bias': jnp.ones(12)}
-  history = cases.small(name).run([gradient] * 4)
+  history = measure.small(name).run([gradient] * 4)
   for _, state, updates in history:
     _assert_orthonormal(name, _basis(state))
     assert np.isfinite(np.asarray(updates['up'])).all()
@@ -213,14 +214,16 @@ def test_rank_deficient_gradients(name, deficient):
 
 
 def test_apply_if_finite_leaves_no_trace_of_a_bad_step():
-  tx = optax.apply_if_finite(cases.small('online').tx, 5)
-  small = cases.compiled(tx)
+  tx = optax.apply_if_finite(measure.small('online').tx, 5)
+  small = measure.compiled(tx)
   gradients = _gradients()
   bad = jax.tree.map(lambda x: x.at[0].set(jnp.nan), gradients[3])
   spoiled = small.run(gradients[:3] + [bad] + gradients[3:])
-  wanted = cases.small('online').run(gradients)
+  wanted = measure.small('online').run(gradients)
   np.testing.assert_array_equal(spoiled[3][2]['up'], 0.0)
-  cases.assert_trees_close(spoiled[-1][0], wanted[-1][0], rtol=1e-5, atol=1e-6)
-  cases.assert_trees_close(
+  measure.assert_trees_close(
+    spoiled[-1][0], wanted[-1][0], rtol=1e-5, atol=1e-6
+  )
+  measure.assert_trees_close(
     spoiled[-1][1].inner_state, wanted[-1][1], rtol=1e-5, atol=1e-6
   )

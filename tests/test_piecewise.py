@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import cases
+import measure
 import subspace_optax as so
 from subspace_optax import projectors
 
@@ -40,10 +41,10 @@ def test_chain_of_pieces_equals_subspace(projector, inner, transport):
     so.in_subspace(inner, SPEC, transport=transport),
     so.unproject(scale=0.5),
   )
-  got = cases.compiled(pieces).run(_gradients())
-  wanted = cases.compiled(whole).run(_gradients())
+  got = measure.compiled(pieces).run(_gradients())
+  wanted = measure.compiled(whole).run(_gradients())
   for one, other in zip(got, wanted, strict=True):
-    cases.assert_trees_close(one, other, rtol=1e-6, atol=1e-7)
+    measure.assert_trees_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_nodes_on_their_way_down_the_chain():
@@ -56,7 +57,7 @@ def test_nodes_on_their_way_down_the_chain():
   assert is_node(node) and not is_node(nodes['bias'])
   np.testing.assert_array_equal(nodes['bias'], gradient['bias'])
   np.testing.assert_array_equal(node.gradient, gradient['up'])
-  np.testing.assert_array_equal(node.basis, cases.bases(state)['up'])
+  np.testing.assert_array_equal(node.basis, measure.bases(state)['up'])
   assert node.direction is None
   g, p = np.asarray(gradient['up']), np.asarray(node.basis)
   np.testing.assert_allclose(
@@ -91,10 +92,10 @@ def test_full_rank_and_sgd_give_back_the_gradient():
   # With P square and orthogonal, P P^T G is G.
   spec = so.SubspaceSpec(rank=100, only_if_smaller=False)
   tx = so.subspace(spec, projectors.svd(2, 'gram'), optax.identity())
-  history = cases.compiled(tx).run(_gradients())
+  history = measure.compiled(tx).run(_gradients())
   for gradient, (_, state, updates) in zip(_gradients(), history, strict=True):
-    assert cases.bases(state)['up'].shape == (3, 8, 8)
-    cases.assert_trees_close(updates, gradient, rtol=1e-4, atol=1e-5)
+    assert measure.bases(state)['up'].shape == (3, 8, 8)
+    measure.assert_trees_close(updates, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_update_without_params_has_the_gradients_dtype():
@@ -108,7 +109,7 @@ def test_update_without_params_has_the_gradients_dtype():
   assert updates['up'].dtype == jnp.bfloat16
   updates, _ = jax.eval_shape(tx.update, half, state, params)
   assert updates['up'].dtype == jnp.float32
-  assert cases.types(after) == cases.types(state)
+  assert measure.types(after) == measure.types(state)
 
 
 def test_elementwise_transformation_between_pieces_scales_the_coordinates():
@@ -128,8 +129,8 @@ def test_elementwise_transformation_between_pieces_scales_the_coordinates():
     so.unproject(),
   )
   gradients = _gradients(1)
-  updates = cases.compiled(make()).run(gradients)[0][2]
-  halved = cases.compiled(make(halve)).run(gradients)[0][2]
+  updates = measure.compiled(make()).run(gradients)[0][2]
+  halved = measure.compiled(make(halve)).run(gradients)[0][2]
   np.testing.assert_allclose(
     halved['up'], 0.5 * updates['up'], rtol=1e-5, atol=1e-6
   )
@@ -170,12 +171,12 @@ def test_residual_adds_what_the_subspace_leaves_out(piecewise):
     )
   else:
     tx = so.subspace(SPEC, projector, optax.identity(), residual=_residual(1.0))
-  history = cases.compiled(tx).run(_gradients())
+  history = measure.compiled(tx).run(_gradients())
   for t, (gradient, (_, state, updates)) in enumerate(
     zip(_gradients(), history, strict=True)
   ):
     # P P^T G + (G - P P^T G)
-    cases.assert_trees_close(updates, gradient, rtol=1e-4, atol=1e-5)
+    measure.assert_trees_close(updates, gradient, rtol=1e-4, atol=1e-5)
     found = [
       x
       for x in jax.tree.leaves(
@@ -195,8 +196,8 @@ def test_residual_is_not_scaled_with_the_subspace():
     scale=0.0,
   )
   gradients = _gradients(1)
-  _, state, updates = cases.compiled(tx).run(gradients)[0]
-  p = np.asarray(cases.bases(state)['up'])
+  _, state, updates = measure.compiled(tx).run(gradients)[0]
+  p = np.asarray(measure.bases(state)['up'])
   g = np.asarray(gradients[0]['up'])
   wanted = g - p @ (np.swapaxes(p, 1, 2) @ g)
   np.testing.assert_allclose(updates['up'], wanted, rtol=1e-4, atol=1e-5)

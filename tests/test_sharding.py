@@ -20,6 +20,7 @@ import pytest
 
 import cases
 import grid
+import measure
 import subspace_optax as so
 from subspace_optax import projectors
 
@@ -256,10 +257,10 @@ every_optimizer = pytest.mark.parametrize('name', OPTIMIZERS)
 def test_sharded_steps_equal_those_on_one_device(name, kind):
   run = _run(name, kind)
   params, state = _alone(name)
-  cases.assert_trees_close(run.params, params, rtol=1e-3, atol=2e-4)
+  measure.assert_trees_close(run.params, params, rtol=1e-3, atol=2e-4)
   if name != 'stiefel_regenerated':  # its state holds none
-    cases.assert_trees_close(
-      cases.bases(run.state), cases.bases(state), rtol=1e-2, atol=1e-3
+    measure.assert_trees_close(
+      measure.bases(run.state), measure.bases(state), rtol=1e-2, atol=1e-3
     )
 
 
@@ -276,7 +277,7 @@ def test_state_keeps_its_sharding_and_one_compilation_serves(name, kind):
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim), path
   if kind == 'explicit':
     # The mesh belongs to the type.
-    assert cases.types(run.first_state) == cases.types(run.state)
+    assert measure.types(run.first_state) == measure.types(run.state)
 
 
 _COLLECTIVE = re.compile(
@@ -357,7 +358,7 @@ def test_init_under_jit_and_on_shapes_knows_its_types(kind):
     state, from_shapes = tx.init(params), tx.init(shapes)
     traced = jax.eval_shape(tx.init, params)
     assert jax.tree.structure(traced) == jax.tree.structure(state)
-    cases.assert_trees_close(from_shapes, state)
+    measure.assert_trees_close(from_shapes, state)
     for x, y, z in zip(
       *map(jax.tree.leaves, (state, traced, from_shapes)), strict=True
     ):
@@ -389,7 +390,7 @@ def test_shardings_of_the_arguments_are_enough():
   tx = so.galore(0.02, RANK)
   params = _put({'w': cases.tree(PLAIN)['w']}, mesh)
   state = tx.init(params)
-  assert not cases.bases(state)['w'].sharding.is_fully_replicated
+  assert not measure.bases(state)['w'].sharding.is_fully_replicated
   step = cases.jit(_step(tx))
   text = step.lower(params, state, params).compile().as_text()
   found = _collectives(text)

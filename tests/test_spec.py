@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import cases
+import measure
 import subspace_optax as so
 from subspace_optax import projectors
 
@@ -28,7 +29,7 @@ def _bases(spec, params):
   tx = so.project(spec, projectors.stiefel(2))
   return {
     path: tuple(x.shape)
-    for path, x in cases.bases(jax.eval_shape(tx.init, params)).items()
+    for path, x in measure.bases(jax.eval_shape(tx.init, params)).items()
   }
 
 
@@ -276,13 +277,13 @@ def test_any_tree_gives_bases_updates_and_a_state_that_saves(
   tx = so.subspace(spec, projectors.stiefel(2), optax.scale_by_adam())
   state = jax.eval_shape(tx.init, params)
   updates, after = jax.eval_shape(tx.update, params, state, params)
-  assert cases.types(updates) == cases.types(params)
-  assert cases.types(after) == cases.types(state)
+  assert measure.types(updates) == measure.types(params)
+  assert measure.types(after) == measure.types(state)
   if only_if_smaller:
     sizes = [
       x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim
     ]
-    seeds = jax.tree.leaves(cases.project_state(state).seed)
+    seeds = jax.tree.leaves(measure.project_state(state).seed)
     # Beside the basis and two moments a matrix has a seed, three metrics and a
     # flag; of a single matrix these are scalars.
     more = sum(17 * x.size for x in seeds if x.ndim)

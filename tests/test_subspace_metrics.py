@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import cases
+import measure
 import subspace_optax as so
 from subspace_optax import projectors
 
@@ -17,7 +18,7 @@ PARAMS = {'w': jnp.ones((8, 12)), 'bias': jnp.ones(12)}
 
 @pytest.mark.parametrize('name', cases.CASES)
 def test_paths_names_shapes_and_dtypes(name):
-  for state in (cases.run(name).first_state, cases.run(name).last_state):
+  for state in (measure.run(name).first_state, measure.run(name).last_state):
     metrics = so.subspace_metrics(state)
     assert metrics.keys() == cases.projected(name, cases.LEAVES).keys()
     for path, of_leaf in metrics.items():
@@ -30,12 +31,12 @@ def test_paths_names_shapes_and_dtypes(name):
 
 @pytest.mark.parametrize('name', cases.CASES)
 def test_captured_energy_is_what_the_used_basis_keeps(name):
-  case, run = cases.CASES[name], cases.run(name)
+  case, run = cases.CASES[name], measure.run(name)
   gradients = cases.gradients(cases.LEAVES)
   loose = 2e-2 if case.basis_dtype == jnp.bfloat16 else 1e-4
   for t in range(cases.STEPS):
     metrics = so.subspace_metrics(run.states[t + 1])
-    used = cases.bases(run.states[t + 1 if case.used[t] == 'new' else t])
+    used = measure.bases(run.states[t + 1 if case.used[t] == 'new' else t])
     for path, e in cases.projected(name, cases.LEAVES).items():
       leaf = cases.LEAVES[path]
       p = cases.as_bases(leaf, e.project_rows, used[path])
@@ -52,12 +53,12 @@ def test_captured_energy_is_what_the_used_basis_keeps(name):
 
 @pytest.mark.parametrize('name', cases.CASES)
 def test_orthogonality_error_and_drift_are_those_of_the_bases(name):
-  case, run = cases.CASES[name], cases.run(name)
+  case, run = cases.CASES[name], measure.run(name)
   for t, moves in enumerate(case.moves):
     if moves != 'x':
       continue
     metrics = so.subspace_metrics(run.states[t + 1])
-    old, new = cases.bases(run.states[t]), cases.bases(run.states[t + 1])
+    old, new = measure.bases(run.states[t]), measure.bases(run.states[t + 1])
     learned = case.used[t] == 'old'
     for path, e in cases.projected(name, cases.LEAVES).items():
       leaf = cases.LEAVES[path]

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import cases
+import measure
 import subspace_optax as so
 from subspace_optax import projectors
 
@@ -19,7 +20,7 @@ def _gradients(steps=5):
 
 
 def _alone(name, gradients):
-  return cases.small(name).run(gradients)
+  return measure.small(name).run(gradients)
 
 
 def _assert_same(got, wanted):
@@ -29,31 +30,31 @@ def _assert_same(got, wanted):
 def test_chain():
   tx = optax.chain(
     optax.clip_by_global_norm(1e9),
-    optax.chain(cases.small('golore_late').tx),
+    optax.chain(measure.small('golore_late').tx),
     optax.scale(2.0),
   )
   gradients = _gradients()
-  got = cases.compiled(tx).run(gradients)
+  got = measure.compiled(tx).run(gradients)
   wanted = _alone('golore_late', gradients)
   for (_, state, updates), (_, wanted_state, wanted_updates) in zip(
     got, wanted, strict=True
   ):
     for path in cases.SMALL:
       _assert_same(updates[path], 2.0 * wanted_updates[path])
-    cases.assert_trees_close(
-      cases.bases(state), cases.bases(wanted_state), rtol=1e-5, atol=1e-6
+    measure.assert_trees_close(
+      measure.bases(state), measure.bases(wanted_state), rtol=1e-5, atol=1e-6
     )
 
 
 def test_partition():
   labels = {'up': 'subspace', 'bias': 'plain'}
   tx = optax.partition(
-    {'subspace': cases.small('galore').tx, 'plain': optax.sgd(0.5)},
+    {'subspace': measure.small('galore').tx, 'plain': optax.sgd(0.5)},
     lambda params: jax.tree.map(lambda _, label: label, params, labels),
   )
   # The dimension numbers name leaves that the partition hides.
   gradients = _gradients(3)
-  small = cases.compiled(tx)
+  small = measure.compiled(tx)
   got = small.run(gradients)
   wanted = _alone('galore', gradients)
   for t, ((_, _, updates), (_, _, wanted_updates)) in enumerate(
@@ -68,9 +69,9 @@ def test_partition():
 def test_masked(by):
   mask = {'up': True, 'bias': False}
   given = mask if by == 'tree' else lambda params: mask
-  tx = optax.masked(cases.small('online').tx, given)
+  tx = optax.masked(measure.small('online').tx, given)
   gradients = _gradients(3)
-  got = cases.compiled(tx).run(gradients)
+  got = measure.compiled(tx).run(gradients)
   wanted = _alone('online', gradients)
   for t, ((_, _, updates), (_, _, wanted_updates)) in enumerate(
     zip(got, wanted, strict=True)
@@ -91,28 +92,28 @@ def test_mask_that_hides_every_matrix():
 
 @pytest.mark.parametrize('name', READY)
 def test_multi_steps_outside(name):
-  multi = optax.MultiSteps(cases.small(name).tx, 2)
+  multi = optax.MultiSteps(measure.small(name).tx, 2)
   means = _gradients(3)
   noise = [cases.tree(cases.SMALL, 60 + t) for t in range(3)]
   micro = []
   for mean, n in zip(means, noise, strict=True):
     micro.append(jax.tree.map(lambda g, e: g + e, mean, n))
     micro.append(jax.tree.map(lambda g, e: g - e, mean, n))
-  small = cases.compiled(multi)
+  small = measure.compiled(multi)
   params, start = small.init()
   got = small.run(micro, (params, start))
   wanted = _alone(name, means)
-  before = cases.bases(start)
+  before = measure.bases(start)
   for t in range(3):
     _, state, updates = got[2 * t]
     for x in jax.tree.leaves(updates):
       np.testing.assert_array_equal(x, 0.0)
-    cases.assert_trees_close(cases.bases(state), before)
+    measure.assert_trees_close(measure.bases(state), before)
     after, state, _ = got[2 * t + 1]
-    cases.assert_trees_close(after, wanted[t][0], rtol=1e-3, atol=1e-4)
-    before = cases.bases(state)
-    cases.assert_trees_close(
-      before, cases.bases(wanted[t][1]), rtol=1e-3, atol=1e-4
+    measure.assert_trees_close(after, wanted[t][0], rtol=1e-3, atol=1e-4)
+    before = measure.bases(state)
+    measure.assert_trees_close(
+      before, measure.bases(wanted[t][1]), rtol=1e-3, atol=1e-4
     )
   assert small.update._cache_size() == 1
 
@@ -125,11 +126,11 @@ def test_multi_steps_inside_accumulates_coordinates():
       optax.scale(-0.02),
     )
 
-  inside = cases.compiled(make(optax.MultiSteps(optax.scale_by_adam(), 2)))
-  outside = cases.compiled(optax.MultiSteps(make(optax.scale_by_adam()), 2))
+  inside = measure.compiled(make(optax.MultiSteps(optax.scale_by_adam(), 2)))
+  outside = measure.compiled(optax.MultiSteps(make(optax.scale_by_adam()), 2))
   gradients = _gradients(4)
   got, wanted = inside.run(gradients), outside.run(gradients)
-  cases.assert_trees_close(got[-1][0], wanted[-1][0], rtol=1e-4, atol=1e-5)
+  measure.assert_trees_close(got[-1][0], wanted[-1][0], rtol=1e-4, atol=1e-5)
   accumulators = [
     x.shape
     for x in jax.tree.leaves(got[-1][1])
@@ -139,11 +140,11 @@ def test_multi_steps_inside_accumulates_coordinates():
 
 
 def test_apply_if_finite():
-  tx = optax.apply_if_finite(cases.small('golore_late').tx, 3)
+  tx = optax.apply_if_finite(measure.small('golore_late').tx, 3)
   gradients = _gradients(3)
-  got = cases.compiled(tx).run(gradients)
+  got = measure.compiled(tx).run(gradients)
   wanted = _alone('golore_late', gradients)
-  cases.assert_trees_close(got[-1][0], wanted[-1][0], rtol=1e-5, atol=1e-6)
+  measure.assert_trees_close(got[-1][0], wanted[-1][0], rtol=1e-5, atol=1e-6)
 
 
 def test_skipping_a_step_under_cond():
@@ -159,14 +160,14 @@ def test_skipping_a_step_under_cond():
   params = jax.eval_shape(lambda: cases.tree(cases.SMALL))
   state = jax.eval_shape(tx.init, params)
   _, after = jax.eval_shape(update, True, params, state, params)
-  assert cases.types(after) == cases.types(state)
+  assert measure.types(after) == measure.types(state)
 
 
 def test_injected_learning_rate_can_change_without_recompilation():
   injected = optax.inject_hyperparams(
     so.online_subspace_descent, static_args=('rank',)
   )
-  small = cases.compiled(injected(learning_rate=0.02, rank=3, scale=1.0))
+  small = measure.compiled(injected(learning_rate=0.02, rank=3, scale=1.0))
   params, state = small.init()
   gradient = _gradients(1)[0]
   whole, after = small.update(gradient, state, params)
@@ -175,7 +176,7 @@ def test_injected_learning_rate_can_change_without_recompilation():
   _assert_same(2.0 * half['up'], whole['up'])
   _assert_same(2.0 * half['bias'], whole['bias'])
   # The bases' rate is a multiple of it.
-  move = lambda s: cases.bases(s)['up'] - cases.bases(state)['up']
+  move = lambda s: measure.bases(s)['up'] - measure.bases(state)['up']
   np.testing.assert_allclose(2.0 * move(half_after), move(after), atol=2e-6)
   state.hyperparams['scale'] = 0.5 * state.hyperparams['scale']
   quarter, _ = small.update(gradient, state, params)
@@ -187,10 +188,10 @@ def test_injected_learning_rate_can_change_without_recompilation():
 def test_injected_gap_is_traced():
   injected = optax.inject_hyperparams(so.galore, static_args=('rank',))
   tx = injected(learning_rate=0.02, rank=3, update_proj_gap=2)
-  small = cases.compiled(tx)
+  small = measure.compiled(tx)
   got = small.run(_gradients())
-  wanted = cases.compiled(so.galore(0.02, 3, 2)).run(_gradients())
-  cases.assert_trees_close(got[-1][0], wanted[-1][0], rtol=1e-4, atol=1e-5)
+  wanted = measure.compiled(so.galore(0.02, 3, 2)).run(_gradients())
+  measure.assert_trees_close(got[-1][0], wanted[-1][0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +210,9 @@ def test_map_params_through_wrappers(wrap):
   params = cases.tree(cases.SMALL)
   state = tx.init(params)
   marked = optax.tree.map_params(tx, lambda x: x + x, state)
-  assert cases.types(marked) == cases.types(state)
+  assert measure.types(marked) == measure.types(state)
   np.testing.assert_array_equal(
-    cases.bases(marked)['up'], 2 * cases.bases(state)['up']
+    measure.bases(marked)['up'], 2 * measure.bases(state)['up']
   )
 
 
@@ -247,5 +248,5 @@ def test_any_inner_optimizer_that_needs_no_params(name, transport):
     return
   state = jax.eval_shape(tx.init, params)
   updates, after = jax.eval_shape(tx.update, params, state, params)
-  assert cases.types(updates) == cases.types(params)
-  assert cases.types(after) == cases.types(state)
+  assert measure.types(updates) == measure.types(params)
+  assert measure.types(after) == measure.types(state)

@@ -1,0 +1,69 @@
+"""Random bases: one for every path, layer, seed and period, on every host."""
+
+import os
+import subprocess
+import sys
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+
+import cases
+import measure
+import subspace_optax as so
+from subspace_optax import projectors
+
+
+def _first_bases(path, seed, shape=(3, 8, 12)):
+  tx = so.project(so.SubspaceSpec(3, seed=seed), projectors.stiefel(2))
+  params = cases.nest({path: jnp.ones(shape)})
+  return np.asarray(measure.bases(tx.init(params))[path])
+
+
+def test_bases_differ_by_path_layer_and_seed():
+  basis = _first_bases('a/up', 0)
+  np.testing.assert_array_equal(basis, _first_bases('a/up', 0))
+  for other in (_first_bases('b/up', 0), _first_bases('a/up', 1)):
+    for p in basis:
+      for q in other:
+        assert np.linalg.norm(p.T @ q) < 1.6  # sqrt(3) if they agreed
+  for i, j in ((0, 1), (0, 2), (1, 2)):
+    assert np.linalg.norm(basis[i].T @ basis[j]) < 1.6
+
+
+def test_random_bases_differ_by_period():
+  run = measure.run('golore')
+  found = [measure.bases(run.states[t])['tall'] for t in (0, 1, 3, 5)]
+  for i, p in enumerate(found):
+    for q in found[:i]:
+      assert np.linalg.norm(p.T @ q) < 1.7
+
+
+_FRESH_PROCESS = """
+import zlib, jax.numpy as jnp, numpy as np, subspace_optax as so
+state = so.golore(1e-3, rank=3).init({'blocks': {'up': jnp.ones((3, 8, 12))}})
+basis = state[0][0].subspaces.basis['blocks']['up']
+seed = state[0][0].seed['blocks']['up']
+print(zlib.crc32(np.asarray(basis).tobytes() + np.asarray(seed).tobytes()))
+"""
+
+
+def test_bases_are_the_same_in_another_process():
+  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  path = os.pathsep.join(filter(None, (root, os.environ.get('PYTHONPATH'))))
+  env = dict(
+    os.environ, PYTHONHASHSEED='4321', JAX_PLATFORMS='cpu', PYTHONPATH=path
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', _FRESH_PROCESS],
+    env=env,
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=300,
+  )
+  state = so.golore(1e-3, rank=3).init({'blocks': {'up': jnp.ones((3, 8, 12))}})
+  own = measure.project_state(state)
+  basis, seed = own.subspaces.basis, own.seed
+  data = [np.asarray(x['blocks']['up']).tobytes() for x in (basis, seed)]
+  assert int(done.stdout) == zlib.crc32(b''.join(data))
