@@ -14,6 +14,7 @@
 """Training in gradient subspaces: composable optax transformations."""
 
 from subspace_optax import projectors as projectors
+from subspace_optax import residuals as residuals
 from subspace_optax._describe import describe as describe
 from subspace_optax._in_subspace import in_subspace as in_subspace
 from subspace_optax._memory import MemoryReport as MemoryReport
@@ -27,10 +28,12 @@ from subspace_optax._subspace import subspace as subspace
 from subspace_optax._theory import TheoremParameters as TheoremParameters
 from subspace_optax._theory import theorem_parameters as theorem_parameters
 from subspace_optax._transport import register_moments as register_moments
-from subspace_optax._unproject import Residual as Residual
 from subspace_optax._unproject import unproject as unproject
+from subspace_optax.optimizers import apollo_adamw as apollo_adamw
+from subspace_optax.optimizers import fira_adamw as fira_adamw
 from subspace_optax.optimizers import galore as galore
 from subspace_optax.optimizers import golore as golore
+from subspace_optax.optimizers import ldadamw as ldadamw
 from subspace_optax.optimizers import (
   online_subspace_descent as online_subspace_descent,
 )

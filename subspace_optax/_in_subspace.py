@@ -152,14 +152,17 @@ def in_subspace(
       return directions, jax.tree.map(_sharding.like, new, own)
 
     own = carry(state.inner, coords, before, extra_args)
+    old_means, means = (
+      _transport.means_of(_of_inner(x), nodes, each) for x in (state.inner, own)
+    )
     if hold is None:
       directions, new = run(own)
     else:
       directions, new = lax.cond(hold, functools.partial(_rest, run), run, own)
     new = carry(new, coords, after, extra_args)
     entries = [
-      _with_direction(entry, direction)
-      for (_, entry), (_, direction) in zip(
+      _with_direction(entry, direction, old_means.get(path), means.get(path))
+      for (path, entry), (_, direction) in zip(
         pairs, _tree.flatten(directions)[0], strict=True
       )
     ]
@@ -371,7 +374,11 @@ def _coords(entry: Any) -> Any:
   return entry.coords if _is_projected(entry) else entry
 
 
-def _with_direction(entry: Any, direction: Any) -> Any:
+def _with_direction(
+  entry: Any, direction: Any, old_mean: Any, mean: Any
+) -> Any:
   if not _is_projected(entry):
     return direction
-  return dataclasses.replace(entry, direction=direction)
+  return dataclasses.replace(
+    entry, direction=direction, old_mean=old_mean, mean=mean
+  )

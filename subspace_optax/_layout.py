@@ -231,7 +231,48 @@ class Layout:
     axes = tuple(i for i, c in enumerate(self.basis_axes()) if c not in keep)
     return jnp.sum(jnp.square(x), axis=axes)
 
+  # One value per column: the leaf's axes without the projected ones.
+
+  def columns(self, leaf: jax.Array) -> jax.Array:
+    """Returns the sum of every column of a leaf, over the projected side."""
+    return jnp.sum(leaf, axis=self.projected)
+
+  def coords_columns(self, coords: jax.Array) -> jax.Array:
+    """Returns the sum of every column of coordinates, over the rank."""
+    return jnp.sum(coords, axis=self._rank_axis)
+
+  def sum_columns(self, x: jax.Array) -> jax.Array:
+    """Returns the sum of a matrix's values, one of them per column."""
+    return jnp.sum(x, axis=self._column_axes)
+
+  def along_columns(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against columns."""
+    return jnp.expand_dims(x, self._column_axes)
+
+  def columns_to_leaf(self, x: jax.Array) -> jax.Array:
+    """Returns one value per column, shaped to broadcast against the leaf."""
+    return jnp.expand_dims(x, self.projected)
+
+  def columns_to_coords(self, x: jax.Array) -> jax.Array:
+    """Returns one value per column, shaped to broadcast against coords."""
+    return jnp.expand_dims(x, self._rank_axis)
+
+  @property
+  def _rank_axis(self) -> int:
+    return self.coords_axes().index('y')
+
+  @property
+  def _column_axes(self) -> tuple[int, ...]:
+    axes = self.coords_axes().replace('y', '')
+    return tuple(i for i, c in enumerate(axes) if c not in self.batch_axes)
+
   # Where arrays of state live, given where the leaf lives.
+
+  def place_leaf(self, make, static, args, leaf) -> jax.Array:
+    """Returns `make(*static, *args)`, of the leaf's shape, sharded as it."""
+    return _sharding.place(
+      make, static, args, leaf, self.leaf_axes, self.leaf_axes
+    )
 
   def place_basis(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, a basis, sharded as `leaf`."""

@@ -198,10 +198,16 @@ def coordinates(
   layout: _layout.Layout, leaf: jax.Array, basis: jax.Array
 ) -> jax.Array:
   """Returns (P^T P)^-1 P^T W: P times it is the part of W in P's span."""
-  wide = widen(basis)
-  gram = layout.gram(wide, wide)
+  return solve_gram(layout, widen(basis), layout.project(leaf, basis))
+
+
+def solve_gram(
+  layout: _layout.Layout, basis: jax.Array, coords: jax.Array
+) -> jax.Array:
+  """Returns (P^T P)^-1 R."""
+  gram = layout.gram(basis, basis)
   inverse = _right_solve(identity_like(gram), gram)
-  return layout.mix_coords(inverse, layout.project(leaf, basis))
+  return layout.mix_coords(inverse, coords)
 
 
 def _right_solve(x: jax.Array, squares: jax.Array) -> jax.Array:

@@ -157,6 +157,7 @@ def project(
       )
       subspaces = subspaces._replace(basis=basis)
 
+    old_basis = subspaces.basis
     context = _base.Context(state.count, window.first)
     subspaces, before, own = projector.refresh(
       context, sources, subspaces, state.projector
@@ -172,8 +173,9 @@ def project(
 
     nothing = jax.tree.map(lambda _: None, basis)
     nodes = jax.tree.map(
-      functools.partial(_node, keep_gradient),
+      functools.partial(_node, keep_gradient, projector.orthonormal),
       basis,
+      old_basis,
       matrices,
       coords,
       nothing if before is None else before,
@@ -373,15 +375,21 @@ def _captured(
   return jnp.where(matrix.ok, ratio.astype(last.dtype), last)
 
 
-def _node(keep_gradient, basis, matrix, coords, before, after):
+def _node(
+  keep_gradient, orthonormal, basis, old_basis, matrix, coords, before, after
+):
   return _projected.Projected(
     coords=coords,
     basis=basis,
     before=before,
     after=after,
     gradient=matrix.gradient if keep_gradient else None,
+    old_basis=old_basis if keep_gradient else None,
+    old_mean=None,
+    mean=None,
     direction=None,
     layout=matrix.layout,
+    orthonormal=orthonormal,
     dtype=matrix.gradient.dtype,
     sharding=_sharding.explicit(matrix.gradient),
   )

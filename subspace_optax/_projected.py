@@ -52,9 +52,14 @@ class Projected:
       projector never moves it there.
     after: the basis's move after them, None likewise.
     gradient: the gradient itself, if `project(..., keep_gradient=True)`.
+    old_basis: with the gradient, the basis before `before`.
+    old_mean: with the gradient, the inner optimizer's first moment before it
+      was carried along with the basis, if it is known.
+    mean: that moment as it was carried.
     direction: what the inner optimizer made of the coordinates; None until
       `in_subspace` has run.
     layout: which axes are projected.
+    orthonormal: whether P^T P = I, up to rounding.
     dtype: the gradient's dtype.
     sharding: the gradient's, under explicit sharding.
   """
@@ -64,7 +69,11 @@ class Projected:
   before: Move | None
   after: Move | None
   gradient: jax.Array | None
+  old_basis: jax.Array | None
+  old_mean: jax.Array | None
+  mean: jax.Array | None
   direction: jax.Array | None
   layout: _layout.Layout = dataclasses.field(metadata={'static': True})
+  orthonormal: bool = dataclasses.field(metadata={'static': True})
   dtype: Any = dataclasses.field(metadata={'static': True})
   sharding: Any = dataclasses.field(metadata={'static': True})

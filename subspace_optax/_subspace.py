@@ -13,6 +13,7 @@
 # limitations under the License.
 """The front door: the three pieces in a row."""
 
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -21,9 +22,11 @@ from subspace_optax import _every_k
 from subspace_optax import _in_subspace
 from subspace_optax import _project
 from subspace_optax import _spec
+from subspace_optax import _tree
 from subspace_optax import _unproject
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _gap
+from subspace_optax._residuals import _base as _residual
 
 
 def subspace(
@@ -35,7 +38,7 @@ def subspace(
   params: str | None = None,
   per_matrix: bool = False,
   plain: optax.GradientTransformation | None = None,
-  residual: _unproject.Residual | None = None,
+  residual: _residual.Residual | None = None,
   scale: Any = 1.0,
   every_k: int = 1,
   after: optax.GradientTransformation | None = None,
@@ -104,9 +107,29 @@ def subspace(
     per_matrix=per_matrix,
     plain=plain,
   )
-  rest = _unproject.unproject_any(scale, residual, allow_empty=True)
-  if after is not None:
-    rest = optax.chain(rest, after)
-  if every_k == 1:
-    return optax.chain(project, in_subspace, rest)
-  return _every_k.every_k(every_k, spec, project, in_subspace, rest)
+  unproject = _unproject.unproject_any(scale, residual, spec, allow_empty=True)
+  if every_k > 1:
+    rest = unproject if after is None else optax.chain(unproject, after)
+    return _every_k.every_k(every_k, spec, project, in_subspace, rest)
+  tx = optax.chain(project, in_subspace, unproject)
+  if residual is not None and residual.feedback:
+    tx = _with_feedback(tx, residual.feedback)
+  return tx if after is None else optax.chain(tx, after)
+
+
+def _with_feedback(
+  tx: optax.GradientTransformationExtraArgs, feedback: Callable
+) -> optax.GradientTransformationExtraArgs:
+  """Gives the three pieces gradients that depend on the residual's state."""
+
+  def update(updates, state, params=None, **extra_args):
+    pairs, _ = _tree.flatten(updates)
+    own, _ = _tree.flatten(state[-1].residual)
+    gradients = [
+      g if _tree.is_masked(g) or _tree.is_masked(e) else feedback(g, e)
+      for (_, g), (_, e) in zip(pairs, own, strict=True)
+    ]
+    gradients = _tree.replace_entries(updates, gradients)
+    return tx.update(gradients, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)

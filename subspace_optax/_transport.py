@@ -24,7 +24,7 @@ had been independent with means m^ and variances v^ - m^^2,
 where m^ and v^ are debiased and squares are taken element by element.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -216,6 +216,46 @@ def pairs_moments(state: Any) -> bool:
     return True
   children = [] if _is_array(state) or state is None else _unnamed(state)
   return any(pairs_moments(child) for child in children)
+
+
+def means_of(
+  state: Any, nodes: Mapping[str, _projected.Projected], per_matrix: bool
+) -> dict[str, jax.Array]:
+  """Returns first moments by path, for leaves that carry their gradients.
+
+  The first that are found, where a state holds several; none if none is known.
+
+  Args:
+    state: the inner optimizer's.
+    nodes: the `Projected` node of every path.
+    per_matrix: whether each matrix has a state of its own, whose arrays are
+      stacked along their first axes.
+  """
+  wanted = {p: x.layout for p, x in nodes.items() if x.gradient is not None}
+  moments = next(_first_moments(state), None) if wanted else None
+  if moments is None:
+    return {}
+
+  def in_place(layout: _layout.Layout, x: jax.Array) -> jax.Array:
+    batch = layout.coords_batch
+    return jnp.moveaxis(x, range(len(batch)), batch) if per_matrix else x
+
+  return {
+    path: in_place(wanted[path], x)
+    for path, x in _tree.flatten(moments)[0]
+    if path in wanted and not _tree.is_masked(x)
+  }
+
+
+def _first_moments(state: Any) -> Iterator[Any]:
+  """Yields the trees of first moments in a state."""
+  if state is None or _is_array(state):
+    return
+  moments = _REGISTRY.get(type(state))
+  if moments is not None:
+    yield from (getattr(state, name) for name in moments.first)
+  for child in _unnamed(state):
+    yield from _first_moments(child)
 
 
 def decay_rates(inner: Any, state: Any, coords: Any, extra_args: Any) -> Any:

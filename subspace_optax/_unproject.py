@@ -13,84 +13,150 @@
 # limitations under the License.
 """From directions back to updates of whole leaves."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from subspace_optax import _projected
+from subspace_optax import _sharding
+from subspace_optax import _spec
 from subspace_optax import _tree
+from subspace_optax._residuals import _base
 
 
-class Residual(NamedTuple):
-  """A rule for the part of the gradient outside the subspace.
+class ResidualState(NamedTuple):
+  """State of `unproject` with a residual rule that has any."""
 
-  Attributes:
-    init: from params to state.
-    update: (projected, update, state) -> (update, state), where `projected` is
-      a tree with `Projected` leaves that carry the gradient, and `update` the
-      tree of scaled, unprojected directions.
-  """
-
-  init: Callable[[Any], Any]
-  update: Callable[[Any, Any, Any], tuple[Any, Any]]
+  count: jax.Array  # shape=(), dtype=int32
+  # tree, leaf shape=(*batch,) or the leaf's, as the rule says
+  residual: Any
 
 
 def unproject(
-  *, scale: Any = 1.0, residual: Residual | None = None
+  *,
+  scale: Any = 1.0,
+  residual: _base.Residual | None = None,
+  spec: _spec.SubspaceSpec | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Takes directions in subspaces back to updates of whole leaves.
 
   Args:
     scale: factor of what comes back, alpha in GaLore; plain leaves are not
       scaled.
-    residual: rule for the part of the gradient outside the subspace; needs
-      `project(..., keep_gradient=True)`.
+    residual: rule for the part of the gradient outside the subspace, from
+      `subspace_optax.residuals`; needs `project(..., keep_gradient=True)`.
+    spec: the one given to `project`, which says where a residual rule has
+      state. By default its state is made for all leaves of two axes or more,
+      their last two axes taken for the matrix.
 
   Returns:
     A transformation that turns `Projected` nodes into updates of the leaf's
     shape, in the parameter's dtype, or the gradient's without params.
 
   Raises:
-    ValueError: at `update`, if nothing is projected, `in_subspace` has not
-      run, or a residual rule lacks the gradient.
+    ValueError: a residual rule that changes gradients, which needs
+      `subspace_optax.subspace`; at `update`, if nothing is projected,
+      `in_subspace` has not run, or a residual rule lacks the gradient or has
+      state of another shape.
+    TypeError: `residual` is something else.
 
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Eq. (9)
 
   Example:
     >>> import subspace_optax as so
-    >>> tx = so.unproject(scale=0.25)
+    >>> tx = so.unproject(scale=0.25, residual=so.residuals.fira())
   """
-  return unproject_any(scale, residual, allow_empty=False)
+  if isinstance(residual, _base.Residual) and residual.feedback:
+    raise ValueError(
+      f'residual {residual.name!r} changes the gradients that are projected, '
+      'which `unproject` comes too late for; use `subspace_optax.subspace`.'
+    )
+  return unproject_any(scale, residual, spec, allow_empty=False)
 
 
 def unproject_any(
-  scale: Any, residual: Residual | None, *, allow_empty: bool
+  scale: Any,
+  residual: _base.Residual | None,
+  spec: _spec.SubspaceSpec | None,
+  *,
+  allow_empty: bool,
 ) -> optax.GradientTransformationExtraArgs:
   """As `unproject`; `allow_empty` where pieces can't be in the wrong order."""
+  if residual is not None and not isinstance(residual, _base.Residual):
+    raise TypeError(
+      f'residual must come from subspace_optax.residuals, got {residual!r}.'
+    )
+  if spec is None:
+    spec = _spec.SubspaceSpec(
+      1, exclude=None, only_if_smaller=False, allow_empty=True
+    )
+  _spec.check_spec(spec)
+  has_state = residual is not None and residual.init is not None
 
   def init(params):
-    return optax.EmptyState() if residual is None else residual.init(params)
+    if not has_state:
+      return optax.EmptyState()
+    matches = spec.match(params)
+    _, treedef = _tree.flatten(params)
+    leaves = [_init(residual, spec, match) for match in matches]
+    state = ResidualState(jnp.zeros((), jnp.int32), treedef.unflatten(leaves))
+    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
   def update(updates, state, params=None, **extra_args):
     del extra_args
-    pairs, _ = _tree.flatten(updates)
+    pairs, treedef = _tree.flatten(updates)
     _check_directed(pairs, residual is not None, allow_empty)
     like = pairs if params is None else _tree.flatten(params)[0]
-    entries = [
-      _update(entry, scale, reference.dtype)
-      if isinstance(entry, _projected.Projected)
-      else entry
-      for (_, entry), (_, reference) in zip(pairs, like, strict=True)
-    ]
-    full = _tree.replace_entries(updates, entries)
-    if residual is not None:
-      full, state = residual.update(updates, full, state)
-    return full, state
+    count, own = 0, [(path, None) for path, _ in pairs]
+    if has_state:
+      count, own = state.count, _tree.flatten(state.residual)[0]
+    entries, new = [], []
+    for (path, entry), (_, reference), (_, last) in zip(
+      pairs, like, own, strict=True
+    ):
+      if isinstance(entry, _projected.Projected):
+        if residual is None:
+          entry = _update(entry, scale, reference.dtype)
+        else:
+          _check_state(residual, path, entry, last)
+          entry, last = residual.update(entry, scale, count, last)
+          entry = entry.astype(reference.dtype)
+      entries.append(entry)
+      new.append(last)
+    if has_state:
+      count = optax.safe_increment(count)
+      state = ResidualState(count, treedef.unflatten(new))
+    return _tree.replace_entries(updates, entries), state
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _init(
+  residual: _base.Residual, spec: _spec.SubspaceSpec, match: Any
+) -> Any:
+  if match is None or match.layout is None:
+    return optax.MaskedNode()
+  dtype = spec.moment_dtype or match.leaf.dtype
+  return residual.init(match.layout, match.leaf, dtype)
+
+
+def _check_state(
+  residual: _base.Residual, path: str, node: _projected.Projected, state: Any
+) -> None:
+  """Raises unless `init` made the state that a leaf needs."""
+  if residual.init is None:
+    return
+  make = lambda g: residual.init(node.layout, g, node.dtype)
+  shape = jax.eval_shape(make, node.gradient).shape
+  found = None if _tree.is_masked(state) else state.shape
+  if shape != found:
+    raise ValueError(
+      f'update {path!r} needs residual state of shape {shape}, but init made '
+      f'{found}; give `unproject` the spec that `project` has.'
+    )
 
 
 def _update(node: _projected.Projected, scale: Any, dtype: Any) -> jax.Array:

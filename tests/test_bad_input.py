@@ -116,9 +116,7 @@ def test_pieces_in_every_order(order):
 
 
 def test_piece_in_front_of_the_residual_must_keep_the_gradient():
-  residual = so.Residual(
-    lambda params: (), lambda projected, update, state: (update, state)
-  )
+  residual = so.residuals.sign()
   tx = optax.chain(
     _project(),
     so.in_subspace(optax.scale_by_adam(), SPEC),

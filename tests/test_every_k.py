@@ -230,6 +230,5 @@ def test_raises():
   for value in True, 2.0, '2':
     with pytest.raises(TypeError, match='every_k must be an int'):
       tx(every_k=value)
-  rule = so.Residual(lambda params: (), lambda projected, u, s: (u, s))
   with pytest.raises(ValueError, match='residual.*MultiSteps'):
-    tx(every_k=2, residual=rule)
+    tx(every_k=2, residual=so.residuals.sign())

@@ -1,7 +1,6 @@
 """The three pieces one by one, and the residual slot."""
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,28 +135,19 @@ def test_elementwise_transformation_between_pieces_scales_the_coordinates():
   )
 
 
-class CountState(NamedTuple):
-  steps: Any
-
-
 def _residual(share):
   """Adds a share of what the subspace leaves out, and counts steps."""
 
-  def init(params):
-    return CountState(jnp.zeros((), jnp.int32))
+  def init(layout, leaf, dtype):
+    del leaf, dtype
+    return jnp.zeros(layout.batch_shape, jnp.int32)
 
-  def update(projected, update, state):
-    def one(node, u):
-      if not is_node(node):
-        return u
-      assert node.gradient is not None
-      inside = node.layout.unproject(node.basis, node.coords, node.sharding)
-      return u + share * (node.gradient - inside)
+  def update(node, scale, count, steps):
+    lift = lambda x: node.layout.unproject(node.basis, x, node.sharding)
+    outside = node.gradient - lift(node.coords)
+    return lift(scale * node.direction) + share * outside, steps + count + 1
 
-    updates = jax.tree.map(one, projected, update, is_leaf=is_node)
-    return updates, CountState(state.steps + 1)
-
-  return so.Residual(init, update)
+  return so.residuals.Residual('share', update, init)
 
 
 @pytest.mark.parametrize('piecewise', [True, False])
@@ -177,14 +167,10 @@ def test_residual_adds_what_the_subspace_leaves_out(piecewise):
   ):
     # P P^T G + (G - P P^T G)
     measure.assert_trees_close(updates, gradient, rtol=1e-4, atol=1e-5)
-    found = [
-      x
-      for x in jax.tree.leaves(
-        state, is_leaf=lambda x: isinstance(x, CountState)
-      )
-      if isinstance(x, CountState)
-    ]
-    assert [int(x.steps) for x in found] == [t + 1]
+    found = [x for x in jax.tree.leaves(state[-1].residual)]
+    for steps in found:
+      np.testing.assert_array_equal(steps, (t + 1) * (t + 2) // 2)
+    assert len(found) == len(measure.bases(state))
 
 
 def test_residual_is_not_scaled_with_the_subspace():

@@ -101,6 +101,7 @@ class Projector(NamedTuple):
     sample: draws the first bases.
     rebuild: (matrices, state) -> bases, for a rule that draws them again at
       every step; None for one whose bases are stored.
+    orthonormal: whether all its bases have P^T P = I, up to rounding.
   """
 
   name: str
@@ -109,6 +110,7 @@ class Projector(NamedTuple):
   track: Callable[..., tuple[Subspaces, Any, Any]]
   sample: Sample = _linalg.haar
   rebuild: Callable[[Any, Any], Any] | None = None
+  orthonormal: bool = True
 
 
 def no_refresh(context, matrices, subspaces, state):

@@ -186,7 +186,11 @@ def online_pca(
     orthonormalize_every=orthonormalize_every,
   )
   return _base.Projector(
-    name, init_fn, refresh, track if update_every == 1 else track_sometimes
+    name,
+    init_fn,
+    refresh,
+    track if update_every == 1 else track_sometimes,
+    orthonormal=False,
   )
 
 

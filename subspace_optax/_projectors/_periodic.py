@@ -148,6 +148,7 @@ def periodic(
     _base.no_track,
     sample,
     rebuild if regenerate else None,
+    orthonormal,
   )
 
 

@@ -110,7 +110,12 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
     f'{s}: {r.name}' for s, r in zip(starts, rules, strict=True)
   )
   return _base.Projector(
-    f'switch({parts})', init, refresh, track, rules[0].sample
+    f'switch({parts})',
+    init,
+    refresh,
+    track,
+    rules[0].sample,
+    orthonormal=all(rule.orthonormal for rule in rules),
   )
 
 

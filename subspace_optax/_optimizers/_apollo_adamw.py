@@ -1,0 +1,94 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""APOLLO: the gradient, scaled by what Adam does in a random subspace.
+
+Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
+<https://arxiv.org/abs/2412.05270>`_, 2024, Algorithm 1.
+"""
+
+from typing import Any
+
+import optax
+
+from subspace_optax import _spec
+from subspace_optax import _subspace
+from subspace_optax import projectors
+from subspace_optax import residuals
+from subspace_optax._optimizers import _common
+
+
+def apollo_adamw(
+  learning_rate: Any,
+  rank: Any = 128,
+  update_proj_gap: Any = 200,
+  scale: Any = 1.0,
+  *,
+  granularity: str = 'channel',
+  b1: Any = 0.9,
+  b2: Any = 0.999,
+  eps: Any = 1e-8,
+  limiter: Any = 1.01,
+  weight_decay: Any = 0.0,
+  mask: _common.Mask = None,
+  stagger: bool = False,
+  seed: int = 0,
+  spec: _spec.SubspaceSpec | None = None,
+) -> _common.Transformation:
+  """APOLLO: whole gradients, scaled column by column or matrix by matrix.
+
+  The random bases are drawn anew at every step from their seeds instead of
+  stored. APOLLO-Mini is `rank=1, scale=128**0.5, granularity='tensor'`.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    update_proj_gap: T, steps between new bases.
+    scale: alpha, factor of the scaled gradients.
+    granularity: 'channel' or 'tensor'; see `residuals.apollo`.
+    b1: decay of first moments.
+    b2: decay of second moments.
+    eps: added to the root of second moments.
+    limiter: gamma, the most that an update's norm may grow in a step.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices take turns within each T steps.
+    seed: of the bases.
+    spec: takes the place of `rank` and `seed`.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: 2nr and a few
+    numbers.
+
+  Raises:
+    ValueError: see `SubspaceSpec`, `projectors.gaussian`, `residuals.apollo`.
+    TypeError: likewise.
+
+  References:
+    Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> apollo = so.apollo_adamw(1e-2, rank=128)
+    >>> mini = so.apollo_adamw(
+    ...   1e-2, rank=1, scale=128**0.5, granularity='tensor'
+    ... )
+  """
+  tx = _subspace.subspace(
+    spec or _common.default_spec(rank, seed),
+    projectors.gaussian(update_proj_gap, stagger=stagger, regenerate=True),
+    optax.scale_by_adam(b1, b2, eps),
+    residual=residuals.apollo(granularity, limiter),
+    scale=scale,
+  )
+  return _common.with_decay(tx, learning_rate, weight_decay, mask)

@@ -1,0 +1,97 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""GaLore: SVD of the gradient every T steps, the optimizer's state kept.
+
+Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
+Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
+"""
+
+from typing import Any
+
+import optax
+
+from subspace_optax import _spec
+from subspace_optax import _subspace
+from subspace_optax import projectors
+from subspace_optax._optimizers import _common
+
+
+def galore(
+  learning_rate: Any,
+  rank: Any = 128,
+  update_proj_gap: Any = 200,
+  scale: Any = 1.0,
+  base_optimizer: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: _common.Mask = None,
+  weight_dimension_numbers: Any = None,
+  *,
+  stagger: bool = False,
+  spec: _spec.SubspaceSpec | None = None,
+) -> _common.Transformation:
+  """GaLore: an optimizer in the gradient's leading singular subspace.
+
+  Takes the arguments of `optax.contrib.galore` and takes the same steps on
+  trees of plain kernels. Beyond it: stacked and sharded kernels, any dtypes,
+  zero and NaN gradients; embeddings, heads, norms and biases stay plain, see
+  `describe`.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    update_proj_gap: T, steps between SVDs; the first is at step 0.
+    scale: alpha, factor of the projected leaves' updates.
+    base_optimizer: what runs in the subspace and on plain leaves,
+      `optax.scale_by_adam()` by default.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
+    stagger: whether matrices take turns within each T steps, starting from
+      random bases, so that no step pays for all SVDs.
+    spec: takes the place of `rank` and `weight_dimension_numbers`.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the long side: mr + 2nr.
+
+  Raises:
+    ValueError: see `SubspaceSpec` and `projectors.svd`.
+    TypeError: likewise.
+
+  References:
+    Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
+    Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2
+
+  Example:
+    >>> import jax.numpy as jnp, optax, subspace_optax as so
+    >>> tx = so.galore(learning_rate=0.01, rank=16)
+    >>> params = {'w': jnp.ones((100, 100)), 'b': jnp.ones((100,))}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(params, state, params)
+    >>> so.memory_report(tx, params).state < so.memory_report(tx, params).adam
+    True
+  """
+  spec = spec or _spec.SubspaceSpec(
+    rank,
+    side='long',
+    weight_dimension_numbers=weight_dimension_numbers,
+    only_if_smaller=False,
+    allow_empty=True,
+  )
+  tx = _subspace.subspace(
+    spec,
+    projectors.svd(update_proj_gap, stagger=stagger),
+    _common.adam_or(base_optimizer),
+    scale=scale,
+  )
+  return _common.with_decay(tx, learning_rate, weight_decay, mask)

@@ -1,0 +1,103 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""GoLore: bases from gradients first, then random ones.
+
+He et al., `Subspace Optimization for Large Language Models with Convergence
+Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024.
+"""
+
+from typing import Any
+
+import optax
+
+from subspace_optax import _spec
+from subspace_optax import _subspace
+from subspace_optax import projectors
+from subspace_optax._optimizers import _common
+
+
+def golore(
+  learning_rate: Any,
+  rank: Any = 128,
+  update_proj_gap: Any = 200,
+  scale: Any = 1.0,
+  *,
+  random_from: int = 0,
+  base_optimizer: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: _common.Mask = None,
+  stagger: bool = False,
+  seed: int = 0,
+  spec: _spec.SubspaceSpec | None = None,
+) -> _common.Transformation:
+  """GoLore: GaLore whose bases turn random, so that noise can't trap it.
+
+  Bases come from the gradient's SVD before step `random_from` and are Haar
+  samples after it; first moments move along (momentum projection). A tree
+  without a matrix to project is left to the base optimizer, see `describe`.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    update_proj_gap: tau, steps between refreshes.
+    scale: factor of the projected leaves' updates.
+    random_from: first step with random bases; 0 for pure GoLore, 8,000 for
+      GoLore@20% of 10,000 steps.
+    base_optimizer: what runs in the subspace and on plain leaves, one whose
+      first moments are known: see `in_subspace`. `optax.scale_by_adam()` by
+      default.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices take turns within each tau steps, so that no step
+      pays for all refreshes.
+    seed: of the random bases.
+    spec: takes the place of `rank` and `seed`.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: mr + 2nr.
+
+  Raises:
+    ValueError: see `SubspaceSpec` and `projectors.switch`.
+    TypeError: likewise, or `random_from` is no int.
+
+  References:
+    He et al., `Subspace Optimization for Large Language Models with
+    Convergence Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.golore(1e-3, rank=128, random_from=8_000)
+  """
+  if isinstance(random_from, bool) or not isinstance(random_from, int):
+    raise TypeError(
+      f'random_from must be a static int, got {random_from!r}; under '
+      "optax.inject_hyperparams, pass static_args=('rank', 'random_from')."
+    )
+  random = projectors.stiefel(update_proj_gap, stagger=stagger)
+  rule = random
+  if random_from != 0:
+    rule = projectors.switch(
+      {
+        0: projectors.svd(update_proj_gap, stagger=stagger),
+        random_from: random,
+      }
+    )
+  tx = _subspace.subspace(
+    spec or _common.default_spec(rank, seed),
+    rule,
+    _common.adam_or(base_optimizer),
+    transport='first',
+    scale=scale,
+  )
+  return _common.with_decay(tx, learning_rate, weight_decay, mask)

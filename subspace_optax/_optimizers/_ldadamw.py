@@ -1,0 +1,90 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LDAdam: a basis that follows at every step, moments and errors carried along.
+
+Robert et al., `LDAdam: Adaptive Optimization from Low-Dimensional Gradient
+Statistics <https://arxiv.org/abs/2410.16103>`_, 2024, Algorithm 1.
+"""
+
+from typing import Any
+
+import optax
+
+from subspace_optax import _spec
+from subspace_optax import _subspace
+from subspace_optax import projectors
+from subspace_optax import residuals
+from subspace_optax._optimizers import _common
+
+
+def ldadamw(
+  learning_rate: Any,
+  rank: Any = 128,
+  scale: Any = 1.0,
+  *,
+  b1: Any = 0.908,
+  b2: Any = 0.99,
+  eps: Any = 1e-8,
+  momentum: float = 0.908,
+  error_feedback: bool = True,
+  weight_decay: Any = 0.0,
+  mask: _common.Mask = None,
+  seed: int = 0,
+  spec: _spec.SubspaceSpec | None = None,
+) -> _common.Transformation:
+  """LDAdam: power iteration, transport of both moments, error feedback.
+
+  The first bases are Haar samples, of which the first power step is taken,
+  where the authors' code takes an SVD.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    scale: factor of the projected leaves' updates.
+    b1: decay of first moments.
+    b2: decay of second moments.
+    eps: added to the root of second moments.
+    momentum: rho, the weight of past coordinates in the power steps.
+    error_feedback: whether the residual returns with the next gradient, for
+      which a buffer of the whole matrix is kept.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    seed: of the first bases.
+    spec: takes the place of `rank` and `seed`.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: mr + 3nr, one nr of
+    it in float32, and mn for error feedback.
+
+  Raises:
+    ValueError: see `SubspaceSpec`, `projectors.power_iteration` and
+      `residuals.error_feedback`.
+    TypeError: likewise.
+
+  References:
+    Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.ldadamw(1e-3, rank=128)
+  """
+  tx = _subspace.subspace(
+    spec or _common.default_spec(rank, seed),
+    projectors.power_iteration(momentum=momentum),
+    optax.scale_by_adam(b1, b2, eps),
+    transport='both',
+    residual=residuals.error_feedback(b1) if error_feedback else None,
+    scale=scale,
+  )
+  return _common.with_decay(tx, learning_rate, weight_decay, mask)

@@ -1,0 +1,88 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Online Subspace Descent: bases that one optimizer learns for another.
+
+Liang et al., `Memory-Efficient LLM Training with Online Subspace Descent
+<https://arxiv.org/abs/2408.12857>`_, 2024, Algorithm 1.
+"""
+
+from typing import Any
+
+import optax
+
+from subspace_optax import _spec
+from subspace_optax import _subspace
+from subspace_optax import projectors
+from subspace_optax._optimizers import _common
+
+
+def online_subspace_descent(
+  learning_rate: Any,
+  rank: Any = 128,
+  scale: Any = 1.0,
+  *,
+  alpha: Any = 5.0,
+  orthogonality: float = 0.1,
+  basis_optimizer: optax.GradientTransformation | None = None,
+  base_optimizer: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: _common.Mask = None,
+  seed: int = 0,
+  spec: _spec.SubspaceSpec | None = None,
+) -> _common.Transformation:
+  """Online Subspace Descent: bases learned along with the weights, no SVD.
+
+  A tree without a matrix to project is left to the base optimizer, see
+  `describe`.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    scale: factor of the projected leaves' updates.
+    alpha: learning rate of the bases over that of the weights.
+    orthogonality: lambda of Eq. (6).
+    basis_optimizer: OptimizerP with its own learning rate; Adam at `alpha`
+      times `learning_rate` by default. `optax.sgd` saves its 2mr of state.
+    base_optimizer: OptimizerW, what runs in the subspace and on plain leaves,
+      `optax.scale_by_adam()` by default.
+    weight_decay: of the weights, decoupled, before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    seed: of the first bases.
+    spec: takes the place of `rank` and `seed`.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: 3mr + 2nr, or
+    mr + 2nr with SGD on the bases.
+
+  Raises:
+    ValueError: see `SubspaceSpec` and `projectors.online_pca`.
+    TypeError: likewise.
+
+  References:
+    Liang et al., `Memory-Efficient LLM Training with Online Subspace Descent
+    <https://arxiv.org/abs/2408.12857>`_, 2024, Algorithm 1
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.online_subspace_descent(1e-3, rank=128)
+  """
+  if basis_optimizer is None:
+    basis_optimizer = optax.adam(_common.times(alpha, learning_rate))
+  tx = _subspace.subspace(
+    spec or _common.default_spec(rank, seed),
+    projectors.online_pca(basis_optimizer, orthogonality),
+    _common.adam_or(base_optimizer),
+    scale=scale,
+  )
+  return _common.with_decay(tx, learning_rate, weight_decay, mask)

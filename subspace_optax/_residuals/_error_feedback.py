@@ -1,0 +1,107 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Error feedback: what the subspace left out is added to the next gradient.
+
+Robert et al., `LDAdam: Adaptive Optimization from Low-Dimensional Gradient
+Statistics <https://arxiv.org/abs/2410.16103>`_, 2024. With G the gradient plus
+the last error, and the momentum M_o that was carried from P_o to P as M,
+
+  E = G - P R + b1 / (1 - b1) (P_o M_o - P M):
+
+gradients that left the momentum when the basis moved return as well.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax import _layout
+from subspace_optax import _linalg
+from subspace_optax import _projected
+from subspace_optax._residuals import _base
+
+
+def error_feedback(b1: float = 0.9) -> _base.Residual:
+  """Keeps the residual and adds it to the next step's gradient.
+
+  The state is a buffer of the whole leaf, in the dtype of the moments; it is
+  there for convergence, not for memory. It costs another product with the
+  basis, and a third at steps where the basis moves. Where the gradient is not
+  finite the buffer stays as it is. A move after the coordinates are taken, as
+  `online_pca` makes them, loses no momentum here.
+
+  Args:
+    b1: decay of the inner optimizer's first moment, for the momentum that is
+      lost when a basis moves; 0 for an inner optimizer without momentum.
+
+  Returns:
+    A residual rule for `subspace_optax.subspace`, which alone can give
+    `project` another gradient.
+
+  Raises:
+    ValueError: b1 outside of [0, 1); at `update`, an inner optimizer without
+      known first moments while b1 is not 0.
+
+  References:
+    Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> tx = so.subspace(
+    ...   so.SubspaceSpec(rank=128),
+    ...   so.projectors.power_iteration(momentum=0.908),
+    ...   optax.scale_by_adam(b1=0.908, b2=0.99),
+    ...   transport='both',
+    ...   residual=so.residuals.error_feedback(b1=0.908),
+    ... )
+  """
+  traced = isinstance(b1, jax.Array)
+  if not traced and not 0 <= b1 < 1:
+    raise ValueError(f'b1 must lie in [0, 1), got {b1}.')
+
+  def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
+    del count
+    g = _linalg.widen(node.gradient)
+    error = g - _base.lift(node, _base.inside(node))
+    if traced or b1 > 0:
+      weight = b1 / (1.0 - b1)
+      error = _base.moved(node, lambda e: e + weight * _lost(node), error)
+    finite = jnp.isfinite(node.layout.energy(error))
+    error = jnp.where(
+      node.layout.along_leaf(finite), error.astype(last.dtype), last
+    )
+    return _base.lift(node, scale * _linalg.widen(node.direction)), error
+
+  return _base.Residual('error_feedback', update, _zeros, _add)
+
+
+def _lost(node: _projected.Projected) -> jax.Array:
+  """Returns P_o M_o - P M, the momentum that the move left behind."""
+  if node.old_mean is None:
+    raise ValueError(
+      'error_feedback finds no first moments in the inner state; name them '
+      'with `subspace_optax.register_moments`, or pass b1=0 if it has none.'
+    )
+  old = _base.lift_old(node, _linalg.widen(node.old_mean))
+  return old - _base.lift(node, _linalg.widen(node.mean))
+
+
+def _zeros(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
+  static = (tuple(leaf.shape), jnp.dtype(dtype))
+  return layout.place_leaf(jnp.zeros, static, (), leaf)
+
+
+def _add(gradient: jax.Array, error: jax.Array) -> jax.Array:
+  return (_linalg.widen(gradient) + error).astype(gradient.dtype)

@@ -1,0 +1,65 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""FRUGAL: Adam inside the subspace, sign descent outside.
+
+Zmushko et al., `FRUGAL: Memory-Efficient Optimization by Reducing State
+Overhead <https://arxiv.org/abs/2411.07837>`_, 2024. With E = G - P R,
+
+  W <- W - lr (alpha P N + c sign(E)).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from subspace_optax import _linalg
+from subspace_optax import _projected
+from subspace_optax._residuals import _base
+
+
+def sign(strength: Any = 1.0) -> _base.Residual:
+  """Adds the signs of the residual, for which nothing is remembered.
+
+  Costs one more product with the basis, 2mnr FLOPs.
+
+  Args:
+    strength: c, step of the residual's elements over the learning rate; not
+      multiplied by `scale`. FRUGAL takes 1 for pre-training and 0.1 for
+      fine-tuning.
+
+  Returns:
+    A residual rule without state.
+
+  References:
+    Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> tx = so.subspace(
+    ...   so.SubspaceSpec(rank=0.25),
+    ...   so.projectors.svd(update_proj_gap=200),
+    ...   optax.scale_by_adam(),
+    ...   transport='reset',
+    ...   residual=so.residuals.sign(),
+    ... )
+  """
+
+  def update(node: _projected.Projected, scale: Any, count: Any, state: Any):
+    del count
+    g = _linalg.widen(node.gradient)
+    outside = g - _base.lift(node, _base.inside(node))
+    kept = _base.lift(node, scale * _linalg.widen(node.direction))
+    return kept + strength * jnp.sign(outside), state
+
+  return _base.Residual('sign', update)

@@ -1,0 +1,378 @@
+"""Residual rules against dense float64 loops, which are given the bases.
+
+With R = P^T G, N what Adam makes of R, and E = G - P P^+ G:
+
+  fira            scale P N + L(phi E), phi_i = |N_i| / (|R_i| + eps)
+  apollo          scale L(G s), s_i as phi_i, or |N| / (|R| + eps)
+  sign            scale P N + c sign(E)
+  error_feedback  scale P N; E + b1 / (1 - b1) (P_o M_o - P M) is added to the
+                  next G
+
+where L keeps the norm of its argument below 1.01 times its last value.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import errors
+import references as ref
+import subspace_optax as so
+from subspace_optax import projectors
+from subspace_optax import residuals
+
+# Stacked, with the columns projected; and with two free axes.
+VIEWS = {'stack': ref.view((2, 12, 8)), 'query/kernel': ref.QUERY}
+SPEC = so.SubspaceSpec(ref.RANK)
+SCALE, STEPS, EPS = 0.25, 8, 1e-8
+ADAM = ref.Adam()
+# Bases that move before the coordinates are taken, after it, and such that are
+# not orthonormal.
+PROJECTORS = {
+  'stiefel': projectors.stiefel(3),
+  'gaussian': projectors.gaussian(3, regenerate=False),
+  'online_pca': projectors.online_pca(optax.sgd(0.5)),
+}
+
+
+def gradients(t):
+  """Norms that jump up and down, so that the limiter has work."""
+  jump = (1.0, 3.0, 0.5, 2.0, 2.0, 8.0, 0.1, 1.0)[t]
+  return jax.tree.map(lambda x: jump * x, ref.like(VIEWS, t))
+
+
+def run(projector, residual, grads=None, **options):
+  """Returns gradients, updates and states, the first state from `init`."""
+  tx = so.subspace(
+    SPEC,
+    projector,
+    optax.scale_by_adam(),
+    residual=residual,
+    scale=SCALE,
+    **options,
+  )
+  grads = grads or [gradients(t) for t in range(STEPS)]
+  update, updates, states = ref.jit(tx.update), [], [tx.init(grads[0])]
+  for g in grads:
+    u, state = update(g, states[-1])
+    updates.append(u)
+    states.append(state)
+  assert update._cache_size() == 1
+  return grads, updates, states
+
+
+class Limiter:
+  """Fira's norm-growth limiter."""
+
+  def __init__(self, gamma=1.01):
+    self.gamma, self.last = gamma, None
+
+  def __call__(self, x, weight=1.0):
+    norm = weight * np.linalg.norm(x)
+    cut = 1.0
+    if self.last is not None:
+      cut = max(norm / self.last, self.gamma) / self.gamma
+    self.last = norm / cut
+    return x / cut
+
+
+def columns(n, r):
+  return np.linalg.norm(n, axis=0) / (np.linalg.norm(r, axis=0) + EPS)
+
+
+def outside(p, g):
+  return g - p @ np.linalg.pinv(p) @ g
+
+
+class Fira(Limiter):
+  def __call__(self, p, g, r, n):
+    e = columns(n, r) * outside(p, g)
+    return SCALE * p @ n + super().__call__(e)
+
+
+class OfficialFira(Limiter):
+  """G - alpha P R, limited before the bias of Adam's moments is corrected."""
+
+  t = 0
+
+  def __call__(self, p, g, r, n):
+    self.t += 1
+    bias = np.sqrt(1 - ADAM.b2**self.t) / (1 - ADAM.b1**self.t)
+    share = SCALE * p @ np.linalg.pinv(p) @ g
+    e = columns(n, r) * (g - share)
+    return SCALE * p @ n + super().__call__(e, 1 / bias)
+
+
+class Apollo(Limiter):
+  def __call__(self, p, g, r, n):
+    return SCALE * super().__call__(columns(n, r) * g)
+
+
+class ApolloMini(Limiter):
+  def __call__(self, p, g, r, n):
+    s = np.linalg.norm(n) / (np.linalg.norm(r) + EPS)
+    return SCALE * super().__call__(s * g)
+
+
+class Unlimited(Fira):
+  def __init__(self):
+    super().__init__(1e30)
+
+
+def sign(p, g, r, n):
+  return SCALE * p @ n + 0.3 * np.sign(outside(p, g))
+
+
+RULES = {
+  'fira': (residuals.fira(), Fira),
+  'unlimited': (residuals.fira(limiter=None), Unlimited),
+  'official': (residuals.fira(official_betas=(0.9, 0.999)), OfficialFira),
+  'apollo': (residuals.apollo(), Apollo),
+  'apollo_mini': (residuals.apollo('tensor'), ApolloMini),
+  'sign': (residuals.sign(0.3), lambda: sign),
+}
+
+
+# Where P^T P matters, with bases that are not orthonormal, too.
+POINTS = [(rule, 'stiefel') for rule in RULES] + [
+  ('fira', 'gaussian'),
+  ('fira', 'online_pca'),
+  ('official', 'gaussian'),
+  ('sign', 'gaussian'),
+]
+
+
+@pytest.mark.parametrize('rule, projector', POINTS)
+def test_equals_dense_loop(rule, projector):
+  residual, make = RULES[rule]
+  grads, updates, states = run(PROJECTORS[projector], residual)
+  for k, view in VIEWS.items():
+    rules = [make() for _ in range(view.count)]
+    inner = [ADAM.start((ref.RANK, view.n)) for _ in range(view.count)]
+    for t, g in enumerate(grads):
+      at = t if projector == 'online_pca' else t + 1
+      bases = view.bases(ref.bases(states[at])[k])
+      wanted = []
+      for i, (p, one) in enumerate(
+        zip(bases, view.matrices(g[k]), strict=True)
+      ):
+        n, inner[i] = ADAM.update(p.T @ one, inner[i])
+        wanted.append(rules[i](p, one, p.T @ one, n))
+      np.testing.assert_allclose(
+        view.matrices(updates[t][k]),
+        np.stack(wanted),
+        rtol=2e-3,
+        atol=2e-5,
+        err_msg=f'{k} step {t}',
+      )
+
+
+@pytest.mark.parametrize(
+  'projector, transport',
+  [
+    ('stiefel', 'keep'),
+    ('stiefel', 'first'),
+    ('stiefel', 'reset'),
+    ('gaussian', 'first'),
+    ('online_pca', 'keep'),
+  ],
+)
+def test_error_feedback_equals_dense_loop(projector, transport):
+  tracked = projector == 'online_pca'
+  grads, updates, states = run(
+    PROJECTORS[projector], residuals.error_feedback(0.9), transport=transport
+  )
+  for k, view in VIEWS.items():
+    dense = ref.InSubspace(view, ADAM, transport)
+    dense.move(view.bases(ref.bases(states[0])[k]))
+    error = np.zeros((view.count, view.m, view.n))
+    for t, g in enumerate(grads):
+      fed = view.matrices(g[k]) + error
+      error, old, lost = fed.copy(), dense.bases.copy(), []
+      if not tracked:
+        new = view.bases(ref.bases(states[t + 1])[k])
+        means = [s['m'] for s in dense.states]
+        dense.move(new, np.flatnonzero((old != new).any((1, 2))))
+        for p_old, p, m, s in zip(old, new, means, dense.states, strict=True):
+          lost.append(9.0 * (p_old @ m - p @ s['m']))
+      update = SCALE * dense.step(view.leaf(fed))
+      np.testing.assert_allclose(
+        view.matrices(updates[t][k]),
+        update,
+        rtol=2e-3,
+        atol=2e-5,
+        err_msg=f'{k} step {t}',
+      )
+      error = np.stack(list(map(outside, dense.bases, fed)))
+      error += np.stack(lost) if lost else 0.0
+      found = ref.find(states[t + 1], 'residual').residual[k]
+      np.testing.assert_allclose(
+        view.matrices(found), error, rtol=2e-3, atol=1e-4, err_msg=k
+      )
+      if tracked:
+        dense.move(view.bases(ref.bases(states[t + 1])[k]))
+
+
+def test_feedback_returns_what_was_left_out():
+  # A gradient outside the fixed basis moves nothing, but adds up.
+  p = np.linalg.qr(np.asarray(ref.normal(0, (8, 8))))[0]
+  spec = so.SubspaceSpec(ref.RANK)
+  tx = so.subspace(
+    spec,
+    projectors.stiefel(2),
+    optax.identity(),
+    residual=residuals.error_feedback(b1=0.0),
+  )
+  g = {'w': jnp.asarray(p[:, :1] @ np.ones((1, 12)), jnp.float32)}
+  state, total = tx.init(g), np.zeros((8, 12))
+  update = ref.jit(tx.update)
+  for _ in range(40):
+    u, state = update(g, state)
+    total += np.asarray(u['w'])
+  left = ref.find(state, 'residual').residual['w']
+  np.testing.assert_allclose(total + left, 40 * np.asarray(g['w']), rtol=1e-3)
+  # Without it, a basis that sees r / m of the gradient loses the rest.
+  assert np.linalg.norm(left) < 0.3 * np.linalg.norm(total)
+
+
+@pytest.mark.parametrize('rule', ['fira', 'apollo', 'official'])
+def test_norms_grow_by_one_percent_at_most(rule):
+  tx = so.subspace(
+    SPEC,
+    projectors.svd(4, 'gram'),
+    optax.scale_by_adam(),
+    residual=RULES[rule][0],
+    scale=0.0 if rule == 'fira' else 1.0,
+  )
+  key = {'w': ref.decaying(0, ref.STACK)}
+  state, update, norms = tx.init(key), ref.jit(tx.update), []
+  rng = np.random.default_rng(0)
+  for t in range(30):
+    jump = np.exp(2 * rng.normal(size=(2, 1, 1)))
+    g = ref.decaying(t, ref.STACK) * jnp.asarray(jump, jnp.float32)
+    u, state = update({'w': g}, state)
+    found = np.linalg.norm(np.asarray(u['w'], np.float64), axis=(1, 2))
+    kept = np.asarray(ref.find(state, 'residual').residual['w'])
+    if rule != 'official':  # which counts norms before the bias is corrected
+      np.testing.assert_allclose(found, kept, rtol=1e-3)
+    norms.append(kept)
+  ratio = np.array(norms[1:]) / np.array(norms[:-1])
+  np.testing.assert_array_less(ratio, 1.01 * (1 + 1e-6))
+  assert (ratio > 1.0099).any() and (ratio < 0.9).any()
+
+
+@pytest.mark.parametrize('rule', ['fira', 'apollo', 'sign', 'error_feedback'])
+def test_nothing_is_remembered_of_bad_gradients(rule):
+  residual = dict(RULES, error_feedback=(residuals.error_feedback(),))[rule][0]
+  good = [ref.like(VIEWS, t) for t in range(2)]
+  bad = jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), good[0])
+  zero = jax.tree.map(jnp.zeros_like, good[0])
+  _, updates, states = run(
+    PROJECTORS['stiefel'], residual, [good[0], bad, zero, good[1]]
+  )
+  for k in VIEWS:
+    assert np.isnan(updates[1][k]).any()  # as optax: it shows
+  if residual.init is None:
+    return
+  kept = [ref.find(s, 'residual').residual for s in states]
+  for k in VIEWS:
+    assert np.isfinite(kept[4][k]).all()
+    np.testing.assert_array_equal(kept[2][k], kept[1][k])
+    if rule != 'error_feedback':
+      np.testing.assert_array_equal(kept[3][k], kept[1][k])
+
+
+@pytest.mark.parametrize('rule', [*RULES, 'error_feedback'])
+@pytest.mark.parametrize('moment_dtype', [None, jnp.float32])
+def test_dtypes(rule, moment_dtype):
+  residual = dict(RULES, error_feedback=(residuals.error_feedback(),))[rule][0]
+  params = {'w': jnp.ones((2, 24, 32), jnp.bfloat16), 'b': jnp.ones((3,))}
+  tx = so.subspace(
+    so.SubspaceSpec(3, moment_dtype=moment_dtype),
+    projectors.stiefel(2),
+    optax.scale_by_adam(),
+    residual=residual,
+  )
+  state = jax.eval_shape(tx.init, params)
+  updates, new = jax.eval_shape(tx.update, params, state, params)
+  types = lambda x: [
+    (v.shape, v.dtype, v.weak_type) for v in jax.tree.leaves(x)
+  ]
+  assert types(new) == types(state)
+  assert types(updates) == types(params)
+  if rule == 'error_feedback':
+    dtype = ref.find(state, 'residual').residual['w'].dtype
+    assert dtype == (moment_dtype or jnp.bfloat16)
+
+
+def _pieces(residual, own=SPEC, **of_unproject):
+  return optax.chain(
+    so.project(own, PROJECTORS['stiefel'], keep_gradient=True),
+    so.in_subspace(optax.scale_by_adam(), own),
+    so.unproject(scale=SCALE, residual=residual, **of_unproject),
+  )
+
+
+@pytest.mark.parametrize('rule', ['fira', 'sign'])
+def test_pieces_take_the_same_steps(rule):
+  residual = RULES[rule][0]
+  grads, updates, _ = run(PROJECTORS['stiefel'], residual)
+  tx = _pieces(residual)
+  state, update = tx.init(grads[0]), ref.jit(tx.update)
+  for g, wanted in zip(grads[:4], updates[:4], strict=True):
+    u, state = update(g, state)
+    for k in VIEWS:
+      np.testing.assert_allclose(u[k], wanted[k], rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_with_other_matrices_need_the_spec():
+  params = {'w': jnp.ones((8, 2, 12))}
+  spec = so.SubspaceSpec(
+    3, weight_dimension_numbers={'w': so.DimensionNumbers((0,), (2,))}
+  )
+  tx = _pieces(residuals.fira(), spec)
+  state = jax.eval_shape(tx.init, params)
+  with errors.raises(ValueError, "'w'", '(2,)', '(8,)', 'spec'):
+    jax.eval_shape(tx.update, params, state)
+  tx = _pieces(residuals.fira(), spec, spec=spec)
+  jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params))
+
+
+def test_feedback_comes_too_late_for_unproject():
+  with errors.raises(ValueError, 'error_feedback', '`subspace_optax.subspace`'):
+    so.unproject(residual=residuals.error_feedback())
+
+
+def test_unknown_momentum_is_named():
+  tx = so.subspace(
+    SPEC,
+    PROJECTORS['stiefel'],
+    optax.identity(),
+    residual=residuals.error_feedback(),
+  )
+  params = jax.eval_shape(lambda: ref.like(VIEWS))
+  state = jax.eval_shape(tx.init, params)
+  with errors.raises(ValueError, 'register_moments', 'b1=0'):
+    jax.eval_shape(tx.update, params, state)
+
+
+@pytest.mark.parametrize(
+  'make, argument',
+  [
+    (lambda: residuals.fira(limiter=0.99), 'limiter'),
+    (lambda: residuals.apollo(limiter=0.0), 'limiter'),
+    (lambda: residuals.apollo('row'), 'granularity'),
+    (lambda: residuals.error_feedback(b1=1.0), 'b1'),
+    (lambda: residuals.error_feedback(b1=-0.1), 'b1'),
+  ],
+)
+def test_bad_arguments(make, argument):
+  with errors.raises(ValueError, argument):
+    make()
+
+
+def test_what_is_no_rule():
+  with errors.raises(TypeError, 'residual', 'subspace_optax.residuals'):
+    so.unproject(residual=residuals.fira)
