@@ -37,3 +37,5 @@ from subspace_optax.optimizers import ldadamw as ldadamw
 from subspace_optax.optimizers import (
   online_subspace_descent as online_subspace_descent,
 )
+from subspace_optax.optimizers import subspace_adamw as subspace_adamw
+from subspace_optax.optimizers import subspace_muon as subspace_muon

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from subspace_optax import _sharding
 
 _AXES = 'abcdefghijklmnopqrstuvw'
+_COPIES = (_AXES, 'ABCDEFGHIJKLM', 'NOPQRSTUVWXYZ')  # of axes in a Gram matrix
 _HIGHEST = lax.Precision.HIGHEST
 
 
@@ -85,6 +86,16 @@ class Layout:
   def n(self) -> int:
     """Length of the other side."""
     return math.prod(self._sizes(self.free))
+
+  @property
+  def inputs(self) -> int:
+    """Length of the matrix's rows' axes, a kernel's inputs."""
+    return math.prod(self._sizes(self.rows))
+
+  @property
+  def outputs(self) -> int:
+    """Length of its columns' axes, a kernel's outputs."""
+    return math.prod(self._sizes(self.cols))
 
   @property
   def batch_shape(self) -> tuple[int, ...]:
@@ -175,6 +186,38 @@ class Layout:
     """Returns S R for S of (*batch, r, r)."""
     eq = f'{self.batch_axes}zy,{self.coords_axes("y")}->{self.coords_axes("z")}'
     return _sharding.einsum(eq, square, coords, precision=_HIGHEST)
+
+  def gram_leaf(self, leaf: jax.Array) -> jax.Array:
+    """Returns X X^T, of the matrix's short side."""
+    other = self._renamed(self.leaf_axes, 1)
+    eq = f'{self.leaf_axes},{other}->{self._square_axes(0, 1)}'
+    return _sharding.einsum(eq, leaf, leaf)
+
+  def multiply_grams(self, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns A B for two of the shape of `gram_leaf`."""
+    eq = f'{self._square_axes(0, 1)},{self._square_axes(1, 2)}'
+    return _sharding.einsum(f'{eq}->{self._square_axes(0, 2)}', left, right)
+
+  def mix_leaf(self, square: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns A X for A of the shape of `gram_leaf`."""
+    other = self._renamed(self.leaf_axes, 1)
+    eq = f'{self._square_axes(0, 1)},{other}->{self.leaf_axes}'
+    return _sharding.einsum(eq, square, leaf)
+
+  @property
+  def _short(self) -> tuple[int, ...]:
+    return self.projected if self.m <= self.n else self.free
+
+  def _renamed(self, axes: str, times: int) -> str:
+    """Returns subscripts with those of the short side replaced."""
+    new = dict(zip(_AXES, _COPIES[times], strict=False))
+    names = {_AXES[i] for i in self._short}
+    return ''.join(new[c] if c in names else c for c in axes)
+
+  def _square_axes(self, first: int, second: int) -> str:
+    short = ''.join(_AXES[i] for i in self._short)
+    sides = self._renamed(short, first) + self._renamed(short, second)
+    return self.batch_axes + sides
 
   def fold(self, leaf: jax.Array, weights: jax.Array) -> jax.Array:
     """Returns G S, of the basis's shape, where S_ij = w_i if i = j mod r.

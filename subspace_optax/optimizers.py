@@ -23,3 +23,9 @@ from subspace_optax._optimizers._ldadamw import ldadamw as ldadamw
 from subspace_optax._optimizers._online_subspace_descent import (
   online_subspace_descent as online_subspace_descent,
 )
+from subspace_optax._optimizers._subspace_adamw import (
+  subspace_adamw as subspace_adamw,
+)
+from subspace_optax._optimizers._subspace_muon import (
+  subspace_muon as subspace_muon,
+)

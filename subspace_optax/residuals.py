@@ -19,4 +19,5 @@ from subspace_optax._residuals._error_feedback import (
   error_feedback as error_feedback,
 )
 from subspace_optax._residuals._fira import fira as fira
+from subspace_optax._residuals._orthogonal import orthogonal as orthogonal
 from subspace_optax._residuals._sign import sign as sign

@@ -9,6 +9,7 @@ import optax
 
 import subspace_optax as so
 from subspace_optax import projectors
+from subspace_optax import residuals
 
 GAP = 2
 
@@ -100,6 +101,15 @@ INNERS = {
   'sgd': Inner(optax.identity),
 }
 
+RESIDUALS = {
+  'fira': residuals.fira(),
+  'apollo': residuals.apollo(),
+  'apollo_mini': residuals.apollo('tensor'),
+  'sign': residuals.sign(),
+  'error_feedback': residuals.error_feedback(b1=0.0),
+  'orthogonal': residuals.orthogonal(),
+}
+
 FACTORS: dict[str, tuple] = {
   'projector': tuple(PROJECTORS),
   'inner': tuple(INNERS),
@@ -108,6 +118,7 @@ FACTORS: dict[str, tuple] = {
   'stagger': (False, True),
   'basis_dtype': (jnp.float32, jnp.bfloat16),
   'every_k': (1, 2),
+  'residual': (None, *RESIDUALS),
 }
 
 
@@ -121,16 +132,17 @@ class Point(NamedTuple):
   stagger: bool
   basis_dtype: Any
   every_k: int
+  residual: str | None
 
   def __str__(self) -> str:
     flags = ['stagger'] * self.stagger + [f'every_{self.every_k}']
     dtype = jnp.dtype(self.basis_dtype).name
-    return '-'.join([*self[:4], *flags, dtype])
+    return '-'.join([*self[:4], *flags, dtype, str(self.residual)])
 
 
 def allowed(point: Point) -> bool:
   """Whether the optimizer can be made; the rest raises, which is tested too."""
-  return point.transport in INNERS[point.inner].transports
+  return _fits(point._asdict())
 
 
 def make(point: Point, **spec: Any) -> optax.GradientTransformation:
@@ -145,6 +157,7 @@ def make(point: Point, **spec: Any) -> optax.GradientTransformation:
     inner.make(),
     transport=point.transport,
     every_k=point.every_k,
+    residual=point.residual and RESIDUALS[point.residual],
     after=optax.scale(sign),
     **inner.options(),
   )
@@ -171,7 +184,7 @@ def pairwise() -> list[Point]:
     ((a, x), (b, y))
     for a, b in itertools.combinations(names, 2)
     for x, y in itertools.product(FACTORS[a], FACTORS[b])
-    if {a, b} != {'inner', 'transport'} or y in INNERS[x].transports
+    if _fits({a: x, b: y})
   }
   order = sorted(missing, key=str)
   points = []
@@ -199,6 +212,9 @@ def _best_value(name: str, chosen: dict[str, Any], missing: set) -> Any:
 
 
 def _fits(chosen: dict[str, Any]) -> bool:
+  """Whether choices go together; a window keeps no gradients for a residual."""
+  if chosen.get('every_k', 1) > 1 and chosen.get('residual'):
+    return False
   if 'inner' not in chosen or 'transport' not in chosen:
     return True
   return chosen['transport'] in INNERS[chosen['inner']].transports

@@ -62,6 +62,16 @@ def _matrices(leaf):
   return np.moveaxis(x, 1, 0) if x.ndim == 3 else x[None]
 
 
+def _check_rank(u, dtype, residual):
+  """Of rank 3, but for what a residual adds."""
+  values = np.linalg.svd(u, compute_uv=False)
+  rounding = (1e-5 if dtype == jnp.float32 else 0.03) * max(values[0], 1e-30)
+  if residual in (None, 'error_feedback'):
+    assert values[3] <= rounding
+  elif values[0] > 0:  # the gradients are of full rank
+    assert values[3] > rounding
+
+
 def test_point(point):
   tx = _make(point)
   params = cases.tree(LEAVES, 0)
@@ -77,9 +87,7 @@ def test_point(point):
     for leaf in (updates['blocks']['up'], updates['down']):
       for u in _matrices(leaf):
         assert np.isfinite(u).all()
-        values = np.linalg.svd(u, compute_uv=False)
-        rounding = 1e-5 if leaf.dtype == jnp.float32 else 0.03
-        assert values[3] <= rounding * max(values[0], 1e-30)  # of rank 3
+        _check_rank(u, leaf.dtype, point.residual)
     total = jax.tree.map(jnp.add, total, updates)
   assert update._cache_size() == 1
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(_float(state)))
@@ -112,16 +120,23 @@ def test_cover_holds_every_pair():
       possible = (a, b) != ('inner', 'transport') or (
         y in grid.INNERS[x].transports
       )
+      possible &= (a, b) != ('every_k', 'residual') or x == 1 or y is None
       assert (((a, b), (x, y)) in covered) == possible, (x, y)
 
 
 @pytest.mark.parametrize('transport', ['first', 'both'])
 def test_moments_that_are_not_known_are_refused(transport):
   point = grid.Point(
-    'svd', 'adafactor', transport, 'short', False, jnp.float32, 1
+    'svd', 'adafactor', transport, 'short', False, jnp.float32, 1, None
   )
   with pytest.raises(ValueError, match='FactoredState.*register_moments'):
     _make(point).init(cases.tree(LEAVES))
+
+
+def test_every_residual_is_in_the_grid():
+  public = {name for name in vars(so.residuals) if name.islower()}
+  public = {name for name in public if not name.startswith('_')}
+  assert {rule.name for rule in grid.RESIDUALS.values()} == public
 
 
 def test_every_projector_is_in_the_grid():

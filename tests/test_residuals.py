@@ -1,15 +1,10 @@
 """Residual rules against dense float64 loops, which are given the bases.
 
-With R = P^T G, N what Adam makes of R, and E = G - P P^+ G:
-
-  fira            scale P N + L(phi E), phi_i = |N_i| / (|R_i| + eps)
-  apollo          scale L(G s), s_i as phi_i, or |N| / (|R| + eps)
-  sign            scale P N + c sign(E)
-  error_feedback  scale P N; E + b1 / (1 - b1) (P_o M_o - P M) is added to the
-                  next G
-
-where L keeps the norm of its argument below 1.01 times its last value.
+`rules` has the formulas. Error feedback, whose state is a matrix, has its loop
+here: E + b1 / (1 - b1) (P_o M_o - P M) is added to the next G.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +14,7 @@ import pytest
 
 import errors
 import references as ref
+import rules
 import subspace_optax as so
 from subspace_optax import projectors
 from subspace_optax import residuals
@@ -26,7 +22,7 @@ from subspace_optax import residuals
 # Stacked, with the columns projected; and with two free axes.
 VIEWS = {'stack': ref.view((2, 12, 8)), 'query/kernel': ref.QUERY}
 SPEC = so.SubspaceSpec(ref.RANK)
-SCALE, STEPS, EPS = 0.25, 8, 1e-8
+SCALE, STEPS = 0.25, 8
 ADAM = ref.Adam()
 # Bases that move before the coordinates are taken, after it, and such that are
 # not orthonormal.
@@ -63,76 +59,20 @@ def run(projector, residual, grads=None, **options):
   return grads, updates, states
 
 
-class Limiter:
-  """Fira's norm-growth limiter."""
-
-  def __init__(self, gamma=1.01):
-    self.gamma, self.last = gamma, None
-
-  def __call__(self, x, weight=1.0):
-    norm = weight * np.linalg.norm(x)
-    cut = 1.0
-    if self.last is not None:
-      cut = max(norm / self.last, self.gamma) / self.gamma
-    self.last = norm / cut
-    return x / cut
-
-
-def columns(n, r):
-  return np.linalg.norm(n, axis=0) / (np.linalg.norm(r, axis=0) + EPS)
-
-
-def outside(p, g):
-  return g - p @ np.linalg.pinv(p) @ g
-
-
-class Fira(Limiter):
-  def __call__(self, p, g, r, n):
-    e = columns(n, r) * outside(p, g)
-    return SCALE * p @ n + super().__call__(e)
-
-
-class OfficialFira(Limiter):
-  """G - alpha P R, limited before the bias of Adam's moments is corrected."""
-
-  t = 0
-
-  def __call__(self, p, g, r, n):
-    self.t += 1
-    bias = np.sqrt(1 - ADAM.b2**self.t) / (1 - ADAM.b1**self.t)
-    share = SCALE * p @ np.linalg.pinv(p) @ g
-    e = columns(n, r) * (g - share)
-    return SCALE * p @ n + super().__call__(e, 1 / bias)
-
-
-class Apollo(Limiter):
-  def __call__(self, p, g, r, n):
-    return SCALE * super().__call__(columns(n, r) * g)
-
-
-class ApolloMini(Limiter):
-  def __call__(self, p, g, r, n):
-    s = np.linalg.norm(n) / (np.linalg.norm(r) + EPS)
-    return SCALE * super().__call__(s * g)
-
-
-class Unlimited(Fira):
-  def __init__(self):
-    super().__init__(1e30)
-
-
-def sign(p, g, r, n):
-  return SCALE * p @ n + 0.3 * np.sign(outside(p, g))
-
-
 RULES = {
-  'fira': (residuals.fira(), Fira),
-  'unlimited': (residuals.fira(limiter=None), Unlimited),
-  'official': (residuals.fira(official_betas=(0.9, 0.999)), OfficialFira),
-  'apollo': (residuals.apollo(), Apollo),
-  'apollo_mini': (residuals.apollo('tensor'), ApolloMini),
-  'sign': (residuals.sign(0.3), lambda: sign),
+  'fira': (residuals.fira(), rules.Fira),
+  'unlimited': (residuals.fira(limiter=None), rules.Unlimited),
+  'official': (residuals.fira(official_betas=(0.9, 0.999)), rules.OfficialFira),
+  'apollo': (residuals.apollo(), rules.Apollo),
+  'apollo_mini': (residuals.apollo('tensor'), rules.ApolloMini),
+  'sign': (residuals.sign(0.3), functools.partial(rules.Sign, strength=0.3)),
+  'orthogonal': (
+    residuals.orthogonal(1.5),
+    functools.partial(rules.Orthogonal, weight=1.5),
+  ),
 }
+# The stack narrows, from 12 to 8; the query widens, from 9 to 3 x 4.
+WIDENING = {'stack': 8 / 12, 'query/kernel': 12 / 9}
 
 
 # Where P^T P matters, with bases that are not orthonormal, too.
@@ -149,7 +89,9 @@ def test_equals_dense_loop(rule, projector):
   residual, make = RULES[rule]
   grads, updates, states = run(PROJECTORS[projector], residual)
   for k, view in VIEWS.items():
-    rules = [make() for _ in range(view.count)]
+    if rule == 'orthogonal':
+      make = functools.partial(make, widening=WIDENING[k])
+    dense = [make(SCALE) for _ in range(view.count)]
     inner = [ADAM.start((ref.RANK, view.n)) for _ in range(view.count)]
     for t, g in enumerate(grads):
       at = t if projector == 'online_pca' else t + 1
@@ -159,7 +101,7 @@ def test_equals_dense_loop(rule, projector):
         zip(bases, view.matrices(g[k]), strict=True)
       ):
         n, inner[i] = ADAM.update(p.T @ one, inner[i])
-        wanted.append(rules[i](p, one, p.T @ one, n))
+        wanted.append(dense[i](p, one, p.T @ one, n))
       np.testing.assert_allclose(
         view.matrices(updates[t][k]),
         np.stack(wanted),
@@ -205,7 +147,7 @@ def test_error_feedback_equals_dense_loop(projector, transport):
         atol=2e-5,
         err_msg=f'{k} step {t}',
       )
-      error = np.stack(list(map(outside, dense.bases, fed)))
+      error = np.stack(list(map(rules.outside, dense.bases, fed)))
       error += np.stack(lost) if lost else 0.0
       found = ref.find(states[t + 1], 'residual').residual[k]
       np.testing.assert_allclose(
@@ -366,6 +308,7 @@ def test_unknown_momentum_is_named():
     (lambda: residuals.apollo('row'), 'granularity'),
     (lambda: residuals.error_feedback(b1=1.0), 'b1'),
     (lambda: residuals.error_feedback(b1=-0.1), 'b1'),
+    (lambda: residuals.orthogonal(steps=0), 'steps'),
   ],
 )
 def test_bad_arguments(make, argument):

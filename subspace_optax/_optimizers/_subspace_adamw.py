@@ -1,0 +1,95 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Adam in a random subspace with Fira's residual: our recipe for memory.
+
+The Haar basis of GoLore (He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_,
+2024), drawn again every T steps and not stored, first moments carried along;
+and the residual of Fira (Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_,
+2024), at the paper's alpha = 1:
+
+  W <- W - lr (P N + L(phi (G - P R))).
+
+In a random basis every column has about r / m of its energy inside, so that
+phi, and with it the step, is the same at every rank.
+"""
+
+from typing import Any
+
+import optax
+
+from subspace_optax import _spec
+from subspace_optax import _subspace
+from subspace_optax import projectors
+from subspace_optax import residuals
+from subspace_optax._optimizers import _common
+
+
+def subspace_adamw(
+  learning_rate: Any,
+  rank: Any = 0.25,
+  update_proj_gap: Any = 200,
+  scale: Any = 1.0,
+  *,
+  b1: Any = 0.9,
+  b2: Any = 0.999,
+  eps: Any = 1e-8,
+  limiter: Any = 1.01,
+  weight_decay: Any = 0.0,
+  mask: _common.Mask = None,
+  stagger: bool = False,
+  seed: int = 0,
+  spec: _spec.SubspaceSpec | None = None,
+) -> _common.Transformation:
+  """AdamW for whole matrices with the moments of a quarter of their rows.
+
+  Args:
+    learning_rate: a float or a schedule, about Adam's.
+    rank: r, here a share of the short side; see `SubspaceSpec`.
+    update_proj_gap: T, steps between new bases.
+    scale: alpha, factor of what comes back from the subspace.
+    b1: decay of first moments.
+    b2: decay of second moments, which stay as they are when a basis moves.
+    eps: added to the root of second moments.
+    limiter: gamma, the most that the residual's norm may grow in a step.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices take turns within each T steps.
+    seed: of the bases.
+    spec: takes the place of `rank` and `seed`.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: 2nr, and a few
+    numbers.
+
+  Raises:
+    ValueError: see `SubspaceSpec`, `projectors.stiefel`, `residuals.fira`.
+    TypeError: likewise.
+
+  References:
+    Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024; He et al.,
+    `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.subspace_adamw(5e-3)
+  """
+  tx = _subspace.subspace(
+    spec or _common.default_spec(rank, seed),
+    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
+    optax.scale_by_adam(b1, b2, eps),
+    transport='first',
+    residual=residuals.fira(limiter),
+    scale=scale,
+  )
+  return _common.with_decay(tx, learning_rate, weight_decay, mask)

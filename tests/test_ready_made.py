@@ -1,0 +1,183 @@
+"""The ready-made optimizers with residuals, in dense float64 loops.
+
+Bases are those of the state, or of the same projector with bases that are
+stored; `test_power` and others check them. Weight decay is 0.1 of the weights
+before the step, at a learning rate of 0.05.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import errors
+import references as ref
+import rules
+import subspace_optax as so
+
+VIEW = ref.view((2, 12, 8))
+SPEC = so.SubspaceSpec(ref.RANK, allow_empty=True)
+LR, DECAY, GAP, STEPS = 0.05, 0.1, 3, 7
+PARAMS = {'w': ref.normal(99, VIEW.shape), 'bias': ref.normal(98, (5,))}
+
+
+class Nesterov:
+  """R + b M after M <- b M + R."""
+
+  def start(self, shape):
+    return {'m': np.zeros(shape)}
+
+  def update(self, r, s):
+    m = 0.9 * s['m'] + r
+    return r + 0.9 * m, {'m': m}
+
+
+# The optimizer, the projector where its bases are not stored, the transport,
+# the inner optimizer and the residual rule.
+MADE = {
+  'fira_adamw': (None, 'keep', ref.Adam(), lambda: rules.Fira(0.25)),
+  'apollo_adamw': (
+    so.projectors.gaussian(GAP),
+    'keep',
+    ref.Adam(),
+    lambda: rules.Apollo(1.0),
+  ),
+  'subspace_adamw': (
+    so.projectors.stiefel(GAP),
+    'first',
+    ref.Adam(),
+    lambda: rules.Fira(1.0),
+  ),
+  'subspace_muon': (
+    so.projectors.stiefel(GAP),
+    'first',
+    Nesterov(),
+    lambda: rules.Orthogonal(8.0, 10.0, 8 / 12),
+  ),
+}
+
+
+def make(name, **options):
+  gap = {} if name == 'ldadamw' else {'update_proj_gap': GAP}
+  return getattr(so, name)(LR, ref.RANK, weight_decay=DECAY, **gap, **options)
+
+
+def gradients():
+  grads = []
+  for t in range(STEPS):
+    g = ref.normal(1, VIEW.shape) + 0.5 * ref.normal(10 + t, VIEW.shape)
+    grads.append({'w': g, 'bias': ref.normal(50 + t, (5,))})
+  return grads
+
+
+def run(tx):
+  """Returns updates and states; params stay where they are."""
+  state, update, updates = tx.init(PARAMS), ref.jit(tx.update), []
+  states = [state]
+  for g in gradients():
+    u, state = update(g, state, PARAMS)
+    updates.append(u)
+    states.append(state)
+  assert update._cache_size() == 1
+  return updates, states
+
+
+def all_bases(projector, states):
+  """Returns the bases that each step used, (count, m, r)."""
+  if projector is not None:
+    tx = so.project(SPEC, projector)
+    states, update = [tx.init(PARAMS)], ref.jit(tx.update)
+    for g in gradients():
+      states.append(update(g, states[-1], PARAMS)[1])
+  return [VIEW.bases(ref.bases(s)['w']) for s in states[1:]]
+
+
+def assert_update(update, direction, t):
+  """Checks -lr (direction + decay W), and Adam on the bias."""
+  w = np.asarray(PARAMS['w'], np.float64)
+  wanted = -LR * (VIEW.leaf(direction) + DECAY * w)
+  np.testing.assert_allclose(
+    update['w'], wanted, rtol=2e-3, atol=2e-5, err_msg=f'step {t}'
+  )
+
+
+@pytest.mark.parametrize('name', MADE)
+def test_equals_dense_loop(name):
+  projector, transport, inner, rule = MADE[name]
+  updates, states = run(make(name))
+  dense = [rule() for _ in range(VIEW.count)]
+  loop = ref.InSubspace(VIEW, inner, transport)
+  adam, bias = ref.Adam(), ref.Adam().start((5,))
+  old = None
+  for t, (g, p) in enumerate(
+    zip(gradients(), all_bases(projector, states), strict=True)
+  ):
+    moved = None if old is None else np.flatnonzero((p != old).any((1, 2)))
+    loop.move(p, moved)
+    old, direction = p, []
+    for i, one in enumerate(VIEW.matrices(g['w'])):
+      r = p[i].T @ one
+      n, loop.states[i] = inner.update(r, loop.states[i])
+      direction.append(dense[i](p[i], one, r, n))
+    assert_update(updates[t], np.stack(direction), t)
+    n, bias = adam.update(np.asarray(g['bias'], np.float64), bias)
+    wanted = -LR * (n + DECAY * np.asarray(PARAMS['bias'], np.float64))
+    np.testing.assert_allclose(updates[t]['bias'], wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize('feedback', [True, False])
+def test_ldadamw_equals_dense_loop(feedback):
+  updates, states = run(make('ldadamw', error_feedback=feedback))
+  b1, adam = 0.908, ref.Adam(0.908, 0.99)
+  loop = ref.BothInSubspace(VIEW, adam)
+  loop.move(VIEW.bases(ref.bases(states[0])['w']))
+  mean = np.zeros((VIEW.count, ref.RANK, VIEW.n))
+  error = np.zeros((VIEW.count, VIEW.m, VIEW.n))
+  for t, g in enumerate(gradients()):
+    fed, old = VIEW.matrices(g['w']) + error, loop.bases.copy()
+    debiased = mean / (1 - b1**t if t else 1.0)
+    bases = np.stack(list(map(ref.power_step, old, debiased, fed, [b1] * 2)))
+    means = [s['m'] for s in loop.states]
+    loop.move(bases)
+    carried = [s['m'] for s in loop.states]
+    assert_update(updates[t], loop.step(VIEW.leaf(fed)), t)
+    for i, p in enumerate(bases):
+      r, c = p.T @ fed[i], p.T @ old[i]
+      mean[i] = b1 * c @ mean[i] + (1 - b1) * r
+      lost = b1 / (1 - b1) * (old[i] @ means[i] - p @ carried[i])
+      error[i] = fed[i] - p @ r + lost if feedback else 0.0
+
+
+# Floats of state per 12 x 8 matrix, m = 8, r = 3, but for single numbers.
+FLOATS = {
+  'fira_adamw': 8 * 3 + 2 * 3 * 12,
+  'apollo_adamw': 2 * 3 * 12,
+  'ldadamw': 8 * 3 + 3 * 3 * 12 + 8 * 12,
+  'subspace_adamw': 2 * 3 * 12,
+  'subspace_muon': 3 * 12,
+}
+
+
+@pytest.mark.parametrize('name', FLOATS)
+def test_state(name):
+  state = jax.eval_shape(make(name).init, {'w': PARAMS['w']})
+  sizes = [x.size for x in jax.tree.leaves(state)]
+  assert sum(size for size in sizes if size > 2) == 2 * FLOATS[name]
+  assert all(sizes)
+
+
+@pytest.mark.parametrize('name', FLOATS)
+def test_takes_schedules_masks_specs_and_trees_without_matrices(name):
+  schedule = optax.linear_schedule(0.1, 0.0, 10)
+  tx = getattr(so, name)(schedule, weight_decay=0.1, mask={'bias': True})
+  params = {'bias': jnp.ones((3,))}
+  jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+  with errors.raises(ValueError, 'include', 'nothing'):
+    spec = so.SubspaceSpec(2, include='nothing')
+    getattr(so, name)(0.1, spec=spec).init(PARAMS)
+
+
+def test_muon_refuses_a_bad_decay():
+  with errors.raises(ValueError, 'b must', '1.0'):
+    so.subspace_muon(1e-3, b=1.0)
