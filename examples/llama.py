@@ -23,7 +23,9 @@ class LlamaConfig:
   mlp_width: int
   layers: int
   heads: int
+  kv_heads: int | None = None  # of keys and values; None: as many as `heads`
   vocab: int = 32_000
+  outputs: int | None = None  # of the head; None: as many as `vocab`
   dtype: str = 'float32'  # of the activations and the matrix products
   param_dtype: str = 'float32'
   scan_layers: bool = (
@@ -94,18 +96,21 @@ def rotate(x_BxTxHxK, base: float):
 
 
 class Attention(nnx.Module):
-  """Causal self-attention; the heads are merged, so every kernel is (D, D)."""
+  """Causal self-attention; kernels are matrices, since the heads are merged."""
 
   def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
-    self.wq, self.wk, self.wv, self.wo = (
-      linear(c, c.width, c.width, rngs) for _ in range(4)
-    )
-    self.heads = c.heads
+    head_width = c.width // c.heads
+    kv_width = head_width * (c.kv_heads or c.heads)
+    self.wq = linear(c, c.width, c.width, rngs)
+    self.wk = linear(c, c.width, kv_width, rngs)
+    self.wv = linear(c, c.width, kv_width, rngs)
+    self.wo = linear(c, c.width, c.width, rngs)
+    self.head_width = head_width
     self.rope_base = c.rope_base
 
   def __call__(self, x_BxTxD):
     B, T, D = x_BxTxD.shape
-    split = lambda x: x.reshape(B, T, self.heads, D // self.heads)
+    split = lambda x: x.reshape(B, T, -1, self.head_width)
     q_BxTxHxK = rotate(split(self.wq(x_BxTxD)), self.rope_base)
     k_BxTxHxK = rotate(split(self.wk(x_BxTxD)), self.rope_base)
     v_BxTxHxK = split(self.wv(x_BxTxD))
@@ -162,7 +167,7 @@ class Llama(nnx.Module):
     )
     self.blocks = stack(c, rngs)
     self.final_norm = RMSNorm(c)
-    self.lm_head = linear(c, c.width, c.vocab, rngs)
+    self.lm_head = linear(c, c.width, c.outputs or c.vocab, rngs)
 
   def __call__(self, tokens_BxT):
     step = lambda x, block: (block(x), None)

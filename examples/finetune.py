@@ -1,0 +1,500 @@
+r"""Fine-tunes a Hugging Face LLaMA to label texts, by one optimizer or several.
+
+  python examples/finetune.py
+  python examples/finetune.py --optimizer lora --rank 8 --scale 2
+  python examples/finetune.py --compare galore,golore,lora,adamw
+  python examples/finetune.py --checkpoint TinyLlama_v1.1 --data reviews \
+      --dtype bfloat16 --remat --lr 1e-5 --seq 256
+
+A linear head on the last token's features gives the label, as in Hugging Face's
+LlamaForSequenceClassification, in whose format the result is saved. By default
+the texts are BBC News articles, and the checkpoint is a small one that is first
+pretrained on those of them that are not held out. A run leaves what
+`pretrain.py` leaves, and model/; Ctrl-C saves and says how to go on.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import math
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import rich.table
+import tyro
+
+import checkpoint
+import data
+import hf_checkpoint
+import interrupt
+import labelled
+import llama
+import lora
+import pretrain
+import recipes
+import report
+import settings
+import subspace_optax as so
+import train_step
+
+# Of a few rates at the default settings, the best; adafactor's and muon's are
+# guesses. See `Config.scale`.
+LEARNING_RATES = {
+  'galore': 2e-3,
+  'golore': 2e-3,
+  'online_subspace_descent': 2e-3,
+  'contrib_galore': 2e-3,
+  'adamw': 1e-3,
+  'adafactor': 1e-3,
+  'muon': 5e-3,
+  'lora': 3e-3,
+}
+_SCALED = ('galore', 'golore', 'online_subspace_descent', 'contrib_galore')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(settings.Config):
+  """Fine-tunes a LLaMA to label texts."""
+
+  checkpoint: str = ''  # a Hugging Face folder; none: pretrains a small LLaMA
+  data: tuple[str, ...] = ()  # a folder with a folder of texts for each label
+  optimizer: str = 'galore'  # a name of LEARNING_RATES
+  rank: int = 4  # of the subspaces, or of LoRA's product
+  scale: float = 4.0  # of updates in subspaces (their alpha), or of LoRA's A B
+  lr: float | None = None  # peak; None: LEARNING_RATES. Subspaces: times scale
+  steps: int = 300
+  eval_batches: int = 256  # batches of held-out texts; fewer if there are less
+  model: str = 'llama_1m'  # what is pretrained, if there is no checkpoint
+  vocab: int = 1024  # of the model that is pretrained; 0: bytes
+  pretraining_steps: int = 400  # of the same batch and length
+  out: str = ''  # folder of the run; runs/finetune-OPTIMIZER by default
+
+
+# --- The configuration -------------------------------------------------------
+
+
+def check(c: Config):
+  """Raises what is wrong with the arguments, by name and value."""
+  settings.check(dataclasses.replace(c, optimizer='adamw', compare=''))
+  for name in settings.optimizers(c):
+    if name not in LEARNING_RATES:
+      raise ValueError(
+        f'optimizer={name!r} is unknown; choose from {sorted(LEARNING_RATES)}'
+      )
+  for name in ('scale', 'pretraining_steps'):
+    if not 0 < getattr(c, name) < math.inf:
+      raise ValueError(f'{name}={getattr(c, name)!r}: expected more than 0')
+  if len(c.data) > 1:
+    raise ValueError(f'data={c.data!r}: expected one folder')
+
+
+def resolve(c: Config) -> Config:
+  """Checks the configuration and fills in what depends on other fields."""
+  check(c)
+  if 'contrib_galore' in settings.optimizers(c):
+    c = dataclasses.replace(c, scan_layers=False)
+  name = 'compare' if c.compare else c.optimizer
+  return dataclasses.replace(c, out=c.out or f'runs/finetune-{name}')
+
+
+def for_optimizer(c: Config, name: str) -> Config:
+  """The configuration of one optimizer's run."""
+  out = str(pathlib.Path(c.out, name)) if c.compare else c.out
+  lr = LEARNING_RATES[name] if c.lr is None else c.lr
+  return dataclasses.replace(c, optimizer=name, out=out, compare='', lr=lr)
+
+
+def recipe(c: Config) -> Config:
+  """What `recipes.make` takes: GaLore's scale is a factor of the rate."""
+  lr = LEARNING_RATES[c.optimizer] if c.lr is None else c.lr
+  lr_rest = lr if c.lr_rest is None else c.lr_rest
+  lr = lr * c.scale if c.optimizer in _SCALED else lr
+  name = 'adamw' if c.optimizer == 'lora' else c.optimizer
+  return dataclasses.replace(c, optimizer=name, lr=lr, lr_rest=lr_rest)
+
+
+# --- The checkpoint to begin with --------------------------------------------
+
+
+def pretraining(c: Config, text: pathlib.Path) -> pretrain.Config:
+  """The run that makes the checkpoint."""
+  return pretrain.Config(
+    model=c.model,
+    optimizer='adamw',
+    data=(str(text),),
+    vocab=c.vocab,
+    batch=c.batch,
+    seq=c.seq,
+    steps=c.pretraining_steps,
+    seed=c.seed,
+    final_eval_batches=16,
+    out=str(pathlib.Path(c.out, 'pretraining')),
+    resume=c.resume,
+  )
+
+
+def export(c: pretrain.Config, folder: pathlib.Path):
+  """Writes what a run of `pretrain.py` has learned as a checkpoint."""
+  vocab = c.vocab or 256
+  _, _, state = pretrain.build(c, vocab)
+  with checkpoint.open_folder(pathlib.Path(c.out, 'checkpoints')) as saved:
+    _, state = checkpoint.restore(saved, state)
+  model = llama.named(c.model, vocab=vocab)
+  tokenizer = pathlib.Path(c.out, 'tokenizer.json')
+  folder.mkdir(parents=True, exist_ok=True)
+  if tokenizer.exists():
+    shutil.copy(tokenizer, folder)
+  hf_checkpoint.save(folder, model, state['params'])
+
+
+def pretrained(c: Config, texts: list[str]) -> pathlib.Path:
+  """A checkpoint of a small LLaMA that has read `texts`, without labels."""
+  folder = pathlib.Path(c.out, 'base')
+  if (folder / 'config.json').exists():
+    return folder
+  text = pathlib.Path(c.out, 'texts.txt')
+  report.write_text(text, '\n\n'.join(texts))
+  run = pretraining(c, text)
+  report.say(
+    f'no checkpoint is given: {c.model} reads the texts to train on for '
+    f'{run.steps} steps, which makes a stand-in for a real checkpoint'
+  )
+  corpus = pretrain.load_corpus(run)
+  if corpus.tokenizer:
+    path = pathlib.Path(run.out, 'tokenizer.json')
+    report.write_text(path, corpus.tokenizer)
+  pretrain.train(pretrain.for_optimizer(run, 'adamw'), corpus)
+  export(run, folder)
+  report.say(f'pretrained; to use it again: --checkpoint {folder}')
+  return folder
+
+
+# --- The task ----------------------------------------------------------------
+
+
+class Task(NamedTuple):
+  """A labelled set in the tokens of a checkpoint."""
+
+  checkpoint: pathlib.Path
+  train: np.ndarray  # (N, T + 2), see labelled.rows
+  validation: np.ndarray
+  labels: tuple[str, ...]
+  sha256: str
+
+
+def load_task(c: Config) -> Task:
+  """Reads the texts, and makes the checkpoint if none is given."""
+  folder = pathlib.Path(c.data[0]) if c.data else labelled.bbc_news()
+  texts, labels = labelled.read(folder)
+  parts = labelled.split(texts, c.seed)
+  report.say(
+    f'{folder if c.data else labelled.BBC}: {len(parts[0].texts):,} texts to '
+    f'train, {len(parts[1].texts):,} held out, {len(labels)} labels'
+  )
+  path = pathlib.Path(c.checkpoint or pretrained(c, parts[0].texts))
+  vocab = hf_checkpoint.read_config(path).vocab
+  train, validation = (
+    labelled.rows(labelled.tokens(path, vocab, p.texts), p.labels, c.seq)
+    for p in parts
+  )
+  return Task(path, train, validation, labels, labelled.sha256(*parts))
+
+
+def guessing(task: Task) -> float:
+  """The accuracy of always naming the most frequent label."""
+  most = np.bincount(task.train[:, -1]).argmax()
+  return float(np.mean(task.validation[:, -1] == most))
+
+
+def load_model(c: Config, task: Task) -> tuple[llama.LlamaConfig, dict]:
+  """The checkpoint with a new head of one output for each label."""
+  model, params = hf_checkpoint.load(
+    task.checkpoint,
+    dtype=c.dtype,
+    param_dtype=c.param_dtype,
+    scan_layers=c.scan_layers,
+    remat=c.remat,
+  )
+  model = dataclasses.replace(model, outputs=len(task.labels))
+  shape = (model.width, len(task.labels))
+  key = jax.random.fold_in(jax.random.key(c.seed), 0)
+  head = 0.02 * jax.random.normal(key, shape, model.param_dtype)
+  params = jax.tree.map(jnp.asarray, params)
+  return model, params | {'lm_head': {'kernel': head}}
+
+
+def make_score(model: llama.LlamaConfig) -> Callable:
+  """(parameters, rows) -> (loss, whether the label is right), one a row."""
+  graphdef, _ = nnx.split(
+    nnx.eval_shape(lambda: llama.Llama(model, nnx.Rngs(0)))
+  )
+
+  def score(params, rows_BxT2):
+    last_B, label_B = rows_BxT2[:, -2], rows_BxT2[:, -1]
+    logits_BxTxC = nnx.merge(graphdef, params)(rows_BxT2[:, :-2])
+    logits_BxC = logits_BxTxC[jnp.arange(len(last_B)), last_B]
+    loss_B = optax.softmax_cross_entropy_with_integer_labels(
+      logits_BxC.astype(jnp.float32), label_B
+    )
+    return loss_B, jnp.argmax(logits_BxC, axis=-1) == label_B
+
+  return score
+
+
+class Method(NamedTuple):
+  """What is trained, how, and what model it makes."""
+
+  state: dict[str, Any]  # parameters and optimizer state, to begin with
+  tx: optax.GradientTransformation
+  merge: Callable  # (what is trained) -> parameters of the model
+  score: Callable
+  model: llama.LlamaConfig
+  trained: int  # parameters
+
+
+def size(tree) -> int:
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def build(c: Config, task: Task) -> Method:
+  """Loads the model and sets up its training."""
+  model, params = load_model(c, task)
+  tx, merge, frozen = recipes.make(recipe(c)), lambda params: params, 0
+  if c.optimizer == 'lora':
+    key = jax.random.fold_in(jax.random.key(c.seed), 1)
+    params = lora.init(key, params, c.rank)
+    tx, merge = lora.make(recipe(c)), lambda p: lora.merge(p, c.scale)
+    frozen = size(params['frozen'])
+  state = {'params': params, 'opt_state': jax.jit(tx.init)(params)}
+  trained = size(params) - frozen
+  return Method(state, tx, merge, make_score(model), model, trained)
+
+
+class Validation:
+  """(loss, accuracy) on the held-out texts."""
+
+  def __init__(self, c: Config, method: Method, table: np.ndarray):
+    score = lambda p, rows: method.score(method.merge(p), rows)
+    self._score = jax.jit(score)
+    self._batch = c.batch
+    self._table = table
+
+  def __call__(self, params, batches: int) -> tuple[float, float]:
+    table = self._table[: batches * self._batch]
+    count = -len(table) % self._batch  # the last batch is filled up
+    filled = np.concatenate([table, np.repeat(table[:1], count, axis=0)])
+    scores = [
+      self._score(params, rows)
+      for rows in filled.reshape(-1, self._batch, table.shape[1])
+    ]
+    loss, right = np.concatenate([np.stack(s) for s in scores], axis=1)
+    loss, right = loss[: len(table)], right[: len(table)]
+    return float(np.mean(loss, dtype=float)), float(np.mean(right))
+
+
+# --- Training ----------------------------------------------------------------
+
+
+def batches(c: Config, task: Task, start: int) -> Iterator[np.ndarray]:
+  """The batches of the steps from `start` on, (A, B / A, T + 2) each."""
+  for step in range(start, c.steps):
+    rows = labelled.batch(task.train, c.batch, c.seed, step)
+    yield rows.reshape(c.accumulation, -1, rows.shape[1])
+
+
+def compiled(c: Config, task: Task, method: Method, state):
+  """The step for these shapes only: it can't compile a second time."""
+  loss = lambda p, rows: jnp.mean(method.score(method.merge(p), rows)[0])
+  program = jax.jit(train_step.make_step(loss, method.tx), donate_argnums=0)
+  return program.lower(state, next(batches(c, task, 0))).compile()
+
+
+def training_row(c: Config, step: int, metrics, meter: report.Meter) -> dict:
+  """What a step has measured, as Python numbers."""
+  rate = recipes.schedule(recipes.rates(recipe(c))[0], c.steps, c.schedule)
+  row = {'step': step} | jax.tree.map(float, {'lr': rate(step - 1)} | metrics)
+  row['steps_per_second'] = speed = meter.read(step)
+  row['tokens_per_second'] = speed * c.batch * c.seq
+  return row
+
+
+def validation_row(c: Config, step: int, validate: Validation, params) -> dict:
+  loss, accuracy = validate(params, c.eval_batches)
+  names = ('step', 'validation_loss', 'validation_accuracy')
+  return dict(zip(names, (step, loss, accuracy), strict=True))
+
+
+def run_steps(c: Config, task: Task, method: Method, validate, saved, begin):
+  """The loop: (last step, state, tokens per second, signal that ended it)."""
+  start, state = begin
+  done = start
+  due = lambda every: done % every == 0 or done == c.steps
+  log = report.MetricsFile(pathlib.Path(c.out), start, c.tensorboard)
+  line = report.LiveLine(c.optimizer, start, c.steps)
+  with log, line, interrupt.Stop() as stop:
+    run = compiled(c, task, method, state)
+    meter = report.Meter(start)
+    for done, rows in enumerate(batches(c, task, start), start + 1):
+      state, metrics = run(state, rows)
+      line.advance(done)
+      if due(c.log_every):  # the only place that waits for the device
+        row = training_row(c, done, metrics, meter)
+        log.write(row)
+        line.show(row)
+      if due(c.eval_every):
+        log.write(validation_row(c, done, validate, state['params']))
+        meter.restart(done)
+      if due(c.save_every) or stop.signal:
+        checkpoint.save(saved, done, state)
+      if stop.signal:
+        break
+  return done, state, meter.mean * c.batch * c.seq, stop.signal
+
+
+def train(c: Config, task: Task) -> dict[str, Any]:
+  """Runs one optimizer to the end and returns the summary of it."""
+  out = pathlib.Path(c.out)
+  check_same_run(c, task)
+  method = build(c, task)
+  report.say(
+    f'\n{c.optimizer}: {c.steps} steps of {c.batch} texts; trains '
+    f'{method.trained:,} parameters'
+  )
+  validate = Validation(c, method, task.validation)
+  with checkpoint.open_folder(out / 'checkpoints') as saved:
+    begin = checkpoint.restore(saved, method.state)
+    if c.resume:
+      report.say(f'{out}: going on after step {begin[0]}')
+    done, state, speed, stopped = (*begin, 0.0, 0)
+    if done < c.steps:
+      done, state, speed, stopped = run_steps(
+        c, task, method, validate, saved, begin
+      )
+  if stopped:
+    pretrain.leave(c, done, stopped)
+  save_model(out / 'model', method, task, state['params'])
+  return summarize(c, task, method, validate, state['params'], speed)
+
+
+def check_same_run(c: Config, task: Task):
+  """Compares with the configuration that `out` was begun with, or saves it."""
+  nothing = np.zeros(0, np.int32)
+  pretrain.check_same_run(
+    c, data.Corpus(nothing, nothing, b'', b'', 0, '', task.sha256, '')
+  )
+
+
+def save_model(folder: pathlib.Path, method: Method, task: Task, params):
+  """Writes the fine-tuned model as a checkpoint of its own."""
+  hf_checkpoint.save(
+    folder, method.model, method.merge(params), labels=task.labels
+  )
+  tokenizer = task.checkpoint / 'tokenizer.json'
+  if tokenizer.exists():
+    shutil.copy(tokenizer, folder)
+
+
+def memory(method: Method, params) -> dict[str, int]:
+  """Bytes; Adam's are those for the whole model, which LoRA does not train."""
+  model = jax.eval_shape(method.merge, params)
+  adam = so.memory_report(optax.adam(0.0), model).adam
+  return so.memory_report(method.tx, params)._asdict() | {'adam': adam}
+
+
+def summarize(
+  c: Config, task: Task, method: Method, validate: Validation, params, speed
+) -> dict[str, Any]:
+  loss, accuracy = validate(params, c.final_eval_batches)
+  summary = {
+    'optimizer': c.optimizer,
+    'checkpoint': str(task.checkpoint),
+    'steps': c.steps,
+    'validation_loss': loss,
+    'validation_accuracy': accuracy,
+    'guessing_accuracy': guessing(task),
+    'trained_parameters': method.trained,
+    'tokens_per_second': speed,
+    'memory': memory(method, params),
+    'data_sha256': task.sha256,
+    'params_sha256': pretrain.digest(params),
+  }
+  report.write_json(pathlib.Path(c.out, 'summary.json'), summary)
+  return summary
+
+
+# --- The program -------------------------------------------------------------
+
+
+def results_table(summaries: list[dict]):
+  """One line an optimizer."""
+  table = rich.table.Table(box=None, padding=(0, 2, 0, 0))
+  table.add_column('optimizer', no_wrap=True)
+  for name in ('accuracy', 'loss', 'trained', 'state MiB', 'tokens/s'):
+    table.add_column(name, justify='right', no_wrap=True)
+  for s in summaries:
+    table.add_row(
+      s['optimizer'],
+      f'{s["validation_accuracy"]:.1%}',
+      f'{s["validation_loss"]:.3f}',
+      f'{s["trained_parameters"]:,}',
+      f'{s["memory"]["state"] / 2**20:.2f}',
+      f'{s["tokens_per_second"]:,.0f}',
+    )
+  report.console.print(table)
+
+
+def draw_accuracy(axes, rows: dict[str, report.Rows], guess: float):
+  for name, of_one in rows.items():
+    steps, accuracy = report.column(of_one, 'validation_accuracy')
+    axes.plot(steps, accuracy, 'o-', markersize=4, label=name)
+  axes.axhline(guess, color='black', linestyle='--', linewidth=1)
+  axes.set(
+    xlabel='step',
+    ylabel='accuracy on held-out texts',
+    title='fine-tuning (dashed: the most frequent label)',
+  )
+  axes.legend(frameon=False)
+
+
+def picture(c: Config, summaries: list[dict]):
+  """Writes the accuracy over the steps, and the memory beside it."""
+  folders = {
+    s['optimizer']: pathlib.Path(c.out, s['optimizer'] if c.compare else '')
+    for s in summaries
+  }
+  rows = {n: report.read_rows(f / 'metrics.jsonl') for n, f in folders.items()}
+  figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
+  draw_accuracy(axes[0], rows, summaries[0]['guessing_accuracy'])
+  report.draw_memory(axes[1], {s['optimizer']: s['memory'] for s in summaries})
+  figure.savefig(pathlib.Path(c.out, 'curves.png'), dpi=150)
+  plt.close(figure)
+
+
+def main(c: Config) -> list[dict]:
+  """Fine-tunes as the configuration asks; the summaries."""
+  c = resolve(c)
+  pretrain.make_room(c)
+  task = load_task(c)
+  names = settings.optimizers(c)
+  summaries = [train(for_optimizer(c, name), task) for name in names]
+  if c.compare:
+    by_name = {s['optimizer']: s for s in summaries}
+    report.write_json(pathlib.Path(c.out, 'summary.json'), by_name)
+  picture(c, summaries)
+  results_table(summaries)
+  report.say(f'the most frequent label: {guessing(task):.1%}')
+  report.say(f'everything is in {c.out}')
+  return summaries
+
+
+if __name__ == '__main__':
+  try:
+    main(tyro.cli(Config))
+  except KeyboardInterrupt:
+    raise SystemExit(130) from None

@@ -1,0 +1,311 @@
+"""LLaMA checkpoints in the format of Hugging Face.
+
+A folder with config.json and model.safetensors, or with several such files and
+model.safetensors.index.json. Kernels are (outputs, inputs) there and (inputs,
+outputs) here; the head is the `lm_head` of a language model or the `score` of
+a classifier, here `lm_head` in both.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from flax import nnx
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+import llama
+
+Folder = str | pathlib.Path
+
+_EMBEDDING, _HEAD = ('embed', 'embedding'), ('lm_head', 'kernel')
+_OUTER = {
+  _EMBEDDING: 'model.embed_tokens',
+  ('final_norm', 'scale'): 'model.norm',
+}
+_BLOCK = {
+  ('attention_norm', 'scale'): 'input_layernorm',
+  ('attention', 'wq', 'kernel'): 'self_attn.q_proj',
+  ('attention', 'wk', 'kernel'): 'self_attn.k_proj',
+  ('attention', 'wv', 'kernel'): 'self_attn.v_proj',
+  ('attention', 'wo', 'kernel'): 'self_attn.o_proj',
+  ('mlp_norm', 'scale'): 'post_attention_layernorm',
+  ('mlp', 'gate', 'kernel'): 'mlp.gate_proj',
+  ('mlp', 'up', 'kernel'): 'mlp.up_proj',
+  ('mlp', 'down', 'kernel'): 'mlp.down_proj',
+}
+_LANGUAGE_MODEL = 'LlamaForCausalLM'
+_CLASSIFIER = 'LlamaForSequenceClassification'
+# The only values that llama.py can do; all but the first may be absent.
+_EXPECTED = {
+  'model_type': 'llama',
+  'hidden_act': 'silu',
+  'attention_bias': False,
+  'mlp_bias': False,
+}
+
+
+# --- config.json -------------------------------------------------------------
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f'{path} cannot be read: {error}') from error
+
+
+def _number(raw: Mapping, name: str, path: pathlib.Path) -> int:
+  if not isinstance(raw.get(name), int):
+    raise ValueError(f'{path}: {name}={raw.get(name)!r}, expected an int')
+  return raw[name]
+
+
+def _rope_base(raw: Mapping, path: pathlib.Path) -> float:
+  """The base of the angles, which old and new versions write differently."""
+  rope = raw.get('rope_parameters') or raw.get('rope_scaling') or {}
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  if kind != 'default':
+    raise ValueError(f'{path}: rope_type={kind!r} is not supported')
+  return float(rope.get('rope_theta', raw.get('rope_theta', 10_000.0)))
+
+
+def _check(raw: Mapping, c: llama.LlamaConfig, path: pathlib.Path):
+  """Raises what llama.py can't do."""
+  for name, value in _EXPECTED.items():
+    given = raw.get(name, None if name == 'model_type' else value)
+    if given != value:
+      raise ValueError(f'{path}: {name}={given!r}, expected {value!r}')
+  head_dim = raw.get('head_dim') or c.width // c.heads
+  if head_dim * c.heads != c.width:
+    raise ValueError(
+      f'{path}: head_dim={head_dim} times num_attention_heads={c.heads} is '
+      f'not hidden_size={c.width}'
+    )
+
+
+def _outputs(raw: Mapping) -> int | None:
+  """The number of labels; a classifier that names none has two."""
+  if _CLASSIFIER not in (raw.get('architectures') or ()):
+    return None
+  return len(raw.get('id2label') or range(2))
+
+
+def read_config(folder: Folder) -> llama.LlamaConfig:
+  """The sizes of a checkpoint."""
+  path = pathlib.Path(folder, 'config.json')
+  raw = _read_json(path)
+  size = lambda name: _number(raw, name, path)
+  c = llama.LlamaConfig(
+    width=size('hidden_size'),
+    mlp_width=size('intermediate_size'),
+    layers=size('num_hidden_layers'),
+    heads=size('num_attention_heads'),
+    kv_heads=raw.get('num_key_value_heads'),
+    vocab=size('vocab_size'),
+    outputs=_outputs(raw),
+    rope_base=_rope_base(raw, path),
+    norm_epsilon=raw.get('rms_norm_eps', 1e-6),
+  )
+  _check(raw, c, path)
+  return c
+
+
+def _labels_json(labels: Sequence[str]) -> dict[str, Any]:
+  return {
+    'id2label': {str(i): label for i, label in enumerate(labels)},
+    'label2id': {label: i for i, label in enumerate(labels)},
+  }
+
+
+def _config_json(
+  c: llama.LlamaConfig, labels: Sequence[str], tied: bool
+) -> dict[str, Any]:
+  return {
+    'architectures': [_CLASSIFIER if labels else _LANGUAGE_MODEL],
+    **_EXPECTED,
+    'vocab_size': c.vocab,
+    'hidden_size': c.width,
+    'intermediate_size': c.mlp_width,
+    'num_hidden_layers': c.layers,
+    'num_attention_heads': c.heads,
+    'num_key_value_heads': c.kv_heads or c.heads,
+    'rms_norm_eps': c.norm_epsilon,
+    'rope_theta': c.rope_base,
+    'bos_token_id': None,
+    'eos_token_id': None,
+    'tie_word_embeddings': tied,
+    'torch_dtype': c.param_dtype,
+    **(_labels_json(labels) if labels else {}),
+  }
+
+
+# --- Names and shapes --------------------------------------------------------
+
+
+def _name(path: tuple, c: llama.LlamaConfig) -> str:
+  """The tensor that holds a parameter of the model with unstacked layers."""
+  if path == _HEAD:
+    return 'lm_head.weight' if c.outputs is None else 'score.weight'
+  if path in _OUTER:
+    return f'{_OUTER[path]}.weight'
+  _, layer, *rest = path
+  return f'model.layers.{layer}.{_BLOCK[tuple(rest)]}.weight'
+
+
+def _turn(path: tuple, x: np.ndarray) -> np.ndarray:
+  """From one format's orientation to the other's."""
+  return x.T if path[-1] == 'kernel' else x
+
+
+def _by_path(tree: Mapping) -> dict[tuple, Any]:
+  return dict(traverse_util.flatten_dict(tree))
+
+
+def _parameters(c: llama.LlamaConfig) -> dict[tuple, Any]:
+  """The abstract parameters of the model with unstacked layers, by path."""
+  c = dataclasses.replace(c, scan_layers=False)
+  model = nnx.eval_shape(lambda: llama.Llama(c, nnx.Rngs(0)))
+  return _by_path(nnx.to_pure_dict(nnx.state(model)))
+
+
+def _stack(params: Mapping) -> dict[str, Any]:
+  blocks = [params['blocks'][i] for i in range(len(params['blocks']))]
+  return {**params, 'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks)}
+
+
+def _unstack(params: Mapping, layers: int) -> dict[str, Any]:
+  layer = lambda i: jax.tree.map(lambda x: x[i], params['blocks'])
+  return {**params, 'blocks': {i: layer(i) for i in range(layers)}}
+
+
+# --- Reading -----------------------------------------------------------------
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  index = folder / 'model.safetensors.index.json'
+  if not index.exists():
+    return [folder / 'model.safetensors']
+  return [
+    folder / f for f in sorted({*_read_json(index)['weight_map'].values()})
+  ]
+
+
+def _tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
+  """Every tensor of every file, one at a time."""
+  for path in _files(folder):
+    try:
+      file = safetensors.safe_open(str(path), framework='numpy')
+    except (OSError, safetensors.SafetensorError) as error:
+      raise ValueError(f'{path} cannot be read: {error}') from error
+    with file:
+      for name in file.keys():
+        yield name, file.get_tensor(name)
+
+
+def _is_ignored(name: str, tied: bool) -> bool:
+  """Constants that old versions saved, and copies of a tied embedding."""
+  copy = tied and name == 'lm_head.weight'
+  return copy or name.endswith('rotary_emb.inv_freq')
+
+
+def _fit(name: str, x: np.ndarray, path: tuple, like: Any) -> np.ndarray:
+  """A tensor as a parameter; raises if its shape or its type is wrong."""
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f'tensor {name!r} holds {x.dtype}, expected floats')
+  want = like.shape[::-1] if path[-1] == 'kernel' else like.shape
+  if x.shape != want:
+    raise ValueError(f'tensor {name!r} has shape {x.shape}, expected {want}')
+  return _turn(path, x).astype(like.dtype)
+
+
+def _read(folder: pathlib.Path, c: llama.LlamaConfig, tied: bool):
+  """The parameters by path, the head of a tied model excepted."""
+  wanted = {_name(p, c): (p, x) for p, x in _parameters(c).items()}
+  if tied:
+    wanted.pop('lm_head.weight', None)
+  found = {}
+  for name, x in _tensors(folder):
+    if _is_ignored(name, tied):
+      continue
+    if name not in wanted:
+      raise ValueError(f'{folder}: unexpected tensor {name!r}')
+    path, like = wanted.pop(name)
+    found[path] = _fit(name, x, path, like)
+  if wanted:
+    raise ValueError(f'{folder}: missing tensors {sorted(wanted)}')
+  return found
+
+
+def load(folder: Folder, **changes) -> tuple[llama.LlamaConfig, dict]:
+  """(configuration, parameters) of a checkpoint.
+
+  Args:
+    folder: of the checkpoint.
+    **changes: fields of the configuration that no checkpoint decides, such as
+      `param_dtype` and `scan_layers`.
+
+  Returns:
+    The parameters are NumPy arrays in the tree of `nnx.to_pure_dict`.
+
+  Raises:
+    ValueError: a file or a tensor is missing, unexpected, of the wrong shape or
+      of a model that `llama.Llama` can't be.
+  """
+  folder = pathlib.Path(folder)
+  c = dataclasses.replace(read_config(folder), **changes)
+  raw = _read_json(folder / 'config.json')
+  tied = bool(raw.get('tie_word_embeddings')) and c.outputs is None
+  found = _read(folder, c, tied)
+  if tied:
+    found[_HEAD] = found[_EMBEDDING].T
+  params = traverse_util.unflatten_dict(found)
+  return c, _stack(params) if c.scan_layers else params
+
+
+# --- Writing -----------------------------------------------------------------
+
+
+def save(
+  folder: Folder,
+  c: llama.LlamaConfig,
+  params: Mapping,
+  *,
+  labels: Sequence[str] = (),
+  tied: bool = False,
+):
+  """Writes a checkpoint.
+
+  Args:
+    folder: where to; made if it is not there.
+    c: the configuration of the model.
+    params: in the tree of `nnx.to_pure_dict`.
+    labels: of a classifier's outputs, one for each.
+    tied: whether to leave the head out, since it equals the embedding.
+
+  Raises:
+    ValueError: labels do not fit the outputs, or the head is not the embedding.
+  """
+  if len(labels) != (c.outputs or 0):
+    raise ValueError(f'labels={labels!r} do not fit outputs={c.outputs}')
+  params = _unstack(params, c.layers) if c.scan_layers else params
+  flat = _by_path(jax.tree.map(np.asarray, dict(params)))
+  if tied and not np.array_equal(flat.pop(_HEAD).T, flat[_EMBEDDING]):
+    raise ValueError('tied=True, but the head differs from the embedding')
+  # A transposed view would be written in the order of its memory.
+  tensors = {
+    _name(p, c): np.ascontiguousarray(_turn(p, x)) for p, x in flat.items()
+  }
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  safetensors.numpy.save_file(
+    tensors, folder / 'model.safetensors', metadata={'format': 'pt'}
+  )
+  text = json.dumps(_config_json(c, labels, tied), indent=2)
+  (folder / 'config.json').write_text(text + '\n')
