@@ -2,6 +2,7 @@
 # make test       run every test and doctest
 # make test-fast  the same without the tests marked slow
 # make test-full  every point of the grid instead of a cover: about an hour
+# make evidence   measure what the papers claim; writes docs/evidence.md
 # make check      lint, formatting and types
 # make format     rewrite the sources in the project's format
 # make wheel      build dist/*, and try the wheel in an environment of its own
@@ -15,8 +16,8 @@ ARGS ?=
 
 BIN = $(VENV)/bin/python
 
-# A file of tests stays in one process: its tests share compiled programs.
-PARALLEL = -n 2 --dist loadfile
+# Tests that share compiled programs stay in one process: see tests/conftest.py.
+PARALLEL = -n 2 --dist loadgroup
 
 # Modules must come from VENV, whatever the caller's shell has set.
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONSTARTUP
@@ -28,7 +29,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL = $(BIN) -m pip install -qq --no-input --no-compile \
   --disable-pip-version-check
 
-.PHONY: help train test test-fast test-full check format wheel clean
+.PHONY: help train test test-fast test-full evidence check format wheel clean
 # Two installations at once would damage the environment they share.
 .NOTPARALLEL:
 
@@ -46,6 +47,9 @@ test-fast: $(VENV)/.stamp-test
 
 test-full: $(VENV)/.stamp-test
 	$(BIN) -m pytest -n 2 tests/test_grid.py --full $(ARGS)
+
+evidence: $(VENV)/.stamp-examples
+	$(BIN) benchmarks/claims $(ARGS)
 
 check: $(VENV)/.stamp-dev
 	$(BIN) -m ruff check .

@@ -7,6 +7,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import hypothesis
 import jax
+import pytest
 
 # Enough devices for a 2 x 2 mesh on any machine.
 jax.config.update('jax_num_cpu_devices', 4)
@@ -26,3 +27,15 @@ def pytest_addoption(parser):
     action='store_true',
     help='test every point of the grid, not only a cover of all pairs',
   )
+
+
+# Files whose tests share the compiled runs of `measure.run`.
+_ONE_GROUP = ('test_keys', 'test_properties', 'test_subspace_metrics')
+
+
+def pytest_collection_modifyitems(items):
+  """Keeps what shares compiled programs in one process."""
+  for item in items:
+    file = item.path.stem
+    group = 'runs' if file in _ONE_GROUP else file
+    item.add_marker(pytest.mark.xdist_group(group))

@@ -65,7 +65,7 @@ def leaves(draw):
   return shape, numbers, draw(DTYPES)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
   st.dictionaries(st.sampled_from('abcdef'), leaves(), min_size=1),
   RULES,

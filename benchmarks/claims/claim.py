@@ -1,0 +1,188 @@
+"""What a claim is, how its verdict is found, and where its results are kept.
+
+A script here measures one claim. Its checks hold numbers and bounds, and the
+verdict follows from them alone. Results and pictures go to runs/evidence, which
+git ignores; `python benchmarks/claims` makes docs/evidence.md of them.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / 'runs' / 'evidence'
+# Another benchmark's result, which is quoted.
+QUOTED = HERE.parent / 'results' / 'projectors.json'
+HELPERS = ('counter', 'theorems', 'training')  # what several scripts share
+sys.path[1:1] = [str(HERE.parent), str(ROOT / 'examples')]
+
+import matplotlib  # noqa: E402
+from rich import progress  # noqa: E402
+
+import machine  # noqa: E402
+
+matplotlib.use('Agg')
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A number and where the claim says that it lies, bounds included."""
+
+  what: str
+  measured: float | None  # None where it is no finite number
+  least: float | None = None
+  most: float | None = None
+
+  @property
+  def holds(self) -> bool:
+    """Whether the number lies where it should; no number never does."""
+    x = self.measured
+    if x is None or not math.isfinite(x):
+      return False
+    above = self.least is None or x >= self.least
+    return above and (self.most is None or x <= self.most)
+
+  @property
+  def expected(self) -> str:
+    """The bounds in words."""
+    if self.least is None:
+      return f'at most {number(self.most)}'
+    if self.most is None:
+      return f'at least {number(self.least)}'
+    return f'{number(self.least)} to {number(self.most)}'
+
+
+Table = list[tuple[str, ...]]  # the first row names the columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A claim of a paper and what was measured of it."""
+
+  title: str
+  source: str
+  prediction: str
+  measurement: str
+  checks: tuple[Check, ...]
+  table: tuple[tuple[str, ...], ...] = ()  # the first row names the columns
+  notes: tuple[str, ...] = ()
+  caption: str = ''  # of the picture
+  data: Any = None  # what the picture shows
+  name: str = ''  # of the script
+  seconds: float = 0.0
+  machine: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def verdict(self) -> str:
+    """'holds', 'partly' or 'fails': how many of the checks do."""
+    held = sum(check.holds for check in self.checks)
+    if held == 0:
+      return 'fails'
+    return 'holds' if held == len(self.checks) else 'partly'
+
+
+def number(x: float | None) -> str:
+  """A number as a reader likes it."""
+  if x is None or not math.isfinite(x):
+    return 'not finite'
+  if isinstance(x, int) or (x == round(x) and abs(x) < 1e6):
+    return f'{round(x):,}'
+  if 1e-3 <= abs(x) < 1e5:
+    return f'{x:,.4g}'
+  return f'{x:.2e}'
+
+
+def near(what: str, measured: float, expected: float, rtol: float) -> Check:
+  """A check that a number is what is expected, but for a share of it."""
+  margin = rtol * abs(expected)
+  return Check(what, measured, expected - margin, expected + margin)
+
+
+def to_dict(claim: Claim) -> dict[str, Any]:
+  """The claim as JSON takes it, the verdict with it."""
+  fields = dataclasses.asdict(claim) | {'verdict': claim.verdict}
+  return json.loads(json.dumps(_finite(fields)))
+
+
+def from_dict(fields: dict[str, Any]) -> Claim:
+  """The claim that `to_dict` wrote; its verdict is found anew."""
+  fields = {k: v for k, v in fields.items() if k not in ('verdict', 'digest')}
+  fields['checks'] = tuple(Check(**check) for check in fields['checks'])
+  fields['table'] = tuple(tuple(row) for row in fields['table'])
+  fields['notes'] = tuple(fields['notes'])
+  return Claim(**fields)
+
+
+def _finite(x: Any) -> Any:
+  """JSON has no NaN and no infinity."""
+  if isinstance(x, dict):
+    return {k: _finite(v) for k, v in x.items()}
+  if isinstance(x, list | tuple):
+    return [_finite(v) for v in x]
+  return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def digest(name: str) -> str:
+  """A hash of the sources that a claim's numbers may depend on."""
+  folders = [ROOT / 'subspace_optax', ROOT / 'examples']
+  files = [HERE / f'{stem}.py' for stem in (name, *HELPERS)]
+  files += [path for folder in folders for path in folder.rglob('*.py')]
+  files += [QUOTED] if QUOTED.exists() else []
+  text = b''.join(path.read_bytes() for path in sorted(files))
+  return hashlib.sha256(text).hexdigest()
+
+
+def load(name: str) -> Claim | None:
+  """The claim of an earlier run of the same sources, if there is one."""
+  path = CACHE / f'{name}.json'
+  if not path.exists():
+    return None
+  saved = json.loads(path.read_text())
+  return from_dict(saved) if saved['digest'] == digest(name) else None
+
+
+def measure(script: Any) -> Claim:
+  """Runs a script's `run`; keeps the claim and its picture, and prints it."""
+  name = pathlib.Path(script.__file__).stem
+  start, before = time.perf_counter(), digest(name)
+  found = dataclasses.replace(
+    script.run(),
+    name=name,
+    seconds=round(time.perf_counter() - start, 1),
+    machine=machine.describe(),
+  )
+  CACHE.mkdir(parents=True, exist_ok=True)
+  if found.caption:
+    script.picture(found.data, CACHE / f'{found.name}.png')
+  saved = to_dict(found) | {'digest': before}
+  (CACHE / f'{found.name}.json').write_text(json.dumps(saved) + '\n')
+  print(text(found), flush=True)
+  return found
+
+
+def text(claim: Claim) -> str:
+  """The claim as a script prints it."""
+  lines = [
+    f'claim        {claim.title}',
+    f'source       {claim.source}',
+    f'predicted    {claim.prediction}',
+    f'measured     {claim.measurement}',
+  ]
+  for check in claim.checks:
+    mark = '+' if check.holds else '-'
+    lines.append(
+      f'  {mark} {check.what}: {number(check.measured)} ({check.expected})'
+    )
+  return '\n'.join([*lines, f'verdict      {claim.verdict}', ''])
+
+
+def track(values: Iterable[Any], what: str) -> Iterable[Any]:
+  """The values, with a bar that shows how many are done."""
+  return progress.track(values, what, transient=True)

@@ -1,0 +1,125 @@
+"""docs/evidence.md from the claims: a table of all, then a section for each."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import shutil
+
+import claim
+
+DOCS = claim.ROOT / 'docs'
+HEAD = """# Evidence
+
+What the founding papers claim, and what this library measures of it. `make
+evidence` recomputes all numbers and pictures here, and each section names the
+script that can be run by itself. Verdicts follow from the checks by code:
+*holds* if all do, *fails* if none does, else *partly*. Numbers of papers are
+quoted; most experiments here are small, and say so.
+
+Sources: [GaLore](https://arxiv.org/abs/2403.03507) (Zhao et al., 2024, version
+2), [Online Subspace Descent](https://arxiv.org/abs/2408.12857) (Liang et al.,
+2024), [GoLore](https://arxiv.org/abs/2410.11289) (He et al., 2024), whose
+theorems are quoted as Kun Yuan's slides on subspace training give them,
+[SubTrack++](https://arxiv.org/abs/2502.01586) (Rajabi et al., 2025), and the
+code that their authors published. What a note calls ours is in no paper.
+"""
+
+
+def markdown(claims: Sequence[claim.Claim]) -> str:
+  """The whole page."""
+  parts = [HEAD, *_machines(claims), _summary(claims)]
+  return '\n'.join([*parts, *map(_section, claims)])
+
+
+def _machines(claims: Sequence[claim.Claim]) -> list[str]:
+  """What the claims were measured on; usually one line."""
+  lines = {}
+  for c in claims:
+    m = c.machine
+    devices = ', '.join(sorted(set(m.get('devices', ()))))
+    line = (
+      f'{m.get("processor")}, {m.get("cores")} cores, {devices}; Python '
+      f'{m.get("python")}, jax {m.get("jax")}, optax {m.get("optax")}, flax '
+      f'{m.get("flax")}, numpy {m.get("numpy")}'
+    )
+    lines.setdefault(line, []).append(c)
+  return [
+    f'Measured on {line}'
+    f'{"" if len(lines) == 1 else f" ({len(found)} of the claims)"}.\n'
+    for line, found in lines.items()
+  ]
+
+
+def _summary(claims: Sequence[claim.Claim]) -> str:
+  rows = [('Claim', 'Source', 'Predicted', 'Measured', 'Verdict')]
+  rows += [
+    (
+      f'[{c.title}](#{_anchor(c.title)})',
+      c.source,
+      c.prediction,
+      c.measurement,
+      f'**{c.verdict}**',
+    )
+    for c in claims
+  ]
+  return _table(rows)
+
+
+def _anchor(title: str) -> str:
+  """As GitHub makes it of a heading."""
+  kept = [x for x in title.lower() if x.isalnum() or x in ' -_']
+  return ''.join(kept).replace(' ', '-')
+
+
+def _section(c: claim.Claim) -> str:
+  """One claim: its table, its checks, its picture and its notes."""
+  script = f'../benchmarks/claims/{c.name}.py'
+  parts = [
+    f'## {c.title}\n',
+    f'{c.source}. Predicted: {c.prediction}.\n',
+    f'Measured by [{c.name}.py]({script}): {c.measurement}. Verdict: '
+    f'**{c.verdict}**.\n',
+  ]
+  if c.caption:
+    parts += [f'![{c.caption}](evidence/{c.name}.png)\n', f'{c.caption}\n']
+  if c.table:
+    parts.append(_table(c.table))
+  parts += [f'- {note}' for note in c.notes]
+  checks = [('Check', 'Measured', 'Expected', 'Holds')]
+  for check in c.checks:
+    found = claim.number(check.measured)
+    holds = 'yes' if check.holds else '**no**'
+    checks.append((check.what, found, check.expected, holds))
+  held = sum(check.holds for check in c.checks)
+  parts += [
+    f'\n<details><summary>{held} of {len(c.checks)} checks hold</summary>\n',
+    _table(checks),
+    '</details>\n',
+  ]
+  return '\n'.join(parts)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+  """A Markdown table whose first row is its head."""
+  escaped = [[cell.replace('|', '\\|') for cell in row] for row in rows]
+  lines = ['| ' + ' | '.join(row) + ' |' for row in escaped]
+  lines.insert(1, '|' + '---|' * len(rows[0]))
+  return '\n'.join(lines) + '\n'
+
+
+def write(claims: Sequence[claim.Claim], docs: pathlib.Path = DOCS) -> None:
+  """Writes evidence.md, evidence.json and the pictures."""
+  pictures = docs / 'evidence'
+  shutil.rmtree(pictures, ignore_errors=True)
+  pictures.mkdir(parents=True)
+  for c in claims:
+    if c.caption:
+      shutil.copy(claim.CACHE / f'{c.name}.png', pictures)
+  kept = [claim.to_dict(c) | {'data': None} for c in claims]
+  (docs / 'evidence.json').write_text(json.dumps(kept, indent=1) + '\n')
+  (docs / 'evidence.md').write_text(markdown(claims))
+
+
+def read(path: pathlib.Path = DOCS / 'evidence.json') -> list[claim.Claim]:
+  """The claims that `write` wrote, without what their pictures show."""
+  return [claim.from_dict(fields) for fields in json.loads(path.read_text())]

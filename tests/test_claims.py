@@ -1,0 +1,103 @@
+"""`benchmarks/claims`: verdicts follow from numbers, and the page from JSON."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = ROOT / 'benchmarks' / 'claims'
+if not SCRIPTS.exists():
+  pytest.skip(
+    'a source distribution has no benchmarks', allow_module_level=True
+  )
+sys.path.append(str(SCRIPTS))
+
+import claim  # noqa: E402
+import galore_memory  # noqa: E402
+import golore_lemma  # noqa: E402
+import page  # noqa: E402
+
+
+def example(measured=1.0, **fields):
+  """Returns a claim with one check: that a number is 1 but for a tenth."""
+  checks = (claim.near('number', measured, 1.0, 0.1),)
+  texts = ('title', 'source', 'prediction', 'measurement')
+  return claim.Claim(*texts, **{'checks': checks, 'name': 'name'} | fields)
+
+
+@pytest.mark.parametrize(
+  'measured, verdict',
+  [
+    (1.0, 'holds'),
+    (1.1, 'holds'),
+    (1.2, 'fails'),
+    (0.5, 'fails'),
+    (float('nan'), 'fails'),
+    (float('inf'), 'fails'),
+    (None, 'fails'),
+  ],
+)
+def test_verdict_follows_from_the_number(measured, verdict):
+  found = example(measured) if measured is not None else example()
+  if measured is None:
+    check = dataclasses.replace(found.checks[0], measured=None)
+    found = dataclasses.replace(found, checks=(check,))
+  assert found.verdict == verdict
+  assert claim.from_dict(claim.to_dict(found)).verdict == verdict
+
+
+def test_verdict_of_several_checks():
+  good, bad = example().checks[0], example(2.0).checks[0]
+  assert example(checks=(good, bad)).verdict == 'partly'
+  assert example(checks=(bad, bad)).verdict == 'fails'
+  assert example(checks=()).verdict == 'fails'
+
+
+def test_a_verdict_in_the_json_is_not_believed():
+  fields = claim.to_dict(example(2.0)) | {'verdict': 'holds'}
+  assert claim.from_dict(fields).verdict == 'fails'
+
+
+def test_results_of_other_sources_are_not_used(tmp_path, monkeypatch):
+  monkeypatch.setattr(claim, 'CACHE', tmp_path)
+  path = tmp_path / 'golore_lemma.json'
+  assert claim.load('golore_lemma') is None
+  saved = claim.to_dict(example()) | {'digest': claim.digest('golore_lemma')}
+  path.write_text(json.dumps(saved))
+  assert claim.load('golore_lemma') == example()
+  path.write_text(json.dumps(saved | {'digest': 'of older sources'}))
+  assert claim.load('golore_lemma') is None
+
+
+def test_a_script_end_to_end(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(claim, 'CACHE', tmp_path / 'runs')
+  monkeypatch.setattr(golore_lemma, 'RANKS', (2,))
+  found = claim.measure(golore_lemma)
+  assert found.verdict == 'holds'
+  assert claim.load('golore_lemma') == claim.from_dict(claim.to_dict(found))
+  assert 'verdict      holds' in capsys.readouterr().out
+  page.write([found], tmp_path)
+  assert (tmp_path / 'evidence' / 'golore_lemma.png').stat().st_size > 1000
+  text = (tmp_path / 'evidence.md').read_text()
+  assert page.markdown(page.read(tmp_path / 'evidence.json')) == text
+  wrong = dataclasses.replace(found.checks[0], measured=0.5)
+  worse = dataclasses.replace(found, checks=(wrong,))
+  assert '**fails**' in page.markdown([worse])
+  assert '**fails**' not in text
+
+
+@pytest.mark.parametrize('name, rank', [('llama_60m', 128), ('llama_7b', 1024)])
+def test_memory_is_the_formula(name, rank):
+  row = galore_memory.measure(name, rank)
+  matrices = 7 * galore_memory.llama.named(name).layers
+  # Three numbers, a seed and a flag for every matrix, and a few counters.
+  assert 0 < row['galore'] - row['formula'] <= 17 * matrices + 16
+  assert row['adam'] == 2 * row['weights'] + 4
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+  text = (ROOT / 'docs' / 'evidence.md').read_text()
+  assert page.markdown(page.read()) == text
