@@ -1,0 +1,170 @@
+"""The optimizers of the quality benchmark, all for the matrices alone.
+
+Embeddings, head and norms are Adam's at one learning rate in every run, so that
+a method is judged by the matrices that it is about. Each is made from a
+schedule, the rank as a share of the width, and the run's settings.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+import subspace_optax as so
+
+
+class Method(NamedTuple):
+  """An optimizer and where its grid of learning rates starts.
+
+  Attributes:
+    make: (learning rate schedule, rank, gap, seed) -> optimizer of matrices.
+    lr: the start of the grid.
+    ranked: whether there is a rank.
+    lora: whether the matrices are frozen, and the optimizer is for factors.
+    ours: whether this library brings it.
+  """
+
+  make: Callable[[Any, Any, int, int], optax.GradientTransformation]
+  lr: float
+  ranked: bool = False
+  lora: bool = False
+  ours: bool = False
+
+
+def narrow(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Keeps an optimizer's floating-point state in bfloat16 between steps."""
+
+  def cast(tree: Any, dtype: Any) -> Any:
+    floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(dtype) if floats(x) else x, tree)
+
+  def update(updates, state, params=None):
+    updates, state = tx.update(updates, cast(state, jnp.float32), params)
+    return updates, cast(state, jnp.bfloat16)
+
+  return optax.GradientTransformation(
+    lambda params: cast(tx.init(params), jnp.bfloat16), update
+  )
+
+
+def by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Shows an optimizer stacks of layers as lists, for one that can't stack."""
+  apart = lambda tree: jax.tree.map(list, tree)
+
+  def together(tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda _, x: jnp.stack(x), like, tree)
+
+  def update(updates, state, params=None):
+    params = None if params is None else apart(params)
+    new, state = tx.update(apart(updates), state, params)
+    return together(new, updates), state
+
+  return optax.GradientTransformation(lambda p: tx.init(apart(p)), update)
+
+
+def muon(beta: float) -> Callable[..., optax.GradientTransformation]:
+  """Optax's Muon on the last two axes of every leaf."""
+
+  def axes(params: Any) -> Any:
+    number = optax.contrib.MuonDimensionNumbers
+    return jax.tree.map(lambda x: number(x.ndim - 2, x.ndim - 1), params)
+
+  return lambda lr, rank, gap, seed: optax.contrib.muon(
+    lr, beta=beta, muon_weight_dimension_numbers=axes
+  )
+
+
+def contrib_galore(lr, rank, gap, seed):
+  """Optax's GaLore, which takes no share of the width as its rank."""
+  del seed
+
+  def make(params):
+    width = min(jax.tree.leaves(params)[0].shape)
+    return optax.contrib.galore(lr, max(1, round(rank * width)), gap)
+
+  def init(params):
+    return make(params).init(params)
+
+  def update(updates, state, params=None):
+    return make(updates).update(updates, state, params)
+
+  return by_layer(optax.GradientTransformation(init, update))
+
+
+def apollo_mini(lr, rank, gap, seed):
+  del rank
+  scale = 128**0.5
+  return so.apollo_adamw(
+    lr, 1, gap, scale=scale, granularity='tensor', seed=seed
+  )
+
+
+def orthogonal_sgd(lr, rank, gap, seed):
+  """Muon without momentum: what orthogonalisation does alone, with no state."""
+  del rank
+  tx = so.subspace(
+    so.SubspaceSpec(1, seed=seed),
+    so.projectors.stiefel(gap, regenerate=True),
+    optax.identity(),
+    residual=so.residuals.orthogonal(),
+  )
+  return optax.chain(tx, optax.scale_by_learning_rate(lr))
+
+
+def _plain(make: Callable[[Any], optax.GradientTransformation]) -> Callable:
+  return lambda lr, rank, gap, seed: make(lr)
+
+
+def _ours(make: Callable[..., Any]) -> Callable:
+  return lambda lr, rank, gap, seed: make(lr, rank, gap, seed=seed)
+
+
+METHODS: dict[str, Method] = {
+  'adamw': Method(_plain(optax.adam), 2e-3),
+  'adamw_bf16': Method(_plain(lambda lr: narrow(optax.adam(lr))), 2e-3),
+  'adafactor': Method(
+    _plain(
+      lambda lr: optax.adafactor(
+        lr, min_dim_size_to_factor=32, multiply_by_parameter_scale=False
+      )
+    ),
+    4e-3,
+  ),
+  'lion': Method(_plain(lambda lr: optax.lion(lr, weight_decay=0.0)), 5e-4),
+  'muon': Method(muon(0.95), 2e-2),
+  'muon_b0.8': Method(muon(0.8), 4e-2),
+  'orthogonal_sgd': Method(orthogonal_sgd, 4e-2, ours=True),
+  'lora': Method(_plain(optax.adam), 4e-3, ranked=True, lora=True),
+  'contrib_galore': Method(contrib_galore, 4e-3, ranked=True),
+  'galore': Method(
+    lambda lr, rank, gap, seed: so.galore(lr, rank, gap),
+    4e-3,
+    ranked=True,
+    ours=True,
+  ),
+  'golore': Method(_ours(so.golore), 4e-3, ranked=True, ours=True),
+  'online_subspace_descent': Method(
+    lambda lr, rank, gap, seed: so.online_subspace_descent(lr, rank, seed=seed),
+    4e-3,
+    ranked=True,
+    ours=True,
+  ),
+  'fira_adamw': Method(_ours(so.fira_adamw), 1.6e-2, ranked=True, ours=True),
+  'apollo_adamw': Method(_ours(so.apollo_adamw), 8e-3, ranked=True, ours=True),
+  'apollo_mini': Method(apollo_mini, 4e-3, ours=True),
+  'ldadamw': Method(
+    lambda lr, rank, gap, seed: so.ldadamw(lr, rank, seed=seed),
+    4e-3,
+    ranked=True,
+    ours=True,
+  ),
+  'subspace_adamw': Method(
+    _ours(so.subspace_adamw), 4e-3, ranked=True, ours=True
+  ),
+  'subspace_muon': Method(
+    _ours(so.subspace_muon), 5e-3, ranked=True, ours=True
+  ),
+}
