@@ -35,6 +35,12 @@ GALORE = {
   'svd_core': core(so.projectors.svd()),
   'stiefel_core': core(so.projectors.stiefel(), transport='first'),
 }
+# A residual costs no product with a basis, but with `sign` and error feedback.
+RESIDUALS = {
+  'fira': (so.fira_adamw(1e-3, R, **DECAY), 4),
+  'apollo': (core(so.projectors.gaussian(), residual=so.residuals.apollo()), 2),
+  'sign': (core(so.projectors.svd(), residual=so.residuals.sign()), 6),
+}
 OSD = {
   'osd': so.online_subspace_descent(1e-3, R, **DECAY),
   'osd_sgd': so.online_subspace_descent(
@@ -88,6 +94,14 @@ def test_flops(name):
   floor = 4 * M * N * R if name in GALORE else 6 * M * N * R + 8 * M * R * R
   # Less than the products themselves would mean that XLA's count misses some.
   assert 1 <= flops / (2 * floor) <= 1.1
+
+
+@pytest.mark.parametrize('name', RESIDUALS)
+def test_flops_of_residuals(name):
+  tx, products = RESIDUALS[name]
+  flops = compiled(tx, matrices((M, N), (N, M))).cost_analysis()['flops']
+  # APOLLO's few operations on each element are a tenth of its one product.
+  assert 1 <= flops / (2 * products * M * N * R) <= 1.15
 
 
 @pytest.mark.parametrize('name', ['galore', 'golore', 'osd'])

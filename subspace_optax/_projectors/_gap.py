@@ -11,7 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""When bases are refreshed: every T steps, in turns, or ever more rarely."""
+"""When bases are refreshed: every T steps, in turns, or ever more rarely.
+
+The last is the lazy refresh of Zhang et al., `Q-GaLore
+<https://arxiv.org/abs/2407.08296>`_, 2024.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
