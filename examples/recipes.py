@@ -13,6 +13,11 @@ LEARNING_RATES = {
   'online_subspace_descent': (5e-3, 5e-3),
   'galore': (5e-3, 5e-3),
   'golore': (5e-3, 5e-3),
+  'fira_adamw': (1.6e-2, 5e-3),
+  'apollo_adamw': (1.6e-2, 5e-3),
+  'ldadamw': (4e-3, 5e-3),
+  'subspace_adamw': (4e-3, 5e-3),
+  'subspace_muon': (5e-3, 5e-3),
   'contrib_galore': (5e-3, 5e-3),
   'adamw': (2.5e-3, 5e-3),
   'adafactor': (3e-3, 3e-3),
@@ -73,6 +78,46 @@ def golore(c, lr):
   )
 
 
+def fira_adamw(c, lr):
+  return so.fira_adamw(
+    lr, c.rank, c.update_proj_gap, weight_decay=c.weight_decay
+  )
+
+
+def apollo_adamw(c, lr):
+  return so.apollo_adamw(
+    lr,
+    c.rank,
+    c.update_proj_gap,
+    weight_decay=c.weight_decay,
+    seed=c.seed,
+  )
+
+
+def ldadamw(c, lr):
+  return so.ldadamw(lr, c.rank, weight_decay=c.weight_decay, seed=c.seed)
+
+
+def subspace_adamw(c, lr):
+  return so.subspace_adamw(
+    lr,
+    c.rank,
+    c.update_proj_gap,
+    weight_decay=c.weight_decay,
+    seed=c.seed,
+  )
+
+
+def subspace_muon(c, lr):
+  return so.subspace_muon(
+    lr,
+    c.rank,
+    c.update_proj_gap,
+    weight_decay=c.weight_decay,
+    seed=c.seed,
+  )
+
+
 def contrib_galore(c, lr):
   return optax.contrib.galore(
     lr,
@@ -113,6 +158,11 @@ OPTIMIZERS = {
     online_subspace_descent,
     galore,
     golore,
+    fira_adamw,
+    apollo_adamw,
+    ldadamw,
+    subspace_adamw,
+    subspace_muon,
     contrib_galore,
     adamw,
     adafactor,
