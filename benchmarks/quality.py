@@ -173,7 +173,8 @@ class Search:
       self.run(lr, 0)
     best = min(self.of_seed(0), key=loss)
     for seed in range(1, self.task.seeds):
-      if not self.of_seed(seed):
+      known = [row['lr'] for row in self.of_seed(seed)]
+      if best['lr'] not in known:
         self.run(best['lr'], seed)
     if not self.memory:
       self.memory = self.trainer().memory()

@@ -262,6 +262,10 @@ class Layout:
     axes = self.rows + self.cols
     return jnp.sum(jnp.square(leaf.astype(wide)), axis=axes)
 
+  def largest(self, leaf: jax.Array) -> jax.Array:
+    """Returns the largest absolute value of every matrix."""
+    return jnp.max(jnp.abs(leaf), axis=self.rows + self.cols)
+
   def coords_energy(self, coords: jax.Array) -> jax.Array:
     """Returns ||R||_F^2 of every matrix."""
     keep = set(self.batch_axes)

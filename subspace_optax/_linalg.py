@@ -240,13 +240,15 @@ def newton_schulz(
   """Returns matrices with the singular vectors of `x` and values near 1.
 
   By X <- a X + (b A + c A^2) X, A = X X^T, from X over its norm. At the default
-  precision of products, which five steps forgive.
+  precision of products, which five steps forgive. Zeros stay zeros.
 
   References:
     Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024
   """
   a, b, c = _QUINTIC
-  norm = jnp.sqrt(layout.energy(x)) + 1e-8
+  largest = layout.largest(x)  # the squares of what is left can't overflow
+  x = x / layout.along_leaf(jnp.where(largest > 0, largest, 1.0))
+  norm = jnp.maximum(jnp.sqrt(layout.energy(x)), 1.0)
 
   def step(_: Any, x: jax.Array) -> jax.Array:
     gram = layout.gram_leaf(x)

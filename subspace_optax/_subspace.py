@@ -16,6 +16,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from subspace_optax import _every_k
@@ -48,7 +50,8 @@ def subspace(
   Args:
     spec: which leaves, as which matrices, at which rank.
     projector: how bases are found and moved.
-    inner: the optimizer that runs on coordinates.
+    inner: the optimizer that runs on coordinates; with a residual, one that
+      returns directions along the gradient, as `optax.scale_by_adam` does.
     transport: see `in_subspace`.
     params: see `in_subspace`.
     per_matrix: see `in_subspace`.
@@ -70,7 +73,8 @@ def subspace(
 
   Raises:
     ValueError: see the three pieces; `every_k` below 1, or with a residual,
-      which needs the gradients that it does not keep.
+      which needs the gradients that it does not keep; an inner optimizer with a
+      learning rate of its own beside a residual.
     TypeError: see the three pieces; `every_k` is no int.
 
   References:
@@ -96,6 +100,8 @@ def subspace(
       f'every_k={every_k} keeps coordinates of the gradients, not what a '
       'residual rule needs; wrap the optimizer in optax.MultiSteps.'
     )
+  if residual is not None:
+    _check_sign(inner, residual)
   project = _project.project(
     spec, projector, keep_gradient=residual is not None
   )
@@ -117,6 +123,25 @@ def subspace(
   return tx if after is None else optax.chain(tx, after)
 
 
+def _check_sign(inner: Any, residual: _residual.Residual) -> None:
+  """Raises if directions point against the gradient, which residuals don't."""
+  try:
+    with jax.ensure_compile_time_eval():
+      one = {'x': jnp.ones((1, 1))}
+      inner = optax.with_extra_args_support(inner)
+      updates, _ = inner.update(one, inner.init(one), one)
+      against = bool(updates['x'][0, 0] < 0)
+  except Exception:  # traced hyperparameters, extra arguments, other shapes
+    return
+  if against:
+    raise ValueError(
+      f'inner steps against the gradient, but residual {residual.name!r} adds '
+      'up with directions along it; leave the learning rate to what is chained '
+      'behind, with `optax.scale_by_adam` in the place of `optax.adam`, or '
+      'chain `optax.scale(-1.0)` behind inner.'
+    )
+
+
 def _with_feedback(
   tx: optax.GradientTransformationExtraArgs, feedback: Callable
 ) -> optax.GradientTransformationExtraArgs:
@@ -124,12 +149,24 @@ def _with_feedback(
 
   def update(updates, state, params=None, **extra_args):
     pairs, _ = _tree.flatten(updates)
-    own, _ = _tree.flatten(state[-1].residual)
-    gradients = [
-      g if _tree.is_masked(g) or _tree.is_masked(e) else feedback(g, e)
-      for (_, g), (_, e) in zip(pairs, own, strict=True)
-    ]
+    own = dict(_tree.flatten(state[-1].residual)[0])
+    gradients = [_fed_back(feedback, path, g, own) for path, g in pairs]
     gradients = _tree.replace_entries(updates, gradients)
     return tx.update(gradients, state, params, **extra_args)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _fed_back(
+  feedback: Callable, path: str, gradient: Any, states: dict[str, Any]
+) -> Any:
+  """Returns a gradient with its feedback; `project` checks the tree."""
+  state = states.get(path)
+  if state is None or _tree.is_masked(gradient) or _tree.is_masked(state):
+    return gradient
+  if gradient.shape != state.shape:
+    raise ValueError(
+      f'gradient {path!r} has shape {gradient.shape}, its parameter had '
+      f'{state.shape} at init.'
+    )
+  return feedback(gradient, state)

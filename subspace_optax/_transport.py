@@ -100,6 +100,9 @@ register_moments(optax.ScaleByRmsState, [], {'nu': None})
 register_moments(optax.MultiStepsState, ['acc_grads'])
 register_moments(optax.contrib.MuonState, ['mu'])
 
+# First moments that are sums, without a weight of 1 - b.
+_SUMS = (optax.TraceState, optax.MultiStepsState)
+
 Moves = Mapping[str, tuple[_projected.Projected, _projected.Move]]
 
 
@@ -223,7 +226,8 @@ def means_of(
 ) -> dict[str, jax.Array]:
   """Returns first moments by path, for leaves that carry their gradients.
 
-  The first that are found, where a state holds several; none if none is known.
+  The first that are found, where a state holds several; none if none is known,
+  or none is a mean.
 
   Args:
     state: the inner optimizer's.
@@ -232,7 +236,7 @@ def means_of(
       stacked along their first axes.
   """
   wanted = {p: x.layout for p, x in nodes.items() if x.gradient is not None}
-  moments = next(_first_moments(state), None) if wanted else None
+  moments = next(_means(state), None) if wanted else None
   if moments is None:
     return {}
 
@@ -247,15 +251,15 @@ def means_of(
   }
 
 
-def _first_moments(state: Any) -> Iterator[Any]:
-  """Yields the trees of first moments in a state."""
+def _means(state: Any) -> Iterator[Any]:
+  """Yields the trees of first moments in a state that are means."""
   if state is None or _is_array(state):
     return
   moments = _REGISTRY.get(type(state))
-  if moments is not None:
+  if moments is not None and type(state) not in _SUMS:
     yield from (getattr(state, name) for name in moments.first)
   for child in _unnamed(state):
-    yield from _first_moments(child)
+    yield from _means(child)
 
 
 def decay_rates(inner: Any, state: Any, coords: Any, extra_args: Any) -> Any:

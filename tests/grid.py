@@ -148,13 +148,15 @@ def allowed(point: Point) -> bool:
 def make(point: Point, **spec: Any) -> optax.GradientTransformation:
   """Returns the optimizer, with its learning rate."""
   inner = INNERS[point.inner]
-  sign = -0.1
+  sign, tx = -0.1, inner.make()
   if point.inner in ('adafactor', 'lamb', 'adamw'):
     sign = 1.0  # they carry a learning rate themselves
+    if point.residual:
+      sign, tx = -1.0, optax.chain(tx, optax.scale(-1.0))
   return so.subspace(
     so.SubspaceSpec(3, side=point.side, basis_dtype=point.basis_dtype, **spec),
     PROJECTORS[point.projector](point.stagger),
-    inner.make(),
+    tx,
     transport=point.transport,
     every_k=point.every_k,
     residual=point.residual and RESIDUALS[point.residual],

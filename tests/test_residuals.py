@@ -138,7 +138,9 @@ def test_error_feedback_equals_dense_loop(projector, transport):
         means = [s['m'] for s in dense.states]
         dense.move(new, np.flatnonzero((old != new).any((1, 2))))
         for p_old, p, m, s in zip(old, new, means, dense.states, strict=True):
-          lost.append(9.0 * (p_old @ m - p @ s['m']))
+          # The smallest matrices that have these coordinates.
+          lift = lambda p, m: np.linalg.pinv(p).T @ m
+          lost.append(9.0 * (lift(p_old, m) - lift(p, s['m'])))
       update = SCALE * dense.step(view.leaf(fed))
       np.testing.assert_allclose(
         view.matrices(updates[t][k]),
@@ -314,6 +316,14 @@ def test_unknown_momentum_is_named():
 def test_bad_arguments(make, argument):
   with errors.raises(ValueError, argument):
     make()
+
+
+@pytest.mark.parametrize('inner', [optax.adam(0.1), optax.sgd(0.1)])
+def test_inner_with_its_own_learning_rate_is_refused(inner):
+  options = {'residual': residuals.fira()}
+  with errors.raises(ValueError, 'fira', 'learning rate', 'scale_by_adam'):
+    so.subspace(SPEC, PROJECTORS['stiefel'], inner, **options)
+  so.subspace(SPEC, PROJECTORS['stiefel'], inner)
 
 
 def test_what_is_no_rule():

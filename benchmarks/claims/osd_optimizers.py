@@ -129,9 +129,10 @@ def judge(grids: dict) -> claim.Claim:
     notes=(
       f'Small: a LLaMA of width {s.width} and {s.layers} layers on bytes, rank '
       f'{RANK}, {s.steps} steps of {s.batch} sequences of {s.seq}, one seed, '
-      f'each row at the best of the rates {training.RATES}; differences of a '
-      'percent or two mean nothing. It shows that the pairs work, and ranks '
-      'nothing but itself.',
+      f'each row at the best of the rates {training.RATES}, which is often '
+      'the first or the last of them, so a wider grid may change the order; '
+      'differences of a percent or two mean nothing. It shows that the pairs '
+      'work, and ranks nothing but itself.',
       'As in the paper: embeddings and head by the optimizer of W at the same '
       'rate, updates of matrices scaled by 0.25, clipping at 1, warm-up and '
       'cosine, bases started by an SVD and moved at 0.005 of the schedule. '

@@ -58,7 +58,8 @@ def _summary(claims: Sequence[claim.Claim]) -> str:
       c.source,
       c.prediction,
       c.measurement,
-      f'**{c.verdict}**',
+      f'**{c.verdict}**, {sum(x.holds for x in c.checks)} of '
+      f'{len(c.checks)} checks',
     )
     for c in claims
   ]

@@ -31,8 +31,8 @@ from subspace_optax._optimizers import _common
 def ldadamw(
   learning_rate: Any,
   rank: Any = 128,
-  scale: Any = 1.0,
   *,
+  scale: Any = 1.0,
   b1: Any = 0.908,
   b2: Any = 0.99,
   eps: Any = 1e-8,

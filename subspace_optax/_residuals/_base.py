@@ -63,9 +63,17 @@ def norms_at_init(
 
 def inside(node: _projected.Projected) -> jax.Array:
   """Returns (P^T P)^-1 R: P times it is the part of G in P's span."""
+  return _as_sum(node, node.coords, node.basis)
+
+
+def _as_sum(
+  node: _projected.Projected, coords: jax.Array, basis: jax.Array
+) -> jax.Array:
+  """Returns the weights of P's columns whose sum has these coordinates."""
+  coords = _linalg.widen(coords)
   if node.orthonormal:
-    return node.coords
-  return _linalg.solve_gram(node.layout, _linalg.widen(node.basis), node.coords)
+    return coords
+  return _linalg.solve_gram(node.layout, _linalg.widen(basis), coords)
 
 
 def ratio(numerator: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
@@ -114,19 +122,18 @@ def check_limiter(limiter: Any) -> None:
     )
 
 
+def combine(node: _projected.Projected, weights: jax.Array) -> jax.Array:
+  """Returns P C, a whole leaf, for weights C of P's columns."""
+  basis = _linalg.widen(node.basis)
+  return node.layout.unproject(basis, weights, node.sharding)
+
+
 def lift(
-  node: _projected.Projected, coords: jax.Array, dtype: Any = None
+  node: _projected.Projected, coords: jax.Array, basis: jax.Array
 ) -> jax.Array:
-  """Returns P C for coordinates C, computed in `dtype` or float32."""
-  dtype = _wide(node.basis) if dtype is None else dtype
-  basis = node.basis.astype(dtype)
-  return node.layout.unproject(basis, coords.astype(dtype), node.sharding)
-
-
-def lift_old(node: _projected.Projected, coords: jax.Array) -> jax.Array:
-  """Returns P_o C, P_o the basis before it moved."""
-  basis = _linalg.widen(node.old_basis)
-  return node.layout.unproject(basis, coords, node.sharding)
+  """Returns P (P^T P)^-1 C: the matrix in P's span with coordinates C."""
+  weights = _as_sum(node, coords, basis)
+  return node.layout.unproject(basis, weights, node.sharding)
 
 
 def moved(node: _projected.Projected, f: Callable, x: jax.Array) -> jax.Array:
@@ -134,7 +141,3 @@ def moved(node: _projected.Projected, f: Callable, x: jax.Array) -> jax.Array:
   if node.before is None:
     return x
   return lax.cond(jnp.any(node.before.moved), f, lambda x: x, x)
-
-
-def _wide(x: jax.Array) -> Any:
-  return jnp.promote_types(x.dtype, jnp.float32)

@@ -92,7 +92,7 @@ def fira(
     factor, last = _base.limit_growth(raw * norm, last, limiter)
     phi = phi * layout.along_columns(factor)
     coords = scale * n - share * layout.columns_to_coords(phi) * inside
-    return _base.lift(node, coords) + layout.columns_to_leaf(phi) * g, last
+    return _base.combine(node, coords) + layout.columns_to_leaf(phi) * g, last
 
   return _base.Residual('fira', update, _base.norms_at_init)
 

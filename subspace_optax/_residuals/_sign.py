@@ -27,11 +27,15 @@ from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax._residuals import _base
 
+# Rounding in units of the gradient's precision and a column's length.
+_EPS = 4.0
+
 
 def sign(strength: Any = 1.0) -> _base.Residual:
   """Adds the signs of the residual, for which nothing is remembered.
 
-  Costs one more product with the basis, 2mnr FLOPs.
+  Costs one more product with the basis, 2mnr FLOPs. Elements that are no more
+  than their column's rounding have no sign.
 
   Args:
     strength: c, step of the residual's elements over the learning rate; not
@@ -58,8 +62,12 @@ def sign(strength: Any = 1.0) -> _base.Residual:
   def update(node: _projected.Projected, scale: Any, count: Any, state: Any):
     del count
     g = _linalg.widen(node.gradient)
-    outside = g - _base.lift(node, _base.inside(node))
-    kept = _base.lift(node, scale * _linalg.widen(node.direction))
+    outside = g - _base.combine(node, _base.inside(node))
+    # Nothing but rounding is left of what the subspace holds.
+    eps = _EPS * jnp.finfo(node.gradient.dtype).eps
+    size = node.layout.columns_to_leaf(jnp.sqrt(node.layout.columns(g * g)))
+    outside = jnp.where(jnp.abs(outside) > eps * size, outside, 0.0)
+    kept = _base.combine(node, scale * _linalg.widen(node.direction))
     return kept + strength * jnp.sign(outside), state
 
   return _base.Residual('sign', update)
