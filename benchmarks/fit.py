@@ -1,5 +1,6 @@
 """Training runs of the quality benchmark: one program for many runs."""
 
+from collections.abc import Hashable
 import functools
 import math
 import time
@@ -101,7 +102,7 @@ class Trainer:
     s, factor = self.settings, shape(self.settings.steps)
     schedule = lambda count: lr * factor(count)
     rest = lambda count: s.lr_rest * factor(count)
-    parts = {
+    parts: dict[Hashable, optax.GradientTransformation] = {
       'matrices': self.method.make(
         schedule, self.setup.rank, s.update_proj_gap, 0
       ),

@@ -68,11 +68,12 @@ class Projected:
   basis: jax.Array
   before: Move | None
   after: Move | None
-  gradient: jax.Array | None
-  old_basis: jax.Array | None
-  old_mean: jax.Array | None
-  mean: jax.Array | None
-  direction: jax.Array | None
+  # Arrays, or None where a step has no need of them.
+  gradient: Any
+  old_basis: Any
+  old_mean: Any
+  mean: Any
+  direction: Any
   layout: _layout.Layout = dataclasses.field(metadata={'static': True})
   orthonormal: bool = dataclasses.field(metadata={'static': True})
   dtype: Any = dataclasses.field(metadata={'static': True})

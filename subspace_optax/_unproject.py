@@ -13,6 +13,8 @@
 # limitations under the License.
 """From directions back to updates of whole leaves."""
 
+from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -94,14 +96,14 @@ def unproject_any(
       1, exclude=None, only_if_smaller=False, allow_empty=True
     )
   _spec.check_spec(spec)
-  has_state = residual is not None and residual.init is not None
+  make_state = residual.init if residual is not None else None
 
   def init(params):
-    if not has_state:
+    if make_state is None:
       return optax.EmptyState()
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
-    leaves = [_init(residual, spec, match) for match in matches]
+    leaves = [_init(make_state, spec, match) for match in matches]
     state = ResidualState(jnp.zeros((), jnp.int32), treedef.unflatten(leaves))
     return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
@@ -111,7 +113,7 @@ def unproject_any(
     _check_directed(pairs, residual is not None, allow_empty)
     like = pairs if params is None else _tree.flatten(params)[0]
     count, own = 0, [(path, None) for path, _ in pairs]
-    if has_state:
+    if make_state is not None:
       count, own = state.count, _tree.flatten(state.residual)[0]
     entries, new = [], []
     for (path, entry), (_, reference), (_, last) in zip(
@@ -126,21 +128,21 @@ def unproject_any(
           entry = entry.astype(reference.dtype)
       entries.append(entry)
       new.append(last)
-    if has_state:
-      count = optax.safe_increment(count)
-      state = ResidualState(count, treedef.unflatten(new))
+    if make_state is not None:
+      count = optax.safe_increment(state.count)
+      state = state._replace(count=count, residual=treedef.unflatten(new))
     return _tree.replace_entries(updates, entries), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _init(
-  residual: _base.Residual, spec: _spec.SubspaceSpec, match: Any
+  make_state: Callable[..., jax.Array], spec: _spec.SubspaceSpec, match: Any
 ) -> Any:
   if match is None or match.layout is None:
     return optax.MaskedNode()
   dtype = spec.moment_dtype or match.leaf.dtype
-  return residual.init(match.layout, match.leaf, dtype)
+  return make_state(match.layout, match.leaf, dtype)
 
 
 def _check_state(
@@ -149,7 +151,7 @@ def _check_state(
   """Raises unless `init` made the state that a leaf needs."""
   if residual.init is None:
     return
-  make = lambda g: residual.init(node.layout, g, node.dtype)
+  make = functools.partial(residual.init, node.layout, dtype=node.dtype)
   shape = jax.eval_shape(make, node.gradient).shape
   found = None if _tree.is_masked(state) else state.shape
   if shape != found:

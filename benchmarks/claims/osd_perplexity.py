@@ -71,8 +71,8 @@ def run() -> claim.Claim:
       '(34.88 for 60M after as many steps), on another pipeline.',
       f'Small: width {width}, {s.layers} layers, bytes, {s.steps} steps, '
       f'{SEEDS} seeds, the better of the rates {RATES} for each, which '
-      'is a short grid; the rate of the bases is not tuned. A run so short says '
-      'little about bases that learn slowly.',
+      'is a short grid; the rate of the bases is not tuned. A run so short '
+      'says little about bases that learn slowly.',
     ),
     caption='Validation perplexity per byte, a point for every seed.',
     data={'found': found},

@@ -48,7 +48,7 @@ class Residual(NamedTuple):
 
   name: str
   update: Callable[..., tuple[jax.Array, Any]]
-  init: Callable[[_layout.Layout, Any, Any], jax.Array] | None = None
+  init: Callable[..., jax.Array] | None = None
   feedback: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
