@@ -15,13 +15,13 @@ import matplotlib.pyplot as plt
 MIB = 2**20
 
 NOTES = """
-Loss is that of held-out text in nats per byte, the mean of all seeds at the best
-learning rate. That rate is chosen by seed 0 on the same text, alike for all; the
-seeds change weights and data, not the seed of random bases. Only the rate of the
-matrices is tuned: the rest is Adam's at one untuned rate, betas are defaults, and
-nothing decays. `lora` trains factors beside frozen random matrices. Runs are short,
-and the constants of the `subspace_` recipes were found on the first corpus: this
-ranks nothing but itself.
+Loss is that of held-out text in nats per byte, the mean of all seeds at the
+best learning rate. That rate is chosen by seed 0 on the same text, alike for
+all; the seeds change weights and data, not the seed of random bases. Only the
+rate of the matrices is tuned: the rest is Adam's at one untuned rate, betas are
+defaults, and nothing decays. `lora` trains factors beside frozen random
+matrices. Runs are short, and the constants of the `subspace_` recipes were
+found on the first corpus: this ranks nothing but itself.
 """
 
 
