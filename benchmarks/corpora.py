@@ -16,7 +16,6 @@ from rich import progress
 
 import data
 
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MOST = 8_000_000  # bytes of a corpus, of whole files
 
 
@@ -26,8 +25,11 @@ def without_docstrings(source: bytes) -> bytes:
     warnings.simplefilter('ignore')
     tree = ast.parse(source)
   for node in ast.walk(tree):
-    if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
-      node.body = node.body[1:] or [ast.Pass()]
+    body = getattr(node, 'body', None)
+    if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+      value = body[0].value
+      if isinstance(value, ast.Constant) and isinstance(value.value, str):
+        body[:] = body[1:] or [ast.Pass()]
   return ast.unparse(tree).encode() + b'\n\n'
 
 
