@@ -14,6 +14,7 @@ benchmarks/results/quality.json, .md and .png. Larger: --model llama_60m --steps
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +28,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent / 'examples'))
 
+import jax  # noqa: E402
 from rich import progress  # noqa: E402
 import tyro  # noqa: E402
 
@@ -183,23 +185,38 @@ class Search:
 
 
 def finish(args: Args, task: Task) -> str:
-  """One task, in a process of its own."""
-  return Search(args, task).finish()
+  """One task, in a process that takes many."""
+  line = Search(args, task).finish()
+  jax.clear_caches()  # compiled programs are not given back otherwise
+  return line
+
+
+def take_core(numbers: Any) -> None:
+  """Gives a worker one core, before jax starts its threads.
+
+  Products are small, so that more threads gain nothing; and on two of them a
+  LAPACK call in a loop was seen to wait for ever.
+  """
+  if hasattr(os, 'sched_setaffinity'):  # Linux
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {allowed[numbers.get() % len(allowed)]})
 
 
 def run_all(args: Args) -> None:
   """Finishes all tasks, `workers` at a time."""
   todo = list(tasks(args))
-  if args.workers > 1:  # a core each: their products are small
-    flag = ' --xla_cpu_multi_thread_eigen=false'
-    os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + flag
   for name in args.corpora:  # before the workers would both read it
     corpora.load(name, pathlib.Path(args.cache))
-  # A new process now and then: compiled programs are not given back.
-  spawn = multiprocessing.get_context('spawn')
   one = functools.partial(finish, args)
-  with spawn.Pool(args.workers, maxtasksperchild=4) as pool:
-    lines = pool.imap_unordered(one, todo)
+  with contextlib.ExitStack() as stack:
+    lines = map(one, todo)
+    if args.workers > 1:
+      spawn = multiprocessing.get_context('spawn')
+      numbers = spawn.Queue()
+      for i in range(args.workers):
+        numbers.put(i)
+      pool = spawn.Pool(args.workers, take_core, (numbers,))
+      lines = stack.enter_context(pool).imap_unordered(one, todo)
     for line in progress.track(lines, 'Searches', total=len(todo)):
       print(line)
 

@@ -12,6 +12,7 @@ import optax
 
 import cases
 from subspace_optax import _project
+from subspace_optax import _unproject
 
 
 def project_state(state: Any) -> Any:
@@ -21,6 +22,12 @@ def project_state(state: Any) -> Any:
   found = [leaf for leaf in leaves if is_it(leaf)]
   assert len(found) == 1, f'{len(found)} states of `project`'
   return found[0]
+
+
+def residual_state(state: Any) -> list[Any]:
+  """Returns the states of `unproject` in an optimizer's state."""
+  is_it = lambda x: isinstance(x, _unproject.ResidualState)
+  return [x for x in jax.tree.leaves(state, is_leaf=is_it) if is_it(x)]
 
 
 def bases(state: Any) -> dict[str, Any]:

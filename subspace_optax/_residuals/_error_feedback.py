@@ -79,8 +79,8 @@ def error_feedback(b1: float = 0.9) -> _base.Residual:
     g = _linalg.widen(node.gradient)
     error = g - _base.combine(node, _base.inside(node))
     if traced or b1 > 0:
-      weight = b1 / (1.0 - b1)
-      error = _base.moved(node, lambda e: e + weight * _lost(node), error)
+      back = lambda e: e + (b1 / (1.0 - b1) * _lost(node)).astype(e.dtype)
+      error = _base.moved(node, back, error)
     error = error.astype(last.dtype)  # which may overflow
     finite = jnp.isfinite(node.layout.energy(error))
     error = jnp.where(node.layout.along_leaf(finite), error, last)
