@@ -114,7 +114,11 @@ def like(x: jax.Array, reference: jax.Array) -> jax.Array:
 
 def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
   """Returns zeros of a shape and dtype and, if explicit, sharding."""
-  x = jnp.zeros(shape.shape, shape.dtype)
+  return move(jnp.zeros(shape.shape, shape.dtype), shape)
+
+
+def move(x: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+  """Returns `x` with the sharding of a shape, if that is explicit."""
   sharding = shape.sharding
   if not isinstance(sharding, NamedSharding) or not sharding.mesh.explicit_axes:
     return x

@@ -17,6 +17,7 @@ Zhang et al., `Breaking the Frozen Subspace: Importance Sampling for Low-Rank
 Optimization in LLM Pretraining <https://arxiv.org/abs/2502.05790>`_, 2025.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -101,14 +102,16 @@ def importance_svd(
 def _by_svd(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
   """Returns the left singular vectors and their values, the largest first."""
   del matrix
-  u, s, _ = jnp.linalg.svd(g, full_matrices=False)
+  svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+  u, s, _ = _linalg.each(svd, g)
   return u, s
 
 
 def _by_eigh(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
   """The same from G G^T."""
   g *= jax.lax.rsqrt(matrix.energy)[..., None, None]
-  squares, u = jnp.linalg.eigh(_linalg.matmul(g, jnp.swapaxes(g, -1, -2)))
+  gram = _linalg.matmul(g, jnp.swapaxes(g, -1, -2))
+  squares, u = _linalg.each(jnp.linalg.eigh, gram)
   values = jnp.sqrt(jnp.maximum(squares, 0.0))
   # What rounding makes of zero would be drawn, too, there being many of it.
   noise = _BLIND * jnp.max(values, axis=-1, keepdims=True)

@@ -129,7 +129,8 @@ def _exact(
   del basis, period
   layout = matrix.layout
   g = layout.to_matrix(_sharding.replicate(matrix.gradient))
-  u, _, vh = jnp.linalg.svd(g.astype(jnp.float32), full_matrices=False)
+  svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+  u, _, vh = _linalg.each(svd, g.astype(jnp.float32))
   vectors = u if layout.project_rows else jnp.swapaxes(vh, -1, -2)
   return layout.from_matrix(vectors[..., : layout.rank])
 
@@ -170,7 +171,7 @@ def _leading(
   """Returns r vectors of the leading eigenspace, and their values."""
   size, r = gram.shape[-1], layout.rank
   if size <= _EIGH_SIZE or 2 * r > size:
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = _linalg.each(jnp.linalg.eigh, gram)
     return vectors[..., ::-1][..., :r], values[..., ::-1][..., :r]
   # Plain matrices, whatever the axes of the leaf are.
   square = _layout.square(layout.batch_shape, size, r)
