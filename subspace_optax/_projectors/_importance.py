@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 
 from subspace_optax import _linalg
-from subspace_optax import _sharding
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _periodic
 
@@ -81,7 +80,7 @@ def importance_svd(
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
     del basis
     layout = matrix.layout
-    g = layout.to_matrix(_sharding.replicate(matrix.gradient))
+    g = _base.whole(matrix)
     g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
     vectors, values = vectors_of(g.astype(jnp.float32), matrix)
     noise = _linalg.gumbel(values.shape[-1], matrix.seed, period)

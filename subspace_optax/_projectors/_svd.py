@@ -128,7 +128,7 @@ def _exact(
   """U_r or V_r of the thin SVD."""
   del basis, period
   layout = matrix.layout
-  g = layout.to_matrix(_sharding.replicate(matrix.gradient))
+  g = _base.whole(matrix)
   svd = functools.partial(jnp.linalg.svd, full_matrices=False)
   u, _, vh = _linalg.each(svd, g.astype(jnp.float32))
   vectors = u if layout.project_rows else jnp.swapaxes(vh, -1, -2)
@@ -141,7 +141,7 @@ def _gram(
   """Eigenvectors of G G^T, or G times those of G^T G if that is smaller."""
   del basis
   layout = matrix.layout
-  g = layout.to_matrix(_sharding.replicate(matrix.gradient))
+  g = _base.whole(matrix)
   g = g.astype(jnp.float32) * lax.rsqrt(matrix.energy)[..., None, None]
   g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
   gt = jnp.swapaxes(g, -1, -2)
