@@ -104,10 +104,8 @@ def test_subspace_iteration_finds_that_of_the_mean_gradient(name):
     _, state = update(_gradients(0), state)
   p = np.asarray(measure.bases(state)['up'], np.float64)
   g = np.asarray(_gradients(0)['up'], np.float64).mean(0)
-  u = np.linalg.svd(g)[0][..., :3]
-  np.testing.assert_allclose(
-    p @ np.swapaxes(p, 1, 2), u @ np.swapaxes(u, 1, 2), atol=1e-2
-  )
+  kept = np.linalg.norm(np.swapaxes(p, 1, 2) @ g, axis=(1, 2))
+  np.testing.assert_allclose(kept, np.linalg.norm(g, axis=(1, 2)), rtol=5e-3)
 
 
 @pytest.mark.parametrize('name', ['stiefel', 'gram'])

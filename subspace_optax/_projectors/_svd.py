@@ -222,7 +222,10 @@ def _iterate(rounds: int, matrix: _base.Matrix, p: jax.Array) -> jax.Array:
     # Scaled after each product, since G may be float16.
     coords = layout.project(g, p).astype(p.dtype) * layout.along_coords(scale)
     image = layout.back(g, coords).astype(p.dtype) * layout.along_basis(scale)
-    shift = _shift(layout.coords_energy(coords), layout.m, layout.rank)
+    kept = layout.coords_energy(coords)
+    if layout.axis_name is not None:  # of an energy larger than that of G
+      kept = jnp.ones_like(kept)
+    shift = _shift(kept, layout.m, layout.rank)
     image -= layout.along_basis(shift) * p
     last = k == rounds - 1
     p = _linalg.orthonormalize(
