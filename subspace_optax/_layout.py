@@ -208,6 +208,14 @@ class Layout:
     eq = f'{self._square_axes(0, 1)},{other}->{self.leaf_axes}'
     return _sharding.einsum(eq, square, leaf)
 
+  def split_long_side(self, leaf: jax.Array) -> jax.Array:
+    """Returns a leaf whose short side every device has, where explicit.
+
+    Its Gram matrix is then a sum of the devices' own.
+    """
+    long = self.free if self._short == self.projected else self.projected
+    return _sharding.regroup(leaf, self._short, long)
+
   @property
   def _short(self) -> tuple[int, ...]:
     return self.projected if self.m <= self.n else self.free

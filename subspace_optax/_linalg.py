@@ -283,6 +283,8 @@ def newton_schulz(
     Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024
   """
   a, b, c = _QUINTIC
+  original = x
+  x = layout.split_long_side(x)
   largest = layout.largest(x)  # the squares of what is left can't overflow
   x = x / layout.along_leaf(jnp.where(largest > 0, largest, 1.0))
   norm = jnp.maximum(jnp.sqrt(layout.energy(x)), 1.0)
@@ -292,7 +294,8 @@ def newton_schulz(
     poly = b * gram + c * layout.multiply_grams(gram, gram)
     return _sharding.like(a * x + layout.mix_leaf(poly, x), x)
 
-  return lax.fori_loop(0, steps, step, x / layout.along_leaf(norm))
+  x = lax.fori_loop(0, steps, step, x / layout.along_leaf(norm))
+  return _sharding.like(x, original)
 
 
 def orthogonality_error(gram: jax.Array) -> jax.Array:

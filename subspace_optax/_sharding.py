@@ -113,6 +113,33 @@ def like(x: jax.Array, reference: jax.Array) -> jax.Array:
   return jax.reshard(x, jax.typeof(reference).sharding)
 
 
+def regroup(
+  x: jax.Array, whole: tuple[int, ...], split: tuple[int, ...]
+) -> jax.Array:
+  """Returns `x` with no axis of `whole` split, where explicit.
+
+  Their mesh axes go to the first axis of `split` that they divide.
+  """
+  spec = _explicit_spec(x)
+  if spec is None:
+    return x
+  sharding = jax.typeof(x).sharding
+  names = list(map(_names, spec))
+  for axis in whole:
+    moving, names[axis] = names[axis], ()
+    for name in moving:
+      size = sharding.mesh.shape
+      fits = [
+        i
+        for i in split
+        if x.shape[i] % math.prod(size[k] for k in (*names[i], name)) == 0
+      ]
+      if fits:
+        names[fits[0]] = (*names[fits[0]], name)
+  spec = PartitionSpec(*map(_entry, names))
+  return jax.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
 def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
   """Returns zeros of a shape and dtype and, if explicit, sharding."""
   return move(jnp.zeros(shape.shape, shape.dtype), shape)
