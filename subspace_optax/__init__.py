@@ -17,6 +17,9 @@ from subspace_optax import projectors as projectors
 from subspace_optax import residuals as residuals
 from subspace_optax._describe import describe as describe
 from subspace_optax._in_subspace import in_subspace as in_subspace
+from subspace_optax._maxtext import (
+  dimension_numbers_from_paths as dimension_numbers_from_paths,
+)
 from subspace_optax._memory import MemoryReport as MemoryReport
 from subspace_optax._memory import memory_report as memory_report
 from subspace_optax._metrics import subspace_metrics as subspace_metrics
