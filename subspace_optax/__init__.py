@@ -28,6 +28,7 @@ from subspace_optax._projected import Projected as Projected
 from subspace_optax._resize import resize_rank as resize_rank
 from subspace_optax._spec import DimensionNumbers as DimensionNumbers
 from subspace_optax._spec import SubspaceSpec as SubspaceSpec
+from subspace_optax._state_sharding import state_sharding as state_sharding
 from subspace_optax._subspace import subspace as subspace
 from subspace_optax._theory import TheoremParameters as TheoremParameters
 from subspace_optax._theory import theorem_parameters as theorem_parameters
