@@ -1,13 +1,13 @@
 """A linen model on a mesh, its layers stacked along axis 1 as in MaxText."""
 
 from flax import linen as nn
-from flax.training import train_state
+from flax.training.train_state import TrainState
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import nnx_mesh
 
+import nnx_mesh
 import subspace_optax as so
 
 
@@ -38,36 +38,39 @@ class Model(nn.Module):
     return stack(name='layers')(x)[0]
 
 
-def main(steps: int = 60) -> tuple[float, float]:
-  mesh = nnx_mesh.make_mesh()
-  keys = jax.random.split(jax.random.key(0), 3)
-  x = jax.random.normal(keys[0], (256, 32))
-  y = jnp.sin(x @ jax.random.normal(keys[1], (32, 32)))
-  x, y = jax.device_put((x, y), NamedSharding(mesh, P('fsdp')))
-  model = Model(layers=2)
+def make_state(mesh: jax.sharding.Mesh, x: jax.Array) -> TrainState:
+  """Parameters and optimizer state, made where they belong."""
+  model, key = Model(layers=2), jax.random.key(0)
   spec = so.SubspaceSpec(
     8, weight_dimension_numbers=so.dimension_numbers_from_paths
   )
   tx = so.online_subspace_descent(2e-2, spec=spec)
+  init = lambda key: model.init(key, x)['params']
+  places = nn.get_sharding(jax.eval_shape(init, key), mesh)
+  params = jax.jit(lambda k: nn.unbox(init(k)), out_shardings=places)(key)
+  init_tx = jax.jit(tx.init, out_shardings=so.state_sharding(tx, params))
+  count = jax.device_put(0, NamedSharding(mesh, P()))
+  return TrainState(count, model.apply, params, tx, init_tx(params))
 
-  def init(key):
-    return nn.unbox(model.init(key, x)['params'])
 
-  @jax.jit
-  def step(state):
-    loss = lambda p: jnp.mean((state.apply_fn({'params': p}, x) - y) ** 2)
-    value, gradient = jax.value_and_grad(loss)(state.params)
-    return state.apply_gradients(grads=gradient), value
+@jax.jit
+def step(state: TrainState, x: jax.Array, y: jax.Array):
+  loss = lambda p: jnp.mean((state.apply_fn({'params': p}, x) - y) ** 2)
+  value, gradient = jax.value_and_grad(loss)(state.params)
+  return state.apply_gradients(grads=gradient), value
 
+
+def main(steps: int = 60) -> tuple[float, float]:
+  mesh = nnx_mesh.make_mesh()
+  keys = jax.random.split(jax.random.key(1))
+  x = jax.random.normal(keys[0], (256, 32))
+  y = jnp.sin(x @ jax.random.normal(keys[1], (32, 32)))
+  x, y = jax.device_put((x, y), NamedSharding(mesh, P('fsdp')))
+  losses = []
   with jax.set_mesh(mesh):
-    boxed = jax.eval_shape(lambda key: model.init(key, x)['params'], keys[2])
-    params = jax.jit(init, out_shardings=nn.get_sharding(boxed, mesh))(keys[2])
-    state = train_state.TrainState.create(
-      apply_fn=model.apply, params=params, tx=tx
-    )
-    losses = []
+    state = make_state(mesh, x)
     for _ in range(steps):
-      state, value = step(state)
+      state, value = step(state, x, y)
       losses.append(float(value))
   print(f'loss {losses[0]:.4f} -> {losses[-1]:.4f} on {dict(mesh.shape)}')
   return losses[0], losses[-1]

@@ -1,12 +1,12 @@
 """The examples of nnx and linen on a mesh: placement and compilations."""
 
 import contextlib
+import functools
 
 from flax import nnx
 import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
-import optax
 import pytest
 
 import linen_mesh
@@ -39,30 +39,32 @@ def _spec(x):
 # Of `up` the rows are projected, of `down` the columns: both are `fsdp`. The
 # rank takes what is left.
 BASES = {
-  'up': P(None, 'fsdp', 'tensor'),
-  'down': P(None, 'fsdp', 'tensor'),
+  'blocks/down/kernel': P(None, 'fsdp', 'tensor'),
+  'blocks/up/kernel': P(None, 'fsdp', 'tensor'),
 }
 COORDS = {
-  'up': P(None, 'fsdp', 'tensor'),
-  'down': P(None, 'tensor', 'fsdp'),
+  'blocks/down/kernel': P(None, 'tensor', 'fsdp'),
+  'blocks/up/kernel': P(None, 'fsdp', 'tensor'),
 }
 
 
-def _check_placed(state):
+def _check_placed(state, bases, coords):
   """Checks the shardings of bases and of the moments of coordinates."""
-  state = nnx.as_pure(state)
   project, in_subspace = state[0][0], state[0][1]
   adam = project.projector.optimizer[0]
-  for name in ('up', 'down'):
-    leaf = lambda tree, name=name: tree['blocks'][name]['kernel']
-    for basis in (project.subspaces.basis, adam.mu, adam.nu):
-      assert leaf(basis).shape == (2, 32, 8)
-      assert _spec(leaf(basis)) == BASES[name]
-    for moment in (in_subspace.inner.mu, in_subspace.inner.nu):
-      assert _spec(leaf(moment)) == COORDS[name]
+  for basis in (project.subspaces.basis, adam.mu, adam.nu):
+    assert _specs(basis) == bases
+  for moment in (in_subspace.inner.mu, in_subspace.inner.nu):
+    assert _specs(moment) == coords
   for x in jax.tree.leaves(state):
     device = x.addressable_shards[0].data.nbytes
     assert x.ndim < 3 or device * 4 == x.nbytes
+
+
+def _specs(tree):
+  pairs = jax.tree.leaves_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+  return {name(path): _spec(x) for path, x in pairs}
 
 
 @pytest.fixture
@@ -84,16 +86,43 @@ def trained():
 def test_nnx_optimizer_is_sharded_and_compiled_once(trained):
   model, optimizer, step = trained
   assert model.blocks.up.kernel[...].sharding.spec == P(None, 'fsdp', 'tensor')
-  _check_placed(optimizer.opt_state)
+  _check_placed(nnx.as_pure(optimizer.opt_state), BASES, COORDS)
   with _compilations() as first:
     jax.block_until_ready(step())
   with _compilations() as later:
     for _ in range(3):
       jax.block_until_ready(step())
   assert first and not later
-  _check_placed(optimizer.opt_state)
+  _check_placed(nnx.as_pure(optimizer.opt_state), BASES, COORDS)
   assert _spec(model.blocks.up.kernel[...]) == P(None, 'fsdp', 'tensor')
   assert _spec(model.blocks.down.kernel[...]) == P(None, 'tensor', 'fsdp')
+
+
+# The layers are along axis 1.
+LINEN_BASES = {
+  'layers/wi_0/kernel': P('fsdp', None, 'tensor'),
+  'layers/wo/kernel': P(None, 'fsdp', 'tensor'),
+}
+LINEN_COORDS = {
+  'layers/wi_0/kernel': P('fsdp', None, 'tensor'),
+  'layers/wo/kernel': P('tensor', None, 'fsdp'),
+}
+
+
+def test_linen_train_state_is_sharded_and_compiled_once():
+  mesh = nnx_mesh.make_mesh()
+  with jax.set_mesh(mesh):
+    x = jax.random.normal(jax.random.key(1), (16, 32))
+    x = jax.device_put(x, jax.NamedSharding(mesh, P('fsdp')))
+    state = linen_mesh.make_state(mesh, x)
+    params = _specs(state.params)
+    assert params['layers/wo/kernel'] == P('tensor', None, 'fsdp')
+    _check_placed(state.opt_state, LINEN_BASES, LINEN_COORDS)
+    for _ in range(3):
+      state, _ = linen_mesh.step(state, x, x)
+  assert linen_mesh.step._cache_size() == 1
+  _check_placed(state.opt_state, LINEN_BASES, LINEN_COORDS)
+  assert _specs(state.params) == params
 
 
 def test_resize_rank_of_an_nnx_optimizer(trained):
