@@ -1,5 +1,6 @@
 """States of another rank: what is kept, what is new, what is refused."""
 
+import contextlib
 import functools
 
 import jax
@@ -293,18 +294,17 @@ def test_on_a_mesh(kind, old_rank, new_rank):
     lambda x, y: jax.device_put(x, y.sharding), state, like
   )
   start = tx.init(placed)
-  got = so.resize_rank(tx, state_there, placed)
-  with jax.set_mesh(mesh):
-    again = so.resize_rank(tx, state_there, placed)
+  # With a mesh that is set, and without one.
+  auto = kind == AxisType.Auto
+  with jax.set_mesh(mesh) if auto else contextlib.nullcontext():
+    got = so.resize_rank(tx, state_there, placed)
   expected = so.resize_rank(tx, state, params)
   split = 0
-  for x, y, z, w in zip(
-    *map(jax.tree.leaves, (got, start, expected, again)), strict=True
+  for x, y, z in zip(
+    *map(jax.tree.leaves, (got, start, expected)), strict=True
   ):
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
-    assert w.sharding == x.sharding
     np.testing.assert_allclose(x, z, rtol=1e-5, atol=2e-6)
-    np.testing.assert_array_equal(x, w)
     split += x.ndim > 1 and x.sharding.spec[-1] is not None
   assert split  # some are split along the rank
 
