@@ -20,11 +20,15 @@ from subspace_optax._data_parallel import (
 )
 from subspace_optax._describe import describe as describe
 from subspace_optax._in_subspace import in_subspace as in_subspace
+from subspace_optax._maxtext import (
+  dimension_numbers_from_paths as dimension_numbers_from_paths,
+)
 from subspace_optax._memory import MemoryReport as MemoryReport
 from subspace_optax._memory import memory_report as memory_report
 from subspace_optax._metrics import subspace_metrics as subspace_metrics
 from subspace_optax._project import project as project
 from subspace_optax._projected import Projected as Projected
+from subspace_optax._resize import resize_rank as resize_rank
 from subspace_optax._spec import DimensionNumbers as DimensionNumbers
 from subspace_optax._spec import SubspaceSpec as SubspaceSpec
 from subspace_optax._state_sharding import state_sharding as state_sharding

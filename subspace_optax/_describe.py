@@ -39,7 +39,7 @@ def record(spec: _spec.SubspaceSpec, matches: Matches, projector: str) -> None:
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator[list]:
+def listening() -> Iterator[list]:
   records: list = []
   token = _records.set(records)
   try:
@@ -76,7 +76,7 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   """
   if isinstance(tx_or_spec, _spec.SubspaceSpec):
     return _table(tx_or_spec.match(params), tx_or_spec)
-  with _listening() as records:
+  with listening() as records:
     # A new function each time: a traced one would be served from jax's cache.
     jax.eval_shape(lambda p: tx_or_spec.init(p), params)
   if not records:

@@ -1,0 +1,140 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which axes are matrices in parameters laid out as MaxText's are.
+
+MaxText scans over its layers along axis 1 (`param_scan_axis`) and keeps heads
+as axes of their own, so that shapes alone do not tell a matrix's sides.
+"""
+
+import operator
+import re
+from typing import Any
+
+from subspace_optax import _spec
+from subspace_optax import _tree
+
+# Leaves that are no matrices, whatever their shapes, or vocabulary-sized.
+_EXCLUDE = _spec.DEFAULT_EXCLUDE + '|logits_dense|conv'
+
+# Axes of one layer's leaf: `i` of the rows, `o` of the columns, `b` counts
+# matrices. The first pattern that is found decides. `wi` has an axis of
+# activations if they are fused: with three axes the one in the middle may as
+# well be of layers, which count matrices, too.
+_KERNELS = (
+  (r'(^|/)(query|key|value|wq_b|wkv_b)/kernel$', ('ioo',)),
+  (r'(^|/)out/kernel$', ('iio',)),
+  (r'(^|/)qkv_proj/kernel$', ('iboo',)),
+  (r'(^|/)wi/kernel$', ('io', 'ibo')),
+  (r'(^|/)(wi|wi_\d+|wo)$', ('bio',)),  # experts have no `kernel` below them
+  (r'(^|/)kernel$', ('io',)),
+)
+
+
+def dimension_numbers_from_paths(
+  params: Any, *, scan_axis: int = 1, exclude: str | None = _EXCLUDE
+) -> Any:
+  """Returns the dimension numbers of parameters laid out as MaxText's are.
+
+  Meant for `weight_dimension_numbers` of a `SubspaceSpec`, or of `galore`;
+  with another axis, as `functools.partial(..., scan_axis=0)`. By the end of
+  its path a leaf is, L being there for layers that are scanned:
+
+  ========================================  ==============================
+  `query|key|value|wq_b|wkv_b/kernel`       (embed, L, heads, head_dim)
+  `out/kernel`                              (heads, L, head_dim, embed)
+  `qkv_proj/kernel`                         (embed, L, 3, heads, head_dim)
+  `wi/kernel`, activations fused            (embed, L, 2, mlp)
+  `wi`, `wi_0`, `wi_1`, `wo`, of experts    (experts, L, rows, columns)
+  any other `kernel`                        (rows, L, columns)
+  ========================================  ==============================
+
+  where layers, experts and what is fused count matrices. Everything else, such
+  as biases, stays plain.
+
+  Args:
+    params: the parameters, boxed or not; only paths and shapes are looked at.
+    scan_axis: where L stands.
+    exclude: regular expression of paths that stay plain: by default those of
+      embeddings, `logits_dense`, norms, biases and convolutions; None for
+      nothing.
+
+  Returns:
+    A tree of `DimensionNumbers`, None for leaves that stay plain.
+
+  Raises:
+    ValueError: a kernel with more or fewer axes than its name says; a negative
+      `scan_axis`, or one past a kernel's axes.
+    TypeError: `scan_axis` is no int.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> spec = so.SubspaceSpec(
+    ...   rank=4, weight_dimension_numbers=so.dimension_numbers_from_paths
+    ... )
+    >>> params = {'layers': {'query': {'kernel': jnp.ones((32, 3, 4, 16))}}}
+    >>> so.dimension_numbers_from_paths(params)['layers']['query']['kernel']
+    DimensionNumbers(reduction_axis=(0,), output_axis=(2, 3))
+    >>> print(so.describe(spec, params))
+    path                 shape        as matrices    rank  side  basis
+    layers/query/kernel  (32,3,4,16)  3 x (32 x 64)  4     rows  float32(32,3,4)
+  """
+  if isinstance(scan_axis, bool) or not hasattr(scan_axis, '__index__'):
+    raise TypeError(f'scan_axis must be an int, got {scan_axis!r}.')
+  if scan_axis < 0:
+    raise ValueError(f'scan_axis must not be negative, got {scan_axis}.')
+  pairs, treedef = _tree.flatten(params)
+  return treedef.unflatten(
+    [
+      None
+      if _tree.is_masked(leaf) or _stays_plain(path, exclude)
+      else _numbers(path, tuple(leaf.shape), operator.index(scan_axis))
+      for path, leaf in pairs
+    ]
+  )
+
+
+def _stays_plain(path: str, exclude: str | None) -> bool:
+  return exclude is not None and re.search(exclude, path) is not None
+
+
+def _numbers(
+  path: str, shape: tuple[int, ...], scan_axis: int
+) -> _spec.DimensionNumbers | None:
+  """Returns the dimension numbers of a leaf, None if it is no kernel."""
+  forms = _forms(path)
+  if not forms:
+    return None
+  for form in forms:
+    if len(shape) == len(form):
+      return _of_axes(form)
+    if len(shape) == len(form) + 1 and scan_axis <= len(form):
+      return _of_axes(form[:scan_axis] + 'b' + form[scan_axis:])
+  counts = ' or '.join(str(len(form)) for form in forms)
+  raise ValueError(
+    f'leaf {path!r} has shape {shape}, but by its name it has {counts} axes, '
+    f'and one more at scan_axis={scan_axis} for scanned layers; match it with '
+    '`exclude`, or give weight_dimension_numbers of your own.'
+  )
+
+
+def _forms(path: str) -> tuple[str, ...]:
+  for pattern, forms in _KERNELS:
+    if re.search(pattern, path):
+      return forms
+  return ()
+
+
+def _of_axes(axes: str) -> _spec.DimensionNumbers:
+  of = lambda name: tuple(i for i, c in enumerate(axes) if c == name)
+  return _spec.DimensionNumbers(of('i'), of('o'))
