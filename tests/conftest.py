@@ -5,6 +5,10 @@ import os
 # Tests must not depend on an accelerator, nor take one that is in use.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
+# Threads of XLA, whatever the number of cores: a collective keeps one until all
+# devices have come to it, and with too few they wait for ever.
+os.environ['NPROC'] = os.environ['PJRT_NPROC'] = '32'
+
 import hypothesis
 import jax
 import pytest
