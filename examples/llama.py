@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 _INIT = nnx.initializers.lecun_normal()
 _EMBED_INIT = nnx.initializers.normal(0.02)
@@ -32,6 +33,7 @@ class LlamaConfig:
     True  # one stack of kernels (layers, in, out) and one scan
   )
   remat: bool = False  # recompute each block in the backward pass
+  activations: PartitionSpec | None = None  # of (B, T, D) on the mesh in use
   rope_base: float = 10_000.0
   norm_epsilon: float = 1e-6
 
@@ -152,6 +154,13 @@ def stack(c: LlamaConfig, rngs: nnx.Rngs) -> Any:
   return nnx.vmap(lambda r: Block(c, r))(rngs.split(c.layers))
 
 
+def place(c: LlamaConfig, x_BxTxD):
+  """Keeps activations where they belong; left alone, they follow a kernel."""
+  if c.activations is None:
+    return x_BxTxD
+  return jax.lax.with_sharding_constraint(x_BxTxD, c.activations)
+
+
 class Llama(nnx.Module):
   """Tokens (B, T) to logits (B, T, V)."""
 
@@ -170,10 +179,10 @@ class Llama(nnx.Module):
     self.lm_head = linear(c, c.width, c.outputs or c.vocab, rngs)
 
   def __call__(self, tokens_BxT):
-    step = lambda x, block: (block(x), None)
+    step = lambda x, block: (place(self.config, block(x)), None)
     if self.config.remat:
       step = jax.checkpoint(step)
-    x_BxTxD = self.embed(tokens_BxT)
+    x_BxTxD = place(self.config, self.embed(tokens_BxT))
     if self.config.scan_layers:
       x_BxTxD, _ = jax.lax.scan(step, x_BxTxD, self.blocks)
     else:

@@ -14,6 +14,7 @@ import pytest
 
 import checkpoint
 import interrupt
+import mesh
 import pretrain
 import recipes
 import report
@@ -65,15 +66,10 @@ def finished(tiny, tmp_path_factory):
 def shapes(config):
   """(step, abstract state, abstract batch): a run without compiling it."""
   config = pretrain.for_optimizer(config, config.optimizer)
-  parts = {}
-
-  def build():
-    parts['loss'], parts['tx'], state = pretrain.build(config, 256)
-    return state
-
-  state = jax.eval_shape(build)
+  run = pretrain.plan(config, 256, mesh.make())
+  state = jax.eval_shape(run.init)
   batch = jax.ShapeDtypeStruct((2, 2, 17), jnp.int32)
-  return train_step.make_step(parts['loss'], parts['tx']), state, batch
+  return train_step.make_step(run.loss, run.tx), state, batch
 
 
 # --- A whole run -------------------------------------------------------------
