@@ -33,7 +33,9 @@ class LlamaConfig:
     True  # one stack of kernels (layers, in, out) and one scan
   )
   remat: bool = False  # recompute each block in the backward pass
-  activations: PartitionSpec | None = None  # of (B, T, D) on the mesh in use
+  # Where these live on the mesh in use, if there is one.
+  activations: PartitionSpec | None = None  # (B, T, D)
+  looked_up: PartitionSpec | None = None  # the embedding (V, D) as it is read
   rope_base: float = 10_000.0
   norm_epsilon: float = 1e-6
 
@@ -154,11 +156,9 @@ def stack(c: LlamaConfig, rngs: nnx.Rngs) -> Any:
   return nnx.vmap(lambda r: Block(c, r))(rngs.split(c.layers))
 
 
-def place(c: LlamaConfig, x_BxTxD):
-  """Keeps activations where they belong; left alone, they follow a kernel."""
-  if c.activations is None:
-    return x_BxTxD
-  return jax.lax.with_sharding_constraint(x_BxTxD, c.activations)
+def place(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+  """Says where `x` lives; left alone, activations follow some kernel."""
+  return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
 class Llama(nnx.Module):
@@ -179,11 +179,14 @@ class Llama(nnx.Module):
     self.lm_head = linear(c, c.width, c.outputs or c.vocab, rngs)
 
   def __call__(self, tokens_BxT):
-    step = lambda x, block: (place(self.config, block(x)), None)
-    if self.config.remat:
+    c = self.config
+    step = lambda x, block: (place(block(x), c.activations), None)
+    if c.remat:
       step = jax.checkpoint(step)
-    x_BxTxD = place(self.config, self.embed(tokens_BxT))
-    if self.config.scan_layers:
+    embedding_VxD = self.embed.embedding[...].astype(c.dtype)
+    x_BxTxD = place(embedding_VxD, c.looked_up)[tokens_BxT]
+    x_BxTxD = place(x_BxTxD, c.activations)
+    if c.scan_layers:
       x_BxTxD, _ = jax.lax.scan(step, x_BxTxD, self.blocks)
     else:
       for block in self.blocks:

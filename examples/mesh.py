@@ -151,9 +151,16 @@ def check_rows(mesh: Mesh, batch: int, accumulation: int):
 # --- Placements --------------------------------------------------------------
 
 
-def activations(mesh: Mesh) -> PartitionSpec | None:
-  """Of arrays of (rows, ...); None on one device."""
-  return PartitionSpec(_rows(mesh)) if mesh.size > 1 else None
+def constraints(mesh: Mesh) -> dict[str, PartitionSpec]:
+  """The fields of `llama.LlamaConfig` that say where values live."""
+  if mesh.size == 1:
+    return {}
+  vocabulary = 'tensor' if 'tensor' in mesh.shape else None
+  return {
+    'activations': PartitionSpec(_rows(mesh)),
+    # Cut along its width as well, it would draw the activations after it.
+    'looked_up': PartitionSpec(vocabulary),
+  }
 
 
 def _wanted(name: str, x: Any) -> tuple[str | None, ...]:

@@ -134,7 +134,7 @@ def plan(c: Config, vocab: int, devices: Mesh) -> Plan:
     param_dtype=c.param_dtype,
     scan_layers=c.scan_layers,
     remat=c.remat,
-    activations=mesh.activations(devices),
+    **mesh.constraints(devices),
   )
   tx = recipes.make(c)
   create = lambda: llama.Llama(model, nnx.Rngs(jax.random.key(c.seed)))
