@@ -190,7 +190,8 @@ def digest(params) -> str:
   """A hash of every bit of the parameters."""
   sha256 = hashlib.sha256()
   for x in jax.tree.leaves(params):
-    for part in x if x.ndim > 2 else [x]:  # layer by layer, to need less memory
+    layers = (x[i] for i in range(len(x))) if x.ndim > 2 else [x]
+    for part in layers:  # of which one is gathered at a time
       sha256.update(mesh.whole(part).tobytes())
   return sha256.hexdigest()
 
