@@ -17,8 +17,6 @@ and checkpoints/ in its folder. Ctrl-C saves and says how to go on.
 from collections.abc import Callable, Iterator
 import dataclasses
 import hashlib
-import itertools
-import json
 import math
 import pathlib
 import shlex
@@ -41,18 +39,14 @@ import llama
 import mesh
 import recipes
 import report
+import run_folder
 import settings
 from settings import MeshConfig as Config
 import subspace_optax as so
 import train_step
 import trigram
 
-# Fields that may differ between a run and its continuation.
-_FREE = """compare data out resume tensorboard log_every eval_every eval_batches
-    final_eval_batches save_every mesh coordinator processes process""".split()
-
-
-# --- The folder of a run -----------------------------------------------------
+# --- The configuration -------------------------------------------------------
 
 
 def resolve(c: Config) -> Config:
@@ -75,43 +69,6 @@ def for_optimizer(c: Config, name: str) -> Config:
   c = dataclasses.replace(c, optimizer=name, out=out, compare='')
   lr, lr_rest = recipes.rates(c)
   return dataclasses.replace(c, lr=lr, lr_rest=lr_rest)
-
-
-def is_taken(c: Config) -> bool:
-  """Whether `out` holds an earlier run."""
-  out = pathlib.Path(c.out)
-  if c.resume or not out.exists() or not any(out.iterdir()):
-    return False
-  if not [*out.glob('config.json'), *out.glob('*/config.json')]:
-    raise ValueError(f'out={c.out!r} is a folder of something else')
-  return True
-
-
-def make_room(c: Config):
-  """Moves an earlier run out of the way; nothing is ever overwritten."""
-  if not is_taken(c):
-    return
-  out = pathlib.Path(c.out)
-  names = (pathlib.Path(f'{out}.{i}') for i in itertools.count(1))
-  spare = next(path for path in names if not path.exists())
-  report.say(f'{out} is there already: moved to {spare}')
-  out.rename(spare)
-
-
-def check_same_run(c: Config, corpus: data.Corpus):
-  """Compares with the configuration that `out` was begun with, or saves it."""
-  path = pathlib.Path(c.out, 'config.json')
-  given = dataclasses.asdict(c) | {'sha256': corpus.sha256}
-  saved = json.loads(path.read_text()) if path.exists() else given
-  other = [k for k in given if k not in _FREE and saved.get(k) != given[k]]
-  if other:
-    show = lambda run: ', '.join(f'{k}={run.get(k)!r}' for k in other)
-    raise ValueError(
-      f'{show(given)}, but the run in out={c.out!r} has {show(saved)}'
-      + (f' (data={c.data!r} is another text)' if 'sha256' in other else '')
-      + '; to go on give these, or begin another run with another out'
-    )
-  report.write_json(path, given)
 
 
 # --- Training ----------------------------------------------------------------
@@ -150,7 +107,9 @@ def plan(c: Config, vocab: int, devices: Mesh) -> Plan:
     params = nnx.to_pure_dict(nnx.state(create()))
     return {'params': params, 'opt_state': tx.init(params)}
 
-  init = jax.jit(make, out_shardings=placed)
+  init = jax.jit(
+    make, out_shardings=placed, compiler_options=mesh.compiler_options()
+  )
   like = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     jax.eval_shape(make),
@@ -287,7 +246,7 @@ def bits_unit(corpus: data.Corpus) -> str:
 def train(c: Config, corpus: data.Corpus, bar: float | None = None) -> dict:
   """Runs one optimizer to the end and returns the summary of it."""
   out = pathlib.Path(c.out)
-  check_same_run(c, corpus)
+  run_folder.check_same_run(c, corpus.sha256)
   report.say(f'\n{c.optimizer}: {c.steps} steps of {c.batch} x {c.seq} tokens')
   devices = mesh.make(c.mesh)
   with jax.set_mesh(devices):
@@ -396,10 +355,10 @@ def main(c: Config) -> list[dict]:
   c = resolve(c)
   mesh.check_rows(mesh.make(c.mesh), c.batch, c.accumulation)
   corpus = load_corpus(c)
-  is_taken(c)  # raises in every process, or in none
+  run_folder.is_taken(c)  # raises in every process, or in none
   mesh.check_agree(f'{dataclasses.replace(c, process=0)}{corpus.sha256}')
   if mesh.is_first():
-    make_room(c)
+    run_folder.make_room(c)
   mesh.wait()
   if corpus.tokenizer:
     report.write_text(pathlib.Path(c.out, 'tokenizer.json'), corpus.tokenizer)

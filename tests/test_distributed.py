@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import jax
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -62,11 +64,14 @@ pretrain.main(config)
 
 @pytest.fixture(scope='module', autouse=True)
 def compiled(tmp_path_factory):
-  """What one run of this file has compiled, the next one reads."""
+  """Programs compiled fast; and what one run has compiled, the next reads."""
   before = jax.config.jax_compilation_cache_dir
   folder = tmp_path_factory.mktemp('compiled')
   jax.config.update('jax_compilation_cache_dir', str(folder))
-  yield folder
+  options = mesh.compiler_options() | {'xla_backend_optimization_level': 0}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mesh, 'compiler_options', lambda: options)
+    yield folder
   jax.config.update('jax_compilation_cache_dir', before)
 
 
@@ -257,8 +262,78 @@ def test_killed_in_mid_run_and_in_mid_save(config, compiled, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('text', ['data=2,fsdp=-1', 'fsdp=2,tensor=2'])
-def test_four_devices_have_the_losses_of_one(config, alone, tmp_path, text):
-  four = in_folder(config, tmp_path / 'run', mesh=text, accumulation=1)
+def test_four_devices_have_the_losses_of_one(config, alone, tmp_path):
+  four = in_folder(config, tmp_path / 'run', mesh='data=2,fsdp=-1')
   pretrain.main(four)
   np.testing.assert_allclose(losses(four), alone, rtol=1e-5)
+
+
+def sharding(text, optimizer='online_subspace_descent'):
+  """The plan of a run on a mesh of four devices, by path."""
+  config = pretrain.Config(model='llama_test', optimizer=optimizer, rank=4)
+  run = pretrain.plan(config, 256, mesh.make(text))
+  return checkpoint.by_name(run.like)
+
+
+def test_parameters_and_state_are_cut_as_in_megatron():
+  found = sharding('fsdp=2,tensor=2')
+  spec = lambda name: found[name].sharding.spec
+  layers = 'params.blocks.attention.'
+  assert spec(layers + 'wq.kernel') == P(None, 'fsdp', 'tensor')
+  assert spec(layers + 'wo.kernel') == P(None, 'tensor', 'fsdp')
+  assert spec('params.embed.embedding') == P('tensor', 'fsdp')
+  assert spec('params.lm_head.kernel') == P('fsdp', 'tensor')
+  assert spec('params.final_norm.scale') == P()
+
+
+@pytest.mark.parametrize('text', ['fsdp=4', 'fsdp=2,tensor=2'])
+def test_bytes_on_a_device_fall_with_the_mesh(text):
+  part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  found = sharding(text).values()
+  total = sum(x.size * x.dtype.itemsize for x in found)
+  assert sum(map(part, found)) < 1.2 * total / 4
+
+
+def test_what_does_not_divide_is_not_cut_and_said_in_one_line(capsys):
+  found = sharding('tensor=3')
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith('not divisible, so not cut: blocks/attention/')
+  assert 'lm_head/kernel (tensor=3 of 256)' in line
+  assert all(x.sharding.spec == P() for x in found.values())
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('pipeline=2', "mesh='pipeline=2': expected sizes of some of"),
+    ('fsdp=2,fsdp=2', 'expected sizes of some of'),
+    ('fsdp', 'expected sizes of some of'),
+    ('fsdp=x', 'expected sizes of some of'),
+    ('fsdp=0', 'one size may be -1'),
+    ('fsdp=-1,data=-1', 'one size may be -1'),
+    ('data=3,fsdp=-1', 'the others must divide the 4 devices'),
+    ('data=4,fsdp=2', "mesh='data=4,fsdp=2' has 8 devices, but 4 are here"),
+  ],
+)
+def test_bad_meshes(text, message):
+  with pytest.raises(ValueError, match=message):
+    mesh.make(text)
+
+
+def test_rows_that_do_not_divide(config):
+  bad = dataclasses.replace(config, mesh='fsdp=4', accumulation=2)
+  with pytest.raises(ValueError, match='batch=4: its 2 microbatches of 2 rows'):
+    pretrain.main(bad)
+
+
+@pytest.mark.parametrize(
+  ('coordinator', 'processes', 'process', 'message'),
+  [
+    ('', 2, 0, "coordinator='', processes=2: give both"),
+    ('host:1', 1, 0, "coordinator='host:1', processes=1: give both"),
+    ('host:1', 2, 2, 'process=2, processes=2: expected a process from 0'),
+  ],
+)
+def test_bad_process_flags(coordinator, processes, process, message):
+  with pytest.raises(ValueError, match=message):
+    mesh.join(coordinator, processes, process)
