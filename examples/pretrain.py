@@ -176,10 +176,10 @@ def batches(
     yield mesh.batch(devices, (*rows, c.seq + 1), 1, read)
 
 
-def compiled(run: Plan, example: jax.Array):
+def compiled(run: Plan, devices: Mesh, example: jax.Array):
   """The step for these shapes only: it can't compile a second time."""
   placed = mesh.shardings(run.like)
-  everywhere = NamedSharding(example.sharding.mesh, PartitionSpec())
+  everywhere = NamedSharding(devices, PartitionSpec())
   program = jax.jit(
     train_step.make_step(run.loss, run.tx, placed['params']),
     donate_argnums=0,
@@ -199,7 +199,7 @@ def run_steps(c: Config, corpus: data.Corpus, parts, saved, start: int, state):
   due = lambda every: done % every == 0 or done == c.steps
   read = lambda first: batches(c, corpus, first, devices)
   with log, line, interrupt.Stop() as stop:
-    step = compiled(run, next(read(0)))
+    step = compiled(run, devices, next(read(0)))
     meter = report.Meter(start)
     for done, batch in enumerate(read(start), start + 1):
       state, metrics = step(state, batch)
@@ -223,7 +223,7 @@ def run_steps(c: Config, corpus: data.Corpus, parts, saved, start: int, state):
   return done, state, meter.mean, stopped
 
 
-def leave(c: Config, step: int, number: int):
+def leave(c: settings.Config, step: int, number: int):
   """Ends a run that was asked to stop; its checkpoint is written by now."""
   words = [word for word in sys.argv if word != '--resume']
   report.say(
