@@ -30,8 +30,8 @@ from rich import progress  # noqa: E402
 import tyro  # noqa: E402
 
 import machine  # noqa: E402
+import mesh  # noqa: E402
 import pretrain  # noqa: E402
-import settings  # noqa: E402
 import subspace_optax as so  # noqa: E402
 from subspace_optax import projectors  # noqa: E402
 
@@ -43,9 +43,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 class Args:
   """What is measured; see the module."""
 
-  optimizer: str = settings.Config.optimizer  # that trains
-  rank: int = settings.Config.rank
-  steps: int = settings.Config.steps
+  optimizer: str = pretrain.Config.optimizer  # that trains
+  rank: int = pretrain.Config.rank
+  steps: int = pretrain.Config.steps
   update_proj_gap: int = 50
   best_every: int = 5  # steps between SVDs of everything
   warm_up: int = 50  # steps that the table leaves out
@@ -110,7 +110,7 @@ def best(spec: so.SubspaceSpec, gradient: Any) -> jax.Array:
 def run(args: Args) -> dict:
   """Trains; returns the mean share of each projector at each step."""
   config = pretrain.resolve(
-    settings.Config(optimizer=args.optimizer, rank=args.rank, steps=args.steps)
+    pretrain.Config(optimizer=args.optimizer, rank=args.rank, steps=args.steps)
   )
   corpus = pretrain.load_corpus(config)
   loss, tx, state = pretrain.build(config, corpus.vocab)
@@ -132,7 +132,7 @@ def run(args: Args) -> dict:
 
   curves: dict[str, list] = {name: [] for name in steps}
   most = []
-  batches = pretrain.batches(config, corpus, 0)
+  batches = pretrain.batches(config, corpus, 0, mesh.make())
   for t, batch in enumerate(progress.track(batches, total=args.steps)):
     gradient = gradient_of(state['params'], batch[0])
     for name, step in steps.items():

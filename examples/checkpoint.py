@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 
@@ -36,12 +37,16 @@ def save(
 def restore(
   checkpointer: ocp.training.Checkpointer, like: Any
 ) -> tuple[int, Any]:
-  """(step, state) of the newest complete checkpoint, or (0, `like`)."""
+  """(step, state) of the newest complete checkpoint, or (0, `like`).
+
+  The state has the shardings of `like`, of arrays or `jax.ShapeDtypeStruct`s,
+  on whatever mesh and by however many processes it was saved.
+  """
   if checkpointer.latest is None:
     return 0, like
   step = checkpointer.latest.step
   loaded = checkpointer.load(step, jax.tree.map(_abstract, by_name(like)))
-  pick = lambda path, x: loaded.get(_name(path), x)
+  pick = lambda path, x: loaded[_name(path)] if x.size else _empty(x)
   return step, jax.tree.map_with_path(pick, like)
 
 
@@ -49,5 +54,9 @@ def _name(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='.')
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+def _empty(x: Any) -> jax.Array:
+  return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -6,12 +6,12 @@ so that a resumed run reads what the uninterrupted one would have read.
 """
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import hashlib
 import importlib
 import importlib.resources
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import warnings
 import zlib
 
@@ -245,13 +245,20 @@ def windows(tokens: np.ndarray, starts: np.ndarray, seq: int) -> np.ndarray:
   return tokens[starts[..., None] + np.arange(seq + 1)].astype(np.int32)
 
 
+def reader(
+  tokens: np.ndarray, shape: tuple[int, ...], seq: int, seed: int, step: int
+) -> Callable[[Any], np.ndarray]:
+  """Reads what an index picks of `batch`, and no more of the tokens."""
+  random = np.random.default_rng((seed, step))
+  starts = random.integers(0, len(tokens) - seq, size=shape)
+  return lambda index: windows(tokens, starts[index[: len(shape)]], seq)
+
+
 def batch(
   tokens: np.ndarray, shape: tuple[int, ...], seq: int, seed: int, step: int
 ) -> np.ndarray:
   """The random windows of step `step`: (*shape, seq + 1)."""
-  random = np.random.default_rng((seed, step))
-  starts = random.integers(0, len(tokens) - seq, size=shape)
-  return windows(tokens, starts, seq)
+  return reader(tokens, shape, seq, seed, step)(())
 
 
 def validation_batches(

@@ -30,7 +30,6 @@ import rich.table
 import tyro
 
 import checkpoint
-import data
 import hf_checkpoint
 import interrupt
 import labelled
@@ -39,6 +38,7 @@ import lora
 import pretrain
 import recipes
 import report
+import run_folder
 import settings
 import subspace_optax as so
 import train_step
@@ -365,7 +365,7 @@ def run_steps(c: Config, task: Task, method: Method, validate, saved, begin):
 def train(c: Config, task: Task) -> dict[str, Any]:
   """Runs one optimizer to the end and returns the summary of it."""
   out = pathlib.Path(c.out)
-  check_same_run(c, task)
+  run_folder.check_same_run(c, task.sha256)
   method = build(c, task)
   report.say(
     f'\n{c.optimizer}: {c.steps} steps of {c.batch} texts; trains '
@@ -385,14 +385,6 @@ def train(c: Config, task: Task) -> dict[str, Any]:
     pretrain.leave(c, done, stopped)
   save_model(out / 'model', method, task, state['params'])
   return summarize(c, task, method, validate, state['params'], speed)
-
-
-def check_same_run(c: Config, task: Task):
-  """Compares with the configuration that `out` was begun with, or saves it."""
-  nothing = np.zeros(0, np.int32)
-  pretrain.check_same_run(
-    c, data.Corpus(nothing, nothing, b'', b'', 0, '', task.sha256, '')
-  )
 
 
 def save_model(folder: pathlib.Path, method: Method, task: Task, params):
@@ -484,7 +476,7 @@ def picture(c: Config, summaries: list[dict]):
 def main(c: Config) -> list[dict]:
   """Fine-tunes as the configuration asks; the summaries."""
   c = resolve(c)
-  pretrain.make_room(c)
+  run_folder.make_room(c)
   task = load_task(c)
   names = settings.optimizers(c)
   summaries = [train(for_optimizer(c, name), task) for name in names]

@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 _INIT = nnx.initializers.lecun_normal()
 _EMBED_INIT = nnx.initializers.normal(0.02)
@@ -32,6 +33,9 @@ class LlamaConfig:
     True  # one stack of kernels (layers, in, out) and one scan
   )
   remat: bool = False  # recompute each block in the backward pass
+  # Where these live on the mesh in use, if there is one.
+  activations: PartitionSpec | None = None  # (B, T, D)
+  looked_up: PartitionSpec | None = None  # the embedding (V, D) as it is read
   rope_base: float = 10_000.0
   norm_epsilon: float = 1e-6
 
@@ -152,6 +156,11 @@ def stack(c: LlamaConfig, rngs: nnx.Rngs) -> Any:
   return nnx.vmap(lambda r: Block(c, r))(rngs.split(c.layers))
 
 
+def place(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+  """Says where `x` lives; left alone, activations follow some kernel."""
+  return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
 class Llama(nnx.Module):
   """Tokens (B, T) to logits (B, T, V)."""
 
@@ -170,11 +179,14 @@ class Llama(nnx.Module):
     self.lm_head = linear(c, c.width, c.outputs or c.vocab, rngs)
 
   def __call__(self, tokens_BxT):
-    step = lambda x, block: (block(x), None)
-    if self.config.remat:
+    c = self.config
+    step = lambda x, block: (place(block(x), c.activations), None)
+    if c.remat:
       step = jax.checkpoint(step)
-    x_BxTxD = self.embed(tokens_BxT)
-    if self.config.scan_layers:
+    embedding_VxD = self.embed.embedding[...].astype(c.dtype)
+    x_BxTxD = place(embedding_VxD, c.looked_up)[tokens_BxT]
+    x_BxTxD = place(x_BxTxD, c.activations)
+    if c.scan_layers:
       x_BxTxD, _ = jax.lax.scan(step, x_BxTxD, self.blocks)
     else:
       for block in self.blocks:

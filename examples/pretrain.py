@@ -3,6 +3,7 @@ r"""Trains a LLaMA on text, by one optimizer or by several side by side.
   python examples/pretrain.py
   python examples/pretrain.py --optimizer galore --rank 16 --out runs/galore
   python examples/pretrain.py --out runs/galore --resume ...
+  python examples/pretrain.py --mesh data=2,fsdp=2,tensor=2
   python examples/pretrain.py --compare online_subspace_descent,galore,adamw
   python examples/pretrain.py --model llama_60m --data c4:2000000 \
       --vocab 32000 --seq 256 --batch 512 --accumulation 8 --rank 128 \
@@ -16,36 +17,36 @@ and checkpoints/ in its folder. Ctrl-C saves and says how to go on.
 from collections.abc import Callable, Iterator
 import dataclasses
 import hashlib
-import itertools
-import json
 import math
 import pathlib
 import shlex
 import sys
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
+import optax
 import tyro
 
 import checkpoint
 import data
 import interrupt
 import llama
+import mesh
 import recipes
 import report
+import run_folder
 import settings
-from settings import Config
+from settings import MeshConfig as Config
 import subspace_optax as so
 import train_step
 import trigram
 
-# Fields that may differ between a run and its continuation.
-_FREE = """compare data out resume tensorboard log_every eval_every eval_batches
-    final_eval_batches save_every""".split()
-
-
-# --- The folder of a run -----------------------------------------------------
+# --- The configuration -------------------------------------------------------
 
 
 def resolve(c: Config) -> Config:
@@ -70,39 +71,19 @@ def for_optimizer(c: Config, name: str) -> Config:
   return dataclasses.replace(c, lr=lr, lr_rest=lr_rest)
 
 
-def make_room(c: Config):
-  """Moves an earlier run out of the way; nothing is ever overwritten."""
-  out = pathlib.Path(c.out)
-  if c.resume or not out.exists() or not any(out.iterdir()):
-    return
-  if not [*out.glob('config.json'), *out.glob('*/config.json')]:
-    raise ValueError(f'out={c.out!r} is a folder of something else')
-  names = (pathlib.Path(f'{out}.{i}') for i in itertools.count(1))
-  spare = next(path for path in names if not path.exists())
-  report.say(f'{out} is there already: moved to {spare}')
-  out.rename(spare)
-
-
-def check_same_run(c: Config, corpus: data.Corpus):
-  """Compares with the configuration that `out` was begun with, or saves it."""
-  path = pathlib.Path(c.out, 'config.json')
-  given = dataclasses.asdict(c) | {'sha256': corpus.sha256}
-  saved = json.loads(path.read_text()) if path.exists() else given
-  for name, value in given.items():
-    if name not in _FREE and saved.get(name) != value:
-      raise ValueError(
-        f'{name}={value!r}, but the run in out={c.out!r} has '
-        f'{name}={saved.get(name)!r}'
-        + (f' (data={c.data!r} is another text)' if name == 'sha256' else '')
-      )
-  report.write_json(path, given)
-
-
 # --- Training ----------------------------------------------------------------
 
 
-def build(c: Config, vocab: int):
-  """(loss, optimizer, initial state) of a run."""
+class Plan(NamedTuple):
+  """What a run is made of, before its first array."""
+
+  loss: Callable
+  tx: optax.GradientTransformation
+  init: Callable  # () -> state, made where it belongs
+  like: Any  # shapes and shardings of the state
+
+
+def plan(c: Config, vocab: int, devices: Mesh) -> Plan:
   model = llama.named(
     c.model,
     vocab=vocab,
@@ -110,31 +91,53 @@ def build(c: Config, vocab: int):
     param_dtype=c.param_dtype,
     scan_layers=c.scan_layers,
     remat=c.remat,
+    **mesh.constraints(devices),
   )
   tx = recipes.make(c)
-  graphdef, _ = nnx.split(
-    nnx.eval_shape(lambda: llama.Llama(model, nnx.Rngs(0)))
-  )
+  create = lambda: llama.Llama(model, nnx.Rngs(jax.random.key(c.seed)))
+  graphdef, shapes = nnx.split(nnx.eval_shape(create))
+  shapes = nnx.to_pure_dict(shapes)
+  params = mesh.parameters(devices, shapes, report.say)
+  placed = {
+    'params': mesh.shardings(params),
+    'opt_state': so.state_sharding(tx, params),
+  }
 
-  @jax.jit
-  def init(key):
-    params = nnx.to_pure_dict(nnx.state(llama.Llama(model, nnx.Rngs(key))))
+  def make():
+    params = nnx.to_pure_dict(nnx.state(create()))
     return {'params': params, 'opt_state': tx.init(params)}
 
-  return train_step.make_loss(graphdef), tx, init(jax.random.key(c.seed))
+  init = jax.jit(
+    make, out_shardings=placed, compiler_options=mesh.compiler_options()
+  )
+  like = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    jax.eval_shape(make),
+    placed,
+  )
+  return Plan(train_step.make_loss(graphdef), tx, init, like)
+
+
+def build(c: Config, vocab: int):
+  """(loss, optimizer, initial state) of a run on one device."""
+  run = plan(c, vocab, mesh.make())
+  return run.loss, run.tx, run.init()
 
 
 class Validation:
   """Mean loss on fixed windows of the validation tokens."""
 
-  def __init__(self, c: Config, loss: Callable, tokens: np.ndarray):
-    self._loss = jax.jit(loss)
+  def __init__(self, c: Config, loss: Callable, tokens: np.ndarray, devices):
+    self._loss = jax.jit(loss, compiler_options=mesh.compiler_options())
+    self._devices = devices
     pick = lambda count: data.validation_batches(tokens, c.batch, c.seq, count)
     self._some, self._all = pick(c.eval_batches), pick(c.final_eval_batches)
 
   def __call__(self, params, final: bool = False) -> float:
     batches = self._all if final else self._some
-    return float(np.mean([self._loss(params, b) for b in batches], dtype=float))
+    put = lambda b: mesh.batch(self._devices, b.shape, 0, b.__getitem__)
+    losses = [float(self._loss(params, put(b))) for b in batches]
+    return float(np.mean(losses))
 
 
 def bits(loss: float, corpus: data.Corpus) -> float:
@@ -144,8 +147,12 @@ def bits(loss: float, corpus: data.Corpus) -> float:
 
 def digest(params) -> str:
   """A hash of every bit of the parameters."""
-  leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(params)]
-  return hashlib.sha256(b''.join(leaves)).hexdigest()
+  sha256 = hashlib.sha256()
+  for x in jax.tree.leaves(params):
+    layers = (x[i] for i in range(len(x))) if x.ndim > 2 else [x]
+    for part in layers:  # of which one is gathered at a time
+      sha256.update(mesh.whole(part).tobytes())
+  return sha256.hexdigest()
 
 
 def derived(row: dict, corpus: data.Corpus) -> dict:
@@ -159,33 +166,43 @@ def derived(row: dict, corpus: data.Corpus) -> dict:
   return row
 
 
-def batches(c: Config, corpus: data.Corpus, start: int) -> Iterator[np.ndarray]:
+def batches(
+  c: Config, corpus: data.Corpus, start: int, devices: Mesh
+) -> Iterator[jax.Array]:
   """The batches of the steps from `start` on, (A, B / A, T + 1) each."""
-  shape = (c.accumulation, c.batch // c.accumulation)
+  rows = (c.accumulation, c.batch // c.accumulation)
   for step in range(start, c.steps):
-    yield data.batch(corpus.train, shape, c.seq, c.seed, step)
+    read = data.reader(corpus.train, rows, c.seq, c.seed, step)
+    yield mesh.batch(devices, (*rows, c.seq + 1), 1, read)
 
 
-def compiled(c: Config, loss, tx, state, corpus: data.Corpus):
+def compiled(run: Plan, devices: Mesh, example: jax.Array):
   """The step for these shapes only: it can't compile a second time."""
-  example = next(batches(c, corpus, 0))
-  program = jax.jit(train_step.make_step(loss, tx), donate_argnums=0)
-  return program.lower(state, example).compile()
+  placed = mesh.shardings(run.like)
+  everywhere = NamedSharding(devices, PartitionSpec())
+  program = jax.jit(
+    train_step.make_step(run.loss, run.tx, placed['params']),
+    donate_argnums=0,
+    out_shardings=(placed, everywhere),
+    compiler_options=mesh.compiler_options(),
+  )
+  return program.lower(run.like, example).compile()
 
 
 def run_steps(c: Config, corpus: data.Corpus, parts, saved, start: int, state):
   """The loop: (last step, state, steps per second, signal that ended it)."""
-  loss, tx, validate = parts
+  run, devices, validate = parts
   rate = recipes.schedule(recipes.rates(c)[0], c.steps, c.schedule)
   log = report.MetricsFile(pathlib.Path(c.out), start, c.tensorboard)
   line = report.LiveLine(c.optimizer, start, c.steps)
-  done = start
+  done, stopped = start, 0
   due = lambda every: done % every == 0 or done == c.steps
+  read = lambda first: batches(c, corpus, first, devices)
   with log, line, interrupt.Stop() as stop:
-    run = compiled(c, loss, tx, state, corpus)
+    step = compiled(run, devices, next(read(0)))
     meter = report.Meter(start)
-    for done, batch in enumerate(batches(c, corpus, start), start + 1):
-      state, metrics = run(state, batch)
+    for done, batch in enumerate(read(start), start + 1):
+      state, metrics = step(state, batch)
       line.advance(done)
       if due(c.log_every):  # the only place that waits for the device
         row = derived({'step': done, 'lr': rate(done - 1)} | metrics, corpus)
@@ -197,14 +214,16 @@ def run_steps(c: Config, corpus: data.Corpus, parts, saved, start: int, state):
         row = {'step': done, 'validation_loss': validate(state['params'])}
         log.write(derived(row, corpus))
         meter.restart(done)
-      if due(c.save_every) or stop.signal:
+      if due(c.log_every) or jax.process_count() == 1:  # else it waits
+        stopped = mesh.greatest(stop.signal)
+      if due(c.save_every) or stopped:
         checkpoint.save(saved, done, state)
-      if stop.signal:
+      if stopped:
         break
-  return done, state, meter.mean, stop.signal
+  return done, state, meter.mean, stopped
 
 
-def leave(c: Config, step: int, number: int):
+def leave(c: settings.Config, step: int, number: int):
   """Ends a run that was asked to stop; its checkpoint is written by now."""
   words = [word for word in sys.argv if word != '--resume']
   report.say(
@@ -227,24 +246,26 @@ def bits_unit(corpus: data.Corpus) -> str:
 def train(c: Config, corpus: data.Corpus, bar: float | None = None) -> dict:
   """Runs one optimizer to the end and returns the summary of it."""
   out = pathlib.Path(c.out)
-  check_same_run(c, corpus)
+  run_folder.check_same_run(c, corpus.sha256)
   report.say(f'\n{c.optimizer}: {c.steps} steps of {c.batch} x {c.seq} tokens')
-  loss, tx, state = build(c, corpus.vocab)
-  validate = Validation(c, loss, corpus.validation)
-  with checkpoint.open_folder(out / 'checkpoints') as saved:
-    start, state = checkpoint.restore(saved, state)
-    if c.resume:
-      report.say(f'{out}: going on after step {start}')
-    parts = (loss, tx, validate)
-    done, state, speed, stopped = start, state, 0.0, 0
-    if start < c.steps:
-      done, state, speed, stopped = run_steps(
-        c, corpus, parts, saved, start, state
-      )
-  draw(c, corpus, bar)
-  if stopped:
-    leave(c, done, stopped)
-  summary = summarize(c, corpus, tx, state['params'], validate, speed)
+  devices = mesh.make(c.mesh)
+  with jax.set_mesh(devices):
+    run = plan(c, corpus.vocab, devices)
+    validate = Validation(c, run.loss, corpus.validation, devices)
+    with checkpoint.open_folder(out / 'checkpoints') as saved:
+      start, state = checkpoint.restore(saved, run.like)
+      state = state if start else run.init()
+      if c.resume:
+        report.say(f'{out}: going on after step {start}')
+      done, speed, stopped = start, 0.0, 0
+      if start < c.steps:
+        done, state, speed, stopped = run_steps(
+          c, corpus, (run, devices, validate), saved, start, state
+        )
+    draw(c, corpus, bar)
+    if stopped:
+      leave(c, done, stopped)
+    summary = summarize(c, corpus, run.tx, state['params'], validate, speed)
   summary['trigram_bits_per_byte'] = bar
   report.write_json(out / 'summary.json', summary)
   return summary
@@ -328,9 +349,17 @@ def verdict(summaries, bar: float | None):
 
 def main(c: Config) -> list[dict]:
   """Trains what the configuration asks for; the summaries."""
+  mesh.join(c.coordinator, c.processes, c.process)
+  if not mesh.is_first():
+    report.mute()
   c = resolve(c)
+  mesh.check_rows(mesh.make(c.mesh), c.batch, c.accumulation)
   corpus = load_corpus(c)
-  make_room(c)
+  run_folder.is_taken(c)  # raises in every process, or in none
+  mesh.check_agree(f'{dataclasses.replace(c, process=0)}{corpus.sha256}')
+  if mesh.is_first():
+    run_folder.make_room(c)
+  mesh.wait()
   if corpus.tokenizer:
     report.write_text(pathlib.Path(c.out, 'tokenizer.json'), corpus.tokenizer)
   bar = trigram_bar(corpus)

@@ -20,6 +20,11 @@ console = rich.console.Console(highlight=False)
 Rows = list[dict]
 
 
+def mute():
+  """Prints and writes nothing from here on: another process does."""
+  console.quiet = True
+
+
 def say(text: str):
   """Prints a line as it is, however wide the terminal."""
   console.print(text, soft_wrap=True, markup=False)
@@ -103,9 +108,9 @@ class MetricsFile:
     path = folder / 'metrics.jsonl'
     rows = [row for row in read_rows(path) if row['step'] <= step]
     write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))
-    self._file = path.open('a')
+    self._file = open(os.devnull if console.quiet else path, 'a')
     self._tensorboard = None
-    if tensorboard:
+    if tensorboard and not console.quiet:
       import tensorboardX  # pylint: disable=g-import-not-at-top
 
       self._tensorboard = tensorboardX.SummaryWriter(
@@ -141,6 +146,8 @@ def read_rows(path: pathlib.Path) -> Rows:
 
 def write_text(path: pathlib.Path, text: str):
   """Replaces a file in one go: a reader sees the old one or the new one."""
+  if console.quiet:
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   draft = path.with_name(path.name + '.tmp')
   draft.write_text(text)
@@ -226,6 +233,8 @@ def picture(
   memory: Mapping[str, Mapping[str, int]] | None = None,
 ):
   """Writes a PNG of the curves and, when given, of the memory beside them."""
+  if console.quiet:
+    return
   style: Any = {
     'font.size': 11,
     'axes.spines.top': False,

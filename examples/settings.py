@@ -47,6 +47,16 @@ class Config:
   tensorboard: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Config):
+  """Trains a LLaMA on text, on one device or on many."""
+
+  mesh: str = ''  # as data=2,fsdp=2,tensor=2; fsdp=-1: the rest of the devices
+  coordinator: str = ''  # host:port of process 0; auto: where jax finds it
+  processes: int = 1  # of this run, if no launcher says so
+  process: int = 0  # the number of this one
+
+
 _POSITIVE = """rank update_proj_gap lr lr_rest batch accumulation seq steps
     log_every eval_every eval_batches final_eval_batches save_every""".split()
 _NOT_NEGATIVE = 'vocab seed clip weight_decay'.split()

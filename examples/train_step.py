@@ -1,6 +1,7 @@
 """One training step as one program: loss, mean gradient, update, metrics."""
 
 from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 import jax
@@ -24,9 +25,24 @@ def make_loss(graphdef) -> Callable:
   return loss
 
 
-def mean_gradient(loss: Callable, params, batch_AxBxT1):
+def placed_gradient(loss: Callable, shardings: Any) -> Callable:
+  """(params, batch) -> (loss, gradient), sharded as the parameters are.
+
+  Left alone, the compiler drops some axes, and so holds more than it need.
+  """
+
+  def value_and_grad(params, batch_BxT1):
+    value, gradient = jax.value_and_grad(loss)(params, batch_BxT1)
+    if shardings is not None:
+      gradient = jax.lax.with_sharding_constraint(gradient, shardings)
+    return value, gradient
+
+  return value_and_grad
+
+
+def mean_gradient(loss: Callable, params, batch_AxBxT1, shardings: Any = None):
   """(loss, gradient), averaged over the A microbatches one after another."""
-  value_and_grad = jax.value_and_grad(loss)
+  value_and_grad = placed_gradient(loss, shardings)
   if len(batch_AxBxT1) == 1:
     return value_and_grad(params, batch_AxBxT1[0])
 
@@ -57,12 +73,17 @@ def basis_metrics(opt_state) -> dict[str, jax.Array]:
   }
 
 
-def make_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
-  """(state, batch) -> (state, metrics): the whole step as one program."""
+def make_step(
+  loss: Callable, tx: optax.GradientTransformation, shardings: Any = None
+) -> Callable:
+  """(state, batch) -> (state, metrics): the whole step as one program.
+
+  `shardings` are those of the parameters, on a mesh.
+  """
 
   def step(state, batch_AxBxT1):
     params, opt_state = state['params'], state['opt_state']
-    value, gradient = mean_gradient(loss, params, batch_AxBxT1)
+    value, gradient = mean_gradient(loss, params, batch_AxBxT1, shardings)
     updates, opt_state = tx.update(gradient, opt_state, params)
     params = optax.apply_updates(params, updates)
     metrics = {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}

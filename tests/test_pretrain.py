@@ -14,9 +14,11 @@ import pytest
 
 import checkpoint
 import interrupt
+import mesh
 import pretrain
 import recipes
 import report
+import run_folder
 import train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -65,15 +67,10 @@ def finished(tiny, tmp_path_factory):
 def shapes(config):
   """(step, abstract state, abstract batch): a run without compiling it."""
   config = pretrain.for_optimizer(config, config.optimizer)
-  parts = {}
-
-  def build():
-    parts['loss'], parts['tx'], state = pretrain.build(config, 256)
-    return state
-
-  state = jax.eval_shape(build)
+  run = pretrain.plan(config, 256, mesh.make())
+  state = jax.eval_shape(run.init)
   batch = jax.ShapeDtypeStruct((2, 2, 17), jnp.int32)
-  return train_step.make_step(parts['loss'], parts['tx']), state, batch
+  return train_step.make_step(run.loss, run.tx), state, batch
 
 
 # --- A whole run -------------------------------------------------------------
@@ -121,7 +118,7 @@ def test_an_earlier_run_is_moved_not_overwritten(tmp_path):
   for i in range(2):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'config.json').write_text(str(i))
-    pretrain.make_room(config)
+    run_folder.make_room(config)
   assert not (tmp_path / 'run').exists()
   for i in range(2):
     assert (tmp_path / f'run.{i + 1}' / 'config.json').read_text() == str(i)
@@ -130,7 +127,7 @@ def test_an_earlier_run_is_moved_not_overwritten(tmp_path):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
   (tmp_path / 'thesis.tex').touch()
   with pytest.raises(ValueError, match='out=.* is a folder of something else'):
-    pretrain.make_room(pretrain.Config(out=str(tmp_path)))
+    run_folder.make_room(pretrain.Config(out=str(tmp_path)))
 
 
 def test_compare_draws_every_optimizer(tiny, tmp_path, capsys):
@@ -287,6 +284,10 @@ def test_half_a_line_of_metrics_is_dropped(tmp_path):
     ({'steps': 7}, 'steps=7, but .* steps=6'),
     ({'optimizer': 'galore'}, "optimizer='galore', but"),
     ({'lr': 0.5}, 'lr.*=0.5, but'),
+    (
+      {'rank': 8, 'update_proj_gap': 9},
+      'rank=8, update_proj_gap=9, but .* has rank=4, update_proj_gap=2; to go',
+    ),
   ],
 )
 def test_a_checkpoint_of_another_config(finished, change, message):

@@ -1,0 +1,339 @@
+"""The example trainer on meshes and in two real processes, killed and not."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+import checkpoint
+import mesh
+import pretrain
+import report
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Says which rows it reads; process 1 dies by SIGKILL at a step or at a save.
+CHILD = """
+import json, os, pathlib, signal, sys
+import checkpoint, data, jax, pretrain, report, tyro
+
+step, when = int(sys.argv.pop(1)), sys.argv.pop(1)
+save, reader, advance = checkpoint.save, data.reader, report.LiveLine.advance
+rows = set()
+
+def die(now, done):
+  if (now, done, jax.process_index()) == (when, step, 1):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def new_reader(*args):
+  read = reader(*args)
+  def noted(index):
+    rows.add(index[1].indices(args[1][1])[:2])
+    return read(index)
+  return noted
+
+def new_save(checkpointer, done, state):
+  save(checkpointer, done, state)
+  die('saving', done)
+  if when != 'saving':
+    checkpointer.wait()
+  if done == step:
+    found = {'rows': sorted(rows), 'state': pretrain.digest(state)}
+    name = f'process{jax.process_index()}.json'
+    pathlib.Path(config.out, name).write_text(json.dumps(found))
+
+def new_advance(line, done):
+  advance(line, done)
+  die('running', done)
+
+checkpoint.save, data.reader = new_save, new_reader
+report.LiveLine.advance = new_advance
+config = tyro.cli(pretrain.Config)
+pretrain.main(config)
+"""
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled(tmp_path_factory):
+  """Programs compiled fast; and what one run has compiled, the next reads."""
+  before = jax.config.jax_compilation_cache_dir
+  folder = tmp_path_factory.mktemp('compiled')
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  options = mesh.compiler_options() | {'xla_backend_optimization_level': 0}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mesh, 'compiler_options', lambda: options)
+    yield folder
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  """Six steps on one device; matrix products only, no LAPACK."""
+  text = tmp_path_factory.mktemp('text') / 'a.txt'
+  words = np.random.default_rng(0).choice('the cat sat on a mat'.split(), 2000)
+  text.write_text(' '.join(words))
+  return pretrain.Config(
+    model='llama_test', data=(str(text),), rank=4, batch=4, seq=16, steps=6,
+    log_every=1, eval_every=6, save_every=2, eval_batches=2,
+    final_eval_batches=4, out=str(tmp_path_factory.mktemp('runs') / 'one'),
+  )  # fmt: skip
+
+
+def losses(config) -> list[float]:
+  rows = report.read_rows(pathlib.Path(config.out, 'metrics.jsonl'))
+  found = [row for row in rows if 'loss' in row]
+  assert [row['step'] for row in found] == [1, 2, 3, 4, 5, 6]
+  return [row['loss'] for row in found]
+
+
+@pytest.fixture(scope='module')
+def alone(config):
+  """Losses of the run on one device."""
+  pretrain.main(config)
+  return losses(config)
+
+
+def in_folder(config, folder, **changes):
+  return dataclasses.replace(config, out=str(folder), **changes)
+
+
+# --- Two processes -----------------------------------------------------------
+
+
+def flags(config) -> list[str]:
+  words = ['--data', *config.data]
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if type(value) in (int, str) and value != '':
+      words += [f'--{field.name.replace("_", "-")}', str(value)]
+  return words
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def slurm(process: int, port: int) -> dict[str, str]:
+  """What Slurm tells two tasks of one machine."""
+  return {
+    'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_TASKS': '2',
+    'SLURM_PROCID': str(process), 'SLURM_LOCALID': '0',
+    'JAX_COORDINATOR_PORT': str(port),
+  }  # fmt: skip
+
+
+def start(config, compiled, process, port, step, when, launcher, *more):
+  command = [sys.executable, '-c', CHILD, str(step), when, *flags(config)]
+  environment = {
+    'PATH': '', 'PYTHONPATH': f'{ROOT}:{ROOT / "examples"}',
+    'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2',
+    'JAX_COMPILATION_CACHE_DIR': str(compiled),
+    'XLA_FLAGS': '--xla_backend_optimization_level=0',  # to compile sooner
+  }  # fmt: skip
+  if launcher:
+    environment |= slurm(process, port)
+  else:
+    command += ['--coordinator', f'127.0.0.1:{port}', '--processes', '2']
+    command += ['--process', str(process)]
+  return subprocess.Popen(
+    [*command, *more], env=environment, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+  )  # fmt: skip
+
+
+def start_two(config, compiled, step, when, *more, launcher=False):
+  port = free_port()
+  begin = lambda i: start(
+    config, compiled, i, port, step, when, launcher, *more
+  )
+  return [begin(0), begin(1)]
+
+
+def outputs(processes, seconds=240) -> list[str]:
+  """What both have printed, when both have ended."""
+  try:
+    for p in processes:
+      p.wait(timeout=seconds)
+  finally:
+    found = [end(p) for p in processes]
+  return found
+
+
+def end(process) -> str:
+  process.kill()
+  return process.communicate()[0]
+
+
+def outputs_of_killed(processes) -> list[str]:
+  """The same when process 1 dies and a launcher, seeing that, kills 0."""
+  try:
+    processes[1].wait(timeout=240)
+  finally:
+    found = [end(p) for p in processes]
+  assert processes[1].returncode == -signal.SIGKILL, found
+  return found
+
+
+def checkpoints(config) -> set[str]:
+  folder = pathlib.Path(config.out, 'checkpoints')
+  return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+@pytest.fixture(scope='module')
+def together(config, compiled, tmp_path_factory):
+  """The run of two processes of two devices each, and what they printed."""
+  folder = tmp_path_factory.mktemp('runs') / 'two'
+  two = in_folder(config, folder, mesh='fsdp=2,tensor=2')
+  processes = start_two(two, compiled, 6, '-')
+  printed = outputs(processes)
+  assert [p.returncode for p in processes] == [0, 0], printed
+  notes = [
+    json.loads((folder / f'process{i}.json').read_text()) for i in range(2)
+  ]
+  return two, printed, notes
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(alone, together):
+  np.testing.assert_allclose(losses(together[0]), alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_each_process_reads_its_own_rows(together):
+  assert [note['rows'] for note in together[2]] == [[[0, 2]], [[2, 4]]]
+
+
+@pytest.mark.slow
+def test_one_process_prints_and_writes(together):
+  two, printed, _ = together
+  assert 'everything is in' in printed[0] and 'loss' in printed[0]
+  said = [x for x in printed[1].splitlines() if not x.startswith('[Gloo]')]
+  assert said == []
+  saved = json.loads(pathlib.Path(two.out, 'config.json').read_text())
+  assert saved['process'] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('text', ['', 'data=2,tensor=2', 'fsdp=4'])
+def test_restored_bit_by_bit_on_other_meshes(together, text):
+  """State and parameters, in one process with one device or four."""
+  two, _, notes = together
+  run = pretrain.plan(pretrain.for_optimizer(two, two.optimizer), 256,
+                      mesh.make(text))  # fmt: skip
+  with checkpoint.open_folder(pathlib.Path(two.out, 'checkpoints')) as saved:
+    step, state = checkpoint.restore(saved, run.like)
+  assert step == 6
+  assert mesh.shardings(state) == mesh.shardings(run.like)
+  assert [pretrain.digest(state)] * 2 == [note['state'] for note in notes]
+
+
+@pytest.mark.slow
+def test_killed_in_mid_run_and_in_mid_save(config, compiled, alone, tmp_path):
+  """The third start goes on in one process, on another mesh, to the end."""
+  run = in_folder(config, tmp_path / 'run', mesh='fsdp=2,tensor=2')
+  victims = start_two(run, compiled, 3, 'running')
+  outputs_of_killed(victims)
+  assert checkpoints(run) == {'2'}
+
+  again = start_two(run, compiled, 4, 'saving', '--resume', launcher=True)
+  assert 'going on after step 2' in outputs_of_killed(again)[0]
+  half = checkpoints(run) - {'2'}
+  assert len(half) == 1 and not half & {'4', '6'}
+
+  one = dataclasses.replace(run, mesh='data=2,tensor=2', resume=True)
+  pretrain.main(one)
+  assert checkpoints(run) == {'4', '6'}
+  np.testing.assert_allclose(losses(one), alone, rtol=1e-5)
+
+
+# --- One process -------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_four_devices_have_the_losses_of_one(config, alone, tmp_path):
+  four = in_folder(config, tmp_path / 'run', mesh='data=2,fsdp=-1')
+  pretrain.main(four)
+  np.testing.assert_allclose(losses(four), alone, rtol=1e-5)
+
+
+def sharding(text, optimizer='online_subspace_descent'):
+  """The plan of a run on a mesh of four devices, by path."""
+  config = pretrain.Config(model='llama_test', optimizer=optimizer, rank=4)
+  run = pretrain.plan(config, 256, mesh.make(text))
+  return checkpoint.by_name(run.like)
+
+
+def test_parameters_and_state_are_cut_as_in_megatron():
+  found = sharding('fsdp=2,tensor=2')
+  spec = lambda name: found[name].sharding.spec
+  layers = 'params.blocks.attention.'
+  assert spec(layers + 'wq.kernel') == P(None, 'fsdp', 'tensor')
+  assert spec(layers + 'wo.kernel') == P(None, 'tensor', 'fsdp')
+  assert spec('params.embed.embedding') == P('tensor', 'fsdp')
+  assert spec('params.lm_head.kernel') == P('fsdp', 'tensor')
+  assert spec('params.final_norm.scale') == P()
+
+
+@pytest.mark.parametrize('text', ['fsdp=4', 'fsdp=2,tensor=2'])
+def test_bytes_on_a_device_fall_with_the_mesh(text):
+  part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  found = sharding(text).values()
+  total = sum(x.size * x.dtype.itemsize for x in found)
+  assert sum(map(part, found)) < 1.2 * total / 4
+
+
+def test_what_does_not_divide_is_not_cut_and_said_in_one_line(capsys):
+  found = sharding('tensor=3')
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith('not divisible, so not cut: blocks/attention/')
+  assert 'lm_head/kernel (tensor=3 of 256)' in line
+  assert all(x.sharding.spec == P() for x in found.values())
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('pipeline=2', "mesh='pipeline=2': expected sizes of some of"),
+    ('fsdp=2,fsdp=2', 'expected sizes of some of'),
+    ('fsdp', 'expected sizes of some of'),
+    ('fsdp=x', 'expected sizes of some of'),
+    ('fsdp=0', 'one size may be -1'),
+    ('fsdp=-1,data=-1', 'one size may be -1'),
+    ('data=3,fsdp=-1', 'the others must divide the 4 devices'),
+    ('data=4,fsdp=2', "mesh='data=4,fsdp=2' has 8 devices, but 4 are here"),
+  ],
+)
+def test_bad_meshes(text, message):
+  with pytest.raises(ValueError, match=message):
+    mesh.make(text)
+
+
+def test_rows_that_do_not_divide(config):
+  bad = dataclasses.replace(config, mesh='fsdp=4', accumulation=2)
+  with pytest.raises(ValueError, match='batch=4: its 2 microbatches of 2 rows'):
+    pretrain.main(bad)
+
+
+@pytest.mark.parametrize(
+  ('coordinator', 'processes', 'process', 'message'),
+  [
+    ('', 2, 0, "coordinator='', processes=2: give both"),
+    ('host:1', 1, 0, "coordinator='host:1', processes=1: give both"),
+    ('host:1', 2, 2, 'process=2, processes=2: expected a process from 0'),
+  ],
+)
+def test_bad_process_flags(coordinator, processes, process, message):
+  with pytest.raises(ValueError, match=message):
+    mesh.join(coordinator, processes, process)
