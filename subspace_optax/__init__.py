@@ -24,6 +24,7 @@ from subspace_optax._project import project as project
 from subspace_optax._projected import Projected as Projected
 from subspace_optax._spec import DimensionNumbers as DimensionNumbers
 from subspace_optax._spec import SubspaceSpec as SubspaceSpec
+from subspace_optax._state_sharding import state_sharding as state_sharding
 from subspace_optax._subspace import subspace as subspace
 from subspace_optax._theory import TheoremParameters as TheoremParameters
 from subspace_optax._theory import theorem_parameters as theorem_parameters

@@ -19,6 +19,7 @@ and state is placed once, at `init`, from the shardings of the parameters.
 """
 
 from collections.abc import Callable, Hashable
+import contextlib
 import functools
 import math
 from typing import Any
@@ -129,6 +130,11 @@ def replicate(x: jax.Array) -> jax.Array:
   )
 
 
+def no_mesh() -> contextlib.AbstractContextManager:
+  """A context for values that are computed while a program is traced."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def is_sharded(x: jax.Array) -> bool:
   """Whether a matrix may be spread over devices.
 
@@ -174,10 +180,10 @@ def place(
 ) -> jax.Array:
   """Returns `make(*static, *args)`, of `axes`, sharded along with `leaf`.
 
-  An axis that both name is sharded alike. Mesh axes that only the rest of the
-  leaf used go to the rank axis where they divide it, so that bytes per device
-  fall with the mesh. (Joined to an axis that is split already, they made the
-  compiler pass the gradient around.)
+  An axis that both name is sharded alike. All other mesh axes go to the rank
+  axis where they divide it, so that bytes per device fall with the mesh.
+  (Joined to an axis that is split already, they made the compiler pass the
+  gradient around.)
   """
   sharding = _leaf_sharding(leaf)
   if sharding is None:
@@ -256,16 +262,27 @@ def _derived_spec(
   entries = map(_names, _pad(sharding.spec, len(leaf_axes)))
   of_leaf = dict(zip(leaf_axes, entries, strict=True))
   spec = [of_leaf.get(axis, ()) for axis in axes]
-  left = [k for axis in leaf_axes if axis not in axes for k in of_leaf[axis]]
+  kept = {name for names in spec for name in names}
+  of_rest = [k for axis in leaf_axes for k in of_leaf[axis]]
+  # Those of the rest of the leaf, then those that the leaf does not use.
+  left = dict.fromkeys([*of_rest, *sharding.mesh.axis_names])
+  left = [name for name in left if name not in kept]
   if shape is not None and RANK[0] in axes and RANK[1] not in axes:
     i, sizes = axes.index(RANK[0]), sharding.mesh.shape
     for name in left:
       if shape[i] % math.prod(sizes[k] for k in (*spec[i], name)) == 0:
         spec[i] = (*spec[i], name)
   entries = [_entry(names) for names in spec]
-  # P('x') and P('x', None) are one placement, but two keys of jit's cache: this
-  # is the form that jit gives its results.
-  while entries and entries[-1] is None and not sharding.mesh.explicit_axes:
+  return as_jit_spells(PartitionSpec(*entries), sharding.mesh)
+
+
+def as_jit_spells(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
+  """Returns a spec in the form that jit gives its results.
+
+  P('x') and P('x', None) are one placement, but two keys of jit's cache.
+  """
+  entries = list(spec)
+  while entries and entries[-1] is None and not mesh.explicit_axes:
     entries.pop()
   return PartitionSpec(*entries)
 

@@ -183,7 +183,7 @@ def check_means(inner: Any, coords: Any) -> None:
 
   States of one type may hold other things, such as Yogi's or AdaMax's.
   """
-  with jax.ensure_compile_time_eval():
+  with jax.ensure_compile_time_eval(), _sharding.no_mesh():
     one = jax.tree.map(lambda x: jnp.ones((1,) * len(x.shape)), coords)
     state = inner.init(jax.tree.map(jnp.zeros_like, one))
     if not _paired(state):

@@ -40,7 +40,8 @@ def is_entry(x: Any) -> bool:
   return is_masked(x) or isinstance(x, _projected.Projected)
 
 
-def _is_box(x: Any) -> bool:
+def is_box(x: Any) -> bool:
+  """Whether `x` is one of flax's boxes around an array."""
   return isinstance(x, nnx.Variable | meta.AxisMetadata)
 
 
@@ -50,13 +51,11 @@ def unbox(tree: Any) -> Any:
   def content(x: Any) -> Any:
     # A box is a pytree node with one child; reading it as such needs no API of
     # the box, and adds none of its sharding constraints.
-    if not _is_box(x):
+    if not is_box(x):
       return x
     return jax.tree.leaves(x, is_leaf=lambda y: y is not x)[0]
 
-  return jax.tree.map(
-    content, tree, is_leaf=lambda x: _is_box(x) or is_entry(x)
-  )
+  return jax.tree.map(content, tree, is_leaf=lambda x: is_box(x) or is_entry(x))
 
 
 def path_str(path: Sequence[Any]) -> str:

@@ -1,0 +1,139 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Where every array of an optimizer's state lives on a mesh.
+
+Tracers know their shardings only where mesh axes are explicit. So `init` is
+traced on shapes over a twin of the mesh whose axes all are: no array is made,
+and what it says of each array of state is what eager `init` does with it.
+"""
+
+from typing import Any
+
+from flax import linen
+from flax import nnx
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import optax
+
+from subspace_optax import _sharding
+from subspace_optax import _tree
+
+
+def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
+  """Returns the sharding of every array in an optimizer's state.
+
+  Bases follow the projected axes of their parameter, coordinates the other
+  ones, and both its batch axes; mesh axes that are left shard the rank. The
+  rest of the state, in `optax.chain`, `partition`, `masked` or `MultiSteps`
+  too, is sharded as the parameter whose shape it has, or replicated.
+
+  As `out_shardings` of a jitted `init` it puts the state in its place, so that
+  no device ever holds all of it; as those of a jitted step it keeps it there.
+
+  Args:
+    tx: the optimizer.
+    params: arrays, or `jax.ShapeDtypeStruct`s with shardings, or either in
+      flax's boxes, whose names of mesh axes are taken where an array has no
+      sharding. Those on one device are replicated if others have a mesh.
+
+  Returns:
+    A tree like `tx.init(params)`, of `jax.sharding.NamedSharding`; if all of
+    the arrays are on one device and no mesh is set, of their own sharding.
+
+  Raises:
+    ValueError: parameters of two meshes; or of none, while no mesh is set.
+
+  Example:
+    >>> import jax, subspace_optax as so
+    >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((1,), ('fsdp',), axis_types=(AxisType.Auto,))
+    >>> w = jax.ShapeDtypeStruct(
+    ...   (64, 256), 'float32', sharding=NamedSharding(mesh, P(None, 'fsdp'))
+    ... )
+    >>> tx = so.golore(1e-3, rank=8)
+    >>> shardings = so.state_sharding(tx, {'w': w})
+    >>> print(shardings[0][1].inner.mu['w'].spec)
+    P(None, 'fsdp')
+    >>> init = jax.jit(tx.init, out_shardings=shardings)
+  """
+  mesh = _mesh(params)
+  if mesh is None:
+    return _on_one_device(tx, params)
+  explicit = (AxisType.Explicit,) * len(mesh.axis_names)
+  twin = Mesh(mesh.devices, mesh.axis_names, axis_types=explicit)
+  with jax.sharding.use_abstract_mesh(twin.abstract_mesh):
+    state = jax.eval_shape(tx.init, _shapes(params, twin))
+
+  def on_mesh(x: jax.ShapeDtypeStruct) -> NamedSharding:
+    spec = getattr(x.sharding, 'spec', PartitionSpec())
+    return NamedSharding(mesh, _sharding.as_jit_spells(spec, mesh))
+
+  return jax.tree.map(on_mesh, state)
+
+
+def _shapes(params: Any, mesh: Mesh) -> Any:
+  """Returns the tree of shapes, boxes kept, with shardings on a mesh."""
+
+  def entry(x: Any) -> Any:
+    default = _spec_of_box(x)
+    return jax.tree.map(lambda leaf: shape(leaf, default), x)
+
+  def shape(leaf: Any, default: PartitionSpec) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, 'sharding', None)
+    known = isinstance(sharding, NamedSharding)
+    spec = sharding.spec if known else default
+    return jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
+    )
+
+  return jax.tree.map(entry, params, is_leaf=_tree.is_box)
+
+
+def _spec_of_box(x: Any) -> PartitionSpec:
+  """Returns the spec that a flax box names, that of replication otherwise."""
+  if isinstance(x, nnx.Variable):
+    x = jax.tree.leaves(nnx.get_partition_spec(x))
+    return x[0] if x else PartitionSpec()
+  return linen.get_partition_spec(x) if _tree.is_box(x) else PartitionSpec()
+
+
+def _mesh(params: Any) -> Mesh | None:
+  """Returns the mesh of parameters, or the one that is set."""
+  shardings = [getattr(x, 'sharding', None) for x in jax.tree.leaves(params)]
+  named = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+  meshes = {mesh for mesh in named if isinstance(mesh, Mesh)}
+  if len(meshes) > 1:
+    found = ', '.join(sorted(str(dict(mesh.shape)) for mesh in meshes))
+    raise ValueError(
+      f'params live on {len(meshes)} meshes ({found}); put all of them on one.'
+    )
+  current = jax.sharding.get_mesh()
+  return next(iter(meshes), None if current.empty else current)
+
+
+def _on_one_device(tx: optax.GradientTransformation, params: Any) -> Any:
+  """Returns the parameters' own sharding for all of the state."""
+  found = [getattr(x, 'sharding', None) for x in jax.tree.leaves(params)]
+  alone = {s for s in found if s is not None}
+  if len(alone) != 1 or isinstance(next(iter(alone)), NamedSharding):
+    raise ValueError(
+      'params have no shardings on devices, and no mesh is set; give arrays or '
+      'jax.ShapeDtypeStructs with a NamedSharding each, or call '
+      'state_sharding under jax.set_mesh(mesh).'
+    )
+  sharding = alone.pop()
+  return jax.tree.map(lambda _: sharding, jax.eval_shape(tx.init, params))
