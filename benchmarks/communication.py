@@ -125,12 +125,13 @@ def mesh_of(args: Args, shape: tuple[int, ...], devices: list[Any]) -> Mesh:
 
 def compiled(tx: Any, params: Any, mesh: Mesh) -> tuple[Any, Any]:
   """The compiled update, and the shapes of the state that it was given."""
+  bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    jax.eval_shape(tx.init, bare),
+    so.state_sharding(tx, params),
+  )
   with jax.set_mesh(mesh):
-    state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      jax.eval_shape(tx.init, params),
-      so.state_sharding(tx, params),
-    )
     # Where the new state goes is left to the compiler, as in most trainers.
     step = jax.jit(tx.update, donate_argnums=(0, 1))
     return step.lower(params, state, params).compile(), state

@@ -82,7 +82,9 @@ def markdown(results: dict) -> str:
     devices = math.prod(int(x.split('=')[1]) for x in mesh.split(','))
     fsdp = of_layer(next(iter(rows.values())), 'fsdp_bytes') / MIB
     lines = [line(name, x, rank, devices) for name, x in rows.items()]
-    title = f'Mesh `{mesh}`; FSDP itself sends {fsdp:.1f} MiB for these weights:'
+    title = (
+      f'Mesh `{mesh}`; FSDP itself sends {fsdp:.1f} MiB for these weights:'
+    )
     parts.append('\n'.join([title, '', HEADER, *lines]))
   return '\n\n'.join(parts)
 
