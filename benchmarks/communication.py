@@ -2,16 +2,17 @@
 
   python benchmarks/communication.py
 
-Compiles `tx.update` for four TPU chips, for stacks of LLaMA's matrices on a mesh
-of one axis and of two, and reads from the compiled program every collective,
-those in a refresh's branch apart, and XLA's account of memory. No TPU is needed,
-but `pip install libtpu` of jax's version; without it the program is compiled for
-four virtual CPU devices, whose partitioner is another, and the results say so.
+Compiles `tx.update` for four TPU chips, for stacks of LLaMA's matrices on a
+mesh of one axis and of two, and reads from the compiled program every
+collective, those in a refresh's branch apart, and XLA's account of memory. No
+TPU is needed, but `pip install libtpu` of jax's version, on Python 3.12 or
+newer; without it the program is compiled for four virtual CPU devices, whose
+partitioner is another, and the results say so.
 
 Gradients are taken to be reduced already and sharded like the parameters, as
-FSDP has them: what FSDP itself moves is a column of the table. Results: a table,
-benchmarks/results/communication.json, and the tables of docs/communication.md;
-what is in the JSON already is not compiled again.
+FSDP has them; what FSDP itself moves stands above each table. Results: tables,
+benchmarks/results/communication.json and docs/communication.md; what is in the
+JSON already is not compiled again.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,22 +27,22 @@ from typing import Any
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import optax.contrib  # noqa: E402
-import tyro  # noqa: E402
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import optax.contrib
+import tyro
 
-import communication_tables as tables  # noqa: E402
-import hlo  # noqa: E402
-import machine  # noqa: E402
-import methods  # noqa: E402
-import subspace_optax as so  # noqa: E402
+import communication_tables as tables
+import hlo
+import machine
+import methods
+import subspace_optax as so
 
 ROOT = pathlib.Path(__file__).resolve().parent
 DEVICES = 4
@@ -65,7 +66,7 @@ class Args:
 
 def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
   """From the name in the table to the optimizer."""
-  lr, decay = 1e-3, {'weight_decay': 0.1}
+  lr, decay = 1e-3, 0.1
   ours = (
     'galore',
     'golore',
@@ -76,13 +77,15 @@ def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
     'subspace_adamw',
     'subspace_muon',
   )
-  make = lambda name: lambda: getattr(so, name)(lr, args.rank, **decay)
+  make = lambda name: (
+    lambda: getattr(so, name)(lr, args.rank, weight_decay=decay)
+  )
   return {
-    'optax.adamw': lambda: optax.adamw(lr, **decay),
+    'optax.adamw': lambda: optax.adamw(lr, weight_decay=decay),
     **{f'so.{name}': make(name) for name in ours},
     # It projects no stack: layers are handed to it one by one.
     'optax.contrib.galore': lambda: methods.by_layer(
-      optax.contrib.galore(lr, args.rank, **decay)
+      optax.contrib.galore(lr, args.rank, weight_decay=decay)
     ),
   }
 

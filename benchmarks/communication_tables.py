@@ -58,19 +58,20 @@ def line(name: str, rows: list[dict], rank: int, devices: int) -> str:
   mib = lambda key: of_layer(rows, key) / MIB
   count = lambda key: max(row[key] for row in rows)
   ratio = max(state_ratio(row, devices) for row in rows)
+  held = max(row['temporary_bytes'] / row['gradient_bytes'] for row in rows)
   return (
     f'| `{name}` | {mib("sent_bytes"):.2f} | {mib("sent_bytes_at_refresh"):.1f}'
     f' | {count("collectives")} / {count("collectives_at_refresh")}'
     f' | {worst["largest / r(m+n)"]:.2f} | {worst["any / r(m+n)"]:.2f}'
     f' | {worst["any / mn"]:.2f}'
     f' | {mib("state_bytes_per_device"):.2f} | {ratio:.3f}'
-    f' | {mib("temporary_bytes"):.1f} |'
+    f' | {held:.1f} |'
   )
 
 
 HEADER = """\
 | | sent a step | at a refresh | collectives | largest / r(m+n) | \
-at any step | largest / mn | state | over an equal share | temporary |
+at any step | largest / mn | state | over an equal share | temporary / gradient |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 

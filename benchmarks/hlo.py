@@ -1,8 +1,8 @@
 """What crosses devices in a compiled program, read from its text.
 
-Follows the program from its entry through loops and branches. A collective that
-the compiler has cut in a start, steps in between and a done is one, known by its
-channel. Loops count as often as they turn, where the text tells.
+Follows the program from its entry through loops and branches. A collective
+that the compiler has cut in a start, steps in between and a done is one, known
+by its channel. Loops count as often as they turn, where the text tells.
 """
 
 from collections.abc import Callable

@@ -6,8 +6,8 @@ import matplotlib
 import numpy as np
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib import ticker  # noqa: E402
+from matplotlib import ticker
+import matplotlib.pyplot as plt
 
 BEGIN, END = '<!-- tables begin -->', '<!-- tables end -->'
 STYLES = {
