@@ -57,7 +57,7 @@ class Args:
   mlp_width: int = 2816  # LLaMA-350M's 2736, in whole tiles of a TPU
   layers: int = 2
   rank: int = 256
-  topology: str = 'v5e:2x2'
+  topology: str = 'v5e:2x2'  # 'cpu' for virtual CPU devices
   explicit: bool = False  # mesh axes in the types, instead of automatic ones
   only: tuple[str, ...] = ()  # names of the table; all by default
   out: str = str(ROOT / 'results' / 'communication.json')
@@ -109,12 +109,15 @@ def spec(kind: str, mesh: Mesh) -> P:
 
 def devices(args: Args) -> tuple[list[Any], str]:
   """The devices to compile for, and what they are."""
+  here = 'virtual CPU devices: not what a TPU would run'
+  if args.topology == 'cpu':
+    return jax.devices(), here
   try:
     found = topologies.get_topology_desc(args.topology, 'tpu').devices
     return found, f'{found[0].device_kind}, topology {args.topology}'
-  except Exception as error:  # whatever libtpu's absence looks like
-    print(f'no TPU compiler ({type(error).__name__}): compiling for CPUs')
-    return jax.devices(), 'virtual CPU devices: not what a TPU would run'
+  except Exception as error:  # no libtpu, or another process has it
+    print(f'no TPU compiler: {error}\nso this compiles for {here}')
+    return jax.devices(), here
 
 
 def mesh_of(args: Args, shape: tuple[int, ...], devices: list[Any]) -> Mesh:
@@ -195,6 +198,7 @@ def measure(args: Args, name: str, mesh: Mesh) -> Iterator[dict]:
     yield {
       'matrix': kind,
       'shape': [args.layers, m, n],
+      'matrices_at_once': 1 if 'contrib' in name else args.layers,
       'compile_seconds': round(seconds, 1),
       'fsdp_bytes': tables.fsdp_bytes(w.size * 4, mesh.shape),
       **communication(program.as_text(), name == 'so.ldadamw'),
@@ -237,7 +241,9 @@ def main(args: Args) -> None:
         rows[name] = list(measure(args, name, mesh))
         out.write_text(json.dumps(results, indent=1) + '\n')
       print(f'{mesh_name}: {name}', flush=True)
-  text = tables.markdown(results)
+  # Those compiled for CPUs are in a file of their own beside this one.
+  files = sorted(out.parent.glob('communication*.json'))
+  text = '\n\n'.join(tables.markdown(json.loads(f.read_text())) for f in files)
   print(text)
   tables.write(pathlib.Path(args.docs), text)
 

@@ -36,7 +36,7 @@ def of_layer(rows: list[dict], key: str) -> float:
 
 def bounds(row: dict, rank: int) -> dict[str, float]:
   """Returns the largest collectives over r(m + n) and mn, and state's share."""
-  layers, m, n = row['shape']
+  (_, m, n), layers = row['shape'], row['matrices_at_once']
   low, whole = layers * rank * (m + n), layers * m * n
   return {
     'largest / r(m+n)': row['largest'] / low,
@@ -69,10 +69,18 @@ def line(name: str, rows: list[dict], rank: int, devices: int) -> str:
   )
 
 
-HEADER = """\
-| | sent a step | at a refresh | collectives | largest / r(m+n) | \
-at any step | largest / mn | state | over an equal share | temporary / gradient |
-|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+  'sent a step',
+  'at a refresh',
+  'collectives',
+  'largest / r(m+n)',
+  'at any step',
+  'largest / mn',
+  'state',
+  'over an equal share',
+  'temporary / gradient',
+)
+HEADER = f'| | {" | ".join(COLUMNS)} |\n{"|---" * (len(COLUMNS) + 1)}|'
 
 
 def markdown(results: dict) -> str:
