@@ -194,8 +194,7 @@ def finish(args: Args, task: Task) -> str:
 def take_core(numbers: Any) -> None:
   """Gives a worker one core, before jax starts its threads.
 
-  Products are small, so that more threads gain nothing; and on two of them a
-  LAPACK call in a loop was seen to wait for ever.
+  Products are small: more threads only get in each other's way.
   """
   if hasattr(os, 'sched_setaffinity'):  # Linux
     allowed = sorted(os.sched_getaffinity(0))

@@ -15,6 +15,9 @@
 
 from subspace_optax import projectors as projectors
 from subspace_optax import residuals as residuals
+from subspace_optax._data_parallel import (
+  data_parallel_step as data_parallel_step,
+)
 from subspace_optax._describe import describe as describe
 from subspace_optax._in_subspace import in_subspace as in_subspace
 from subspace_optax._memory import MemoryReport as MemoryReport

@@ -27,6 +27,7 @@ If the columns of the leaf are the projected side, all of it reads as G^T.
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -50,6 +51,8 @@ class Layout:
     project_rows: whether the basis spans the rows' space (P^T G) or the
       columns' (G Q).
     rank: r, at most the short side.
+    axis_name: a mapped axis along which leaves are parts of a mean, so that
+      what products with them return is averaged.
   """
 
   shape: tuple[int, ...]
@@ -57,6 +60,7 @@ class Layout:
   cols: tuple[int, ...]
   project_rows: bool
   rank: int
+  axis_name: Any = None
 
   @property
   def batch(self) -> tuple[int, ...]:
@@ -204,6 +208,14 @@ class Layout:
     eq = f'{self._square_axes(0, 1)},{other}->{self.leaf_axes}'
     return _sharding.einsum(eq, square, leaf)
 
+  def split_long_side(self, leaf: jax.Array) -> jax.Array:
+    """Returns a leaf whose short side every device has, where explicit.
+
+    Its Gram matrix is then a sum of the devices' own.
+    """
+    long = self.free if self._short == self.projected else self.projected
+    return _sharding.regroup(leaf, self._short, long)
+
   @property
   def _short(self) -> tuple[int, ...]:
     return self.projected if self.m <= self.n else self.free
@@ -237,9 +249,10 @@ class Layout:
       even = n - n % r
       y = g[..., even:] * w[..., even:]
       y = jnp.pad(y, [(0, 0)] * (g.ndim - 1) + [(0, even + r - n)])
-      return lax.fori_loop(
+      y = lax.fori_loop(
         0, n // r, lambda k, y: y + block(g, k) * block(w, k), y
       )
+      return self.mean(y)
     rows = jnp.arange(n)[:, None] % r == jnp.arange(r)[None, :]
     s = jnp.where(rows, weights[..., None], 0.0)
     s = s.reshape(*self.batch_shape, *self._sizes(self.free), r)
@@ -252,7 +265,11 @@ class Layout:
     product = _sharding.einsum(
       eq, leaf, other.astype(leaf.dtype), preferred_element_type=wide
     )
-    return _sharding.with_whole_rank(product, eq.split('->')[1])
+    return self.mean(_sharding.with_whole_rank(product, eq.split('->')[1]))
+
+  def mean(self, x: jax.Array) -> jax.Array:
+    """Returns the mean along the mapped axis, if there is one."""
+    return x if self.axis_name is None else lax.pmean(x, self.axis_name)
 
   # One value per matrix.
 

@@ -17,8 +17,9 @@ Only r x r matrices are factorised, so that a basis whose rows are spread over
 devices costs all-reduces of r x r blocks, where QR or SVD would gather it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
+import math
 from typing import Any
 
 import jax
@@ -161,12 +162,53 @@ def orthonormalize(
   for shift in shifts:
     gram = layout.gram(q, q)
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    chol = _cholesky(gram + shift * trace * identity_like(gram))
-    inverse = lax.linalg.triangular_solve(
-      chol, identity_like(chol), left_side=True, lower=True
-    )
+    inverse = each(_inverse_factor, gram + shift * trace * identity_like(gram))
     q = layout.mix_basis(q, jnp.swapaxes(inverse, -1, -2))
   return q
+
+
+def _inverse_factor(square: jax.Array) -> jax.Array:
+  """Returns L^-1 of a matrix L L^T."""
+  chol = jnp.linalg.cholesky(square)
+  eye = jnp.eye(chol.shape[-1], dtype=chol.dtype)
+  return lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
+
+
+def each(f: Callable[..., Any], *stacks: jax.Array) -> Any:
+  """Maps a factorisation over the matrices of (*batch, rows, columns) arrays.
+
+  One after another on CPUs. There jaxlib 0.10's LAPACK calls spread a batch
+  over the very threads that run them, and wait: as many at once as there are
+  threads wait for ever.
+
+  Args:
+    f: (matrix, ...) -> one or more arrays.
+    *stacks: of the same batch axes.
+
+  Returns:
+    What `f` returns, with the batch axes in front.
+  """
+  batch_shape = stacks[0].shape[:-2]
+
+  def together(*stacks: jax.Array) -> Any:
+    # Mapped: of a batch that is sharded explicitly, jax's own raise errors.
+    batched = f
+    for _ in batch_shape:
+      batched = jax.vmap(batched)
+    return batched(*stacks)
+
+  def in_turn(*stacks: jax.Array) -> Any:
+    wanted = jax.eval_shape(together, *stacks)
+    rows = [_sharding.replicate(x) for x in stacks]
+    rows = [x.reshape(-1, *x.shape[-2:]) for x in rows]
+    found = lax.map(lambda row: f(*row), tuple(rows))
+    return jax.tree.map(
+      lambda x, like: _sharding.move(x.reshape(like.shape), like), found, wanted
+    )
+
+  if math.prod(batch_shape) == 1:
+    return together(*stacks)
+  return lax.platform_dependent(*stacks, cpu=in_turn, default=together)
 
 
 def transition(
@@ -216,22 +258,17 @@ def solve_gram(
 
 def _right_solve(x: jax.Array, squares: jax.Array) -> jax.Array:
   """Returns X S^-1 for positive definite S, both (*batch, r, r)."""
-  chol = _cholesky(squares)
-  half = lax.linalg.triangular_solve(
-    chol, jnp.swapaxes(x, -1, -2), left_side=True, lower=True
-  )
-  full = lax.linalg.triangular_solve(
-    chol, half, left_side=True, lower=True, transpose_a=True
-  )
-  return jnp.swapaxes(full, -1, -2)
 
+  def one(x: jax.Array, square: jax.Array) -> jax.Array:
+    solve = functools.partial(
+      lax.linalg.triangular_solve,
+      jnp.linalg.cholesky(square),
+      left_side=True,
+      lower=True,
+    )
+    return solve(solve(x.T), transpose_a=True).T
 
-def _cholesky(squares: jax.Array) -> jax.Array:
-  # Mapped: of a batch that is sharded explicitly, jax's own raises an error.
-  cholesky = jnp.linalg.cholesky
-  for _ in squares.shape[:-2]:
-    cholesky = jax.vmap(cholesky)
-  return cholesky(squares)
+  return each(one, x, squares)
 
 
 def newton_schulz(
@@ -246,6 +283,8 @@ def newton_schulz(
     Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024
   """
   a, b, c = _QUINTIC
+  original = x
+  x = layout.split_long_side(x)
   largest = layout.largest(x)  # the squares of what is left can't overflow
   x = x / layout.along_leaf(jnp.where(largest > 0, largest, 1.0))
   norm = jnp.maximum(jnp.sqrt(layout.energy(x)), 1.0)
@@ -255,7 +294,8 @@ def newton_schulz(
     poly = b * gram + c * layout.multiply_grams(gram, gram)
     return _sharding.like(a * x + layout.mix_leaf(poly, x), x)
 
-  return lax.fori_loop(0, steps, step, x / layout.along_leaf(norm))
+  x = lax.fori_loop(0, steps, step, x / layout.along_leaf(norm))
+  return _sharding.like(x, original)
 
 
 def orthogonality_error(gram: jax.Array) -> jax.Array:

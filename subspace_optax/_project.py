@@ -14,12 +14,14 @@
 """From gradients to coordinates: the piece that owns the bases."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
 import zlib
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -55,6 +57,7 @@ def project(
   projector: _base.Projector,
   *,
   keep_gradient: bool = False,
+  axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Takes gradients to the coordinates of their subspaces.
 
@@ -66,10 +69,20 @@ def project(
   bases are made from in place of them, such as the gradients of a larger batch
   at every T-th step (large-batch GaLore).
 
+  With `axis_name` gradients are those of a part of the batch each, and
+  coordinates are averaged in their place: data parallelism that moves r (m + n)
+  numbers of a matrix at most. Rules that factorise the gradient average it when
+  they do; plain leaves are averaged as always. Where the norm of the mean is
+  wanted, as in `captured_energy`, the mean of the squared norms stands for its
+  square, which is no larger. See `data_parallel_step`; it gives `update` the
+  name as `coordinates_axis_name`, and averages the plain leaves itself.
+
   Args:
     spec: which leaves, as which matrices, at which rank.
     projector: how bases are found and moved, from `subspace_optax.projectors`.
-    keep_gradient: whether the gradient travels along, for a residual rule.
+    keep_gradient: whether the gradient travels along, for a residual rule,
+      which then costs averaging all of it.
+    axis_name: the name of a mapped axis, as `jax.shard_map` has, or a tuple.
 
   Returns:
     A transformation whose state holds the bases, (*batch and projected axes,
@@ -134,16 +147,21 @@ def project(
     *,
     refresh_gradients=None,
     window=None,
+    coordinates_axis_name=None,
     **extra_args,
   ):
     del extra_args
+    averaged = coordinates_axis_name or axis_name
+    matrices_of = functools.partial(
+      _matrices, spec, state, averaged, keep_gradient
+    )
     _check_shapes(updates, params, 'its parameter')
-    matches, matrices = _matrices(spec, updates, state)
+    matches, matrices = matrices_of(updates)
     sources = matrices
     if refresh_gradients is not None:
       _check_shapes(updates, refresh_gradients, 'refresh_gradients')
       shown = _masked_like(updates, refresh_gradients)
-      _, sources = _matrices(spec, shown, state)
+      _, sources = matrices_of(shown)
     track = (
       projector.track if window is None else _base.resting(projector.track)
     )
@@ -181,8 +199,11 @@ def project(
       nothing if before is None else before,
       nothing if after is None else after,
     )
+    plain = lambda x: x
+    if axis_name is not None and coordinates_axis_name is None:
+      plain = lambda x: lax.pmean(x, axis_name)
     entries = [
-      match.leaf if match and not match.layout else node
+      plain(match.leaf) if match and not match.layout else node
       for match, (_, node) in zip(matches, _tree.flatten(nodes)[0], strict=True)
     ]
     count = jnp.where(
@@ -261,17 +282,26 @@ def _place_rebuilt(
 
 
 def _matrices(
-  spec: _spec.SubspaceSpec, gradients: Any, state: ProjectState
+  spec: _spec.SubspaceSpec,
+  state: ProjectState,
+  axis_name: Any,
+  keep_gradient: bool,
+  gradients: Any,
 ) -> tuple[list[_spec.Match | None], Any]:
   """Returns the matches of gradients, and the tree of their matrices."""
   matches = _match_as_at_init(spec, gradients, state)
   _, treedef = _tree.flatten(gradients)
   seeds = dict(_tree.flatten(state.seed)[0])
-  return matches, _per_matrix(
-    matches,
-    treedef,
-    lambda path, leaf, layout: _matrix(leaf, layout, seeds[path]),
-  )
+
+  def make(path: str, leaf: jax.Array, layout: _layout.Layout) -> _base.Matrix:
+    if axis_name is None:
+      return _matrix(leaf, layout, seeds[path])
+    if keep_gradient:
+      return _matrix(lax.pmean(leaf, axis_name), layout, seeds[path])
+    layout = dataclasses.replace(layout, axis_name=axis_name)
+    return _matrix(leaf, layout, seeds[path])
+
+  return matches, _per_matrix(matches, treedef, make)
 
 
 def _masked_like(updates: Any, refresh_gradients: Any) -> Any:
@@ -350,7 +380,7 @@ def _check_made(
 def _matrix(
   gradient: jax.Array, layout: _layout.Layout, seed: jax.Array
 ) -> _base.Matrix:
-  energy = layout.energy(gradient)
+  energy = layout.mean(layout.energy(gradient))
   # A sum of squares is finite only if all elements are.
   ok = jnp.isfinite(energy) & (energy > 0)
   energy = jnp.where(ok, energy, 1.0)  # a divisor, whatever the gradient
@@ -388,7 +418,7 @@ def _node(
     old_mean=None,
     mean=None,
     direction=None,
-    layout=matrix.layout,
+    layout=dataclasses.replace(matrix.layout, axis_name=None),
     orthonormal=orthonormal,
     dtype=matrix.gradient.dtype,
     sharding=_sharding.explicit(matrix.gradient),

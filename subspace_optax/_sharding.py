@@ -25,6 +25,7 @@ import math
 from typing import Any
 
 import jax
+from jax import lax
 from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -112,9 +113,40 @@ def like(x: jax.Array, reference: jax.Array) -> jax.Array:
   return jax.reshard(x, jax.typeof(reference).sharding)
 
 
+def regroup(
+  x: jax.Array, whole: tuple[int, ...], split: tuple[int, ...]
+) -> jax.Array:
+  """Returns `x` with no axis of `whole` split, where explicit.
+
+  Their mesh axes go to the first axis of `split` that they divide.
+  """
+  spec = _explicit_spec(x)
+  if spec is None:
+    return x
+  sharding = jax.typeof(x).sharding
+  names = list(map(_names, spec))
+  for axis in whole:
+    moving, names[axis] = names[axis], ()
+    for name in moving:
+      size = sharding.mesh.shape
+      fits = [
+        i
+        for i in split
+        if x.shape[i] % math.prod(size[k] for k in (*names[i], name)) == 0
+      ]
+      if fits:
+        names[fits[0]] = (*names[fits[0]], name)
+  spec = PartitionSpec(*map(_entry, names))
+  return jax.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
 def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
   """Returns zeros of a shape and dtype and, if explicit, sharding."""
-  x = jnp.zeros(shape.shape, shape.dtype)
+  return move(jnp.zeros(shape.shape, shape.dtype), shape)
+
+
+def move(x: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+  """Returns `x` with the sharding of a shape, if that is explicit."""
   sharding = shape.sharding
   if not isinstance(sharding, NamedSharding) or not sharding.mesh.explicit_axes:
     return x
@@ -140,11 +172,16 @@ def is_sharded(x: jax.Array) -> bool:
 
   On a mesh of automatic axes the type does not tell, so it may.
   """
-  mesh = jax.typeof(x).sharding.mesh
-  if mesh.empty or mesh.size == 1:
+  if _is_alone(x):
     return False
   spec = _explicit_spec(x)
   return spec is None or any(entry is not None for entry in spec)
+
+
+def _is_alone(x: jax.Array) -> bool:
+  """Whether one device is all there is, as far as the program can see."""
+  mesh = jax.typeof(x).sharding.mesh
+  return mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
 
 
 def is_whole(x: jax.Array, axes: tuple[int, ...]) -> bool:
@@ -152,9 +189,9 @@ def is_whole(x: jax.Array, axes: tuple[int, ...]) -> bool:
 
   Taking one element of an axis that is split gathers the whole array.
   """
-  mesh = jax.typeof(x).sharding.mesh
-  if mesh.empty or mesh.size == 1:
+  if _is_alone(x):
     return True
+  mesh = jax.typeof(x).sharding.mesh
   spec = _explicit_spec(x)
   if spec is None or len(mesh.explicit_axes) < len(mesh.axis_names):
     return False
@@ -228,11 +265,11 @@ def with_whole_rank(x: jax.Array, axes: str) -> jax.Array:
   bases at rest, for which the compiler may gather the gradient.
   """
   mesh = jax.typeof(x).sharding.mesh
-  if mesh.empty or mesh.explicit_axes:
+  if _is_alone(x) or mesh.explicit_axes:
     return x
   any_ = PartitionSpec.UNCONSTRAINED
   spec = PartitionSpec(*(None if c in RANK else any_ for c in axes))
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+  return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def on_mesh_of(leaves: list[Any], tree: Any) -> Any:

@@ -137,3 +137,16 @@ def test_products_are_in_full_float32(f, dtype):
   for dot in dots:
     assert 'precision = [HIGHEST, HIGHEST]' in dot, dot
     assert 'bf16' not in dot, dot
+
+
+def test_no_batch_is_given_to_lapack():
+  # Whose threads would wait for each other on jaxlib 0.10.
+  name = 'plain'
+  y = jax.ShapeDtypeStruct((5, 12, R), jnp.float32)
+  text = orthonormalize(name).lower(y).compile().as_text()
+  calls = [line for line in text.splitlines() if 'lapack_' in line]
+  kinds = {kind for kind in ('potrf', 'trsm') for x in calls if kind in x}
+  assert kinds == {'potrf', 'trsm'}
+  for line in calls:
+    shapes = re.findall(r'f32\[([\d,]+)\]', line)
+    assert shapes and all(re.fullmatch(r'(1,)*4,4', x) for x in shapes), line

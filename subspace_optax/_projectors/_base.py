@@ -53,10 +53,12 @@ class Matrix:
   """One projected leaf, as projectors see it.
 
   Attributes:
-    gradient: G, the leaf's own axes.
+    gradient: G, the leaf's own axes; along a mapped axis of the layout, one of
+      the gradients whose mean is G.
     layout: which of them are projected.
     seed: (*batch), uint32, one per matrix.
-    energy: (*batch), ||G||_F^2, or 1 where not `ok`.
+    energy: (*batch), ||G||_F^2, or 1 where not `ok`; along a mapped axis, the
+      mean of that, since the norm of G would cost moving it.
     ok: (*batch), whether the energy is finite and not zero, which for elements
       between about 1e-19 and 1e19 is whether G is.
     mean: of past coordinates, for a rule that keeps it.
@@ -68,6 +70,12 @@ class Matrix:
   energy: jax.Array
   ok: jax.Array
   mean: jax.Array | None = None
+
+
+def whole(matrix: Matrix) -> jax.Array:
+  """Returns (*batch, rows, columns), G as every device must have it."""
+  gradient = matrix.layout.mean(matrix.gradient)
+  return matrix.layout.to_matrix(_sharding.replicate(gradient))
 
 
 class Context(NamedTuple):

@@ -17,13 +17,13 @@ Zhang et al., `Breaking the Frozen Subspace: Importance Sampling for Low-Rank
 Optimization in LLM Pretraining <https://arxiv.org/abs/2502.05790>`_, 2025.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from subspace_optax import _linalg
-from subspace_optax import _sharding
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _periodic
 
@@ -80,7 +80,7 @@ def importance_svd(
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
     del basis
     layout = matrix.layout
-    g = layout.to_matrix(_sharding.replicate(matrix.gradient))
+    g = _base.whole(matrix)
     g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
     vectors, values = vectors_of(g.astype(jnp.float32), matrix)
     noise = _linalg.gumbel(values.shape[-1], matrix.seed, period)
@@ -101,14 +101,16 @@ def importance_svd(
 def _by_svd(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
   """Returns the left singular vectors and their values, the largest first."""
   del matrix
-  u, s, _ = jnp.linalg.svd(g, full_matrices=False)
+  svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+  u, s, _ = _linalg.each(svd, g)
   return u, s
 
 
 def _by_eigh(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
   """The same from G G^T."""
   g *= jax.lax.rsqrt(matrix.energy)[..., None, None]
-  squares, u = jnp.linalg.eigh(_linalg.matmul(g, jnp.swapaxes(g, -1, -2)))
+  gram = _linalg.matmul(g, jnp.swapaxes(g, -1, -2))
+  squares, u = _linalg.each(jnp.linalg.eigh, gram)
   values = jnp.sqrt(jnp.maximum(squares, 0.0))
   # What rounding makes of zero would be drawn, too, there being many of it.
   noise = _BLIND * jnp.max(values, axis=-1, keepdims=True)

@@ -128,8 +128,9 @@ def _exact(
   """U_r or V_r of the thin SVD."""
   del basis, period
   layout = matrix.layout
-  g = layout.to_matrix(_sharding.replicate(matrix.gradient))
-  u, _, vh = jnp.linalg.svd(g.astype(jnp.float32), full_matrices=False)
+  g = _base.whole(matrix)
+  svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+  u, _, vh = _linalg.each(svd, g.astype(jnp.float32))
   vectors = u if layout.project_rows else jnp.swapaxes(vh, -1, -2)
   return layout.from_matrix(vectors[..., : layout.rank])
 
@@ -140,7 +141,7 @@ def _gram(
   """Eigenvectors of G G^T, or G times those of G^T G if that is smaller."""
   del basis
   layout = matrix.layout
-  g = layout.to_matrix(_sharding.replicate(matrix.gradient))
+  g = _base.whole(matrix)
   g = g.astype(jnp.float32) * lax.rsqrt(matrix.energy)[..., None, None]
   g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
   gt = jnp.swapaxes(g, -1, -2)
@@ -170,7 +171,7 @@ def _leading(
   """Returns r vectors of the leading eigenspace, and their values."""
   size, r = gram.shape[-1], layout.rank
   if size <= _EIGH_SIZE or 2 * r > size:
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = _linalg.each(jnp.linalg.eigh, gram)
     return vectors[..., ::-1][..., :r], values[..., ::-1][..., :r]
   # Plain matrices, whatever the axes of the leaf are.
   square = _layout.square(layout.batch_shape, size, r)
@@ -221,7 +222,10 @@ def _iterate(rounds: int, matrix: _base.Matrix, p: jax.Array) -> jax.Array:
     # Scaled after each product, since G may be float16.
     coords = layout.project(g, p).astype(p.dtype) * layout.along_coords(scale)
     image = layout.back(g, coords).astype(p.dtype) * layout.along_basis(scale)
-    shift = _shift(layout.coords_energy(coords), layout.m, layout.rank)
+    kept = layout.coords_energy(coords)
+    if layout.axis_name is not None:  # of an energy larger than that of G
+      kept = jnp.ones_like(kept)
+    shift = _shift(kept, layout.m, layout.rank)
     image -= layout.along_basis(shift) * p
     last = k == rounds - 1
     p = _linalg.orthonormalize(

@@ -1,0 +1,124 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Data parallelism that averages coordinates in the place of gradients.
+
+Under `jax.jit` the compiler averages the gradient of a replicated parameter
+before anyone can project it. Here every device projects its own gradient, and
+what is averaged has r (m + n) numbers for a matrix of m x n.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
+import optax
+
+from subspace_optax import _project
+from subspace_optax import _tree
+
+
+def data_parallel_step(
+  loss: Callable[[Any, Any], jax.Array],
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  axis_name: str = 'data',
+) -> Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]:
+  """Returns a training step that moves coordinates between devices.
+
+  Every device computes the gradient of its part of the batch. Of leaves that
+  `tx` projects, `project` averages the coordinates; all others are averaged
+  here. What is chained before `project` sees one device's gradient: clip behind
+  it. A residual rule needs the mean gradient, and makes it as large as ever.
+
+  Args:
+    loss: (params, batch) -> the mean loss of a batch, a scalar.
+    tx: the optimizer; any of optax's, which then gets mean gradients.
+    mesh: its axis `axis_name` divides the first axis of all arrays of a batch.
+      Parameters and state are the same along it; other mesh axes may shard
+      them, automatically.
+    axis_name: along which devices have different parts of a batch.
+
+  Returns:
+    (params, state, batch) -> (params, state, loss), to be jitted.
+
+  Raises:
+    ValueError: the mesh has no such axis, or explicit ones.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
+    >>> from jax.sharding import AxisType
+    >>> mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,))
+    >>> loss = lambda params, x: jnp.mean((x @ params['w']) ** 2)
+    >>> tx = so.golore(1e-3, rank=2)
+    >>> step = jax.jit(so.data_parallel_step(loss, tx, mesh))
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> params, state, value = step(params, tx.init(params), jnp.ones((4, 8)))
+    >>> print(value)
+    64.0
+  """
+  if axis_name not in mesh.axis_names:
+    raise ValueError(
+      f'axis_name={axis_name!r} is none of the mesh axes {mesh.axis_names}.'
+    )
+  if mesh.explicit_axes:
+    raise ValueError(
+      f'mesh axes {mesh.explicit_axes} are explicit; make the mesh with '
+      'axis_types=(AxisType.Auto, ...).'
+    )
+  update = optax.with_extra_args_support(tx).update
+
+  def local_step(params, state, batch):
+    # Otherwise the gradient of what is the same everywhere is summed at once.
+    mine = jax.tree.map(lambda x: lax.pcast(x, axis_name, to='varying'), params)
+    value, gradients = jax.value_and_grad(loss)(mine, batch)
+    gradients = _mean_of_rest(gradients, state, axis_name)
+    updates, state = update(
+      gradients, state, params, coordinates_axis_name=axis_name
+    )
+    params = optax.apply_updates(params, updates)
+    return params, state, lax.pmean(value, axis_name)
+
+  same, parts = PartitionSpec(), PartitionSpec(axis_name)
+  return jax.shard_map(
+    local_step,
+    mesh=mesh,
+    in_specs=(same, same, parts),
+    out_specs=(same, same, same),
+    axis_names={axis_name},
+  )
+
+
+def _mean_of_rest(gradients: Any, state: Any, axis_name: str) -> Any:
+  """Returns gradients with the mean in place of those nobody projects."""
+  projected = _projected_paths(state)
+  pairs, _ = _tree.flatten(gradients)
+  entries = [
+    x if path in projected else lax.pmean(x, axis_name) for path, x in pairs
+  ]
+  return _tree.replace_entries(gradients, entries)
+
+
+def _projected_paths(state: Any) -> set[str]:
+  """Returns the paths of the leaves that a state has bases or seeds for."""
+  is_ours = lambda x: isinstance(x, _project.ProjectState)
+  return {
+    path
+    for x in jax.tree.leaves(state, is_leaf=is_ours)
+    if is_ours(x)
+    for path, seed in _tree.flatten(x.seed)[0]
+    if not _tree.is_masked(seed)
+  }

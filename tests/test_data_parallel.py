@@ -1,0 +1,293 @@
+"""Data parallelism that averages coordinates, against whole mean gradients."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import errors
+import grid
+import measure
+import subspace_optax as so
+from subspace_optax import projectors
+
+DEVICES, STEPS = 4, 5
+LEAVES = {
+  'up': cases.Leaf((3, 8, 12), jnp.float32, (1,), (2,)),
+  'bias': cases.Leaf((12,), jnp.float32),
+}
+# These divide by the mean of the squared norms, which a step on the mean
+# gradient does not know; they have tests of their own.
+ITERATED = {'randomized', 'warm'}
+NORMALISED = {'online_pca', 'online_pca_options', 'tracking', 'switch'}
+
+
+def _mesh(shape=(DEVICES,), names=('data',), kind=AxisType.Auto):
+  return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+def _gradients(t):
+  """A strong signal, and the devices' noise on it: (devices, ...) each."""
+  rng = np.random.default_rng(10 + t)
+  u = rng.standard_normal((3, 8, 3)) * np.array([4.0, 2.0, 1.0])
+  signal = u @ rng.standard_normal((3, 3, 12))
+  noise = rng.standard_normal((DEVICES, 3, 8, 12))
+  noise -= noise.mean(0)
+  return {
+    'up': jnp.asarray(signal + noise, jnp.float32),
+    'bias': jnp.asarray(rng.standard_normal((DEVICES, 12)), jnp.float32),
+  }
+
+
+def _spec():
+  return so.SubspaceSpec(
+    3, weight_dimension_numbers=cases.dimension_numbers(LEAVES)
+  )
+
+
+def _make(name, **axis_name):
+  return optax.chain(
+    so.project(_spec(), grid.PROJECTORS[name](True), **axis_name),
+    so.in_subspace(optax.trace(0.9), _spec(), transport='first'),
+    so.unproject(scale=0.25),
+  )
+
+
+def _run(update, tx):
+  params = cases.tree(LEAVES)
+  state, found = tx.init(params), []
+  for t in range(STEPS):
+    updates, state = update(_gradients(t), state)
+    found.append(updates)
+  return found, state
+
+
+def _in_parallel(tx, **options):
+  """Returns the update of a device each, on its own gradient."""
+
+  def local(gradients, state):
+    mine = jax.tree.map(lambda x: x[0], gradients)
+    return tx.update(mine, state)
+
+  specs = {'in_specs': (P('data'), P()), 'out_specs': P()}
+  return cases.jit(jax.shard_map(local, mesh=_mesh(), **specs, **options))
+
+
+def _of_mean(tx):
+  mean = lambda gradients: jax.tree.map(lambda x: jnp.mean(x, 0), gradients)
+  return cases.jit(lambda gradients, state: tx.update(mean(gradients), state))
+
+
+@pytest.mark.parametrize(
+  'name', sorted(set(grid.PROJECTORS) - NORMALISED - ITERATED)
+)
+def test_equals_the_step_on_the_mean_gradient(name):
+  got, state = _run(_in_parallel(_make(name, axis_name='data')), _make(name))
+  wanted, wanted_state = _run(_of_mean(_make(name)), _make(name))
+  for one, other in zip(got, wanted, strict=True):
+    measure.assert_trees_close(one, other, rtol=1e-4, atol=1e-4)
+  measure.assert_trees_close(state[0].seed, wanted_state[0].seed)
+
+
+@pytest.mark.parametrize('name', sorted(ITERATED))
+def test_subspace_iteration_finds_that_of_the_mean_gradient(name):
+  tx = so.project(_spec(), grid.PROJECTORS[name](False), axis_name='data')
+  update, state = _in_parallel(tx), tx.init(cases.tree(LEAVES))
+  for _ in range(STEPS):
+    _, state = update(_gradients(0), state)
+  p = np.asarray(measure.bases(state)['up'], np.float64)
+  g = np.asarray(_gradients(0)['up'], np.float64).mean(0)
+  kept = np.linalg.norm(np.swapaxes(p, 1, 2) @ g, axis=(1, 2))
+  np.testing.assert_allclose(kept, np.linalg.norm(g, axis=(1, 2)), rtol=5e-3)
+
+
+@pytest.mark.parametrize('name', ['stiefel', 'gram'])
+def test_without_the_tracking_of_what_varies(name):
+  tx = _make(name, axis_name='data')
+  got, _ = _run(_in_parallel(tx, check_vma=False), tx)
+  wanted, _ = _run(_of_mean(_make(name)), tx)
+  for one, other in zip(got, wanted, strict=True):
+    measure.assert_trees_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_bases_learn_from_the_mean_gradient_over_the_mean_energy():
+  lr, weight = 0.5, 0.1
+  rule = projectors.online_pca(optax.sgd(lr), orthogonality=weight)
+  tx = so.project(_spec(), rule, axis_name='data')
+  update, state = _in_parallel(tx), tx.init(cases.tree(LEAVES))
+  bases = np.asarray(measure.bases(state)['up'], np.float64)
+  for t in range(STEPS):
+    gradients = _gradients(t)
+    g = np.asarray(gradients['up'], np.float64)
+    energy = np.mean(np.sum(g**2, axis=(2, 3)), axis=0)
+    nodes, state = update(gradients, state)
+    np.testing.assert_allclose(nodes['bias'], gradients['bias'].mean(0), 1e-5)
+    for i, p in enumerate(bases):
+      x = g[:, i].mean(0) / np.sqrt(energy[i])
+      a = p.T @ x
+      np.testing.assert_allclose(
+        nodes['up'].coords[i], a * np.sqrt(energy[i]), rtol=1e-4, atol=1e-4
+      )
+      # d/dP of |P P^T X - X|^2 + weight |P^T P - I|^2.
+      e = p @ a - x
+      down = 2 * (e @ a.T + x @ e.T @ p)
+      down += 4 * weight * p @ (p.T @ p - np.eye(3))
+      bases[i] = p - lr * down
+    np.testing.assert_allclose(
+      measure.bases(state)['up'], bases, rtol=1e-4, atol=1e-5
+    )
+  captured = so.subspace_metrics(state)['up']['captured_energy']
+  assert np.isfinite(captured).all()
+
+
+def test_a_device_without_a_finite_gradient_spoils_no_basis():
+  tx = _make('gram', axis_name='data')
+  update, state = _in_parallel(tx), tx.init(cases.tree(LEAVES))
+  bad = _gradients(0)
+  bad['up'] = bad['up'].at[2, 1].set(jnp.nan)
+  updates, after = update(bad, state)
+  old, new = measure.bases(state)['up'], measure.bases(after)['up']
+  np.testing.assert_array_equal(new[1], old[1])
+  assert np.isfinite(np.asarray(new)).all()
+  assert np.isnan(np.asarray(updates['up'][1])).all()
+  assert np.isfinite(np.asarray(updates['up'][0])).all()
+
+
+# --- The step of a loss -------------------------------------------------------
+
+# Squares that no rounding hides.
+SHAPES = {'w': (32, 64), 'v': (64, 16)}
+BATCH = (16, 32)
+
+
+def _loss(params, x):
+  return jnp.mean(jnp.sin(x @ params['w'] + params['bias'][None]) @ params['v'])
+
+
+def _params():
+  rng = np.random.default_rng(3)
+  make = lambda shape: jnp.asarray(0.2 * rng.standard_normal(shape), 'float32')
+  return {k: make(s) for k, s in SHAPES.items()} | {'bias': make((64,))}
+
+
+def _plain_step(tx):
+  def step(params, state, batch):
+    value, gradients = jax.value_and_grad(_loss)(params, batch)
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  return step
+
+
+OPTIMIZERS = {
+  'golore': lambda: so.golore(0.02, 2, 2),
+  'online_subspace_descent': lambda: so.online_subspace_descent(0.02, 2),
+  # The rest in another place, which `project` does not see.
+  'partition': lambda: optax.partition(
+    {'matrix': so.golore(0.02, 2, 2), 'rest': optax.sgd(0.1)},
+    {'w': 'matrix', 'v': 'rest', 'bias': 'rest'},
+  ),
+  'residual': lambda: so.subspace_adamw(0.02, 2, 2),
+  'adam': lambda: optax.adam(0.02),
+}
+
+
+def _steps(step, tx, mesh=None):
+  params = _params()
+  state = tx.init(params)
+  step = cases.jit(step)
+  rng, values = np.random.default_rng(4), []
+  for _ in range(3):
+    batch = jnp.asarray(rng.standard_normal(BATCH), jnp.float32)
+    params, state, value = step(params, state, batch)
+    values.append(value)
+  assert step._cache_size() <= 2
+  return params, values
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_step_of_a_loss(name):
+  tx = OPTIMIZERS[name]()
+  got = _steps(so.data_parallel_step(_loss, tx, _mesh()), tx)
+  wanted = _steps(_plain_step(tx), tx)
+  # Bases that learn divide by another norm, and Adam undoes it but for eps.
+  loose = name == 'online_subspace_descent'
+  tolerance = {'rtol': 0, 'atol': 2e-2 if loose else 2e-5}
+  measure.assert_trees_close(got, wanted, **tolerance)
+
+
+def _all_reduced(step, tx):
+  """Returns the sizes of the arrays that all devices add up."""
+  params = _params()
+  put = lambda x, spec: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=jax.NamedSharding(_mesh(), spec)
+  )
+  same = lambda tree: jax.tree.map(lambda x: put(x, P()), tree)
+  batch = put(jnp.zeros(BATCH), P('data'))
+  state = jax.eval_shape(tx.init, params)
+  lowered = cases.jit(step).lower(same(params), same(state), batch)
+  text = lowered.compile().as_text()
+  assert 'all-gather' not in text
+  lines = re.findall(r'= (.*?) all-reduce(?:-start)?\(', text)
+  shapes = [s for line in lines for s in re.findall(r'\w+\[([\d,]*)\]', line)]
+  return [math.prod(int(n) for n in s.split(',') if n) for s in shapes]
+
+
+@pytest.mark.parametrize('name', ['golore', 'online_subspace_descent'])
+def test_a_step_moves_r_m_plus_n_numbers_of_a_matrix(name):
+  tx = OPTIMIZERS[name]()
+  moved = _all_reduced(so.data_parallel_step(_loss, tx, _mesh()), tx)
+  of_matrices = sum(2 * (m + n) for m, n in SHAPES.values())
+  # Of bias, loss and energies.
+  assert sum(moved) <= of_matrices + 64 + 8
+  whole = _all_reduced(_plain_step(tx), tx)
+  assert sum(whole) >= sum(m * n for m, n in SHAPES.values())
+
+
+def test_beside_a_mesh_axis_that_shards_parameters():
+  mesh = _mesh((2, 2), ('data', 'fsdp'))
+  tx = so.golore(0.02, 2, 2)
+  specs = {'w': P('fsdp'), 'v': P(None, 'fsdp'), 'bias': P()}
+  with jax.set_mesh(mesh):
+    params = {
+      k: jax.device_put(x, jax.NamedSharding(mesh, specs[k]))
+      for k, x in _params().items()
+    }
+    state = tx.init(params)
+    step = cases.jit(so.data_parallel_step(_loss, tx, mesh))
+    rng = np.random.default_rng(4)
+    for _ in range(3):
+      batch = jnp.asarray(rng.standard_normal(BATCH), jnp.float32)
+      params, state, _ = step(params, state, batch)
+  wanted, _ = _steps(_plain_step(tx), tx)
+  measure.assert_trees_close(params, wanted, rtol=0, atol=2e-5)
+  assert not measure.bases(state)['w'].sharding.is_fully_replicated
+
+
+def test_mesh_must_fit():
+  tx = so.golore(0.02, 2)
+  with errors.raises(ValueError, "axis_name='batch'", "'data'"):
+    so.data_parallel_step(_loss, tx, _mesh(), 'batch')
+  with errors.raises(ValueError, 'data', 'explicit', 'AxisType.Auto'):
+    so.data_parallel_step(_loss, tx, _mesh(kind=AxisType.Explicit))
+
+
+def test_also_under_a_named_vmap():
+  tx = _make('stiefel', axis_name='data')
+  state = tx.init(cases.tree(LEAVES))
+
+  def local(gradients):
+    return tx.update(gradients, state)[0]
+
+  got = jax.vmap(local, axis_name='data')(_gradients(0))
+  wanted, _ = _of_mean(_make('stiefel'))(_gradients(0), state)
+  for i in range(DEVICES):
+    one = jax.tree.map(lambda x, i=i: x[i], got)
+    measure.assert_trees_close(one, wanted, rtol=1e-4, atol=1e-4)
