@@ -169,12 +169,15 @@ class Layout:
   def unproject(self, basis, coords, sharding) -> jax.Array:
     """Returns P R, of the leaf's shape and, where explicit, sharding."""
     eq = f'{self.basis_axes()},{self.coords_axes()}->{self.leaf_axes}'
+    basis = _sharding.with_whole_rank(basis, self.basis_axes())
+    coords = _sharding.with_whole_rank(coords, self.coords_axes())
     return _sharding.einsum(eq, basis, coords, out_sharding=sharding)
 
   def gram(self, left: jax.Array, right: jax.Array) -> jax.Array:
     """Returns L^T R of two bases, (*batch, r, r)."""
     eq = f'{self.basis_axes("y")},{self.basis_axes("z")}->{self.batch_axes}yz'
-    return _sharding.einsum(eq, left, right, precision=_HIGHEST)
+    product = _sharding.einsum(eq, left, right, precision=_HIGHEST)
+    return _sharding.with_whole_rank(product, f'{self.batch_axes}yz')
 
   def gram_coords(self, left: jax.Array, right: jax.Array) -> jax.Array:
     """Returns L R^T of two coordinates, (*batch, r, r)."""
@@ -262,6 +265,7 @@ class Layout:
 
   def _with_leaf(self, eq: str, leaf: jax.Array, other: jax.Array) -> jax.Array:
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    other = _sharding.with_whole_rank(other, eq.split('->')[0].split(',')[1])
     product = _sharding.einsum(
       eq, leaf, other.astype(leaf.dtype), preferred_element_type=wide
     )
