@@ -121,19 +121,19 @@ def project(
     matches = spec.match(params)
     _describe.record(spec, matches, projector.name)
     _, treedef = _tree.flatten(params)
-    per_matrix = functools.partial(_per_matrix, matches, treedef)
+    make = functools.partial(per_matrix, matches, treedef)
     subspaces = _base.Subspaces(
-      basis=per_matrix(functools.partial(_first_basis, spec, projector.sample)),
-      captured_energy=per_matrix(_zero),
-      orthogonality_error=per_matrix(_zero),
-      drift=per_matrix(_zero),
+      basis=make(functools.partial(_first_basis, spec, projector.sample)),
+      captured_energy=make(_zero),
+      orthogonality_error=make(_zero),
+      drift=make(_zero),
     )
     state = ProjectState(
       count=jnp.zeros((), jnp.int32),
-      seed=per_matrix(functools.partial(_seed, spec)),
+      seed=make(functools.partial(seeds_of, spec)),
       subspaces=subspaces,
       projector=projector.init(
-        subspaces, functools.partial(per_matrix, _zero_coords)
+        subspaces, functools.partial(make, _zero_coords)
       ),
     )
     if projector.rebuild:
@@ -217,7 +217,7 @@ def project(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _per_matrix(
+def per_matrix(
   matches: list[_spec.Match | None],
   treedef: Any,
   make: Callable[[str, Any, _layout.Layout], Any],
@@ -245,7 +245,7 @@ def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   return layout.place_coords(jnp.zeros, static, (), leaf)
 
 
-def _seed(
+def seeds_of(
   spec: _spec.SubspaceSpec, path: str, leaf: Any, layout: _layout.Layout
 ) -> jax.Array:
   """Returns a seed per matrix: the same on every host and after a resume."""
@@ -263,7 +263,7 @@ def _first_basis(
   leaf: Any,
   layout: _layout.Layout,
 ) -> jax.Array:
-  seed = _seed(spec, path, leaf, layout)
+  seed = seeds_of(spec, path, leaf, layout)
   static = (sample, layout, jnp.dtype(spec.basis_dtype))
   return layout.place_basis(_sample_at_init, static, (seed,), leaf)
 
@@ -293,7 +293,7 @@ def _matrices(
   _, treedef = _tree.flatten(gradients)
   seeds = dict(_tree.flatten(state.seed)[0])
 
-  def make(path: str, leaf: jax.Array, layout: _layout.Layout) -> _base.Matrix:
+  def matrix(path: str, leaf: jax.Array, layout: _layout.Layout):
     if axis_name is None:
       return _matrix(leaf, layout, seeds[path])
     if keep_gradient:
@@ -301,7 +301,7 @@ def _matrices(
     layout = dataclasses.replace(layout, axis_name=axis_name)
     return _matrix(leaf, layout, seeds[path])
 
-  return matches, _per_matrix(matches, treedef, make)
+  return matches, per_matrix(matches, treedef, matrix)
 
 
 def _masked_like(updates: Any, refresh_gradients: Any) -> Any:

@@ -1,0 +1,391 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Randomized subspace optimization: subproblems in B, whose P no state holds.
+
+Chen et al., `A Memory Efficient Randomized Subspace Optimization Method for
+Training Large Language Models <https://arxiv.org/abs/2502.07222>`_, 2025,
+Algorithm 1. With W^k and a fresh P^k, any optimizer takes tau steps on
+
+  min_B f(W^k + P^k B) + |B|^2 / (2 eta),   from B = 0;   W^{k+1} = W^k + P^k B.
+
+Gradients are those of B, (*batch, r, n), so that nobody needs those of W. With
+`merge_every=1` every step is merged: B is 0 whenever a gradient is taken, and
+the steps are those of GoLore's with a basis on the input side.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax import _in_subspace
+from subspace_optax import _layout
+from subspace_optax import _linalg
+from subspace_optax import _project
+from subspace_optax import _projected
+from subspace_optax import _sharding
+from subspace_optax import _spec
+from subspace_optax import _tree
+from subspace_optax._projectors import _gap
+
+SAMPLES = ('haar', 'gaussian')
+ROUNDING = ('nearest', 'compensated', 'stochastic')
+
+
+class SubproblemState(NamedTuple):
+  """State of `subproblems`; trees have the parameters' structure, unboxed.
+
+  `MaskedNode` stands for leaves that are not lifted.
+  """
+
+  count: jax.Array  # shape=(), dtype=int32, inner steps so far
+  seed: Any  # tree, leaf shape=(*batch,), dtype=uint32
+  coords: Any  # B: tree, leaf shape=the coordinates', float32 or wider
+  inner: Any  # of the optimizer of B and of plain leaves
+  # What rounding took from merged weights: tree, leaf shape=the leaf's,
+  # dtype=its own; () without compensation
+  lost: Any
+
+
+class Subproblems(NamedTuple):
+  """A training loop's building block.
+
+  Attributes:
+    init: params -> state.
+    bases: (params, state) -> P of every lifted leaf, for the next gradient.
+    update: (gradients, state, params) -> (params, state): one inner step, and
+      the merge behind the last one of a subproblem. Gradients of lifted leaves
+      are those of B, all others as always.
+    merged: (params, state) -> W + P B, the model as it stands.
+  """
+
+  init: Callable[[Any], SubproblemState]
+  bases: Callable[[Any, SubproblemState], Any]
+  update: Callable[[Any, SubproblemState, Any], tuple[Any, SubproblemState]]
+  merged: Callable[[Any, SubproblemState], Any]
+
+
+def subproblems(
+  spec: _spec.SubspaceSpec,
+  inner: optax.GradientTransformation,
+  *,
+  update_proj_gap: int = 200,
+  sample: str = 'haar',
+  scaled: bool = True,
+  eta: Any = None,
+  transport: str = 'reset',
+  merge_every: int | None = None,
+  rounding: str = 'nearest',
+) -> Subproblems:
+  """Trains B in W + P B, with a fresh P for every subproblem.
+
+  Args:
+    spec: which leaves, as which matrices, at which rank; `side='in'`.
+    inner: the optimizer of B and of plain leaves, learning rate and sign
+      included, as `optax.adam(1e-3)`.
+    update_proj_gap: tau, inner steps of a subproblem.
+    sample: 'haar', with P^T P = (m / r) I, or 'gaussian', with entries of
+      N(0, 1 / r); for both E[P P^T] = I.
+    scaled: False for P^T P = I, as GoLore has it, in the place of that.
+    eta: of the proximal term |B|^2 / (2 eta): a number, a function of the
+      number of the subproblem, or None for no such term.
+    transport: what a new P means for the optimizer's moments, see
+      `in_subspace`: 'reset', 'keep', 'first' or 'both'.
+    merge_every: steps after which P B is added to W, a divisor of
+      `update_proj_gap`; at the end of a subproblem if None.
+    rounding: of merged weights that are narrower than float32: to the
+      'nearest'; 'stochastic', right in the mean; or 'compensated', which keeps
+      what is lost in an array of the leaf's shape and dtype.
+
+  Returns:
+    The functions of a training loop.
+
+  Raises:
+    ValueError: another side; an unknown sample or rounding; a `merge_every`
+      that does not divide the gap; what `in_subspace` raises.
+    TypeError: a gap that is no int.
+
+  References:
+    Chen et al., `RSO <https://arxiv.org/abs/2502.07222>`_, 2025, Algorithm 1
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, subspace_optax as so
+    >>> spec = so.SubspaceSpec(rank=2, side='in')
+    >>> rso = so.rso.subproblems(spec, optax.sgd(0.1), update_proj_gap=2)
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> state = rso.init(params)
+    >>> p = rso.bases(params, state)['w']
+    >>> gradients = {'w': p.T @ params['w']}  # of B, for f(W) = |W|^2 / 2
+    >>> params, state = rso.update(gradients, state, params)
+    >>> print(params['w'].sum(), state.coords['w'].shape)
+    128.0 (2, 16)
+  """
+  merge_every = update_proj_gap if merge_every is None else merge_every
+  _check(spec, update_proj_gap, sample, merge_every, rounding)
+  directions = _in_subspace.in_subspace(inner, spec, transport=transport)
+  rule = _Rule(update_proj_gap, sample, scaled, eta, transport, rounding)
+
+  def init(params):
+    matches = spec.match(params)
+    _, treedef = _tree.flatten(params)
+    make = functools.partial(_project.per_matrix, matches, treedef)
+    state = SubproblemState(
+      count=jnp.zeros((), jnp.int32),
+      seed=make(functools.partial(_project.seeds_of, spec)),
+      coords=make(_zero_coords),
+      inner=directions.init(params),
+      lost=make(_zero_leaf) if rounding == 'compensated' else (),
+    )
+    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+
+  def bases(params, state):
+    seeds = dict(_tree.flatten(state.seed)[0])
+    _, treedef = _tree.flatten(params)
+    k = state.count // update_proj_gap
+    draw = lambda path, leaf, layout: rule.draw(layout, leaf, seeds[path], k)
+    return _project.per_matrix(spec.match(params), treedef, draw)
+
+  def update(gradients, state, params):
+    nodes = [
+      rule.node(match, state.count, *arrays) if _is_lifted(match) else arrays[0]
+      for match, *arrays in _zip(
+        spec, params, gradients, state.seed, state.coords
+      )
+    ]
+    nodes = _tree.replace_entries(gradients, nodes)
+    nodes, own = directions.update(nodes, state.inner, params)
+    params, coords = _step(spec, params, nodes, state.coords)
+    count = optax.safe_increment(state.count)
+    merge = functools.partial(_merge, spec, rule, nodes, state.seed, count)
+    params, coords, lost = lax.cond(
+      count % merge_every == 0,
+      merge,
+      lambda *args: args,
+      params,
+      coords,
+      state.lost,
+    )
+    return params, SubproblemState(count, state.seed, coords, own, lost)
+
+  def merged(params, state):
+    drawn = bases(params, state)
+    whole = [
+      _sum(match, w, p, b) if _is_lifted(match) else w
+      for match, w, p, b in _zip(spec, params, params, drawn, state.coords)
+    ]
+    return _tree.replace_entries(params, whole)
+
+  return Subproblems(init, bases, update, merged)
+
+
+def _check(spec, gap, sample, merge_every, rounding) -> None:
+  """Raises for what no subproblem can be made of."""
+  _spec.check_spec(spec)
+  if spec.side != 'in':
+    raise ValueError(
+      f"spec must have side='in', got {spec.side!r}: P acts on the inputs of "
+      'a layer, whatever side is short.'
+    )
+  if sample not in SAMPLES:
+    raise ValueError(f'sample must be one of {SAMPLES}, got {sample!r}.')
+  if rounding not in ROUNDING:
+    raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
+  _gap.check_static(gap, 'update_proj_gap')
+  _gap.check_static(merge_every, 'merge_every')
+  if gap % merge_every:
+    raise ValueError(
+      f'merge_every must divide update_proj_gap={gap}, got {merge_every}.'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+  """What is the same for all leaves and steps; see `subproblems`."""
+
+  gap: int
+  sample: str
+  scaled: bool
+  eta: Any
+  transport: str
+  rounding: str
+
+  def draw(
+    self, layout: _layout.Layout, leaf: jax.Array, seeds: jax.Array, k: Any
+  ) -> jax.Array:
+    """Returns P of a leaf in the k-th subproblem, float32."""
+    if self.sample == 'haar':
+      p = _linalg.haar(layout, seeds, k)
+      p *= (layout.m / layout.rank) ** 0.5 if self.scaled else 1.0
+    else:
+      p = _linalg.gaussian(layout, seeds, k)
+      p *= (layout.rank if self.scaled else layout.m) ** -0.5
+    return layout.settle_basis(p, leaf)
+
+  def node(
+    self,
+    match: _spec.Match,
+    count: jax.Array,
+    gradient: jax.Array,
+    seeds: jax.Array,
+    coords: jax.Array,
+  ) -> _projected.Projected:
+    """Returns what `in_subspace` takes in the place of a lifted leaf."""
+    _check_gradient(match, gradient)
+    layout, leaf, k = match.layout, match.leaf, count // self.gap
+    p = self.draw(layout, leaf, seeds, k)
+    g = _linalg.widen(gradient)
+    if self.eta is not None:
+      eta = self.eta(k) if callable(self.eta) else self.eta
+      g += coords / eta
+    return _projected.Projected(
+      coords=layout.settle_coords(g, leaf),
+      basis=p,
+      before=self._move(match, count, seeds, p),
+      after=None,
+      gradient=None,
+      old_basis=None,
+      old_mean=None,
+      mean=None,
+      direction=None,
+      layout=layout,
+      orthonormal=not self.scaled and self.sample == 'haar',
+      dtype=leaf.dtype,
+      sharding=_sharding.explicit(leaf),
+    )
+
+  def _move(self, match, count, seeds, p) -> _projected.Move:
+    """Returns the move to a new subproblem's P, if this step begins one."""
+    layout, k = match.layout, count // self.gap
+    first = (count % self.gap == 0) & (count > 0)
+    same = _linalg.identity_like(layout.gram(p, p))
+
+    def transition() -> jax.Array:
+      old = self.draw(layout, match.leaf, seeds, k - 1)
+      return _sharding.like(_linalg.transition(layout, p, old), same)
+
+    if self.transport in ('first', 'both'):
+      same = lax.cond(first, transition, lambda: same)
+    return _projected.Move(jnp.broadcast_to(first, layout.batch_shape), same)
+
+
+def _is_lifted(match: _spec.Match | None) -> bool:
+  return match is not None and match.layout is not None
+
+
+def _zip(spec: _spec.SubspaceSpec, params: Any, *trees: Any) -> zip:
+  """Returns (match, entries) for every entry of the parameters."""
+  columns = [[entry for _, entry in _tree.flatten(x)[0]] for x in trees]
+  return zip(spec.match(params), *columns, strict=True)
+
+
+def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+  del path
+  static = (layout.coords_shape, jnp.promote_types(leaf.dtype, jnp.float32))
+  return layout.place_coords(jnp.zeros, static, (), leaf)
+
+
+def _zero_leaf(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+  del path
+  static = (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+  return layout.place_leaf(jnp.zeros, static, (), leaf)
+
+
+def _check_gradient(match: _spec.Match, gradient: jax.Array) -> None:
+  shape = match.layout.coords_shape
+  if gradient.shape != shape:
+    raise ValueError(
+      f'gradient {match.path!r} has shape {gradient.shape}, but that of its '
+      f'coordinates B has {shape}; differentiate with respect to B.'
+    )
+
+
+def _step(
+  spec: _spec.SubspaceSpec, params: Any, nodes: Any, coords: Any
+) -> tuple[Any, Any]:
+  """Adds directions to B of lifted leaves, and to plain ones."""
+  new_params, new_coords = [], []
+  for match, w, node, b in _zip(spec, params, params, nodes, coords):
+    if _is_lifted(match):
+      b = _sharding.like(b + node.direction, b)
+    elif match is not None:
+      w = _sharding.like(w + node, w)
+    new_params.append(w)
+    new_coords.append(b)
+  _, treedef = _tree.flatten(coords)
+  return _tree.replace_entries(params, new_params), treedef.unflatten(
+    new_coords
+  )
+
+
+def _merge(spec, rule, nodes, seeds, count, params, coords, lost):
+  """Returns W + P B, B = 0, and what rounding took."""
+  ws, bs, rests = [], [], []
+  gone = lost if lost != () else coords  # for its structure alone
+  for match, w, node, seed, b, rest in _zip(
+    spec, params, params, nodes, seeds, coords, gone
+  ):
+    if _is_lifted(match):
+      key = (seed, count) if rule.rounding == 'stochastic' else None
+      rest = rest if rule.rounding == 'compensated' else None
+      w, rest = _merged(match, w, node.basis, b, rest, key)
+      b = jnp.zeros_like(b)
+    ws.append(w)
+    bs.append(b)
+    rests.append(rest)
+  _, treedef = _tree.flatten(coords)
+  if lost != ():
+    lost = treedef.unflatten(rests)
+  return _tree.replace_entries(params, ws), treedef.unflatten(bs), lost
+
+
+def _sum(match, w, p, b) -> jax.Array:
+  """Returns W + P B in the dtype of W."""
+  wide = _linalg.widen(w)
+  product = match.layout.unproject(p, b, _sharding.explicit(w))
+  return (wide + product.astype(wide.dtype)).astype(w.dtype)
+
+
+def _merged(match, w, p, b, lost, key) -> tuple[jax.Array, Any]:
+  """Returns W + P B rounded, and what that took, if it is kept."""
+  wide = _linalg.widen(w)
+  product = match.layout.unproject(p, b, _sharding.explicit(w))
+  exact = wide + product.astype(wide.dtype)
+  if lost is not None:
+    exact += lost.astype(wide.dtype)
+    new = exact.astype(w.dtype)
+    return new, (exact - new.astype(wide.dtype)).astype(w.dtype)
+  if key is None or w.dtype != jnp.bfloat16:
+    return exact.astype(w.dtype), None
+  return _rounded_at_random(exact, *key), None
+
+
+def _rounded_at_random(x: jax.Array, seed: jax.Array, count: jax.Array):
+  """Returns float32 as one of the two bfloat16 around it, right in the mean.
+
+  Random bits are added below those that bfloat16 keeps, which are then cut.
+  """
+  key = jax.random.key(jnp.ravel(seed)[0], impl='threefry2x32')
+  key = jax.random.fold_in(key, count)
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+  up = lax.bitcast_convert_type(
+    (bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32
+  )
+  # Neither the infinite nor NaN have neighbours.
+  return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)

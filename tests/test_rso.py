@@ -1,0 +1,269 @@
+"""Subproblems of RSO in dense float64 loops, and GoLore's steps without G."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cases
+import errors
+import measure
+import references as ref
+import subspace_optax as so
+
+LEAVES = {
+  'up': cases.Leaf((3, 8, 12), jnp.float32, (1,), (2,)),
+  'query': cases.Leaf((9, 3, 4), jnp.float32, (0,), (1, 2)),
+  'bias': cases.Leaf((12,), jnp.float32),
+}
+RANK, GAP, STEPS = 3, 3, 8
+
+
+def _spec(**options):
+  numbers = cases.dimension_numbers(LEAVES)
+  return so.SubspaceSpec(
+    RANK, side='in', weight_dimension_numbers=numbers, **options
+  )
+
+
+def _loss(params):
+  """A sum in which no two entries are alike."""
+  weights = lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+  return sum(
+    jnp.sum(
+      jnp.sin(x) + 0.1 * x**2 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+    )
+    for x in jax.tree.leaves(params)
+  )
+
+
+def _gradients(rso, params, state):
+  """Returns the gradients of B and of plain leaves, by the chain rule."""
+  whole = jax.grad(_loss)(rso.merged(params, state))
+  bases = rso.bases(params, state)
+  found = dict(whole)
+  for path, g in whole.items():
+    if path != 'bias':
+      p = bases[path]
+      eq = 'bmr,bmn->brn' if path == 'up' else 'mr,mhn->rhn'
+      found[path] = jnp.einsum(eq, p.astype(g.dtype), g, precision='highest')
+  return found
+
+
+def _run(rso, params, steps=STEPS):
+  """Returns params and state before and after every step."""
+  state = rso.init(params)
+
+  @ref.jit
+  def step(params, state):
+    return (*rso.update(_gradients(rso, params, state), state, params),)
+
+  history = [(params, state)]
+  for _ in range(steps):
+    params, state = step(params, state)
+    history.append((params, state))
+  assert step._cache_size() == 1
+  return history
+
+
+def _matrices(path, x):
+  """Returns a leaf, its coordinates or its bases as (count, rows, columns)."""
+  x = np.asarray(x, np.float64)
+  if path == 'up':
+    return x
+  return x.reshape(1, x.shape[0], -1)
+
+
+@pytest.mark.parametrize('eta', [None, 0.5, lambda k: 1.0 / (1.0 + k)])
+@pytest.mark.parametrize('sample', ['haar', 'gaussian'])
+def test_equals_dense_loop(sample, eta):
+  lr = 0.05
+  rso = so.rso.subproblems(
+    _spec(), optax.sgd(lr), update_proj_gap=GAP, sample=sample, eta=eta
+  )
+  params = cases.tree(LEAVES)
+  history = _run(rso, params)
+  dense = {k: _matrices(k, x) for k, x in params.items() if k != 'bias'}
+  coords = {k: np.zeros((len(x), RANK, x.shape[2])) for k, x in dense.items()}
+  bias = np.asarray(params['bias'], np.float64)
+  shape = {k: x.shape for k, x in params.items()}
+  for t, (params, state) in enumerate(history[:-1]):
+    bases = {
+      k: _matrices(k, x)
+      for k, x in rso.bases(params, state).items()
+      if k in dense
+    }
+    whole = {k: (x + bases[k] @ coords[k]) for k, x in dense.items()}
+    g = jax.grad(_loss)(
+      {
+        k: jnp.asarray(x.reshape(shape[k]), jnp.float32)
+        for k, x in whole.items()
+      }
+      | {'bias': jnp.asarray(bias, jnp.float32)}
+    )
+    for k in dense:
+      down = np.swapaxes(bases[k], 1, 2) @ _matrices(k, g[k])
+      if eta is not None:
+        down = down + coords[k] / (eta(t // GAP) if callable(eta) else eta)
+      coords[k] = coords[k] - lr * down
+      if (t + 1) % GAP == 0:
+        dense[k] = dense[k] + bases[k] @ coords[k]
+        coords[k] = np.zeros_like(coords[k])
+    bias = bias - lr * np.asarray(g['bias'], np.float64)
+    after, state = history[t + 1]
+    for k in dense:
+      np.testing.assert_allclose(
+        _matrices(k, after[k]), dense[k], rtol=1e-4, atol=1e-4
+      )
+      np.testing.assert_allclose(
+        _matrices(k, state.coords[k]), coords[k], rtol=1e-4, atol=1e-4
+      )
+    np.testing.assert_allclose(after['bias'], bias, rtol=1e-5)
+
+
+@pytest.mark.parametrize('scaled', [True, False])
+@pytest.mark.parametrize('sample', ['haar', 'gaussian'])
+def test_bases_have_the_paper_s_scale(sample, scaled):
+  spec = so.SubspaceSpec(16, side='in')
+  rso = so.rso.subproblems(spec, optax.sgd(0.1), sample=sample, scaled=scaled)
+  params = {'w': jnp.zeros((40, 256, 64))}
+  p = np.asarray(rso.bases(params, rso.init(params))['w'])
+  gram = np.swapaxes(p, 1, 2) @ p
+  size = 256 / 16 if scaled else 1.0
+  wanted = np.broadcast_to(size * np.eye(16), gram.shape)
+  if sample == 'haar':
+    np.testing.assert_allclose(gram, wanted, atol=1e-4 * size)
+  np.testing.assert_allclose(gram.mean(0), wanted[0], atol=0.1 * size)
+  # E[P P^T] = I, or r / m of it.
+  mean = np.mean(np.sum(p**2, axis=2))
+  np.testing.assert_allclose(mean, 1.0 if scaled else 16 / 256, rtol=0.02)
+
+
+def test_equals_golore_without_its_gradients():
+  lr, scale, gap, steps = 0.01, 0.25, 100, 300
+  inner = optax.chain(optax.scale_by_adam(), optax.scale(-lr * scale))
+  with jax.enable_x64(True):
+    params = jax.tree.map(lambda x: x.astype('float64'), cases.tree(LEAVES))
+    del params['bias']  # plain leaves have no scale
+    numbers = cases.dimension_numbers(LEAVES)
+    del numbers['bias']
+    spec = so.SubspaceSpec(RANK, side='in', weight_dimension_numbers=numbers)
+    golore = so.golore(lr, update_proj_gap=gap, scale=scale, spec=spec)
+    rso = so.rso.subproblems(
+      spec,
+      inner,
+      update_proj_gap=gap,
+      scaled=False,
+      transport='first',
+      merge_every=1,
+    )
+
+    def full(carry, _):
+      params, state = carry
+      value, gradients = jax.value_and_grad(_loss)(params)
+      updates, state = golore.update(gradients, state, params)
+      return (optax.apply_updates(params, updates), state), value
+
+    def small(carry, _):
+      params, state = carry
+      gradients = _gradients(rso, params, state)
+      return rso.update(gradients, state, params), _loss(params)
+
+    run = jax.jit(jax.lax.scan, static_argnums=(0, 3))
+    _, wanted = run(full, (params, golore.init(params)), None, steps)
+    _, got = run(small, (params, rso.init(params)), None, steps)
+  assert wanted[-1] < wanted[0] - 10
+  np.testing.assert_allclose(got, wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize('transport', ['keep', 'first', 'both', 'reset'])
+def test_moments_when_p_changes(transport):
+  rso = so.rso.subproblems(
+    _spec(), optax.adam(0.01), update_proj_gap=2, transport=transport
+  )
+  params = cases.tree(LEAVES)
+  state = rso.init(params)
+  for _ in range(2):
+    params, state = rso.update(_gradients(rso, params, state), state, params)
+  mean = np.asarray(state.inner.inner[0].mu['up'], np.float64)
+  old = state._replace(count=state.count - 1)
+  p_old = np.asarray(rso.bases(params, old)['up'], np.float64)
+  p_new = np.asarray(rso.bases(params, state)['up'], np.float64)
+  g = _gradients(rso, params, state)
+  _, state = rso.update(g, state, params)
+  cross = (
+    np.swapaxes(p_new, 1, 2)
+    @ p_old
+    @ np.linalg.inv(np.swapaxes(p_old, 1, 2) @ p_old)
+  )
+  moved = cross @ mean
+  carried = {'keep': mean, 'reset': 0 * mean}.get(transport, moved)
+  np.testing.assert_allclose(
+    state.inner.inner[0].mu['up'],
+    0.9 * carried + 0.1 * np.asarray(g['up']),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+def _drift(rounding, steps=64):
+  """Returns how far 64 small merges have moved a weight of 1."""
+  params = {'w': jnp.ones((32, 64), jnp.bfloat16)}
+  spec = so.SubspaceSpec(4, side='in')
+  rso = so.rso.subproblems(
+    spec, optax.sgd(1.0), update_proj_gap=1, rounding=rounding
+  )
+  state, exact = rso.init(params), np.ones((32, 64))
+  update = cases.jit(rso.update)
+  rng = np.random.default_rng(0)
+  direction = rng.standard_normal((32, 64)) / 32
+  for _ in range(steps):
+    p = np.asarray(rso.bases(params, state)['w'], np.float64)
+    # A step of about 2e-4, a tenth of bfloat16's spacing at 1.
+    g = -1e-2 * p.T @ direction / 8
+    exact = exact - p @ np.asarray(jnp.asarray(g, jnp.float32), np.float64)
+    params, state = update({'w': jnp.asarray(g, jnp.float32)}, state, params)
+  whole = np.asarray(params['w'], np.float64)
+  if rounding == 'compensated':
+    whole = whole + np.asarray(state.lost['w'], np.float64)
+  return whole - 1, exact - 1
+
+
+@pytest.mark.parametrize('rounding', ['nearest', 'compensated', 'stochastic'])
+def test_small_updates_of_bfloat16_weights(rounding):
+  got, wanted = _drift(rounding)
+  share = np.vdot(got, wanted) / np.vdot(wanted, wanted)
+  if rounding == 'nearest':
+    assert abs(share) < 0.5  # most of it is lost
+  else:
+    np.testing.assert_allclose(share, 1.0, atol=0.1)
+  if rounding == 'compensated':
+    np.testing.assert_allclose(got, wanted, atol=2e-4)
+
+
+def test_state_is_stable_and_holds_no_basis():
+  rso = so.rso.subproblems(_spec(), optax.adam(0.01), update_proj_gap=GAP)
+  history = _run(rso, cases.tree(LEAVES), 4)
+  for params, state in history[1:]:
+    assert measure.types(state) == measure.types(history[0][1])
+    assert measure.types(params) == measure.types(history[0][0])
+  sizes = [x.size for x in jax.tree.leaves(history[0][1]) if x.size > 12]
+  # B and two moments of 3 x 12 for three layers and the query.
+  assert sizes == [3 * 12, 3 * 3 * 12] * 3
+
+
+def test_what_it_refuses():
+  inner = optax.sgd(0.1)
+  with errors.raises(ValueError, "side='in'", "'short'"):
+    so.rso.subproblems(so.SubspaceSpec(3), inner)
+  with errors.raises(ValueError, 'sample', "'normal'"):
+    so.rso.subproblems(_spec(), inner, sample='normal')
+  with errors.raises(ValueError, 'rounding', "'up'"):
+    so.rso.subproblems(_spec(), inner, rounding='up')
+  with errors.raises(ValueError, 'merge_every', '200', '3'):
+    so.rso.subproblems(_spec(), inner, merge_every=3)
+  rso = so.rso.subproblems(_spec(), inner)
+  params = cases.tree(LEAVES)
+  with errors.raises(ValueError, "'query'", 'with respect to B'):
+    rso.update(params, rso.init(params), params)
