@@ -46,7 +46,7 @@ test-fast: $(VENV)/.stamp-test
 	$(BIN) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 
 test-full: $(VENV)/.stamp-test
-	$(BIN) -m pytest -n 2 tests/test_grid.py --full $(ARGS)
+	$(BIN) -m pytest -n 2 tests/test_grid.py tests/test_sharding.py --full $(ARGS)
 
 evidence: $(VENV)/.stamp-examples
 	$(BIN) benchmarks/claims $(ARGS)

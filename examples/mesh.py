@@ -83,8 +83,8 @@ def check_agree(what: str):
   if (crcs != crcs[0]).any():
     odd = np.flatnonzero(crcs != crcs[0]).tolist()
     raise ValueError(
-      f'process={odd}: other flags or other texts than those of process 0; '
-      'start all processes with the same ones, but --process'
+      f'process={odd}: other flags, texts or checkpoints than those of process '
+      '0; start all processes with the same ones, but --process'
     )
 
 

@@ -253,6 +253,8 @@ def train(c: Config, corpus: data.Corpus, bar: float | None = None) -> dict:
     run = plan(c, corpus.vocab, devices)
     validate = Validation(c, run.loss, corpus.validation, devices)
     with checkpoint.open_folder(out / 'checkpoints') as saved:
+      newest = saved.latest.step if saved.latest else 0
+      mesh.check_agree(f'checkpoint {newest}')  # before all wait for all
       start, state = checkpoint.restore(saved, run.like)
       state = state if start else run.init()
       if c.resume:
@@ -356,7 +358,8 @@ def main(c: Config) -> list[dict]:
   mesh.check_rows(mesh.make(c.mesh), c.batch, c.accumulation)
   corpus = load_corpus(c)
   run_folder.is_taken(c)  # raises in every process, or in none
-  mesh.check_agree(f'{dataclasses.replace(c, process=0)}{corpus.sha256}')
+  settled = dataclasses.replace(c, process=0)
+  mesh.check_agree(f'{settled}{corpus.sha256}{corpus.tokenizer}')
   if mesh.is_first():
     run_folder.make_room(c)
   mesh.wait()

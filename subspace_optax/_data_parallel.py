@@ -35,28 +35,46 @@ def data_parallel_step(
   loss: Callable[[Any, Any], jax.Array],
   tx: optax.GradientTransformation,
   mesh: Mesh,
-  axis_name: str = 'data',
+  axis_name: str | tuple[str, ...] = 'data',
+  *,
+  check_vma: bool = True,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]:
   """Returns a training step that moves coordinates between devices.
 
   Every device computes the gradient of its part of the batch. Of leaves that
   `tx` projects, `project` averages the coordinates; all others are averaged
-  here. What is chained before `project` sees one device's gradient: clip behind
-  it. A residual rule needs the mean gradient, and makes it as large as ever.
+  here. A residual rule needs the mean gradient, and makes it as large as ever;
+  so do refreshes by `svd('exact')`, which is 'auto' here but on TPUs, by
+  `svd('gram')` and by `importance_svd`.
+
+  Nothing knows the norm of the mean gradient. `online_pca` divides by that of
+  the devices' own, up to the square root of their number larger: Adam for the
+  bases does not mind, SGD needs a rate as many times larger, and
+  `captured_energy` is a lower bound.
 
   Args:
     loss: (params, batch) -> the mean loss of a batch, a scalar.
-    tx: the optimizer; any of optax's, which then gets mean gradients.
+    tx: the optimizer. What stands before `project` sees one device's gradient:
+      put clipping into the optimizer of coordinates, and accumulation into
+      `every_k`: `optax.MultiSteps` and `apply_if_finite` around `tx` fail.
     mesh: its axis `axis_name` divides the first axis of all arrays of a batch.
-      Parameters and state are the same along it; other mesh axes may shard
-      them, automatically.
-    axis_name: along which devices have different parts of a batch.
+      Other mesh axes may shard parameters and state, automatically. Along
+      `axis_name` both are the same: place state by `state_sharding(tx, params,
+      replicated=('data',))`.
+    axis_name: along which devices have different parts of a batch, one name or
+      several.
+    check_vma: as of `jax.shard_map`; False for losses that it refuses, such as
+      those with Pallas kernels or scans that start from constants.
 
   Returns:
     (params, state, batch) -> (params, state, loss), to be jitted.
 
   Raises:
     ValueError: the mesh has no such axis, or explicit ones.
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, whose
+    gradients these coordinates are
 
   Example:
     >>> import jax, jax.numpy as jnp, subspace_optax as so
@@ -70,7 +88,8 @@ def data_parallel_step(
     >>> print(value)
     64.0
   """
-  if axis_name not in mesh.axis_names:
+  axis_names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  if not set(axis_names) <= set(mesh.axis_names):
     raise ValueError(
       f'axis_name={axis_name!r} is none of the mesh axes {mesh.axis_names}.'
     )
@@ -85,24 +104,27 @@ def data_parallel_step(
     # Otherwise the gradient of what is the same everywhere is summed at once.
     mine = jax.tree.map(lambda x: lax.pcast(x, axis_name, to='varying'), params)
     value, gradients = jax.value_and_grad(loss)(mine, batch)
-    gradients = _mean_of_rest(gradients, state, axis_name)
+    gradients = _mean_of_rest(gradients, state, axis_names)
     updates, state = update(
-      gradients, state, params, coordinates_axis_name=axis_name
+      gradients, state, params, coordinates_axis_name=axis_names
     )
     params = optax.apply_updates(params, updates)
-    return params, state, lax.pmean(value, axis_name)
+    return params, state, lax.pmean(value, axis_names)
 
-  same, parts = PartitionSpec(), PartitionSpec(axis_name)
+  same, parts = PartitionSpec(), PartitionSpec(tuple(axis_names))
   return jax.shard_map(
     local_step,
     mesh=mesh,
     in_specs=(same, same, parts),
     out_specs=(same, same, same),
-    axis_names={axis_name},
+    axis_names=set(axis_names),
+    check_vma=check_vma,
   )
 
 
-def _mean_of_rest(gradients: Any, state: Any, axis_name: str) -> Any:
+def _mean_of_rest(
+  gradients: Any, state: Any, axis_name: tuple[str, ...]
+) -> Any:
   """Returns gradients with the mean in place of those nobody projects."""
   projected = _projected_paths(state)
   pairs, _ = _tree.flatten(gradients)

@@ -115,6 +115,12 @@ def _numbers(
   forms = _forms(path)
   if not forms:
     return None
+  if len(forms) > 1 and len(shape) == len(forms[1]) and scan_axis != 1:
+    raise ValueError(
+      f'leaf {path!r} has shape {shape}, which may be fused or, at scan_axis='
+      f'{scan_axis}, scanned; match it with `exclude`, or give '
+      'weight_dimension_numbers of your own.'
+    )
   for form in forms:
     if len(shape) == len(form):
       return _of_axes(form)

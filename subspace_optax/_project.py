@@ -74,8 +74,9 @@ def project(
   numbers of a matrix at most. Rules that factorise the gradient average it when
   they do; plain leaves are averaged as always. Where the norm of the mean is
   wanted, as in `captured_energy`, the mean of the squared norms stands for its
-  square, which is no larger. See `data_parallel_step`; it gives `update` the
-  name as `coordinates_axis_name`, and averages the plain leaves itself.
+  square: an upper bound, so that `captured_energy` is a lower one. Refresh
+  gradients are averaged likewise. See `data_parallel_step`; it gives `update`
+  the name as `coordinates_axis_name`, and averages the plain leaves itself.
 
   Args:
     spec: which leaves, as which matrices, at which rank.
@@ -151,6 +152,11 @@ def project(
     **extra_args,
   ):
     del extra_args
+    if None not in (coordinates_axis_name, axis_name):
+      raise ValueError(
+        f'`project` averages along axis_name={axis_name!r} already; leave it '
+        'out inside `data_parallel_step`.'
+      )
     averaged = coordinates_axis_name or axis_name
     matrices_of = functools.partial(
       _matrices, spec, state, averaged, keep_gradient

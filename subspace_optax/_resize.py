@@ -57,7 +57,8 @@ def resize_rank(
 
   Returns:
     A state with the structure of `tx.init(params)`. Learning rates, gaps and
-    ranks may differ from those before, and projectors whose states are alike.
+    ranks may differ from those before, and projectors whose states are alike;
+    hyperparameters that are injected stay those of the state.
 
   Raises:
     ValueError: the two differ in anything but ranks, such as the projector, the
@@ -82,7 +83,7 @@ def resize_rank(
     for match in matches
     if match and match.layout
   }
-  pairs = list(_pairs(_tree.unbox(state), start))
+  pairs = list(_pairs(_tree.unbox(state), _tree.unbox(start)))
   leaves = _projected_leaves(pairs, start, layouts)
   arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]
   return jax.tree.structure(start).unflatten(arrays)
@@ -158,7 +159,8 @@ def _resized(
   """Returns one array of the state."""
   if old.shape == new.shape:
     return _put(old, new)
-  for leaf, of in leaves.items():
+  # The longest first: `attention` is the end of `encoder/attention`, too.
+  for leaf, of in sorted(leaves.items(), key=lambda x: -len(x[0])):
     if leaf and path != leaf and not path.endswith('/' + leaf):
       continue
     axis = _rank_axis(path, old.shape, new.shape, of)

@@ -50,7 +50,8 @@ def _pad(spec: Any, ndim: int) -> Spec:
   return tuple(spec) + (None,) * (ndim - len(spec))
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def names(entry: Any) -> tuple[str, ...]:
+  """Returns the mesh axes in one entry of a spec."""
   if entry is None:
     return ()
   return entry if isinstance(entry, tuple) else (entry,)
@@ -85,8 +86,8 @@ def einsum(
     placed.update(zip(output, entries, strict=True))
   for i in (0, 1) if a.size >= b.size else (1, 0):
     for letter, entry in zip(letters[i], specs[i] or (), strict=False):
-      used = {name for e in placed.values() for name in _names(e)}
-      if letter not in placed and not used & set(_names(entry)):
+      used = {name for e in placed.values() for name in names(e)}
+      if letter not in placed and not used & set(names(entry)):
         placed[letter] = entry
 
   mesh = jax.typeof(a if specs[0] is not None else b).sharding.mesh
@@ -123,21 +124,20 @@ def regroup(
   spec = _explicit_spec(x)
   if spec is None:
     return x
-  sharding = jax.typeof(x).sharding
-  names = list(map(_names, spec))
+  mesh = jax.typeof(x).sharding.mesh
+  used = list(map(names, spec))
   for axis in whole:
-    moving, names[axis] = names[axis], ()
+    moving, used[axis] = used[axis], ()
     for name in moving:
-      size = sharding.mesh.shape
       fits = [
         i
         for i in split
-        if x.shape[i] % math.prod(size[k] for k in (*names[i], name)) == 0
+        if x.shape[i] % math.prod(mesh.shape[k] for k in (*used[i], name)) == 0
       ]
       if fits:
-        names[fits[0]] = (*names[fits[0]], name)
-  spec = PartitionSpec(*map(_entry, names))
-  return jax.reshard(x, NamedSharding(sharding.mesh, spec))
+        used[fits[0]] = (*used[fits[0]], name)
+  spec = PartitionSpec(*map(_entry, used))
+  return jax.reshard(x, NamedSharding(mesh, spec))
 
 
 def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -296,7 +296,7 @@ def _derived_spec(
   sharding: Any, leaf_axes: str, axes: str, shape: Spec | None
 ) -> PartitionSpec:
   """Returns the spec of state; its rank axis is split if `shape` is given."""
-  entries = map(_names, _pad(sharding.spec, len(leaf_axes)))
+  entries = map(names, _pad(sharding.spec, len(leaf_axes)))
   of_leaf = dict(zip(leaf_axes, entries, strict=True))
   spec = [of_leaf.get(axis, ()) for axis in axes]
   kept = {name for names in spec for name in names}

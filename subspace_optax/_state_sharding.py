@@ -22,24 +22,32 @@ from typing import Any
 
 from flax import linen
 from flax import nnx
+from flax.linen import spmd
 import jax
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
 import optax
 
 from subspace_optax import _sharding
 from subspace_optax import _tree
 
 
-def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
+def state_sharding(
+  tx: optax.GradientTransformation,
+  params: Any,
+  *,
+  replicated: tuple[str, ...] = (),
+) -> Any:
   """Returns the sharding of every array in an optimizer's state.
 
   Bases follow the projected axes of their parameter, coordinates the other
   ones, and both its batch axes; mesh axes that are left shard the rank. The
   rest of the state, in `optax.chain`, `partition`, `masked` or `MultiSteps`
-  too, is sharded as the parameter whose shape it has, or replicated.
+  too, is where its `init` puts it: like the parameter as a rule, on every
+  device where the parameter says nothing.
 
   As `out_shardings` of a jitted `init` it puts the state in its place, so that
   no device ever holds all of it; as those of a jitted step it keeps it there.
@@ -49,13 +57,16 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
     params: arrays, or `jax.ShapeDtypeStruct`s with shardings, or either in
       flax's boxes, whose names of mesh axes are taken where an array has no
       sharding. Those on one device are replicated if others have a mesh.
+    replicated: mesh axes along which all state is the same, such as the axis of
+      `data_parallel_step` or one of slow links; no parameter may be cut there.
 
   Returns:
     A tree like `tx.init(params)`, of `jax.sharding.NamedSharding`; if all of
     the arrays are on one device and no mesh is set, of their own sharding.
 
   Raises:
-    ValueError: parameters of two meshes; or of none, while no mesh is set.
+    ValueError: parameters of two meshes; or of none, while no mesh is set; an
+      axis to replicate that cuts a parameter or is not the mesh's.
 
   Example:
     >>> import jax, subspace_optax as so
@@ -73,8 +84,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
   mesh = _mesh(params)
   if mesh is None:
     return _on_one_device(tx, params)
-  explicit = (AxisType.Explicit,) * len(mesh.axis_names)
-  twin = Mesh(mesh.devices, mesh.axis_names, axis_types=explicit)
+  twin = _twin(mesh, replicated)
   with jax.sharding.use_abstract_mesh(twin.abstract_mesh):
     state = jax.eval_shape(tx.init, _shapes(params, twin))
 
@@ -83,6 +93,19 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
     return NamedSharding(mesh, _sharding.as_jit_spells(spec, mesh))
 
   return jax.tree.map(on_mesh, state)
+
+
+def _twin(mesh: Mesh, without: tuple[str, ...]) -> Mesh:
+  """Returns the mesh with explicit axes, and one device along some of them."""
+  unknown = set(without) - set(mesh.axis_names)
+  if unknown:
+    raise ValueError(
+      f'replicated={tuple(without)}, but the mesh has axes {mesh.axis_names}.'
+    )
+  names = [name for name in mesh.axis_names if name not in without]
+  first = tuple(0 if k in without else slice(None) for k in mesh.axis_names)
+  explicit = (AxisType.Explicit,) * len(names)
+  return Mesh(np.asarray(mesh.devices[first]), names, axis_types=explicit)
 
 
 def _shapes(params: Any, mesh: Mesh) -> Any:
@@ -96,6 +119,7 @@ def _shapes(params: Any, mesh: Mesh) -> Any:
     sharding = getattr(leaf, 'sharding', None)
     known = isinstance(sharding, NamedSharding)
     spec = sharding.spec if known else default
+    _check_spec(spec, mesh)
     return jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
     )
@@ -103,11 +127,25 @@ def _shapes(params: Any, mesh: Mesh) -> Any:
   return jax.tree.map(entry, params, is_leaf=_tree.is_box)
 
 
+def _check_spec(spec: PartitionSpec, mesh: Mesh) -> None:
+  """Raises if a parameter is cut along an axis that the mesh has not."""
+  used = {name for entry in spec for name in _sharding.names(entry)}
+  if not used <= set(mesh.axis_names):
+    raise ValueError(
+      f'a parameter has {spec}, but state is to be placed along mesh axes '
+      f'{mesh.axis_names} alone; see `replicated`, and apply '
+      '`flax.linen.logical_to_mesh_sharding` to logical names first.'
+    )
+
+
 def _spec_of_box(x: Any) -> PartitionSpec:
   """Returns the spec that a flax box names, that of replication otherwise."""
   if isinstance(x, nnx.Variable):
     x = jax.tree.leaves(nnx.get_partition_spec(x))
     return x[0] if x else PartitionSpec()
+  if isinstance(x, linen.LogicallyPartitioned):
+    spec = spmd.logical_to_mesh_axes(x.names, x.rules)
+    return PartitionSpec() if spec is None else spec
   return linen.get_partition_spec(x) if _tree.is_box(x) else PartitionSpec()
 
 

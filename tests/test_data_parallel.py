@@ -27,6 +27,7 @@ LEAVES = {
 # gradient does not know; they have tests of their own.
 ITERATED = {'randomized', 'warm'}
 NORMALISED = {'online_pca', 'online_pca_options', 'tracking', 'switch'}
+ALIKE = {'walk', 'stiefel_regenerated', 'gaussian'}  # like 'stiefel' here
 
 
 def _mesh(shape=(DEVICES,), names=('data',), kind=AxisType.Auto):
@@ -86,7 +87,7 @@ def _of_mean(tx):
 
 
 @pytest.mark.parametrize(
-  'name', sorted(set(grid.PROJECTORS) - NORMALISED - ITERATED)
+  'name', sorted(set(grid.PROJECTORS) - NORMALISED - ITERATED - ALIKE)
 )
 def test_equals_the_step_on_the_mean_gradient(name):
   got, state = _run(_in_parallel(_make(name, axis_name='data')), _make(name))
@@ -199,7 +200,7 @@ OPTIMIZERS = {
 }
 
 
-def _steps(step, tx, mesh=None):
+def _steps(step, tx):
   params = _params()
   state = tx.init(params)
   step = cases.jit(step)
@@ -269,6 +270,51 @@ def test_beside_a_mesh_axis_that_shards_parameters():
   wanted, _ = _steps(_plain_step(tx), tx)
   measure.assert_trees_close(params, wanted, rtol=0, atol=2e-5)
   assert not measure.bases(state)['w'].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize('name', ['golore', 'online_subspace_descent'])
+def test_state_stays_where_it_was_placed(name):
+  mesh, tx = _mesh((2, 2), ('data', 'fsdp')), OPTIMIZERS[name]()
+  specs = {'w': P(None, 'fsdp'), 'v': P('fsdp'), 'bias': P()}
+  put = lambda k, x: jax.device_put(x, jax.NamedSharding(mesh, specs[k]))
+  params = {k: put(k, x) for k, x in _params().items()}
+  shardings = so.state_sharding(tx, params, replicated=('data',))
+  batch = jax.device_put(jnp.ones(BATCH), jax.NamedSharding(mesh, P('data')))
+  with jax.set_mesh(mesh):
+    state = cases.jit(tx.init, out_shardings=shardings)(params)
+    placed = jax.tree.map(lambda x: x.sharding, params)
+    step = cases.jit(
+      so.data_parallel_step(_loss, tx, mesh),
+      out_shardings=(placed, shardings, None),
+    )
+    # No other shardings would be taken.
+    step = step.lower(params, state, batch).compile()
+    for _ in range(3):
+      params, state, _ = step(params, state, batch)
+  for x, sharding in zip(
+    jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
+  ):
+    assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_losses_that_need_the_check_off():
+  def loss(params, x):  # the carry starts as a constant
+    h = jnp.sin(x @ params['w'] + params['bias'][None]) @ params['v']
+    total, _ = jax.lax.scan(lambda c, row: (c + row, None), jnp.zeros(16), h)
+    return jnp.mean(total) / len(x)
+
+  tx = so.golore(0.02, 2, 2)
+  step = so.data_parallel_step(loss, tx, _mesh(), check_vma=False)
+  got, wanted = _steps(step, tx), _steps(_plain_step(tx), tx)
+  measure.assert_trees_close(got, wanted, rtol=0, atol=2e-5)
+
+
+def test_several_axes_have_parts_of_the_batch():
+  mesh = _mesh((2, 2), ('slices', 'data'))
+  tx = so.golore(0.02, 2, 2)
+  step = so.data_parallel_step(_loss, tx, mesh, ('slices', 'data'))
+  got, wanted = _steps(step, tx), _steps(_plain_step(tx), tx)
+  measure.assert_trees_close(got, wanted, rtol=0, atol=2e-5)
 
 
 def test_mesh_must_fit():

@@ -300,3 +300,9 @@ def test_moments_have_the_structure_of_the_parameters(make):
           assert moment.shape == leaf.shape
         else:  # the matrix's projected side is of length 2
           assert moment.size < np.prod(leaf.shape) and 2 in moment.shape
+
+
+def test_fused_or_scanned_is_asked():
+  params = {'mlp': {'wi': {'kernel': jnp.ones((8, 2, 16))}}}
+  with errors.raises(ValueError, 'mlp/wi/kernel', 'scan_axis=0', 'exclude'):
+    so.dimension_numbers_from_paths(params, scan_axis=0)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -366,3 +367,32 @@ def test_a_spoilt_basis_is_refused():
   project = project._replace(subspaces=project.subspaces._replace(basis=spoilt))
   state = ((project, *state[0][1:]), *state[1:])
   _refused(MAKE['golore'](4), state, params, 'basis/', 'not finite')
+
+
+def test_a_path_that_is_the_end_of_another():
+  params = {
+    'attention': jnp.ones((16, 24)),
+    'encoder': {'attention': jnp.ones((20, 28))},
+  }
+  state = so.golore(0.1, rank=2).init(params)
+  got = so.resize_rank(so.golore(0.1, rank=4), state, params)
+  old, new = measure.bases(state), measure.bases(got)
+  for path, p in new.items():
+    p = np.asarray(p, np.float64)
+    np.testing.assert_allclose(p.T @ p, np.eye(4), atol=1e-5)
+    np.testing.assert_array_equal(p[:, :2], np.asarray(old[path], np.float64))
+
+
+@pytest.mark.parametrize('wrapped', ['MultiSteps', 'trace'])
+def test_boxes_that_a_wrapper_keeps(wrapped):
+  def make(rank):
+    if wrapped == 'MultiSteps':
+      return optax.MultiSteps(so.golore(0.1, rank=rank), 2)
+    return optax.chain(so.golore(0.1, rank=rank), optax.trace(0.9))
+
+  params = {'w': nn.Partitioned(jnp.ones((16, 24)), names=(None, None))}
+  state = make(2).init(params)
+  got = so.resize_rank(make(4), state, params)
+  assert jax.tree.structure(got) == jax.tree.structure(make(4).init(params))
+  p = np.asarray(measure.bases(got)['w'], np.float64)
+  np.testing.assert_allclose(p.T @ p, np.eye(4), atol=1e-5)

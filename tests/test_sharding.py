@@ -4,8 +4,8 @@ Twenty steps of every projector and every ready-made optimizer on 2 x 2 devices
 equal those on one. Of the compiled steps, refreshes included, no collective may
 carry more than r (m + n) numbers of a matrix.
 
-Each optimizer has two of the four layouts here, and one kind of mesh unless it
-is ready-made; `--full` takes all of them.
+Each optimizer has two of the four layouts here and one kind of mesh; `--full`
+takes all of them.
 """
 
 import functools
@@ -72,13 +72,11 @@ class Case(NamedTuple):
     make: the optimizer.
     alone: what it is on one device, where it differs.
     most: elements of a collective; None where a gradient is gathered.
-    ready_made: whether users find it by a name.
   """
 
   make: Any
   alone: Any = None
   most: int | None = MOST
-  ready_made: bool = False
 
 
 def _of(rule, inner=None, **options):
@@ -164,28 +162,20 @@ OPTIMIZERS = {
     _of(lambda: projectors.stiefel(GAP), residual=residuals.sign(0.3))
   ),
   'apollo_mini': Case(_ready_made('apollo_adamw', granularity='tensor')),
-  'galore': Case(
-    _ready_made('galore', 'long'), _randomized('long'), ready_made=True
-  ),
-  'golore': Case(_ready_made('golore'), ready_made=True),
+  'galore': Case(_ready_made('galore', 'long'), _randomized('long')),
+  'golore': Case(_ready_made('golore')),
   'online_subspace_descent': Case(
     lambda: so.online_subspace_descent(LEARNING_RATE, spec=_spec()),
-    ready_made=True,
   ),
   'fira_adamw': Case(
     _ready_made('fira_adamw'),
     _randomized('short', residual=residuals.fira(), scale=0.25),
-    ready_made=True,
   ),
-  'apollo_adamw': Case(_ready_made('apollo_adamw'), ready_made=True),
-  'ldadamw': Case(
-    lambda: so.ldadamw(LEARNING_RATE, spec=_spec()), ready_made=True
-  ),
-  'subspace_adamw': Case(_ready_made('subspace_adamw'), ready_made=True),
+  'apollo_adamw': Case(_ready_made('apollo_adamw')),
+  'ldadamw': Case(lambda: so.ldadamw(LEARNING_RATE, spec=_spec())),
+  'subspace_adamw': Case(_ready_made('subspace_adamw')),
   # Orthogonalises whole matrices, by Gram matrices of their short sides.
-  'subspace_muon': Case(
-    _ready_made('subspace_muon'), most=GRAM, ready_made=True
-  ),
+  'subspace_muon': Case(_ready_made('subspace_muon'), most=GRAM),
 }
 
 
@@ -202,10 +192,9 @@ class Point(NamedTuple):
 
 def _points(full):
   stacks = [path for path in LEAVES if path != 'bias']
-  for i, (name, case) in enumerate(OPTIMIZERS.items()):
+  for i, name in enumerate(OPTIMIZERS):
     two = tuple(stacks[k % 4] for k in (i, i + 1 + i // 4 % 3))
-    both = full or case.ready_made
-    for kind in AXES if both else [list(AXES)[i % 2]]:
+    for kind in AXES if full else [list(AXES)[i % 2]]:
       yield Point(name, kind, tuple(LEAVES) if full else (*two, 'bias'))
 
 

@@ -101,8 +101,12 @@ def test_is_where_eager_init_puts_the_state(name, kind):
       assert x.ndim == 0 and sharding.spec == P()
 
 
-@every_kind
-@pytest.mark.parametrize('name', MADE)
+KINDS = [AxisType.Auto, AxisType.Explicit]
+
+
+@pytest.mark.parametrize(
+  'name, kind', [(name, KINDS[i % 2]) for i, name in enumerate(MADE)]
+)
 def test_jitted_init_and_steps_stay_there_with_one_compilation(name, kind):
   tx, mesh = MADE[name](), _mesh(kind)
   with jax.set_mesh(mesh):
@@ -237,3 +241,35 @@ def test_arrays_on_one_device_are_replicated_beside_a_mesh():
   shardings = so.state_sharding(so.golore(0.02, 4), params)
   assert shardings[0][1].inner.mu['bias'] == NamedSharding(mesh, P())
   assert np.size(shardings[0][1].inner.mu['w'].spec) == 2
+
+
+def test_axes_to_replicate():
+  mesh = _mesh()
+  tx = so.golore(0.02, 4)
+  params = {'tall': _shapes(mesh)['tall'], 'bias': jnp.ones(7)}
+  split = so.state_sharding(tx, params)
+  same = so.state_sharding(tx, params, replicated=('tensor',))
+  at = lambda tree: measure.project_state(tree).subspaces.basis['tall'].spec
+  assert at(split) == P(None, ('fsdp', 'tensor'))
+  assert at(same) == P(None, 'fsdp')
+  assert all(x.mesh == mesh for x in jax.tree.leaves(same))
+  with errors.raises(ValueError, "'fsdp'", 'replicated'):
+    so.state_sharding(tx, params, replicated=('fsdp',))
+  with errors.raises(ValueError, "'data'", "'fsdp', 'tensor'"):
+    so.state_sharding(tx, params, replicated=('data',))
+
+
+def test_logical_names_of_linen():
+  rules = (('embed', 'fsdp'), ('mlp', 'tensor'))
+  shape = jax.ShapeDtypeStruct((32, 64), jnp.float32)
+  mesh, tx = _mesh(), so.golore(0.02, 4)
+  box = lambda rules: {
+    'w': nn.LogicallyPartitioned(shape, ('embed', 'mlp'), rules=rules)
+  }
+  with jax.set_mesh(mesh):
+    shardings = so.state_sharding(tx, box(rules))
+    with nn.logical_axis_rules(rules):
+      by_context = so.state_sharding(tx, box(None))
+  for tree in (shardings, by_context):
+    [basis] = jax.tree.leaves(measure.project_state(tree).subspaces.basis)
+    assert basis == NamedSharding(mesh, P('fsdp', 'tensor'))
