@@ -13,6 +13,14 @@
 # limitations under the License.
 """Randomized subspace optimization: gradients that never exist whole."""
 
+from subspace_optax._rso._lifted import LINEAR_OUT as LINEAR_OUT
+from subspace_optax._rso._lifted import PROJECTED_INPUT as PROJECTED_INPUT
+from subspace_optax._rso._lifted import Lifted as Lifted
+from subspace_optax._rso._lifted import dot as dot
+from subspace_optax._rso._linen import linen_apply as linen_apply
+from subspace_optax._rso._nnx import nnx_merge as nnx_merge
 from subspace_optax._rso._subproblems import Subproblems as Subproblems
 from subspace_optax._rso._subproblems import SubproblemState as SubproblemState
 from subspace_optax._rso._subproblems import subproblems as subproblems
+from subspace_optax._rso._trees import lift as lift
+from subspace_optax._rso._trees import value_and_grad as value_and_grad

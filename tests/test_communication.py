@@ -6,12 +6,15 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import pytest
 
 import cases
+import rso_models
+from subspace_optax import rso
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / 'benchmarks'
 if not SCRIPTS.exists():
@@ -172,3 +175,28 @@ def test_links_of_two_levels():
   assert roofline.reduced(64, 4) == 96
   chip = roofline.Chip(1, 1, 1, 6.0, 2.0, 4, 1.0)
   assert math.isclose(roofline.Links(48, 12).seconds(chip, 0.5), 16.0)
+
+
+def test_no_gradient_of_a_kernel_is_averaged_over_the_data():
+  with jax.enable_x64(True):
+    _check_what_data_parallelism_sends()
+
+
+def _check_what_data_parallelism_sends():
+  problem = rso_models.nnx_problem(True, False)
+  bases, coords = rso_models.draw(problem)
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+  place = lambda *spec: NamedSharding(mesh, P(*spec))
+  x = jax.device_put(jnp.tile(rso_models.inputs(), (2, 1, 1)), place('data'))
+  args = jax.device_put((problem.params, bases, coords), place())
+  whole = {'out_shardings': place()}
+
+  def largest(f, *args):
+    program = cases.jit(f, **whole).lower(*args, x).compile()
+    return hlo.largest(hlo.collectives(program.as_text(), 4))
+
+  full = jax.value_and_grad(problem.plain)
+  assert largest(full, args[0]) >= max(rso_models.KERNELS)
+  lifted = rso.value_and_grad(problem.lifted, rso_models.SPEC)
+  sizes = [x.size for x in jax.tree.leaves(coords)]
+  assert largest(lifted, *args) <= max(sizes) < max(rso_models.KERNELS)

@@ -1,0 +1,194 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A kernel W and its step in a subspace, W + P B, for one linear layer.
+
+The layer computes x W + (x P) B. With W and P held constant, its backward pass
+needs x P in the place of x, and no product has the shape of W: the gradient of
+B is (x P)^T dy = P^T dW.
+
+References:
+  Chen et al., Randomized Subspace Optimization, arXiv 2502.07222, section 4.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from subspace_optax import _layout
+from subspace_optax import _sharding
+
+# Names for remat policies. A policy that goes by products would save three of
+# them per layer.
+LINEAR_OUT = 'linear_out'
+PROJECTED_INPUT = 'projected_input'
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lifted:
+  """W + P B in the place of a kernel, never added up.
+
+  Attributes:
+    kernel: W, the leaf.
+    basis: P, the leaf's batch axes and rows, then the rank r.
+    coords: B, the leaf's axes with r in place of the rows.
+    layout: which axes of the whole leaf are rows, columns and batch. A scan
+      over layers takes an axis off the arrays, but not from here.
+    path: the leaf's, for messages.
+  """
+
+  kernel: jax.Array
+  basis: jax.Array
+  coords: jax.Array
+  layout: _layout.Layout = dataclasses.field(metadata={'static': True})
+  path: str = dataclasses.field(default='', metadata={'static': True})
+
+  def __getitem__(self, index: Any) -> 'Lifted':
+    """Returns this for `...`, as nnx layers read their kernels."""
+    if index is not Ellipsis:
+      raise TypeError(
+        f'the lifted leaf {self.path!r} was indexed with {index!r}, as only an '
+        'array can be; name it in the `exclude` of the spec.'
+      )
+    return self
+
+  @property
+  def here(self) -> _layout.Layout:
+    """The layout of the arrays as they are, their first batch axes gone."""
+    whole = self.layout
+    gone = whole.batch[: len(whole.shape) - self.kernel.ndim]
+    kept = [i for i in range(len(whole.shape)) if i not in gone]
+    rows, cols = (tuple(map(kept.index, x)) for x in (whole.rows, whole.cols))
+    return dataclasses.replace(
+      whole, shape=self.kernel.shape, rows=rows, cols=cols
+    )
+
+  def with_kernel(self, kernel: jax.Array) -> 'Lifted':
+    """Returns this with another kernel, all in that kernel's dtype."""
+    basis, coords = (x.astype(kernel.dtype) for x in (self.basis, self.coords))
+    return dataclasses.replace(self, kernel=kernel, basis=basis, coords=coords)
+
+
+def dot(
+  x: jax.Array, w: jax.Array | Lifted, axes: int = 1, precision: Any = None
+) -> jax.Array:
+  """Multiplies inputs with a kernel, for models written by hand.
+
+  Both kinds of kernel give a result called `rso.LINEAR_OUT`, which
+  `jax.checkpoint_policies.save_only_these_names` can save.
+
+  Args:
+    x: inputs; their last axes are contracted.
+    w: the kernel, lifted or not; its first axes are contracted.
+    axes: how many.
+    precision: of the products, as in `jax.lax.dot_general`.
+
+  Returns:
+    An array of x's other axes, then w's, in the dtype that x and the kernel
+    promote to.
+
+  Raises:
+    ValueError: those axes are not the rows of a lifted kernel.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from subspace_optax import rso
+    >>> rso.dot(jnp.ones((2, 4)), jnp.ones((4, 3))).shape
+    (2, 3)
+  """
+  kernel = w.kernel if isinstance(w, Lifted) else w
+  dtype = jnp.result_type(x, kernel)
+  x, kernel = x.astype(dtype), kernel.astype(dtype)
+  last = tuple(range(x.ndim - axes, x.ndim))
+  numbers = ((last, tuple(range(axes))), ((), ()))
+  if isinstance(w, Lifted):
+    w = w.with_kernel(kernel)
+    return dot_general(lax.dot_general, x, w, numbers, precision=precision)
+  y = lax.dot_general(x, kernel, numbers, precision=precision)
+  return checkpoint_name(y, LINEAR_OUT)
+
+
+def dot_general(
+  product: Any, x: jax.Array, w: Lifted, numbers: Any, **kwargs: Any
+) -> jax.Array:
+  """Returns x W + (x P) B, made of `product`s as `jax.lax.dot_general` is."""
+  (lhs, rows), (lhs_batch, batch) = numbers
+  layout = w.here
+  _check_axes(w, layout, rows, batch)
+  to_basis = _positions(layout.leaf_axes, layout.basis_axes())
+  by_basis = (
+    (lhs, [to_basis[i] for i in rows]),
+    (lhs_batch, [to_basis[i] for i in batch]),
+  )
+  basis = _whole_rank(lax.stop_gradient(w.basis), layout.basis_axes())
+  narrow = _narrow(kwargs, len(layout.cols))
+  h = checkpoint_name(product(x, basis, by_basis, **narrow), PROJECTED_INPUT)
+
+  coords_axes = layout.coords_axes()
+  to_coords = _positions(layout.leaf_axes, coords_axes)
+  by_coords = (
+    ([h.ndim - 1], [coords_axes.index('y')]),
+    (range(len(batch)), [to_coords[i] for i in batch]),
+  )
+  coords = _whole_rank(w.coords, coords_axes)
+  y = product(x, lax.stop_gradient(w.kernel), numbers, **kwargs)
+  y += product(h.astype(coords.dtype), coords, by_coords, **kwargs)
+  return checkpoint_name(y, LINEAR_OUT)
+
+
+def _positions(axes: str, others: str) -> dict[int, int]:
+  """Returns where the axes of one array are in another."""
+  return {i: others.index(c) for i, c in enumerate(axes) if c in others}
+
+
+def _check_axes(w: Lifted, layout: _layout.Layout, rows, batch) -> None:
+  want = tuple(rows), tuple(batch)
+  if tuple(map(sorted, want)) == (sorted(layout.rows), sorted(layout.batch)):
+    return
+  raise ValueError(
+    f'the layer of the lifted leaf {w.path!r} contracts axes {want[0]} of its '
+    f'kernel of shape {layout.shape}, and has batch axes {want[1]}; in the '
+    f'spec the rows are {layout.rows} and the batch axes {layout.batch}. Give '
+    'the spec weight_dimension_numbers, or name the leaf in its `exclude`.'
+  )
+
+
+def _whole_rank(x: jax.Array, axes: str) -> jax.Array:
+  """Returns `x` with a rank axis that no mesh axis splits."""
+  sharding = _sharding.explicit(x)
+  if sharding is None:
+    return _sharding.with_whole_rank(x, axes)
+  spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+  rank = axes.index('y')
+  spec = PartitionSpec(*spec[:rank], None, *spec[rank + 1 :])
+  return jax.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
+def _narrow(kwargs: dict[str, Any], columns: int) -> dict[str, Any]:
+  """Returns a product's arguments with the rank for the columns."""
+  out = kwargs.get('out_sharding')
+  if out is None:
+    return kwargs
+  spec = out.spec if isinstance(out, NamedSharding) else out
+  kept = spec[: max(0, len(spec) - columns)]
+  narrow = PartitionSpec(*kept)
+  if isinstance(out, NamedSharding):
+    narrow = NamedSharding(out.mesh, narrow)
+  return {**kwargs, 'out_sharding': narrow}

@@ -1,0 +1,180 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trees of parameters in which some kernels are lifted."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+
+from subspace_optax import _spec
+from subspace_optax import _tree
+from subspace_optax._rso import _lifted
+
+Spec = _spec.SubspaceSpec | Sequence[_spec.Match | None]
+
+
+def match(params: Any, spec: _spec.SubspaceSpec) -> list[_spec.Match | None]:
+  """Returns what a spec makes of every leaf if the inputs are projected."""
+  _spec.check_spec(spec)
+  return dataclasses.replace(spec, side='in').match(params)
+
+
+def lift(params: Any, bases: Any, coords: Any, spec: Spec) -> Any:
+  """Puts W + P B in the place of every leaf W that has a basis P.
+
+  Args:
+    params: the parameters, boxed or not.
+    bases: P of each leaf, `optax.MaskedNode` for leaves that stay plain; all
+      else as in `params`, without boxes or with them.
+    coords: B of each leaf, likewise.
+    spec: which axes are a kernel's inputs; `side` is 'in', whatever it says. Or
+      the matches that such a spec made of the parameters.
+
+  Returns:
+    The parameters with a `Lifted` for every such leaf, for `nnx_merge`,
+    `linen_apply` or `dot`.
+
+  Raises:
+    ValueError: the trees' leaves differ; a basis or coordinates for a leaf
+      that the spec leaves plain, or of another shape.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> from subspace_optax import rso
+    >>> params = {'up': jnp.ones((16, 32))}
+    >>> bases, coords = {'up': jnp.ones((16, 2))}, {'up': jnp.zeros((2, 32))}
+    >>> lifted = rso.lift(params, bases, coords, so.SubspaceSpec(rank=2))
+    >>> rso.dot(jnp.ones((4, 16)), lifted['up']).shape
+    (4, 32)
+  """
+  return _join(params, bases, trained(params, coords), spec)
+
+
+def trained(params: Any, coords: Any) -> Any:
+  """Returns the coordinates of lifted leaves, and all other leaves."""
+  pairs = _tree.flatten(params)[0]
+  entries = [
+    leaf if _tree.is_masked(b) else b
+    for (_, leaf), b in zip(
+      pairs, _entries(pairs, coords, 'coords'), strict=True
+    )
+  ]
+  return _tree.replace_entries(params, entries)
+
+
+def value_and_grad(
+  loss: Callable[..., Any], spec: Spec, has_aux: bool = False
+) -> Callable[..., Any]:
+  """Differentiates a loss by coordinates, and by leaves that are not lifted.
+
+  Args:
+    loss: (lifted parameters, *args) -> a scalar, or a pair with more values.
+    spec: as of `lift`.
+    has_aux: whether it is such a pair.
+
+  Returns:
+    (params, bases, coords, *args) -> (the loss, its gradient), the latter of
+    the parameters' structure, and of the coordinates' shapes where lifted.
+
+  Raises:
+    ValueError: as `lift`, when called.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> from subspace_optax import rso
+    >>> loss = lambda p, x: jnp.sum(rso.dot(x, p['up']))
+    >>> params = {'up': jnp.ones((16, 32))}
+    >>> bases, coords = {'up': jnp.ones((16, 2))}, {'up': jnp.zeros((2, 32))}
+    >>> f = rso.value_and_grad(loss, so.SubspaceSpec(rank=2))
+    >>> f(params, bases, coords, jnp.ones((4, 16)))[1]['up'].shape
+    (2, 32)
+  """
+
+  def compute(params: Any, bases: Any, coords: Any, *args: Any) -> Any:
+    of_trained = lambda t, *args: loss(_join(params, bases, t, spec), *args)
+    gradient = jax.value_and_grad(of_trained, has_aux=has_aux)
+    return gradient(trained(params, coords), *args)
+
+  return compute
+
+
+def _join(params: Any, bases: Any, trained: Any, spec: Spec) -> Any:
+  """Returns `params` with what is trained in it: coordinates, plain leaves."""
+  matches = match(params, spec) if not isinstance(spec, Sequence) else spec
+  pairs = _tree.flatten(params)[0]
+  bases, trained = (
+    _entries(pairs, tree, name)
+    for tree, name in ((bases, 'bases'), (trained, 'coords'))
+  )
+  entries = [
+    x if _tree.is_masked(basis) else _lift_leaf(found, leaf, basis, x)
+    for found, (_, leaf), basis, x in zip(
+      matches, pairs, bases, trained, strict=True
+    )
+  ]
+  return _tree.replace_entries(params, entries)
+
+
+def _entries(pairs: Any, tree: Any, name: str) -> list[Any]:
+  found = _tree.flatten(tree)[0]
+  paths, others = ([path for path, _ in x] for x in (pairs, found))
+  if paths != others:
+    odd = sorted(set(paths) ^ set(others))
+    raise ValueError(
+      f'{name} must have an entry for every leaf of params, MaskedNode where '
+      f'it is not lifted; only one of them has {odd[0] if odd else others!r}.'
+    )
+  return [entry for _, entry in found]
+
+
+def _lift_leaf(found: Any, leaf: Any, basis: Any, coords: Any) -> Any:
+  if found is None or found.layout is None:
+    path = '' if found is None else found.path
+    why = 'is masked' if found is None else found.reason
+    raise ValueError(
+      f'leaf {path!r} has a basis, but the spec leaves it plain: {why}. Put '
+      'optax.MaskedNode() in the place of its basis, or change the spec.'
+    )
+  layout = found.layout
+  for name, x, shape in (
+    ('bases', basis, layout.basis_shape),
+    ('coords', coords, layout.coords_shape),
+  ):
+    if x.shape != shape:
+      raise ValueError(
+        f'{name} of leaf {found.path!r} has shape {x.shape}; the spec makes it '
+        f'{shape}.'
+      )
+  return _lifted.Lifted(leaf, basis, coords, layout, found.path)
+
+
+def lifted_in(x: Any) -> _lifted.Lifted | None:
+  """Returns the lifted leaf that `x` is, or that it is a box of."""
+  if _tree.is_box(x):
+    x = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
+    x = x[0] if x else None
+  return x if isinstance(x, _lifted.Lifted) else None
+
+
+def not_linear(lifted: Any, module: Any, known: Sequence[type]) -> ValueError:
+  """Returns the error of a lifted leaf in a module that can't use it."""
+  names = ' or '.join(
+    f'{x.__module__.split(".")[1]}.{x.__name__}' for x in known
+  )
+  return ValueError(
+    f'the lifted leaf {lifted.path!r} belongs to a {type(module).__name__}, '
+    f'which is no {names}; name it in the `exclude` of the spec.'
+  )
