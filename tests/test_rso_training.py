@@ -57,7 +57,7 @@ def test_learns_and_ends_in_plain_weights(scan_layers, remat):
     value, gradients = value_and_grad(params, bases, state.coords, tokens)
     return *rso.update(gradients, state, params), value
 
-  state, first_types = rso.init(params), None
+  state = rso.init(params)
   first_types = measure.types(state)
   values = []
   for t in range(60):
@@ -100,8 +100,8 @@ def _compiled(lift):
 def test_costs_less_than_whole_gradients():
   full, small = _compiled(False), _compiled(True)
   flops = lambda program: program.cost_analysis()['flops']
-  # For b = 256 tokens 6bmn against 4bmn + 4brm + 6brn of each matrix; attention,
-  # the head and elementwise work are the same.
+  # For b tokens 6bmn against 4bmn + 4brm + 6brn of each matrix; attention, the
+  # head and elementwise work are the same.
   d, f, b, r = 64, 160, 256, 4
   shapes = [(d, d)] * 4 + [(d, f)] * 2 + [(f, d)]
   saved = sum(2 * b * m * n - 4 * b * r * m - 6 * b * r * n for m, n in shapes)
