@@ -171,7 +171,7 @@ def subproblems(
     nodes = _tree.replace_entries(gradients, nodes)
     nodes, own = directions.update(nodes, state.inner, params)
     params, coords = _step(spec, params, nodes, state.coords)
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     merge = functools.partial(_merge, spec, rule, nodes, state.seed, count)
     params, coords, lost = lax.cond(
       count % merge_every == 0,
@@ -239,7 +239,7 @@ class _Rule:
 
   def node(
     self,
-    match: _spec.Match,
+    match: Any,
     count: jax.Array,
     gradient: jax.Array,
     seeds: jax.Array,
@@ -251,7 +251,7 @@ class _Rule:
     p = self.draw(layout, leaf, seeds, k)
     g = _linalg.widen(gradient)
     if self.eta is not None:
-      eta = self.eta(k) if callable(self.eta) else self.eta
+      eta: Any = self.eta(k) if callable(self.eta) else self.eta
       g += coords / eta
     return _projected.Projected(
       coords=layout.settle_coords(g, leaf),
@@ -306,7 +306,7 @@ def _zero_leaf(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   return layout.place_leaf(jnp.zeros, static, (), leaf)
 
 
-def _check_gradient(match: _spec.Match, gradient: jax.Array) -> None:
+def _check_gradient(match: Any, gradient: jax.Array) -> None:
   shape = match.layout.coords_shape
   if gradient.shape != shape:
     raise ValueError(
