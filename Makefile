@@ -1,7 +1,7 @@
 # make train      train the example model (creates the environment first)
 # make test       run every test and doctest
 # make test-fast  the same without the tests marked slow
-# make test-full  every point of the grid instead of a cover: about an hour
+# make test-full  all points of the grid, all layouts on meshes: over an hour
 # make evidence   measure what the papers claim; writes docs/evidence.md
 # make check      lint, formatting and types
 # make format     rewrite the sources in the project's format

@@ -101,6 +101,9 @@ INNERS = {
   'sgd': Inner(optax.identity),
 }
 
+# Like others but for a line: every pair but those with projectors is covered.
+ALIKE = ('adam_injected', 'rms', 'lamb', 'adamw')
+
 RESIDUALS = {
   'fira': residuals.fira(),
   'apollo': residuals.apollo(),
@@ -176,7 +179,7 @@ def product() -> list[Point]:
 
 
 def pairwise() -> list[Point]:
-  """Returns few points that hold every allowed pair of values of two factors.
+  """Returns few points that hold every allowed pair, but those of `ALIKE`.
 
   Greedily: each point starts from the first pair that is missing, and takes for
   each other factor the value that adds most of those that are.
@@ -187,6 +190,7 @@ def pairwise() -> list[Point]:
     for a, b in itertools.combinations(names, 2)
     for x, y in itertools.product(FACTORS[a], FACTORS[b])
     if _fits({a: x, b: y})
+    and not ((a, b) == ('projector', 'inner') and y in ALIKE)
   }
   order = sorted(missing, key=str)
   points = []

@@ -129,7 +129,11 @@ def test_cover_holds_every_pair():
         y in grid.INNERS[x].transports
       )
       possible &= (a, b) != ('every_k', 'residual') or x == 1 or y is None
-      assert (((a, b), (x, y)) in covered) == possible, (x, y)
+      found = ((a, b), (x, y)) in covered
+      if (a, b) == ('projector', 'inner') and y in grid.ALIKE:
+        assert possible or not found, (x, y)
+      else:
+        assert found == possible, (x, y)
 
 
 @pytest.mark.parametrize('transport', ['first', 'both'])
