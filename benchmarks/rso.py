@@ -69,9 +69,10 @@ def loss(merge: Any, graphdef: Any, params: Any, tokens: jax.Array) -> Any:
 def count(f: Any, *args: Any) -> dict[str, float]:
   """XLA's counts of a compiled function."""
   program = jax.jit(f).lower(*args).compile()
+  cost: Any = program.cost_analysis()
   memory: Any = program.memory_analysis()
   return {
-    'flops': program.cost_analysis()['flops'],
+    'flops': cost['flops'],
     'gradient_bytes': memory.output_size_in_bytes,
     'temporary_bytes': memory.temp_size_in_bytes,
   }
