@@ -13,15 +13,14 @@
 # limitations under the License.
 """What is projected, and why the rest is not."""
 
-from collections.abc import Iterator
-import contextlib
 import contextvars
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from subspace_optax import _spec
+from subspace_optax._projectors import _base
 
 Matches = list[_spec.Match | None]
 
@@ -31,21 +30,36 @@ _records: contextvars.ContextVar[list | None] = contextvars.ContextVar(
 )
 
 
-def record(spec: _spec.SubspaceSpec, matches: Matches, projector: str) -> None:
-  """Notes what a `project` was initialised with, if anybody listens."""
+class Record(NamedTuple):
+  """What a `project` was initialised with."""
+
+  spec: _spec.SubspaceSpec
+  matches: Matches
+  projector: _base.Projector
+  keep_gradient: bool
+
+
+def record(*args: Any) -> None:
+  """Notes a `Record`, if anybody listens."""
   records = _records.get()
   if records is not None:
-    records.append((spec, matches, projector))
+    records.append(Record(*args))
 
 
-@contextlib.contextmanager
-def listening() -> Iterator[list]:
-  records: list = []
+def records_of(tx: Any, params: Any) -> list[Record]:
+  """Returns the records of all `project`s in an optimizer."""
+  records: list[Record] = []
   token = _records.set(records)
   try:
-    yield records
+    # A new function each time: a traced one would be served from jax's cache.
+    jax.eval_shape(lambda p: tx.init(p), params)
   finally:
     _records.reset(token)
+  if not records:
+    raise ValueError(
+      f'the optimizer holds no `subspace_optax.project`: {tx!r}.'
+    )
+  return records
 
 
 def describe(tx_or_spec: Any, params: Any) -> str:
@@ -76,14 +90,9 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   """
   if isinstance(tx_or_spec, _spec.SubspaceSpec):
     return _table(tx_or_spec.match(params), tx_or_spec)
-  with listening() as records:
-    # A new function each time: a traced one would be served from jax's cache.
-    jax.eval_shape(lambda p: tx_or_spec.init(p), params)
-  if not records:
-    raise ValueError(f'tx_or_spec holds no `project`: {tx_or_spec!r}.')
   return '\n'.join(
-    f'{projector}\n{_table(matches, spec)}'
-    for spec, matches, projector in records
+    f'{x.projector.name}\n{_table(x.matches, x.spec)}'
+    for x in records_of(tx_or_spec, params)
   )
 
 

@@ -13,10 +13,8 @@
 # limitations under the License.
 """From gradients to coordinates: the piece that owns the bases."""
 
-from collections.abc import Callable
 import dataclasses
 import functools
-import itertools
 from typing import Any, NamedTuple
 import zlib
 
@@ -29,6 +27,7 @@ import optax
 from subspace_optax import _describe
 from subspace_optax import _layout
 from subspace_optax import _linalg
+from subspace_optax import _matrices
 from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _spec
@@ -78,6 +77,10 @@ def project(
   gradients are averaged likewise. See `data_parallel_step`; it gives `update`
   the name as `coordinates_axis_name`, and averages the plain leaves itself.
 
+  With `coordinates=True`, `update` takes P^T G itself of the leaves that are
+  projected, and needs params: see `rso.compressed_step`. The projector must not
+  look at gradients in this step; `captured_energy` stays as it is.
+
   Args:
     spec: which leaves, as which matrices, at which rank.
     projector: how bases are found and moved, from `subspace_optax.projectors`.
@@ -92,7 +95,8 @@ def project(
   Raises:
     ValueError: at `init`, what `SubspaceSpec.match` raises; at `update`, a tree
       unlike that at `init`, of refresh gradients too, or gradients that are
-      already projected.
+      already projected; coordinates without params or of other shapes, with
+      refresh gradients or for a residual rule.
     TypeError: `spec` or `projector` is something else.
 
   References:
@@ -120,9 +124,9 @@ def project(
 
   def init(params):
     matches = spec.match(params)
-    _describe.record(spec, matches, projector.name)
+    _describe.record(spec, matches, projector, keep_gradient)
     _, treedef = _tree.flatten(params)
-    make = functools.partial(per_matrix, matches, treedef)
+    make = functools.partial(_matrices.per_matrix, matches, treedef)
     subspaces = _base.Subspaces(
       basis=make(functools.partial(_first_basis, spec, projector.sample)),
       captured_energy=make(_zero),
@@ -149,6 +153,7 @@ def project(
     refresh_gradients=None,
     window=None,
     coordinates_axis_name=None,
+    coordinates=False,
     **extra_args,
   ):
     del extra_args
@@ -159,39 +164,36 @@ def project(
       )
     averaged = coordinates_axis_name or axis_name
     matrices_of = functools.partial(
-      _matrices, spec, state, averaged, keep_gradient
+      _matrices.of_gradients, spec, state, averaged, keep_gradient
     )
-    _check_shapes(updates, params, 'its parameter')
-    matches, matrices = matrices_of(updates)
+    if coordinates:
+      _matrices.check_coordinates(params, keep_gradient, refresh_gradients)
+      # A stand-in, of the gradients' shapes and shardings.
+      matches, matrices = matrices_of(params)
+      coords, matrices = _matrices.given_coords(updates, matrices)
+    else:
+      _matrices.check_shapes(updates, params, 'its parameter')
+      matches, matrices = matrices_of(updates)
     sources = matrices
     if refresh_gradients is not None:
-      _check_shapes(updates, refresh_gradients, 'refresh_gradients')
-      shown = _masked_like(updates, refresh_gradients)
+      _matrices.check_shapes(updates, refresh_gradients, 'refresh_gradients')
+      shown = _matrices.masked_like(updates, refresh_gradients)
       _, sources = matrices_of(shown)
     track = (
       projector.track if window is None else _base.resting(projector.track)
     )
     yes = jnp.array(True)
     window = Window(yes, yes) if window is None else window
-    subspaces = state.subspaces
-    if projector.rebuild:
-      basis = projector.rebuild(matrices, state.projector)
-      basis = jax.tree.map(
-        functools.partial(_place_rebuilt, spec.basis_dtype), basis, matrices
-      )
-      subspaces = subspaces._replace(basis=basis)
 
-    old_basis = subspaces.basis
-    context = _base.Context(state.count, window.first)
-    subspaces, before, own = projector.refresh(
-      context, sources, subspaces, state.projector
-    )
+    refreshed = _refresh(spec, projector, state, window, matrices, sources)
+    old_basis, subspaces, before, own = refreshed
     basis = subspaces.basis
-    coords = jax.tree.map(_coords, basis, matrices)
-    captured = jax.tree.map(
-      _captured, subspaces.captured_energy, matrices, coords, basis
-    )
-    subspaces = subspaces._replace(captured_energy=captured)
+    if not coordinates:
+      coords = jax.tree.map(_coords, basis, matrices)
+      captured = jax.tree.map(
+        _captured, subspaces.captured_energy, matrices, coords, basis
+      )
+      subspaces = subspaces._replace(captured_energy=captured)
     context = _base.Context(state.count, window.last, before)
     subspaces, after, own = track(context, matrices, coords, subspaces, own)
 
@@ -209,8 +211,10 @@ def project(
     if axis_name is not None and coordinates_axis_name is None:
       plain = lambda x: lax.pmean(x, axis_name)
     entries = [
-      plain(match.leaf) if match and not match.layout else node
-      for match, (_, node) in zip(matches, _tree.flatten(nodes)[0], strict=True)
+      plain(entry) if match and not match.layout else node
+      for match, (_, entry), (_, node) in zip(
+        matches, _tree.flatten(updates)[0], _tree.flatten(nodes)[0], strict=True
+      )
     ]
     count = jnp.where(
       window.last, optax.safe_increment(state.count), state.count
@@ -223,19 +227,40 @@ def project(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def per_matrix(
-  matches: list[_spec.Match | None],
-  treedef: Any,
-  make: Callable[[str, Any, _layout.Layout], Any],
+def next_bases(
+  spec: _spec.SubspaceSpec,
+  projector: _base.Projector,
+  params: Any,
+  state: ProjectState,
 ) -> Any:
-  """Returns a tree of `make(path, leaf, layout)`; `MaskedNode` for the rest."""
-  return treedef.unflatten(
-    [
-      make(match.path, match.leaf, match.layout)
-      if match and match.layout
-      else optax.MaskedNode()
-      for match in matches
-    ]
+  """Returns the bases of the next step, if they depend on no gradient."""
+  _, matrices = _matrices.of_gradients(spec, state, None, False, params)
+  window = Window(jnp.array(True), jnp.array(True))
+  _, subspaces, _, _ = _refresh(
+    spec, projector, state, window, matrices, matrices
+  )
+  return subspaces.basis
+
+
+def _refresh(
+  spec: _spec.SubspaceSpec,
+  projector: _base.Projector,
+  state: ProjectState,
+  window: Window,
+  matrices: Any,
+  sources: Any,
+) -> tuple[Any, _base.Subspaces, Any, Any]:
+  """Returns the bases as they were, those of this step, their moves."""
+  subspaces = state.subspaces
+  if projector.rebuild:
+    basis = projector.rebuild(matrices, state.projector)
+    basis = jax.tree.map(
+      functools.partial(_place_rebuilt, spec.basis_dtype), basis, matrices
+    )
+    subspaces = subspaces._replace(basis=basis)
+  context = _base.Context(state.count, window.first)
+  return subspaces.basis, *projector.refresh(
+    context, sources, subspaces, state.projector
   )
 
 
@@ -285,112 +310,6 @@ def _place_rebuilt(
 ) -> jax.Array:
   """Returns a basis as it would have come from the state."""
   return matrix.layout.settle_basis(basis.astype(dtype), matrix.gradient)
-
-
-def _matrices(
-  spec: _spec.SubspaceSpec,
-  state: ProjectState,
-  axis_name: Any,
-  keep_gradient: bool,
-  gradients: Any,
-) -> tuple[list[_spec.Match | None], Any]:
-  """Returns the matches of gradients, and the tree of their matrices."""
-  matches = _match_as_at_init(spec, gradients, state)
-  _, treedef = _tree.flatten(gradients)
-  seeds = dict(_tree.flatten(state.seed)[0])
-
-  def matrix(path: str, leaf: jax.Array, layout: _layout.Layout):
-    if axis_name is None:
-      return _matrix(leaf, layout, seeds[path])
-    if keep_gradient:
-      return _matrix(lax.pmean(leaf, axis_name), layout, seeds[path])
-    layout = dataclasses.replace(layout, axis_name=axis_name)
-    return _matrix(leaf, layout, seeds[path])
-
-  return matches, per_matrix(matches, treedef, matrix)
-
-
-def _masked_like(updates: Any, refresh_gradients: Any) -> Any:
-  """Returns refresh gradients without what a wrapper hid of the gradients.
-
-  Wrappers such as `optax.masked` hand on extra arguments as they are.
-  """
-  pairs, treedef = _tree.flatten(updates)
-  known = dict(_tree.flatten(refresh_gradients)[0])
-  for path, _ in pairs:
-    if path not in known:
-      raise ValueError(
-        f'refresh_gradients has no leaf {path!r}; give it the tree of the '
-        'gradients.'
-      )
-  return treedef.unflatten(
-    [x if _tree.is_masked(x) else known[path] for path, x in pairs]
-  )
-
-
-def _match_as_at_init(
-  spec: _spec.SubspaceSpec, updates: Any, state: ProjectState
-) -> list[_spec.Match | None]:
-  """Returns the matches of the gradients, which must be those of `init`."""
-  pairs, _ = _tree.flatten(updates)
-  for path, entry in pairs:
-    if isinstance(entry, _projected.Projected):
-      raise ValueError(
-        f'gradient {path!r} is projected already; chain `project` once, first.'
-      )
-  known, _ = _tree.flatten(state.seed)
-  for new, old in itertools.zip_longest(pairs, known, fillvalue=(None, None)):
-    if new[0] != old[0]:
-      raise ValueError(
-        'gradients must have the tree of the parameters at init, where leaf '
-        f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
-      )
-  bases = dict(_tree.flatten(state.subspaces.basis)[0])
-  matches = spec.match(updates)
-  for match, (path, seed) in zip(matches, known, strict=True):
-    layout = match.layout if match else None
-    _check_made(match, path, seed, layout and layout.batch_shape, 'seeds')
-    if path in bases:
-      basis, shape = bases[path], layout and layout.basis_shape
-      _check_made(match, path, basis, shape, 'a basis')
-  return matches
-
-
-def _check_shapes(updates: Any, others: Any, name: str) -> None:
-  """Raises unless gradients have the shapes of another tree, if it is given.
-
-  The bases know only one side of a matrix.
-  """
-  known = {} if others is None else dict(_tree.flatten(others)[0])
-  for path, gradient in _tree.flatten(updates)[0]:
-    shapes = [getattr(x, 'shape', None) for x in (gradient, known.get(path))]
-    if None not in shapes and shapes[0] != shapes[1]:
-      raise ValueError(
-        f'gradient {path!r} has shape {shapes[0]}, {name} {shapes[1]}.'
-      )
-
-
-def _check_made(
-  match: _spec.Match | None, path: str, array: Any, expected: Any, what: str
-) -> None:
-  """Raises unless `init` made an array for the leaf as it is now."""
-  found = None if _tree.is_masked(array) else array.shape
-  if expected != found:
-    shape = tuple(match.leaf.shape) if match else 'masked'
-    raise ValueError(
-      f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, '
-      f'but init made {found}; give update the tree that init was given.'
-    )
-
-
-def _matrix(
-  gradient: jax.Array, layout: _layout.Layout, seed: jax.Array
-) -> _base.Matrix:
-  energy = layout.mean(layout.energy(gradient))
-  # A sum of squares is finite only if all elements are.
-  ok = jnp.isfinite(energy) & (energy > 0)
-  energy = jnp.where(ok, energy, 1.0)  # a divisor, whatever the gradient
-  return _base.Matrix(gradient, layout, seed, energy, ok)
 
 
 def _coords(basis: jax.Array, matrix: _base.Matrix) -> jax.Array:

@@ -73,16 +73,13 @@ def resize_rank(
     >>> print(state[0][0].subspaces.basis['w'].shape)
     (8, 4)
   """
-  with _describe.listening() as records:
-    start = tx.init(params)
-  if not records:
-    raise ValueError(f'tx holds no `subspace_optax.project`: {tx!r}.')
   layouts = {
     match.path: match.layout
-    for _, matches, _ in records
-    for match in matches
+    for record in _describe.records_of(tx, params)
+    for match in record.matches
     if match and match.layout
   }
+  start = tx.init(params)
   pairs = list(_pairs(_tree.unbox(state), _tree.unbox(start)))
   leaves = _projected_leaves(pairs, start, layouts)
   arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Randomized subspace optimization: gradients that never exist whole."""
 
+from subspace_optax._rso._compressed import compressed_step as compressed_step
 from subspace_optax._rso._lifted import LINEAR_OUT as LINEAR_OUT
 from subspace_optax._rso._lifted import PROJECTED_INPUT as PROJECTED_INPUT
 from subspace_optax._rso._lifted import Lifted as Lifted

@@ -10,8 +10,20 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = os.environ['PJRT_NPROC'] = '32'
 
 import hypothesis
-import jax
+import jaxlib
 import pytest
+
+# Most of the time of the tests is XLA's. These options take a third of it; the
+# last one is gone from jaxlib 0.11 on, which stops at an option unknown to it.
+_FLAGS = [
+  '--xla_backend_optimization_level=0',
+  '--xla_llvm_disable_expensive_passes=true',
+]
+if jaxlib.__version__.startswith('0.10.'):
+  _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+os.environ['XLA_FLAGS'] = ' '.join([*_FLAGS, os.environ.get('XLA_FLAGS', '')])
+
+import jax  # noqa: E402
 
 # Enough devices for a 2 x 2 mesh on any machine.
 jax.config.update('jax_num_cpu_devices', 4)

@@ -30,7 +30,7 @@ class NnxBlock(nnx.Module):
   def __init__(self, rngs):
     kwargs = {'param_dtype': jnp.float64, 'rngs': rngs}
     self.attention = nnx.MultiHeadAttention(
-      HEADS, WIDTH, HEADS * HEAD_WIDTH, decode=False, **kwargs
+      HEADS, WIDTH, HEADS * HEAD_WIDTH, decode=False, use_bias=False, **kwargs
     )
     self.up = nnx.Linear(WIDTH, HIDDEN, **kwargs)
     self.down = nnx.Linear(HIDDEN, WIDTH, use_bias=False, **kwargs)
@@ -71,6 +71,7 @@ class LinenBlock(nn.Module):
     attention = nn.MultiHeadDotProductAttention(
       HEADS,
       qkv_features=HEADS * HEAD_WIDTH,
+      use_bias=False,  # a gradient of the key's would be zero
       param_dtype=jnp.float64,
       name='attention',
     )

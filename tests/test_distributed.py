@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import signal
 import socket
@@ -140,7 +141,7 @@ def start(config, compiled, process, port, step, when, launcher, *more):
     'PATH': '', 'PYTHONPATH': f'{ROOT}:{ROOT / "examples"}',
     'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2',
     'JAX_COMPILATION_CACHE_DIR': str(compiled),
-    'XLA_FLAGS': '--xla_backend_optimization_level=0',  # to compile sooner
+    'XLA_FLAGS': os.environ['XLA_FLAGS'],  # to compile sooner
   }  # fmt: skip
   if launcher:
     environment |= slurm(process, port)

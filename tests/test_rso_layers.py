@@ -29,7 +29,6 @@ def _float64():
 def _assert_close(found, expected, rtol=1e-12):
   found, expected = models.flat(found), models.flat(expected)
   assert found.keys() == expected.keys()
-  # Of all leaves: that of attention's key bias is zero but for rounding.
   atol = rtol * max(np.linalg.norm(x) for x in expected.values())
   for path, want in expected.items():
     np.testing.assert_allclose(

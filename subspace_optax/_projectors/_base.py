@@ -110,6 +110,8 @@ class Projector(NamedTuple):
     rebuild: (matrices, state) -> bases, for a rule that draws them again at
       every step; None for one whose bases are stored.
     orthonormal: whether all its bases have P^T P = I, up to rounding.
+    needs_gradient: (context, state) -> whether the coming step looks at the
+      gradient and not at its coordinates alone: True, False or traced.
   """
 
   name: str
@@ -119,6 +121,7 @@ class Projector(NamedTuple):
   sample: Sample = _linalg.haar
   rebuild: Callable[[Any, Any], Any] | None = None
   orthonormal: bool = True
+  needs_gradient: Callable[[Context, Any], Any] = lambda context, state: True
 
 
 def no_refresh(context, matrices, subspaces, state):

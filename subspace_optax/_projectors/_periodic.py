@@ -141,6 +141,15 @@ def periodic(
       lambda x, period: sample(x.layout, x.seed, period), matrices, state.period
     )
 
+  def needs_gradient(context, state):
+    if not uses_gradient:
+      return False
+    due, _, _ = gap.due(context, state.owed, state.schedule)
+    wanted = jax.tree.map(
+      lambda due, owed: jnp.any(due | (owed & context.active)), due, state.owed
+    )
+    return jnp.any(jnp.stack(jax.tree.leaves(wanted)))
+
   return _base.Projector(
     name,
     init,
@@ -149,6 +158,7 @@ def periodic(
     sample,
     rebuild if regenerate else None,
     orthonormal,
+    needs_gradient,
   )
 
 

@@ -106,6 +106,13 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
       new_state.append(s)
     return subspaces, _merge(subspaces.basis, moves), tuple(new_state)
 
+  def needs_gradient(context, state):
+    needs = False
+    for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
+      context_i = active(context, i)
+      needs |= context_i.active & rule.needs_gradient(context_i, s)
+    return needs
+
   parts = ', '.join(
     f'{s}: {r.name}' for s, r in zip(starts, rules, strict=True)
   )
@@ -116,6 +123,7 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
     track,
     rules[0].sample,
     orthonormal=all(rule.orthonormal for rule in rules),
+    needs_gradient=needs_gradient,
   )
 
 

@@ -15,7 +15,9 @@
 
 The layer computes x W + (x P) B. With W and P held constant, its backward pass
 needs x P in the place of x, and no product has the shape of W: the gradient of
-B is (x P)^T dy = P^T dW.
+B is (x P)^T dy = P^T dW. Where B is 0, x W is all there is to compute, and only
+the gradient of B is not that of W. With a basis of the outputs, W + A Q^T, it
+is x^T (dy Q).
 
 References:
   Chen et al., Randomized Subspace Optimization, arXiv 2502.07222, section 4.
@@ -47,8 +49,10 @@ class Lifted:
 
   Attributes:
     kernel: W, the leaf.
-    basis: P, the leaf's batch axes and rows, then the rank r.
-    coords: B, the leaf's axes with r in place of the rows.
+    basis: P, the leaf's batch axes and rows, then the rank r; or Q, with its
+      columns.
+    coords: B, the leaf's axes with r in place of the projected ones.
+    at_zero: whether B is 0, and there for its gradient alone.
     layout: which axes of the whole leaf are rows, columns and batch. A scan
       over layers takes an axis off the arrays, but not from here.
     path: the leaf's, for messages.
@@ -58,6 +62,7 @@ class Lifted:
   basis: jax.Array
   coords: jax.Array
   layout: _layout.Layout = dataclasses.field(metadata={'static': True})
+  at_zero: bool = dataclasses.field(default=False, metadata={'static': True})
   path: str = dataclasses.field(default='', metadata={'static': True})
 
   def __getitem__(self, index: Any) -> 'Lifted':
@@ -129,28 +134,67 @@ def dot_general(
   product: Any, x: jax.Array, w: Lifted, numbers: Any, **kwargs: Any
 ) -> jax.Array:
   """Returns x W + (x P) B, made of `product`s as `jax.lax.dot_general` is."""
+  _check_axes(w, numbers)
+  source, of_coords = _in_subspace(product, x, w, numbers, kwargs)
+  y = product(x, lax.stop_gradient(w.kernel), numbers, **kwargs)
+  coords = _whole_rank(w.coords, w.here.coords_axes())
+  if w.at_zero:
+    y = _with_gradient_of(of_coords, y, lax.stop_gradient(source), coords)
+  else:
+    y += of_coords(source, coords)
+  return checkpoint_name(y, LINEAR_OUT)
+
+
+def _in_subspace(product, x, w: Lifted, numbers, kwargs) -> tuple[Any, Any]:
+  """Returns what of x is needed, and the function of it and B to be added.
+
+  (x P) B, or (x A) Q^T for a basis of the outputs.
+  """
   (lhs, rows), (lhs_batch, batch) = numbers
   layout = w.here
-  _check_axes(w, layout, rows, batch)
-  to_basis = _positions(layout.leaf_axes, layout.basis_axes())
-  by_basis = (
-    (lhs, [to_basis[i] for i in rows]),
-    (lhs_batch, [to_basis[i] for i in batch]),
-  )
-  basis = _whole_rank(lax.stop_gradient(w.basis), layout.basis_axes())
-  narrow = _narrow(kwargs, len(layout.cols))
-  h = checkpoint_name(product(x, basis, by_basis, **narrow), PROJECTED_INPUT)
-
-  coords_axes = layout.coords_axes()
+  coords_axes, basis_axes = layout.coords_axes(), layout.basis_axes()
+  to_basis = _positions(layout.leaf_axes, basis_axes)
   to_coords = _positions(layout.leaf_axes, coords_axes)
-  by_coords = (
-    ([h.ndim - 1], [coords_axes.index('y')]),
-    (range(len(batch)), [to_coords[i] for i in batch]),
+  basis = _whole_rank(lax.stop_gradient(w.basis), basis_axes)
+  narrow = _narrow(kwargs, len(layout.cols))
+  by_rows = lambda to: ((lhs, _at(to, rows)), (lhs_batch, _at(to, batch)))
+  by_rank = lambda h, axes, to: (
+    ([h.ndim - 1], [axes.index('y')]),
+    (range(len(batch)), _at(to, batch)),
   )
-  coords = _whole_rank(w.coords, coords_axes)
-  y = product(x, lax.stop_gradient(w.kernel), numbers, **kwargs)
-  y += product(h.astype(coords.dtype), coords, by_coords, **kwargs)
-  return checkpoint_name(y, LINEAR_OUT)
+  if layout.project_rows:
+    h = product(x, basis, by_rows(to_basis), **narrow)
+    last = by_rank(h, coords_axes, to_coords)
+    f = lambda h, b: product(h.astype(b.dtype), b, last, **kwargs)
+    return checkpoint_name(h, PROJECTED_INPUT), f
+
+  def through_outputs(x: jax.Array, a: jax.Array) -> jax.Array:
+    h = product(x, a, by_rows(to_coords), **narrow)
+    last = by_rank(h, basis_axes, to_basis)
+    return product(h.astype(basis.dtype), basis, last, **kwargs)
+
+  return x, through_outputs
+
+
+def _with_gradient_of(f: Any, y: jax.Array, source: jax.Array, coords: Any):
+  """Returns y, to differentiate as y + f(source, coords) by y and coords."""
+
+  @jax.custom_vjp
+  def beside(y, source, coords):
+    del source, coords
+    return y
+
+  def forward(y, source, coords):
+    return y, (source, coords)
+
+  def backward(saved, dy):
+    source, coords = saved
+    # Linear in B, so that only the transpose is left of this.
+    _, pull = jax.vjp(lambda b: f(source, b), coords)
+    return dy, None, *pull(dy)
+
+  beside.defvjp(forward, backward)
+  return beside(y, source, coords)
 
 
 def _positions(axes: str, others: str) -> dict[int, int]:
@@ -158,7 +202,13 @@ def _positions(axes: str, others: str) -> dict[int, int]:
   return {i: others.index(c) for i, c in enumerate(axes) if c in others}
 
 
-def _check_axes(w: Lifted, layout: _layout.Layout, rows, batch) -> None:
+def _at(places: dict[int, int], axes: Any) -> list[int]:
+  return [places[i] for i in axes]
+
+
+def _check_axes(w: Lifted, numbers: Any) -> None:
+  layout = w.here
+  (_, rows), (_, batch) = numbers
   want = tuple(rows), tuple(batch)
   if tuple(map(sorted, want)) == (sorted(layout.rows), sorted(layout.batch)):
     return

@@ -37,6 +37,7 @@ import optax
 from subspace_optax import _in_subspace
 from subspace_optax import _layout
 from subspace_optax import _linalg
+from subspace_optax import _matrices
 from subspace_optax import _project
 from subspace_optax import _projected
 from subspace_optax import _sharding
@@ -144,7 +145,7 @@ def subproblems(
   def init(params):
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
-    make = functools.partial(_project.per_matrix, matches, treedef)
+    make = functools.partial(_matrices.per_matrix, matches, treedef)
     state = SubproblemState(
       count=jnp.zeros((), jnp.int32),
       seed=make(functools.partial(_project.seeds_of, spec)),
@@ -159,7 +160,7 @@ def subproblems(
     _, treedef = _tree.flatten(params)
     k = state.count // update_proj_gap
     draw = lambda path, leaf, layout: rule.draw(layout, leaf, seeds[path], k)
-    return _project.per_matrix(spec.match(params), treedef, draw)
+    return _matrices.per_matrix(spec.match(params), treedef, draw)
 
   def update(gradients, state, params):
     nodes = [

@@ -18,7 +18,9 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from subspace_optax import _layout
 from subspace_optax import _spec
 from subspace_optax import _tree
 from subspace_optax._rso import _lifted
@@ -39,9 +41,10 @@ def lift(params: Any, bases: Any, coords: Any, spec: Spec) -> Any:
     params: the parameters, boxed or not.
     bases: P of each leaf, `optax.MaskedNode` for leaves that stay plain; all
       else as in `params`, without boxes or with them.
-    coords: B of each leaf, likewise.
+    coords: B of each leaf, likewise; None where all are 0 and only their
+      gradients matter, which saves the products with B.
     spec: which axes are a kernel's inputs; `side` is 'in', whatever it says. Or
-      the matches that such a spec made of the parameters.
+      the matches that a spec of any side made of the parameters.
 
   Returns:
     The parameters with a `Lifted` for every such leaf, for `nnx_merge`,
@@ -60,7 +63,29 @@ def lift(params: Any, bases: Any, coords: Any, spec: Spec) -> Any:
     >>> rso.dot(jnp.ones((4, 16)), lifted['up']).shape
     (4, 32)
   """
-  return _join(params, bases, trained(params, coords), spec)
+  matches = _matches(params, spec)
+  if coords is None:
+    coords = zeros(params, bases, matches)
+    return _join(params, bases, trained(params, coords), matches, at_zero=True)
+  return _join(params, bases, trained(params, coords), matches)
+
+
+def zeros(params: Any, bases: Any, matches: Sequence[Any]) -> Any:
+  """Returns B = 0 for every leaf with a basis, float32 or wider."""
+  pairs, treedef = _tree.flatten(params)
+  entries = [
+    basis if _tree.is_masked(basis) else _zeros(found, leaf)
+    for found, (_, leaf), basis in zip(
+      matches, pairs, _entries(pairs, bases, 'bases'), strict=True
+    )
+  ]
+  return treedef.unflatten(entries)
+
+
+def _zeros(found: Any, leaf: jax.Array) -> jax.Array:
+  layout = _layout_of(found)
+  static = (layout.coords_shape, jnp.promote_types(leaf.dtype, jnp.float32))
+  return layout.place_coords(jnp.zeros, static, (), leaf)
 
 
 def trained(params: Any, coords: Any) -> Any:
@@ -87,7 +112,8 @@ def value_and_grad(
 
   Returns:
     (params, bases, coords, *args) -> (the loss, its gradient), the latter of
-    the parameters' structure, and of the coordinates' shapes where lifted.
+    the parameters' structure, and of the coordinates' shapes where lifted;
+    coords as for `lift`.
 
   Raises:
     ValueError: as `lift`, when called.
@@ -104,23 +130,45 @@ def value_and_grad(
   """
 
   def compute(params: Any, bases: Any, coords: Any, *args: Any) -> Any:
-    of_trained = lambda t, *args: loss(_join(params, bases, t, spec), *args)
-    gradient = jax.value_and_grad(of_trained, has_aux=has_aux)
-    return gradient(trained(params, coords), *args)
+    of_trained, at = split(loss, spec, params, bases, coords)
+    return jax.value_and_grad(of_trained, has_aux=has_aux)(at, *args)
 
   return compute
 
 
-def _join(params: Any, bases: Any, trained: Any, spec: Spec) -> Any:
+def split(
+  loss: Callable[..., Any], spec: Spec, params: Any, bases: Any, coords: Any
+) -> tuple[Callable[..., Any], Any]:
+  """Returns the loss as a function of what is trained, and that."""
+  matches, at_zero = _matches(params, spec), coords is None
+  if at_zero:
+    coords = zeros(params, bases, matches)
+
+  def of_trained(at: Any, *args: Any) -> Any:
+    return loss(_join(params, bases, at, matches, at_zero), *args)
+
+  return of_trained, trained(params, coords)
+
+
+def _matches(params: Any, spec: Spec) -> Sequence[_spec.Match | None]:
+  return spec if isinstance(spec, Sequence) else match(params, spec)
+
+
+def _join(
+  params: Any,
+  bases: Any,
+  trained: Any,
+  matches: Sequence[_spec.Match | None],
+  at_zero: bool = False,
+) -> Any:
   """Returns `params` with what is trained in it: coordinates, plain leaves."""
-  matches = match(params, spec) if not isinstance(spec, Sequence) else spec
   pairs = _tree.flatten(params)[0]
   bases, trained = (
     _entries(pairs, tree, name)
     for tree, name in ((bases, 'bases'), (trained, 'coords'))
   )
   entries = [
-    x if _tree.is_masked(basis) else _lift_leaf(found, leaf, basis, x)
+    x if _tree.is_masked(basis) else _lift_leaf(found, leaf, basis, x, at_zero)
     for found, (_, leaf), basis, x in zip(
       matches, pairs, bases, trained, strict=True
     )
@@ -140,7 +188,7 @@ def _entries(pairs: Any, tree: Any, name: str) -> list[Any]:
   return [entry for _, entry in found]
 
 
-def _lift_leaf(found: Any, leaf: Any, basis: Any, coords: Any) -> Any:
+def _layout_of(found: Any) -> _layout.Layout:
   if found is None or found.layout is None:
     path = '' if found is None else found.path
     why = 'is masked' if found is None else found.reason
@@ -148,7 +196,13 @@ def _lift_leaf(found: Any, leaf: Any, basis: Any, coords: Any) -> Any:
       f'leaf {path!r} has a basis, but the spec leaves it plain: {why}. Put '
       'optax.MaskedNode() in the place of its basis, or change the spec.'
     )
-  layout = found.layout
+  return found.layout
+
+
+def _lift_leaf(
+  found: Any, leaf: Any, basis: Any, coords: Any, at_zero: bool
+) -> _lifted.Lifted:
+  layout = _layout_of(found)
   for name, x, shape in (
     ('bases', basis, layout.basis_shape),
     ('coords', coords, layout.coords_shape),
@@ -158,7 +212,7 @@ def _lift_leaf(found: Any, leaf: Any, basis: Any, coords: Any) -> Any:
         f'{name} of leaf {found.path!r} has shape {x.shape}; the spec makes it '
         f'{shape}.'
       )
-  return _lifted.Lifted(leaf, basis, coords, layout, found.path)
+  return _lifted.Lifted(leaf, basis, coords, layout, at_zero, found.path)
 
 
 def lifted_in(x: Any) -> _lifted.Lifted | None:

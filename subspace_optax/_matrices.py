@@ -1,0 +1,199 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Gradients as the matrices that projectors see, checked against `init`."""
+
+from collections.abc import Callable
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax import _layout
+from subspace_optax import _linalg
+from subspace_optax import _projected
+from subspace_optax import _spec
+from subspace_optax import _tree
+from subspace_optax._projectors import _base
+
+
+def per_matrix(
+  matches: list[_spec.Match | None],
+  treedef: Any,
+  make: Callable[[str, Any, _layout.Layout], Any],
+) -> Any:
+  """Returns a tree of `make(path, leaf, layout)`; `MaskedNode` for the rest."""
+  return treedef.unflatten(
+    [
+      make(match.path, match.leaf, match.layout)
+      if match and match.layout
+      else optax.MaskedNode()
+      for match in matches
+    ]
+  )
+
+
+def of_gradients(
+  spec: _spec.SubspaceSpec,
+  state: Any,  # a ProjectState
+  axis_name: Any,
+  keep_gradient: bool,
+  gradients: Any,
+) -> tuple[list[_spec.Match | None], Any]:
+  """Returns the matches of gradients, and the tree of their matrices."""
+  matches = _match_as_at_init(spec, gradients, state)
+  _, treedef = _tree.flatten(gradients)
+  seeds = dict(_tree.flatten(state.seed)[0])
+
+  def matrix(path: str, leaf: jax.Array, layout: _layout.Layout):
+    if axis_name is None:
+      return _matrix(leaf, layout, seeds[path])
+    if keep_gradient:
+      return _matrix(lax.pmean(leaf, axis_name), layout, seeds[path])
+    layout = dataclasses.replace(layout, axis_name=axis_name)
+    return _matrix(leaf, layout, seeds[path])
+
+  return matches, per_matrix(matches, treedef, matrix)
+
+
+def _matrix(
+  gradient: jax.Array, layout: _layout.Layout, seed: jax.Array
+) -> _base.Matrix:
+  energy = layout.mean(layout.energy(gradient))
+  # A sum of squares is finite only if all elements are.
+  ok = jnp.isfinite(energy) & (energy > 0)
+  energy = jnp.where(ok, energy, 1.0)  # a divisor, whatever the gradient
+  return _base.Matrix(gradient, layout, seed, energy, ok)
+
+
+def given_coords(updates: Any, matrices: Any) -> tuple[Any, Any]:
+  """Returns coordinates that were given as gradients, and their matrices."""
+  given = dict(_tree.flatten(updates)[0])
+  pairs, treedef = _tree.flatten(matrices)
+  coords = [
+    x if _tree.is_masked(x) else _given(path, given[path], x)
+    for path, x in pairs
+  ]
+  taken = [
+    x if _tree.is_masked(x) else dataclasses.replace(x, ok=_is_good(x, r))
+    for (_, x), r in zip(pairs, coords, strict=True)
+  ]
+  return treedef.unflatten(coords), treedef.unflatten(taken)
+
+
+def _given(path: str, coords: Any, matrix: _base.Matrix) -> jax.Array:
+  layout = matrix.layout
+  if coords.shape != layout.coords_shape:
+    raise ValueError(
+      f'gradient {path!r} has shape {coords.shape}; with coordinates=True it '
+      f'must be that of its coordinates, {layout.coords_shape}.'
+    )
+  coords = layout.mean(_linalg.widen(coords))
+  return layout.settle_coords(coords, matrix.gradient)
+
+
+def _is_good(matrix: _base.Matrix, coords: jax.Array) -> jax.Array:
+  energy = matrix.layout.coords_energy(coords)
+  return jnp.isfinite(energy) & (energy > 0)
+
+
+def check_coordinates(
+  params: Any, keep_gradient: bool, refresh_gradients: Any
+) -> None:
+  """Raises where coordinates alone are not enough."""
+  if params is None:
+    raise ValueError(
+      'coordinates=True needs params, which tell the shapes of the gradients.'
+    )
+  if keep_gradient or refresh_gradients is not None:
+    what = 'a residual rule' if keep_gradient else 'refresh_gradients'
+    raise ValueError(
+      f'coordinates=True has no gradients, and {what} needs them.'
+    )
+
+
+def masked_like(updates: Any, refresh_gradients: Any) -> Any:
+  """Returns refresh gradients without what a wrapper hid of the gradients.
+
+  Wrappers such as `optax.masked` hand on extra arguments as they are.
+  """
+  pairs, treedef = _tree.flatten(updates)
+  known = dict(_tree.flatten(refresh_gradients)[0])
+  for path, _ in pairs:
+    if path not in known:
+      raise ValueError(
+        f'refresh_gradients has no leaf {path!r}; give it the tree of the '
+        'gradients.'
+      )
+  return treedef.unflatten(
+    [x if _tree.is_masked(x) else known[path] for path, x in pairs]
+  )
+
+
+def _match_as_at_init(
+  spec: _spec.SubspaceSpec, updates: Any, state: Any
+) -> list[_spec.Match | None]:
+  """Returns the matches of the gradients, which must be those of `init`."""
+  pairs, _ = _tree.flatten(updates)
+  for path, entry in pairs:
+    if isinstance(entry, _projected.Projected):
+      raise ValueError(
+        f'gradient {path!r} is projected already; chain `project` once, first.'
+      )
+  known, _ = _tree.flatten(state.seed)
+  for new, old in itertools.zip_longest(pairs, known, fillvalue=(None, None)):
+    if new[0] != old[0]:
+      raise ValueError(
+        'gradients must have the tree of the parameters at init, where leaf '
+        f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
+      )
+  bases = dict(_tree.flatten(state.subspaces.basis)[0])
+  matches = spec.match(updates)
+  for match, (path, seed) in zip(matches, known, strict=True):
+    layout = match.layout if match else None
+    _check_made(match, path, seed, layout and layout.batch_shape, 'seeds')
+    if path in bases:
+      basis, shape = bases[path], layout and layout.basis_shape
+      _check_made(match, path, basis, shape, 'a basis')
+  return matches
+
+
+def check_shapes(updates: Any, others: Any, name: str) -> None:
+  """Raises unless gradients have the shapes of another tree, if it is given.
+
+  The bases know only one side of a matrix.
+  """
+  known = {} if others is None else dict(_tree.flatten(others)[0])
+  for path, gradient in _tree.flatten(updates)[0]:
+    shapes = [getattr(x, 'shape', None) for x in (gradient, known.get(path))]
+    if None not in shapes and shapes[0] != shapes[1]:
+      raise ValueError(
+        f'gradient {path!r} has shape {shapes[0]}, {name} {shapes[1]}.'
+      )
+
+
+def _check_made(
+  match: _spec.Match | None, path: str, array: Any, expected: Any, what: str
+) -> None:
+  """Raises unless `init` made an array for the leaf as it is now."""
+  found = None if _tree.is_masked(array) else array.shape
+  if expected != found:
+    shape = tuple(match.leaf.shape) if match else 'masked'
+    raise ValueError(
+      f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, '
+      f'but init made {found}; give update the tree that init was given.'
+    )

@@ -1,0 +1,173 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Steps of a projecting optimizer that never see the gradient it projects.
+
+Of x W the gradient P^T G of a leaf is (x P)^T dy, so that between refreshes of
+the bases nobody needs G. He et al., `Subspace Optimization for Large Language
+Models with Convergence Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024,
+train x (W + P B) and merge P B at every refresh; here every step is merged, so
+that B is 0 whenever a gradient is taken, and costs no products.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax import _describe
+from subspace_optax import _project
+from subspace_optax import _spec
+from subspace_optax import _tree
+from subspace_optax._projectors import _base
+from subspace_optax._rso import _trees
+
+Differentiate = Callable[[Callable[..., Any]], Callable[..., tuple[Any, Any]]]
+
+
+def compressed_step(
+  loss: Callable[..., jax.Array],
+  tx: optax.GradientTransformation,
+  *,
+  value_and_grad: Differentiate = jax.value_and_grad,
+) -> Callable[..., tuple[Any, Any, Any]]:
+  """Returns a training step whose gradients are born projected.
+
+  The parameters, the state and the steps are those of `tx`, up to rounding. For
+  b inputs of an m x n layer, the projected side first, gradient and step cost
+  4bmn + 2brm + 2brn + 2rmn FLOPs in the place of 6bmn + 4rmn, the backward pass
+  keeps x P of r columns in the place of x where the inputs are projected, and
+  data parallelism moves rn numbers in the place of mn.
+
+  A step whose refresh looks at gradients, as every `update_proj_gap`-th of
+  `projectors.svd`, is one with whole gradients. What stands before `project` in
+  `tx` sees coordinates in their place: `optax.clip_by_global_norm` clips the
+  norm of P^T G. `captured_energy` stays as whole gradients left it.
+
+  Args:
+    loss: (params, *args) -> the mean loss. Params are plain, or some of them
+      are lifted: see `nnx_merge`, `linen_apply` and `dot`.
+    tx: the optimizer, with `project` in it and no residual.
+    value_and_grad: how to differentiate a function by its first argument; one
+      that accumulates over microbatches, say.
+
+  Returns:
+    (params, state, *args) -> (params, state, value), to be jitted.
+
+  Raises:
+    ValueError: when called: a projector that looks at every gradient, such as
+      `online_pca`; a residual rule; no `project` in `tx`; a lifted parameter in
+      a layer that can't use it.
+
+  References:
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
+    >>> loss = lambda params, x: jnp.mean(so.rso.dot(x, params['w']) ** 2)
+    >>> tx = so.golore(1e-3, rank=2)
+    >>> step = jax.jit(so.rso.compressed_step(loss, tx))
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> params, state, value = step(params, tx.init(params), jnp.ones((4, 8)))
+    >>> print(value)
+    64.0
+  """
+  update = optax.with_extra_args_support(tx).update
+
+  def step(params, state, *args):
+    found = _projections(tx, params, state)
+    needs = _needs_gradient(found)
+
+    def take(f, at, state, **kwargs):
+      value, gradients = value_and_grad(f)(at, *args)
+      updates, state = update(gradients, state, params, **kwargs)
+      return optax.apply_updates(params, updates), state, value
+
+    def compressed(state):
+      matches, bases = _bases(found, params)
+      f, at = _trees.split(loss, matches, params, bases, None)
+      return take(f, at, state, coordinates=True)
+
+    if needs is False:
+      return compressed(state)
+    whole = functools.partial(take, loss, params)
+    return lax.cond(needs, whole, compressed, state)
+
+  return step
+
+
+_Found = list[tuple[_describe.Record, _project.ProjectState]]
+
+
+def _projections(tx: Any, params: Any, state: Any) -> _Found:
+  """Returns what every `project` in `tx` was made with, and its state."""
+  is_ours = lambda x: isinstance(x, _project.ProjectState)
+  leaves = jax.tree.leaves(state, is_leaf=is_ours)
+  states = {_paths(x): x for x in filter(is_ours, leaves)}
+  found = []
+  for record in _describe.records_of(tx, params):
+    paths = frozenset(m.path for m in record.matches if m and m.layout)
+    if paths not in states:
+      raise ValueError(
+        f'state has no bases for {sorted(paths)}; it must be that of `tx.init`.'
+      )
+    found.append((record, states[paths]))
+  return found
+
+
+def _paths(state: _project.ProjectState) -> frozenset[str]:
+  """Returns the paths of the leaves that a state has seeds for."""
+  pairs, _ = _tree.flatten(state.seed)
+  return frozenset(path for path, seed in pairs if not _tree.is_masked(seed))
+
+
+def _needs_gradient(found: _Found) -> Any:
+  """Returns whether the coming step looks at gradients: False, or traced."""
+  needs: Any = False
+  for record, state in found:
+    context = _base.Context(state.count, jnp.array(True))
+    of_one = record.projector.needs_gradient(context, state.projector)
+    if of_one is True or record.keep_gradient:
+      who = 'the residual rule' if record.keep_gradient else ''
+      raise ValueError(
+        f'{who or record.projector.name} looks at every gradient, so that none '
+        'of them can be compressed; take `tx.update`.'
+      )
+    needs = of_one if needs is False else needs | of_one
+  return needs
+
+
+def _bases(found: _Found, params: Any) -> tuple[list[_spec.Match | None], Any]:
+  """Returns the matches and bases of all leaves in the coming step."""
+  pairs, treedef = _tree.flatten(params)
+  matches: list[Any] = [None] * len(pairs)
+  bases: list[Any] = [optax.MaskedNode()] * len(pairs)
+  for record, state in found:
+    mine = _tree.replace_entries(
+      params,
+      [
+        x if match else optax.MaskedNode()
+        for match, (_, x) in zip(record.matches, pairs, strict=True)
+      ],
+    )
+    drawn = _project.next_bases(record.spec, record.projector, mine, state)
+    for i, (match, (_, basis)) in enumerate(
+      zip(record.matches, _tree.flatten(drawn)[0], strict=True)
+    ):
+      if not _tree.is_masked(basis):
+        matches[i], bases[i] = match, basis
+  return matches, treedef.unflatten(bases)
