@@ -23,5 +23,7 @@ from subspace_optax._rso._nnx import nnx_merge as nnx_merge
 from subspace_optax._rso._subproblems import Subproblems as Subproblems
 from subspace_optax._rso._subproblems import SubproblemState as SubproblemState
 from subspace_optax._rso._subproblems import subproblems as subproblems
+from subspace_optax._rso._theory import TheoremParameters as TheoremParameters
+from subspace_optax._rso._theory import theorem_parameters as theorem_parameters
 from subspace_optax._rso._trees import lift as lift
 from subspace_optax._rso._trees import value_and_grad as value_and_grad

@@ -26,11 +26,23 @@ KERNELS = (WIDTH * HEADS * HEAD_WIDTH, WIDTH * HIDDEN)  # elements of a kernel
 SPEC = so.SubspaceSpec(rank=3, only_if_smaller=False)
 
 
+def _attention(query, key, value, **kwargs):
+  """Linear, since not every compiler has an exact exp in float64."""
+  del kwargs
+  scores = jnp.einsum('bqhd,bkhd->bhqk', query, key) / query.shape[1]
+  return jnp.einsum('bhqk,bkhd->bqhd', scores, value)
+
+
 class NnxBlock(nnx.Module):
   def __init__(self, rngs):
     kwargs = {'param_dtype': jnp.float64, 'rngs': rngs}
     self.attention = nnx.MultiHeadAttention(
-      HEADS, WIDTH, HEADS * HEAD_WIDTH, decode=False, use_bias=False, **kwargs
+      HEADS,
+      WIDTH,
+      HEADS * HEAD_WIDTH,
+      decode=False,
+      attention_fn=_attention,
+      **kwargs,
     )
     self.up = nnx.Linear(WIDTH, HIDDEN, **kwargs)
     self.down = nnx.Linear(HIDDEN, WIDTH, use_bias=False, **kwargs)
@@ -71,7 +83,7 @@ class LinenBlock(nn.Module):
     attention = nn.MultiHeadDotProductAttention(
       HEADS,
       qkv_features=HEADS * HEAD_WIDTH,
-      use_bias=False,  # a gradient of the key's would be zero
+      attention_fn=_attention,
       param_dtype=jnp.float64,
       name='attention',
     )

@@ -1,6 +1,5 @@
 """RSO on an unmodified LLaMA: the whole loop, and what it costs."""
 
-import functools
 import re
 
 from flax import nnx
@@ -49,14 +48,7 @@ def test_learns_and_ends_in_plain_weights(scan_layers, remat):
   graphdef, params = _model(scan_layers=scan_layers, remat=remat)
   spec = so.SubspaceSpec(4, side='in')
   rso = so.rso.subproblems(spec, optax.adam(0.01), update_proj_gap=7)
-  value_and_grad = so.rso.value_and_grad(_loss(graphdef), spec)
-
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, tokens):
-    bases = rso.bases(params, state)
-    value, gradients = value_and_grad(params, bases, state.coords, tokens)
-    return *rso.update(gradients, state, params), value
-
+  step = jax.jit(rso.step(_loss(graphdef)), donate_argnums=(0, 1))
   state = rso.init(params)
   first_types = measure.types(state)
   values = []

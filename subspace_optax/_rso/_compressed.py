@@ -56,7 +56,9 @@ def compressed_step(
   A step whose refresh looks at gradients, as every `update_proj_gap`-th of
   `projectors.svd`, is one with whole gradients. What stands before `project` in
   `tx` sees coordinates in their place: `optax.clip_by_global_norm` clips the
-  norm of P^T G. `captured_energy` stays as whole gradients left it.
+  norm of P^T G. Wrappers fail that make updates of the gradients' shapes: put
+  `optax.apply_if_finite` around the inner optimizer, and accumulation into
+  `every_k`. `captured_energy` stays as whole gradients left it.
 
   Args:
     loss: (params, *args) -> the mean loss. Params are plain, or some of them

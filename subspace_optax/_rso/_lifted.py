@@ -135,20 +135,21 @@ def dot_general(
 ) -> jax.Array:
   """Returns x W + (x P) B, made of `product`s as `jax.lax.dot_general` is."""
   _check_axes(w, numbers)
-  source, of_coords = _in_subspace(product, x, w, numbers, kwargs)
+  held, of_coords = _in_subspace(product, x, w, numbers, kwargs)
   y = product(x, lax.stop_gradient(w.kernel), numbers, **kwargs)
   coords = _whole_rank(w.coords, w.here.coords_axes())
   if w.at_zero:
-    y = _with_gradient_of(of_coords, y, lax.stop_gradient(source), coords)
+    y = _with_gradient_of(of_coords, y, lax.stop_gradient(held), coords)
   else:
-    y += of_coords(source, coords)
+    y += of_coords(held, coords)
   return checkpoint_name(y, LINEAR_OUT)
 
 
 def _in_subspace(product, x, w: Lifted, numbers, kwargs) -> tuple[Any, Any]:
-  """Returns what of x is needed, and the function of it and B to be added.
+  """Returns arrays, and the function of them and B that is to be added.
 
-  (x P) B, or (x A) Q^T for a basis of the outputs.
+  x P and (x P) B, or (x, Q) and (x A) Q^T for a basis of the outputs. The
+  function holds no arrays itself, which those with their own gradient must not.
   """
   (lhs, rows), (lhs_batch, batch) = numbers
   layout = w.here
@@ -168,33 +169,34 @@ def _in_subspace(product, x, w: Lifted, numbers, kwargs) -> tuple[Any, Any]:
     f = lambda h, b: product(h.astype(b.dtype), b, last, **kwargs)
     return checkpoint_name(h, PROJECTED_INPUT), f
 
-  def through_outputs(x: jax.Array, a: jax.Array) -> jax.Array:
+  def through_outputs(held: tuple[jax.Array, jax.Array], a: jax.Array):
+    x, basis = held
     h = product(x, a, by_rows(to_coords), **narrow)
     last = by_rank(h, basis_axes, to_basis)
     return product(h.astype(basis.dtype), basis, last, **kwargs)
 
-  return x, through_outputs
+  return (x, basis), through_outputs
 
 
-def _with_gradient_of(f: Any, y: jax.Array, source: jax.Array, coords: Any):
-  """Returns y, to differentiate as y + f(source, coords) by y and coords."""
+def _with_gradient_of(f: Any, y: jax.Array, held: Any, coords: jax.Array):
+  """Returns y, to differentiate as y + f(held, coords) by y and coords."""
 
   @jax.custom_vjp
-  def beside(y, source, coords):
-    del source, coords
+  def beside(y, held, coords):
+    del held, coords
     return y
 
-  def forward(y, source, coords):
-    return y, (source, coords)
+  def forward(y, held, coords):
+    return y, (held, coords)
 
   def backward(saved, dy):
-    source, coords = saved
+    held, coords = saved
     # Linear in B, so that only the transpose is left of this.
-    _, pull = jax.vjp(lambda b: f(source, b), coords)
+    _, pull = jax.vjp(lambda b: f(held, b), coords)
     return dy, None, *pull(dy)
 
   beside.defvjp(forward, backward)
-  return beside(y, source, coords)
+  return beside(y, held, coords)
 
 
 def _positions(axes: str, others: str) -> dict[int, int]:

@@ -19,9 +19,7 @@ Algorithm 1. With W^k and a fresh P^k, any optimizer takes tau steps on
 
   min_B f(W^k + P^k B) + |B|^2 / (2 eta),   from B = 0;   W^{k+1} = W^k + P^k B.
 
-Gradients are those of B, (*batch, r, n), so that nobody needs those of W. With
-`merge_every=1` every step is merged: B is 0 whenever a gradient is taken, and
-the steps are those of GoLore's with a basis on the input side.
+Gradients are those of B, (*batch, r, n), so that nobody needs those of W.
 """
 
 from collections.abc import Callable
@@ -44,6 +42,7 @@ from subspace_optax import _sharding
 from subspace_optax import _spec
 from subspace_optax import _tree
 from subspace_optax._projectors import _gap
+from subspace_optax._rso import _trees
 
 SAMPLES = ('haar', 'gaussian')
 ROUNDING = ('nearest', 'compensated', 'stochastic')
@@ -69,6 +68,11 @@ class Subproblems(NamedTuple):
 
   Attributes:
     init: params -> state.
+    step: (loss, value_and_grad=jax.value_and_grad) -> a training step, (params,
+      state, *args) -> (params, state, value), to be jitted. The loss takes
+      (params, *args), where some of the params are lifted: see `nnx_merge`,
+      `linen_apply` and `dot`. `value_and_grad` differentiates a function by its
+      first argument: one that accumulates over microbatches, say.
     bases: (params, state) -> P of every lifted leaf, for the next gradient.
     update: (gradients, state, params) -> (params, state): one inner step, and
       the merge behind the last one of a subproblem. Gradients of lifted leaves
@@ -77,6 +81,7 @@ class Subproblems(NamedTuple):
   """
 
   init: Callable[[Any], SubproblemState]
+  step: Callable[..., Callable[..., tuple[Any, SubproblemState, Any]]]
   bases: Callable[[Any, SubproblemState], Any]
   update: Callable[[Any, SubproblemState, Any], tuple[Any, SubproblemState]]
   merged: Callable[[Any, SubproblemState], Any]
@@ -88,38 +93,39 @@ def subproblems(
   *,
   update_proj_gap: int = 200,
   sample: str = 'haar',
-  scaled: bool = True,
   eta: Any = None,
   transport: str = 'reset',
-  merge_every: int | None = None,
   rounding: str = 'nearest',
+  schedule: optax.Schedule | None = None,
+  plain: optax.GradientTransformation | None = None,
 ) -> Subproblems:
   """Trains B in W + P B, with a fresh P for every subproblem.
 
   Args:
     spec: which leaves, as which matrices, at which rank; `side='in'`.
     inner: the optimizer of B and of plain leaves, learning rate and sign
-      included, as `optax.adam(1e-3)`.
+      included, as `optax.adam(1e-3)`. Where moments are reset its counters are,
+      too, so that its schedules are those of one subproblem.
     update_proj_gap: tau, inner steps of a subproblem.
     sample: 'haar', with P^T P = (m / r) I, or 'gaussian', with entries of
       N(0, 1 / r); for both E[P P^T] = I.
-    scaled: False for P^T P = I, as GoLore has it, in the place of that.
     eta: of the proximal term |B|^2 / (2 eta): a number, a function of the
       number of the subproblem, or None for no such term.
     transport: what a new P means for the optimizer's moments, see
       `in_subspace`: 'reset', 'keep', 'first' or 'both'.
-    merge_every: steps after which P B is added to W, a divisor of
-      `update_proj_gap`; at the end of a subproblem if None.
     rounding: of merged weights that are narrower than float32: to the
       'nearest'; 'stochastic', right in the mean; or 'compensated', which keeps
       what is lost in an array of the leaf's shape and dtype.
+    schedule: a factor of all steps, of B and of plain leaves, by the number of
+      inner steps since the first subproblem began.
+    plain: the optimizer of the leaves that are not lifted, `inner` by default.
 
   Returns:
     The functions of a training loop.
 
   Raises:
-    ValueError: another side; an unknown sample or rounding; a `merge_every`
-      that does not divide the gap; what `in_subspace` raises.
+    ValueError: another side; an unknown sample or rounding; what `in_subspace`
+      raises.
     TypeError: a gap that is no int.
 
   References:
@@ -129,18 +135,19 @@ def subproblems(
     >>> import jax, jax.numpy as jnp, optax, subspace_optax as so
     >>> spec = so.SubspaceSpec(rank=2, side='in')
     >>> rso = so.rso.subproblems(spec, optax.sgd(0.1), update_proj_gap=2)
+    >>> loss = lambda params, x: jnp.mean(so.rso.dot(x, params['w']) ** 2)
+    >>> step = jax.jit(rso.step(loss))
     >>> params = {'w': jnp.ones((8, 16))}
     >>> state = rso.init(params)
-    >>> p = rso.bases(params, state)['w']
-    >>> gradients = {'w': p.T @ params['w']}  # of B, for f(W) = |W|^2 / 2
-    >>> params, state = rso.update(gradients, state, params)
-    >>> print(params['w'].sum(), state.coords['w'].shape)
-    128.0 (2, 16)
+    >>> params, state, value = step(params, state, jnp.ones((4, 8)))
+    >>> print(value, params['w'].sum(), state.coords['w'].shape)
+    64.0 128.0 (2, 16)
   """
-  merge_every = update_proj_gap if merge_every is None else merge_every
-  _check(spec, update_proj_gap, sample, merge_every, rounding)
-  directions = _in_subspace.in_subspace(inner, spec, transport=transport)
-  rule = _Rule(update_proj_gap, sample, scaled, eta, transport, rounding)
+  _check(spec, update_proj_gap, sample, rounding)
+  directions = _in_subspace.in_subspace(
+    inner, spec, transport=transport, plain=plain
+  )
+  rule = _Rule(update_proj_gap, sample, eta, transport, rounding)
 
   def init(params):
     matches = spec.match(params)
@@ -171,11 +178,12 @@ def subproblems(
     ]
     nodes = _tree.replace_entries(gradients, nodes)
     nodes, own = directions.update(nodes, state.inner, params)
-    params, coords = _step(spec, params, nodes, state.coords)
+    factor = 1.0 if schedule is None else schedule(state.count)
+    params, coords = _step(spec, factor, params, nodes, state.coords)
     count = jnp.asarray(optax.safe_increment(state.count))
     merge = functools.partial(_merge, spec, rule, nodes, state.seed, count)
     params, coords, lost = lax.cond(
-      count % merge_every == 0,
+      count % update_proj_gap == 0,
       merge,
       lambda *args: args,
       params,
@@ -192,10 +200,19 @@ def subproblems(
     ]
     return _tree.replace_entries(params, whole)
 
-  return Subproblems(init, bases, update, merged)
+  def step(loss, value_and_grad=jax.value_and_grad):
+    def run(params, state, *args):
+      drawn = bases(params, state)
+      f, at = _trees.split(loss, spec, params, drawn, state.coords)
+      value, gradients = value_and_grad(f)(at, *args)
+      return *update(gradients, state, params), value
+
+    return run
+
+  return Subproblems(init, step, bases, update, merged)
 
 
-def _check(spec, gap, sample, merge_every, rounding) -> None:
+def _check(spec, gap, sample, rounding) -> None:
   """Raises for what no subproblem can be made of."""
   _spec.check_spec(spec)
   if spec.side != 'in':
@@ -208,11 +225,6 @@ def _check(spec, gap, sample, merge_every, rounding) -> None:
   if rounding not in ROUNDING:
     raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
   _gap.check_static(gap, 'update_proj_gap')
-  _gap.check_static(merge_every, 'merge_every')
-  if gap % merge_every:
-    raise ValueError(
-      f'merge_every must divide update_proj_gap={gap}, got {merge_every}.'
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +233,6 @@ class _Rule:
 
   gap: int
   sample: str
-  scaled: bool
   eta: Any
   transport: str
   rounding: str
@@ -231,11 +242,9 @@ class _Rule:
   ) -> jax.Array:
     """Returns P of a leaf in the k-th subproblem, float32."""
     if self.sample == 'haar':
-      p = _linalg.haar(layout, seeds, k)
-      p *= (layout.m / layout.rank) ** 0.5 if self.scaled else 1.0
+      p = _linalg.haar(layout, seeds, k) * (layout.m / layout.rank) ** 0.5
     else:
-      p = _linalg.gaussian(layout, seeds, k)
-      p *= (layout.rank if self.scaled else layout.m) ** -0.5
+      p = _linalg.gaussian(layout, seeds, k) * layout.rank**-0.5
     return layout.settle_basis(p, leaf)
 
   def node(
@@ -265,7 +274,7 @@ class _Rule:
       mean=None,
       direction=None,
       layout=layout,
-      orthonormal=not self.scaled and self.sample == 'haar',
+      orthonormal=False,
       dtype=leaf.dtype,
       sharding=_sharding.explicit(leaf),
     )
@@ -317,15 +326,15 @@ def _check_gradient(match: Any, gradient: jax.Array) -> None:
 
 
 def _step(
-  spec: _spec.SubspaceSpec, params: Any, nodes: Any, coords: Any
+  spec: _spec.SubspaceSpec, factor: Any, params: Any, nodes: Any, coords: Any
 ) -> tuple[Any, Any]:
   """Adds directions to B of lifted leaves, and to plain ones."""
   new_params, new_coords = [], []
   for match, w, node, b in _zip(spec, params, params, nodes, coords):
     if _is_lifted(match):
-      b = _sharding.like(b + node.direction, b)
+      b = _sharding.like(b + factor * node.direction, b)
     elif match is not None:
-      w = _sharding.like(w + node, w)
+      w = _sharding.like(w + factor * node, w)
     new_params.append(w)
     new_coords.append(b)
   _, treedef = _tree.flatten(coords)

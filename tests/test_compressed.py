@@ -1,0 +1,349 @@
+"""Steps whose gradients are born projected, beside those of whole gradients."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import errors
+import measure
+import rso_models as models
+import subspace_optax as so
+from subspace_optax import rso
+
+STEPS = 9
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def _spec(rank=3, **options):
+  return so.SubspaceSpec(
+    rank, only_if_smaller=False, basis_dtype=jnp.float64, **options
+  )
+
+
+def _subspace(projector, **options):
+  return optax.chain(
+    so.subspace(_spec(), projector, optax.scale_by_adam(), **options),
+    optax.scale_by_learning_rate(0.01),
+  )
+
+
+def _whole_step(loss, tx):
+  def step(params, state, x):
+    value, gradients = jax.value_and_grad(loss)(params, x)
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  return step
+
+
+def _inputs(t):
+  shape = (models.BATCH, models.TIME, models.WIDTH)
+  return jnp.asarray(np.random.default_rng(t).standard_normal(shape))
+
+
+def _run(step, tx, params, steps, inputs=_inputs):
+  step, state = cases.jit(step), tx.init(params)
+  values, first = [], measure.types((params, state))
+  for t in range(steps):
+    params, state, value = step(params, state, inputs(t))
+    values.append(value)
+  assert measure.types((params, state)) == first
+  # On a mesh the second step's arrays may be spelled as jit spells them.
+  assert step._cache_size() == 1 or len(value.devices()) > 1
+  return params, state, np.array(values)
+
+
+def _assert_same(problem, tx, steps=STEPS, rtol=1e-6, inputs=_inputs):
+  """Runs whole and compressed steps; returns the losses.
+
+  Bases are made in float32, whose rounding may differ from one program to
+  another, whatever the dtype of the rest.
+  """
+  whole, compressed = (
+    _run(step, tx, problem.params, steps, inputs)
+    for step in (
+      _whole_step(problem.plain, tx),
+      rso.compressed_step(problem.lifted, tx),
+    )
+  )
+  np.testing.assert_allclose(compressed[2], whole[2], rtol=rtol)
+  found, want = models.flat(compressed[0]), models.flat(whole[0])
+  assert found.keys() == want.keys()
+  for path, x in want.items():
+    np.testing.assert_allclose(
+      found[path], x, rtol=rtol, atol=rtol, err_msg=path
+    )
+  # The state, too: bases, moments, counters; all but what only gradients tell.
+  for (path, found), want in zip(
+    jax.tree.leaves_with_path(compressed[1]),
+    jax.tree.leaves(whole[1]),
+    strict=True,
+  ):
+    if 'captured_energy' not in (name := jax.tree_util.keystr(path)):
+      np.testing.assert_allclose(
+        found, want, rtol=rtol, atol=rtol, err_msg=name
+      )
+  return compressed[2]
+
+
+@pytest.mark.parametrize(
+  ('make', 'stacked', 'remat'),
+  [(models.nnx_problem, True, True), (models.linen_problem, False, False)],
+)
+def test_golore_over_three_refreshes(make, stacked, remat):
+  # Of 100 steps each: bases are drawn at steps 0, 100 and 200.
+  tx = so.golore(1e-3, 3, 100, weight_decay=0.1, spec=_spec(seed=3))
+  losses = _assert_same(make(stacked, remat), tx, 300, rtol=1e-9)
+  assert losses[-1] < 0.5 * losses[0]
+
+
+def test_bases_of_svds_take_whole_gradients_at_refreshes():
+  tx = so.galore(1e-3, 3, 4, spec=_spec())
+  _assert_same(models.nnx_problem(True, False), tx)
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    so.golore(1e-3, 3, 3, random_from=5, spec=_spec(seed=1)),
+    so.golore(1e-3, 3, 4, stagger=True, spec=_spec(side='in')),
+    so.golore(1e-3, 3, 4, spec=_spec(side='out')),
+    _subspace(so.projectors.svd(4, stagger=True), transport='both'),
+    _subspace(so.projectors.stiefel(2, regenerate=True), transport='reset'),
+    _subspace(so.projectors.gaussian(2), every_k=2),
+    optax.masked(
+      _subspace(so.projectors.stiefel(3)),
+      lambda p: jax.tree_util.tree_map_with_path(
+        lambda path, _: 'up' not in jax.tree_util.keystr(path), p
+      ),
+    ),
+  ],
+  ids=['switch', 'in', 'out', 'svd', 'regenerate', 'every_k', 'masked'],
+)
+def test_any_chain_around_project(tx):
+  _assert_same(models.nnx_problem(True, False), tx)
+
+
+@pytest.mark.parametrize('rule', ['stiefel', 'svd'])
+def test_a_bad_batch_changes_what_it_always_changes(rule):
+  inner = optax.apply_if_finite(optax.scale_by_adam(), 2)
+  tx = optax.chain(
+    so.subspace(_spec(), getattr(so.projectors, rule)(3), inner),
+    optax.scale_by_learning_rate(0.01),
+  )
+  bad = lambda t: _inputs(t) * (np.inf if t == 3 else 1.0)
+  problem = models.nnx_problem(True, False)
+  params = [
+    _run(step, tx, problem.params, 6, bad)[0]
+    for step in (
+      _whole_step(problem.plain, tx),
+      rso.compressed_step(problem.lifted, tx),
+    )
+  ]
+  for found, want in zip(*map(jax.tree.leaves, params), strict=True):
+    assert np.isfinite(want).all()
+    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+
+
+def _matrix_loss(params, x):
+  return jnp.mean(jnp.sin(rso.dot(x, params['w'])))
+
+
+def _matrix_program(m, n, r, b, compress, side='in'):
+  """Returns the compiled step of one layer."""
+  spec = so.SubspaceSpec(r, side=side)
+  tx = so.golore(1e-3, base_optimizer=optax.identity(), spec=spec)
+  make = rso.compressed_step if compress else _whole_step
+  params = {'w': jnp.zeros((m, n), jnp.float32)}
+  x = jnp.zeros((b, m), jnp.float32)
+  step = jax.jit(make(_matrix_loss, tx))
+  return step.lower(params, tx.init(params), x).compile()
+
+
+@pytest.mark.parametrize('side', ['in', 'out'])
+def test_flops_of_a_layer(side):
+  m, n, r, b = 96, 160, 8, 512
+  counts: list = [
+    _matrix_program(m, n, r, b, compress, side).cost_analysis()
+    for compress in (False, True)
+  ]
+  whole, compressed = (c['flops'] for c in counts)
+  # The input of this layer has no gradient: 2bmn less than in a deep model.
+  # What moves first moments at a refresh is the same in both.
+  project = 2 * m * n * (b + r)
+  saved = project - 2 * b * r * (m + n)
+  np.testing.assert_allclose(whole - compressed, saved, rtol=0.02)
+
+
+def _sizes(text, operation):
+  """Returns the numbers of elements that a kind of operation results in."""
+  found = re.findall(rf'= (.*?) {operation}(?:-start)?\(', text)
+  shapes = [
+    s for types in found for s in re.findall(r'\w\d+\[([\d,]*)\]', types)
+  ]
+  return [math.prod(map(int, s.split(','))) if s else 1 for s in shapes]
+
+
+def _program(problem, make, tx, params, x):
+  step = cases.jit(make(problem.lifted, tx))
+  return step.lower(params, tx.init(params), x).compile().as_text()
+
+
+def test_no_gradient_has_the_size_of_a_kernel():
+  problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
+  of_kernels = lambda make: [
+    size
+    for size in _sizes(
+      _program(problem, make, tx, problem.params, models.inputs()), 'dot'
+    )
+    if size in models.KERNELS
+  ]
+  # Updates are as large as kernels; they are made of stacks of two.
+  assert len(of_kernels(_whole_step)) == 6
+  assert not of_kernels(rso.compressed_step)
+
+
+def test_data_parallelism_moves_coordinates_only():
+  problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((4, models.TIME, models.WIDTH)))
+  params = jax.device_put(problem.params, NamedSharding(mesh, P()))
+  parts = jax.device_put(x, NamedSharding(mesh, P('data')))
+
+  def largest(make):
+    sizes = _sizes(_program(problem, make, tx, params, parts), 'all-reduce')
+    return max(sizes)
+
+  stack = models.LAYERS * max(models.KERNELS)
+  assert largest(_whole_step) >= max(models.KERNELS)
+  # 3 / 8 of the largest stack of kernels, at rank 3 of 8.
+  assert largest(rso.compressed_step) <= stack * 3 / 8
+
+  step = rso.compressed_step(problem.lifted, tx)
+  alone, many = (
+    _run(step, tx, p, 3, lambda _, z=z: z)[0]
+    for p, z in ((problem.params, x), (params, parts))
+  )
+  for a, b in zip(*map(jax.tree.leaves, (alone, many)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('side', ['in', 'out'])
+def test_backward_keeps_no_more_than_it_must(side):
+  rng = np.random.default_rng(0)
+  params = {'w': jnp.asarray(rng.standard_normal((6, 9)))}
+  spec = so.SubspaceSpec(2, side=side, only_if_smaller=False)
+  tx = so.subspace(spec, so.projectors.stiefel(5), optax.identity())
+  x, kept = jnp.asarray(rng.standard_normal((5, 6))), []
+
+  def value_and_grad(f):
+    def run(at, *args):
+      y, pull = jax.vjp(lambda at: f(at, *args), at)
+      kept.extend(leaf.shape for leaf in jax.tree.leaves(pull))
+      return y, pull(jnp.ones_like(y))[0]
+
+    return run
+
+  loss = lambda params, x: jnp.sum(rso.dot(x, params['w']))
+  step = rso.compressed_step(loss, tx, value_and_grad=value_and_grad)
+  after, _, _ = step(params, tx.init(params), x)
+  # x P in the place of x, if P is of the inputs.
+  assert ((5, 2) in kept, (5, 6) in kept) == (side == 'in', side == 'out')
+  g = np.asarray(x).T @ np.ones((5, 9))
+  change = np.asarray(after['w'] - params['w'])
+  [p] = measure.bases(tx.init(params)).values()
+  # Of its own first draw, not of that of init; projected once.
+  u, s, vt = np.linalg.svd(change)
+  assert (s > 1e-9).sum() == 1 and p.shape == (
+    (6, 2) if side == 'in' else (9, 2)
+  )
+  along = u[:, :1].T @ g if side == 'in' else g @ vt[:1].T
+  np.testing.assert_allclose(
+    np.linalg.norm(along) ** 2, np.sum(change * g), rtol=1e-6
+  )
+
+
+def test_microbatches():
+  problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
+
+  def in_two(f):
+    def run(at, x):
+      halves = [jax.value_and_grad(f)(at, half) for half in jnp.split(x, 2)]
+      return jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+
+    return run
+
+  step = rso.compressed_step(problem.lifted, tx, value_and_grad=in_two)
+  found = _run(step, tx, problem.params, 3)
+  want = _run(rso.compressed_step(problem.lifted, tx), tx, problem.params, 3)
+  np.testing.assert_allclose(found[2], want[2], rtol=1e-9)
+
+
+def test_bfloat16_parameters_learn_and_keep_their_types():
+  rng = np.random.default_rng(0)
+  target = jnp.asarray(rng.standard_normal((16, 24)), jnp.float32)
+  x = jnp.asarray(rng.standard_normal((64, 16)), jnp.bfloat16)
+
+  def loss(params, x):
+    y = rso.dot(x, params['w']).astype(jnp.float32)
+    return jnp.mean((y - x.astype(jnp.float32) @ target) ** 2)
+
+  tx = so.golore(0.1, 8, 5)
+  params = {'w': jnp.zeros((16, 24), jnp.bfloat16)}
+  step = rso.compressed_step(loss, tx)
+  _, _, losses = _run(step, tx, params, 100, lambda _: x)
+  assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize(
+  ('tx', 'words'),
+  [
+    (so.online_subspace_descent(1e-3, 3), ['online_pca', 'tx.update']),
+    (so.fira_adamw(1e-3, 3), ['residual', 'tx.update']),
+    (optax.sgd(1e-3), ['holds no', 'project']),
+  ],
+  ids=['online_pca', 'residual', 'plain'],
+)
+def test_what_cannot_be_compressed_is_named(tx, words):
+  problem = models.nnx_problem(True, False)
+  step = rso.compressed_step(problem.lifted, tx)
+  with errors.raises(ValueError, *words):
+    step(problem.params, tx.init(problem.params), models.inputs())
+
+
+def test_a_state_of_other_parameters_is_named():
+  problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
+  step = rso.compressed_step(problem.lifted, tx)
+  other = tx.init({'w': jnp.zeros((8, 16))})
+  with errors.raises(ValueError, 'state', 'up/kernel', 'init'):
+    step(problem.params, other, models.inputs())
+
+
+def test_project_refuses_other_coordinates():
+  spec, params = so.SubspaceSpec(2), {'w': jnp.ones((8, 16))}
+  tx = so.project(spec, so.projectors.stiefel(5))
+  state, coords = tx.init(params), {'w': jnp.ones((2, 16))}
+  with errors.raises(ValueError, 'coordinates=True', 'params'):
+    tx.update(coords, state, coordinates=True)
+  with errors.raises(ValueError, "'w'", '(8, 16)', '(2, 16)'):
+    tx.update(params, state, params, coordinates=True)
+  with errors.raises(ValueError, 'refresh_gradients'):
+    tx.update(coords, state, params, coordinates=True, refresh_gradients=params)
+  keeping = so.project(spec, so.projectors.stiefel(5), keep_gradient=True)
+  with errors.raises(ValueError, 'residual'):
+    keeping.update(coords, state, params, coordinates=True)
