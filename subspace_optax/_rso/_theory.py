@@ -43,7 +43,7 @@ def theorem_parameters(
   """Returns the parameters of Theorem 5.5 for bases with P^T P = (m / r) I.
 
   With L' = L / share, eta = 1 / (2 L') makes every subproblem 3 L'-smooth and
-  L'-strongly convex. The constants of the bound, 18 L' gap / K + 18 L' accuracy,
+  L'-strongly convex. The constants of the bound, 18 L' (gap / K + accuracy),
   follow from that and from E[P P^T] = I.
 
   Args:
@@ -68,7 +68,7 @@ def theorem_parameters(
     >>> p = so.rso.theorem_parameters(
     ...   smoothness=1.0, gap=8.0, share=0.25, subproblems=1_000
     ... )
-    >>> print(p.eta, round(p.learning_rate, 4), p.bound)
+    >>> print(p.eta, round(p.learning_rate, 4), round(p.bound, 4))
     0.125 0.0833 0.576
     >>> rso = so.rso.subproblems(
     ...   so.SubspaceSpec(0.25, side='in'),
