@@ -3,6 +3,7 @@ r"""Trains a LLaMA on text, by one optimizer or by several side by side.
   python examples/pretrain.py
   python examples/pretrain.py --optimizer galore --rank 16 --out runs/galore
   python examples/pretrain.py --out runs/galore --resume ...
+  python examples/pretrain.py --optimizer golore --compressed --export
   python examples/pretrain.py --mesh data=2,fsdp=2,tensor=2
   python examples/pretrain.py --compare online_subspace_descent,galore,adamw
   python examples/pretrain.py --model llama_60m --data c4:2000000 \
@@ -29,11 +30,11 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
-import optax
 import tyro
 
 import checkpoint
 import data
+import hf_checkpoint
 import interrupt
 import llama
 import mesh
@@ -77,8 +78,10 @@ def for_optimizer(c: Config, name: str) -> Config:
 class Plan(NamedTuple):
   """What a run is made of, before its first array."""
 
+  config: llama.LlamaConfig
   loss: Callable
-  tx: optax.GradientTransformation
+  tx: Any  # an optax optimizer, or `so.rso.subproblems`
+  method: train_step.Method
   init: Callable  # () -> state, made where it belongs
   like: Any  # shapes and shardings of the state
 
@@ -115,7 +118,8 @@ def plan(c: Config, vocab: int, devices: Mesh) -> Plan:
     jax.eval_shape(make),
     placed,
   )
-  return Plan(train_step.make_loss(graphdef), tx, init, like)
+  method = train_step.method(tx, c.compressed, c.clip)
+  return Plan(model, train_step.make_loss(graphdef), tx, method, init, like)
 
 
 def build(c: Config, vocab: int):
@@ -127,16 +131,17 @@ def build(c: Config, vocab: int):
 class Validation:
   """Mean loss on fixed windows of the validation tokens."""
 
-  def __init__(self, c: Config, loss: Callable, tokens: np.ndarray, devices):
+  def __init__(self, c: Config, run: Plan, tokens: np.ndarray, devices: Mesh):
+    loss = lambda state, batch: run.loss(run.method.model(**state), batch)
     self._loss = jax.jit(loss, compiler_options=mesh.compiler_options())
     self._devices = devices
     pick = lambda count: data.validation_batches(tokens, c.batch, c.seq, count)
     self._some, self._all = pick(c.eval_batches), pick(c.final_eval_batches)
 
-  def __call__(self, params, final: bool = False) -> float:
+  def __call__(self, state, final: bool = False) -> float:
     batches = self._all if final else self._some
     put = lambda b: mesh.batch(self._devices, b.shape, 0, b.__getitem__)
-    losses = [float(self._loss(params, put(b))) for b in batches]
+    losses = [float(self._loss(state, put(b))) for b in batches]
     return float(np.mean(losses))
 
 
@@ -181,7 +186,7 @@ def compiled(run: Plan, devices: Mesh, example: jax.Array):
   placed = mesh.shardings(run.like)
   everywhere = NamedSharding(devices, PartitionSpec())
   program = jax.jit(
-    train_step.make_step(run.loss, run.tx, placed['params']),
+    train_step.make_step(run.loss, run.method, placed['params']),
     donate_argnums=0,
     out_shardings=(placed, everywhere),
     compiler_options=mesh.compiler_options(),
@@ -211,7 +216,7 @@ def run_steps(c: Config, corpus: data.Corpus, parts, saved, start: int, state):
         log.write(row)
         line.show(row)
       if due(c.eval_every):
-        row = {'step': done, 'validation_loss': validate(state['params'])}
+        row = {'step': done, 'validation_loss': validate(state)}
         log.write(derived(row, corpus))
         meter.restart(done)
       if due(c.log_every) or jax.process_count() == 1:  # else it waits
@@ -251,7 +256,7 @@ def train(c: Config, corpus: data.Corpus, bar: float | None = None) -> dict:
   devices = mesh.make(c.mesh)
   with jax.set_mesh(devices):
     run = plan(c, corpus.vocab, devices)
-    validate = Validation(c, run.loss, corpus.validation, devices)
+    validate = Validation(c, run, corpus.validation, devices)
     with checkpoint.open_folder(out / 'checkpoints') as saved:
       newest = saved.latest.step if saved.latest else 0
       mesh.check_agree(f'checkpoint {newest}')  # before all wait for all
@@ -267,16 +272,28 @@ def train(c: Config, corpus: data.Corpus, bar: float | None = None) -> dict:
     draw(c, corpus, bar)
     if stopped:
       leave(c, done, stopped)
-    summary = summarize(c, corpus, run.tx, state['params'], validate, speed)
+    summary = summarize(c, corpus, run, state, validate, speed)
   summary['trigram_bits_per_byte'] = bar
   report.write_json(out / 'summary.json', summary)
   return summary
 
 
+def export(c: Config, run: Plan, params):
+  """Writes plain weights; all processes gather them, one writes."""
+  params = jax.tree.map(mesh.whole, params)
+  folder = pathlib.Path(c.out, 'weights')
+  if mesh.is_first():
+    hf_checkpoint.save(folder, run.config, params)
+  report.say(f'weights are in {folder}')
+
+
 def summarize(
-  c: Config, corpus: data.Corpus, tx, params, validate, speed
+  c: Config, corpus: data.Corpus, run: Plan, state, validate, speed
 ) -> dict:
-  row = {'step': c.steps, 'validation_loss': validate(params, final=True)}
+  params = run.method.merged(**state)
+  if c.export:
+    export(c, run, params)
+  row = {'step': c.steps, 'validation_loss': validate(state, final=True)}
   row = derived(row, corpus)
   return {
     'model': c.model,
@@ -289,7 +306,9 @@ def summarize(
       row['validation_bits'] if corpus.tokens_per_byte else None
     ),
     'tokens_per_second': speed * c.batch * c.seq,
-    'memory': so.memory_report(tx, params)._asdict(),
+    'memory': so.memory_report(
+      run.tx, params, compressed=c.compressed
+    )._asdict(),
     'data_sha256': corpus.sha256,
     'params_sha256': digest(params),
   }

@@ -1,6 +1,7 @@
 """From the name of an optimizer to an optax chain."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -13,6 +14,7 @@ LEARNING_RATES = {
   'online_subspace_descent': (5e-3, 5e-3),
   'galore': (5e-3, 5e-3),
   'golore': (5e-3, 5e-3),
+  'rso': (2.5e-3, 5e-3),
   'fira_adamw': (1.6e-2, 5e-3),
   'apollo_adamw': (1.6e-2, 5e-3),
   'ldadamw': (4e-3, 5e-3),
@@ -118,6 +120,23 @@ def subspace_muon(c, lr):
   )
 
 
+def rso(c, lr):
+  """Subproblems in place of a chain; their schedule is that of the matrices."""
+  if c.weight_decay:
+    raise ValueError(
+      f'weight_decay={c.weight_decay}: rso has none; choose another optimizer'
+    )
+  peak, rest = rates(c)
+  return so.rso.subproblems(
+    so.SubspaceSpec(c.rank, side='in', seed=c.seed),
+    optax.adam(1.0),
+    update_proj_gap=c.update_proj_gap,
+    schedule=lr,
+    plain=optax.adam(rest / peak),
+    rounding='stochastic' if c.param_dtype == 'bfloat16' else 'nearest',
+  )
+
+
 def contrib_galore(c, lr):
   return optax.contrib.galore(
     lr,
@@ -163,6 +182,7 @@ OPTIMIZERS = {
     ldadamw,
     subspace_adamw,
     subspace_muon,
+    rso,
     contrib_galore,
     adamw,
     adafactor,
@@ -187,10 +207,16 @@ def rates(c) -> tuple[float, float]:
   return lr, rest if c.lr_rest is None else c.lr_rest
 
 
-def make(c) -> optax.GradientTransformation:
-  """The chain: clip the global norm, the optimizer, the split of the rates."""
+def make(c) -> Any:
+  """The chain: clip the global norm, the optimizer, the split of the rates.
+
+  Subproblems of RSO are no transformation, and split their rates themselves.
+  """
   lr, rest = rates(c)
-  steps = [OPTIMIZERS[c.optimizer](c, schedule(lr, c.steps, c.schedule))]
+  made = OPTIMIZERS[c.optimizer](c, schedule(lr, c.steps, c.schedule))
+  if isinstance(made, so.rso.Subproblems):
+    return made
+  steps = [made]
   if c.clip:
     steps.insert(0, optax.clip_by_global_norm(c.clip))
   if rest != lr:

@@ -9,8 +9,9 @@ import report
 from settings import Config
 
 # Fields that may differ between a run and its continuation.
-_FREE = """compare data out resume tensorboard log_every eval_every eval_batches
-    final_eval_batches save_every mesh coordinator processes process""".split()
+_FREE = """compare data out export resume tensorboard log_every eval_every
+    eval_batches final_eval_batches save_every mesh coordinator processes
+    process""".split()
 
 
 def is_taken(c: Config) -> bool:

@@ -19,6 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from subspace_optax._rso import _compressed
+from subspace_optax._rso import _subproblems
+from subspace_optax._rso import _trees
+
 
 class MemoryReport(NamedTuple):
   """Bytes that stay between steps, and the gradients.
@@ -44,14 +48,19 @@ class MemoryReport(NamedTuple):
 
 
 def memory_report(
-  tx: optax.GradientTransformation, params: Any
+  tx: optax.GradientTransformation | _subproblems.Subproblems,
+  params: Any,
+  *,
+  compressed: bool = False,
 ) -> MemoryReport:
   """Counts the bytes of an optimizer's state beside Adam's.
 
   Args:
-    tx: any optax optimizer.
+    tx: any optax optimizer, or `rso.subproblems`.
     params: the parameters, or their shapes (`jax.eval_shape`); nothing is
       allocated.
+    compressed: whether `tx` takes its steps by `rso.compressed_step`, so that
+      gradients are those of coordinates.
 
   Returns:
     Exact bytes over all devices, as if nothing were replicated.
@@ -66,10 +75,14 @@ def memory_report(
     adam instead    344.00 MiB
     state / adam         0.037
   """
-  size = tree_bytes(params)
   state = jax.eval_shape(tx.init, params)
   adam = jax.eval_shape(optax.adam(1.0).init, params)
-  return MemoryReport(size, size, tree_bytes(state), tree_bytes(adam))
+  gradients = params
+  if isinstance(tx, _subproblems.Subproblems):
+    gradients = _trees.trained(params, state.coords)
+  elif compressed:
+    gradients = _compressed.gradients_like(tx, params)
+  return MemoryReport(*map(tree_bytes, (params, gradients, state, adam)))
 
 
 def tree_bytes(tree: Any) -> int:

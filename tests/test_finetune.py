@@ -630,7 +630,9 @@ def test_scale_is_that_of_galore():
 
 
 def test_every_optimizer_has_a_rate():
-  assert finetune.LEARNING_RATES.keys() == {*recipes.OPTIMIZERS, 'lora'}
+  # RSO is no optax transformation, which is what is tuned here.
+  known = {*recipes.OPTIMIZERS, 'lora'} - {'rso'}
+  assert finetune.LEARNING_RATES.keys() == known
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,17 @@ def test_nothing_is_allocated_and_it_reads_well():
     assert word in text
   ratio = report.state / report.adam
   assert f'{ratio:.3f}' in text
+
+
+def test_gradients_of_coordinates():
+  params = {'w': jnp.zeros((8, 24), jnp.bfloat16), 'bias': jnp.zeros(24)}
+  of_coords = 4 * 2 * 24 + 4 * 24  # float32
+  tx = so.golore(1e-3, rank=2)
+  assert so.memory_report(tx, params).gradients == 2 * 8 * 24 + 4 * 24
+  report = so.memory_report(tx, params, compressed=True)
+  assert report.gradients == of_coords
+  rso = so.rso.subproblems(so.SubspaceSpec(2, side='in'), optax.adam(1e-3))
+  report = so.memory_report(rso, params)
+  assert report.gradients == of_coords
+  # B and two moments of each matrix, counters and seeds.
+  assert report.state - 3 * 4 * 2 * 24 - 2 * 4 * 24 < 32

@@ -112,6 +112,19 @@ def compressed_step(
   return step
 
 
+def gradients_like(tx: Any, params: Any) -> Any:
+  """Returns the shapes of the gradients of a compressed step."""
+  pairs, _ = _tree.flatten(params)
+  entries = [x for _, x in pairs]
+  for record in _describe.records_of(tx, params):
+    for i, match in enumerate(record.matches):
+      if match and match.layout:
+        dtype = jnp.promote_types(match.leaf.dtype, jnp.float32)
+        shape = match.layout.coords_shape
+        entries[i] = jax.ShapeDtypeStruct(shape, dtype)
+  return _tree.replace_entries(params, entries)
+
+
 _Found = list[tuple[_describe.Record, _project.ProjectState]]
 
 

@@ -77,13 +77,15 @@ class Subproblems(NamedTuple):
     update: (gradients, state, params) -> (params, state): one inner step, and
       the merge behind the last one of a subproblem. Gradients of lifted leaves
       are those of B, all others as always.
-    merged: (params, state) -> W + P B, the model as it stands.
+    lifted: (params, state) -> what the loss is given: W, P and B.
+    merged: (params, state) -> W + P B, as plain parameters.
   """
 
   init: Callable[[Any], SubproblemState]
   step: Callable[..., Callable[..., tuple[Any, SubproblemState, Any]]]
   bases: Callable[[Any, SubproblemState], Any]
   update: Callable[[Any, SubproblemState, Any], tuple[Any, SubproblemState]]
+  lifted: Callable[[Any, SubproblemState], Any]
   merged: Callable[[Any, SubproblemState], Any]
 
 
@@ -192,6 +194,9 @@ def subproblems(
     )
     return params, SubproblemState(count, state.seed, coords, own, lost)
 
+  def lifted(params, state):
+    return _trees.lift(params, bases(params, state), state.coords, spec)
+
   def merged(params, state):
     drawn = bases(params, state)
     whole = [
@@ -209,7 +214,7 @@ def subproblems(
 
     return run
 
-  return Subproblems(init, step, bases, update, merged)
+  return Subproblems(init, step, bases, update, lifted, merged)
 
 
 def _check(spec, gap, sample, rounding) -> None:

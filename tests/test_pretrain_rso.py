@@ -1,0 +1,156 @@
+"""The example trainer without whole gradients: RSO, and compressed GoLore."""
+
+import dataclasses
+import pathlib
+import re
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import data
+import hf_checkpoint
+import llama
+import mesh
+import pretrain
+import report
+import test_pretrain
+import train_step
+
+compile_once = test_pretrain.compile_once
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+  """Six steps; subproblems end at steps 2, 4 and 6. Nothing is clipped."""
+  folder = tmp_path_factory.mktemp('text')
+  words = np.random.default_rng(0).choice(test_pretrain.WORDS, 2400)
+  (folder / 'a.txt').write_text(' '.join(words))
+  return pretrain.Config(
+    model='llama_test', data=(str(folder),), rank=4, batch=4, seq=16, steps=6,
+    update_proj_gap=2, log_every=1, eval_every=6, save_every=6, clip=0.0,
+    eval_batches=2, final_eval_batches=4, schedule='constant', export=True,
+  )  # fmt: skip
+
+
+def run(config, folder, **changes):
+  """(summary, losses) of a run."""
+  config = dataclasses.replace(config, out=str(folder), **changes)
+  (summary,) = pretrain.main(config)
+  rows = report.read_rows(pathlib.Path(folder, 'metrics.jsonl'))
+  return summary, [row['loss'] for row in rows if 'loss' in row]
+
+
+METHODS = {
+  'rso': {'optimizer': 'rso'},
+  'compressed': {'optimizer': 'golore', 'compressed': True},
+}
+
+
+@pytest.fixture(scope='module', params=METHODS)
+def finished(request, tiny, tmp_path_factory):
+  """(configuration, summary, losses) of a whole run."""
+  out = tmp_path_factory.mktemp('runs') / request.param
+  config = dataclasses.replace(tiny, **METHODS[request.param], out=str(out))
+  return config, *run(config, out)
+
+
+def test_stopped_in_mid_subproblem_and_resumed_equals_uninterrupted(
+  finished, tmp_path, monkeypatch
+):
+  config, summary, losses = finished
+  with monkeypatch.context() as patch:
+    test_pretrain.stop_at(patch, 3, signal.SIGINT)
+    with pytest.raises(SystemExit):
+      run(config, tmp_path / 'run')
+  resumed, again = run(config, tmp_path / 'run', resume=True)
+  assert resumed['params_sha256'] == summary['params_sha256']
+  assert resumed['validation_loss'] == summary['validation_loss']
+  assert again == losses and losses[-1] < losses[0]
+
+
+def test_exported_weights_are_those_that_were_evaluated(finished):
+  config, summary, _ = finished
+  c, params = hf_checkpoint.load(pathlib.Path(config.out, 'weights'))
+  corpus = data.load(config.data, 0)
+  windows = data.validation_batches(corpus.validation, 4, 16, 4)
+  create = lambda: llama.Llama(c, pretrain.nnx.Rngs(0))
+  graphdef, _ = pretrain.nnx.split(pretrain.nnx.eval_shape(create))
+  loss = jax.jit(train_step.make_loss(graphdef))
+  found = np.mean([loss(params, jnp.asarray(x)) for x in windows])
+  np.testing.assert_allclose(found, summary['validation_loss'], rtol=1e-5)
+
+
+def test_merged_in_mid_subproblem_is_the_same_model(tiny):
+  config = dataclasses.replace(tiny, optimizer='rso')
+  config = pretrain.for_optimizer(config, 'rso')
+  program = pretrain.plan(config, 256, mesh.make())
+  state = program.init()
+  rng = np.random.default_rng(0)
+  noise = lambda b: jnp.asarray(0.1 * rng.standard_normal(b.shape), b.dtype)
+  own = state['opt_state']
+  coords = jax.tree.map(noise, own.coords)
+  state['opt_state'] = own._replace(coords=coords)
+  batch = jnp.asarray(rng.integers(0, 256, (4, 17)))
+  loss = jax.jit(program.loss)
+  unmerged = loss(program.method.model(**state), batch)
+  merged = loss(program.method.merged(**state), batch)
+  without = loss(state['params'], batch)
+  np.testing.assert_allclose(unmerged, merged, rtol=1e-5)
+  assert abs(merged - without) > 1e-3
+
+
+def test_compressed_golore_is_golore(tiny, tmp_path):
+  # GoLore@50%: gradients choose the bases first, with whole ones at refreshes.
+  losses = [
+    run(tiny, tmp_path / str(c), optimizer='golore', compressed=c)[1]
+    for c in (False, True)
+  ]
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_on_a_mesh_the_losses_are_the_same(finished, tmp_path):
+  config, _, losses = finished
+  _, found = run(config, tmp_path / 'mesh', mesh='data=2,fsdp=2')
+  if config.compressed:  # on a mesh the SVDs of golore are randomized ones
+    whole = {'compressed': False, 'mesh': 'data=2,fsdp=2'}
+    _, losses = run(config, tmp_path / 'whole', **whole)
+  np.testing.assert_allclose(found, losses, rtol=1e-4)
+
+
+def _reduced(config):
+  """Shapes of all arrays that data parallelism sums over the devices."""
+  devices = mesh.make('data=4')
+  with jax.set_mesh(devices):
+    config = pretrain.for_optimizer(config, config.optimizer)
+    program = pretrain.plan(config, 256, devices)
+    batch = mesh.batch(
+      devices, (1, 4, 17), 1, np.zeros((1, 4, 17), 'int32').__getitem__
+    )
+    text = pretrain.compiled(program, devices, batch).as_text()
+  types = re.findall(r'= (.*?) all-reduce(?:-start)?\(', text)
+  return {s for t in types for s in re.findall(r'\w\d+\[([\d,]*)\]', t)}
+
+
+@pytest.mark.parametrize('name', ['rso', 'compressed', 'whole'])
+def test_all_reduces_carry_coordinates_only(tiny, name):
+  changes = METHODS.get(name, {'optimizer': 'adamw'})
+  config = dataclasses.replace(tiny, **changes, steps=1)
+  # Every kernel of the model, alone and stacked.
+  kernels = {(16, 16), (16, 40), (40, 16)}
+  shapes = kernels | {(2, *s) for s in kernels}
+  shapes = {','.join(map(str, s)) for s in shapes}
+  assert bool(shapes & _reduced(config)) == (name == 'whole')
+
+
+def test_what_cannot_be_compressed(tiny, tmp_path):
+  for name, message in (
+    ('rso', 'compressed=True.*rso'),
+    ('fira_adamw', 'residual rule looks at every gradient'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(tiny, tmp_path / name, optimizer=name, compressed=True)
+  with pytest.raises(ValueError, match='weight_decay=0.1: rso has none'):
+    run(tiny, tmp_path / 'decay', optimizer='rso', weight_decay=0.1)
