@@ -243,6 +243,24 @@ def test_data_parallelism_moves_coordinates_only():
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('side', ['in', 'out'])
+def test_on_a_mesh_it_is_the_same(side, kind):
+  rng = np.random.default_rng(0)
+  start = {'w': jnp.asarray(rng.standard_normal((16, 24)), jnp.float32)}
+  x = jnp.asarray(rng.standard_normal((4, 16)), jnp.float32)
+  tx = so.golore(0.01, update_proj_gap=2, spec=so.SubspaceSpec(4, side=side))
+  step = rso.compressed_step(_matrix_loss, tx)
+  alone, _, _ = _run(step, tx, start, 5, lambda _: x)
+  mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(kind,) * 2)
+  with jax.set_mesh(mesh):
+    params = jax.device_put(start, NamedSharding(mesh, P('fsdp', 'tensor')))
+    parts = jax.device_put(x, NamedSharding(mesh, P()))
+    many, _, _ = _run(step, tx, params, 5, lambda _: parts)
+  np.testing.assert_allclose(many['w'], alone['w'], rtol=1e-5, atol=1e-5)
+  assert many['w'].sharding.spec == P('fsdp', 'tensor')
+
+
 @pytest.mark.parametrize('side', ['in', 'out'])
 def test_backward_keeps_no_more_than_it_must(side):
   rng = np.random.default_rng(0)

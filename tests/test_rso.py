@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -319,8 +322,53 @@ def test_state_is_stable_and_holds_no_basis():
   assert sizes == [3 * 12, 3 * 3 * 12] * 3
 
 
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('rounding', ['nearest', 'stochastic'])
+def test_on_a_mesh_it_is_the_same(kind, rounding):
+  rng = np.random.default_rng(0)
+  dtype = jnp.float32 if rounding == 'nearest' else jnp.bfloat16
+  start = {'w': jnp.asarray(rng.standard_normal((16, 24)), dtype)}
+  x = jnp.asarray(rng.standard_normal((4, 16)), jnp.float32)
+  loss = lambda p, x: jnp.mean(
+    jnp.sin(so.rso.dot(x, p['w'])).astype(jnp.float32)
+  )
+  rso = so.rso.subproblems(
+    so.SubspaceSpec(4, side='in'),
+    optax.adam(0.01),
+    update_proj_gap=2,
+    transport='first',
+    rounding=rounding,
+  )
+
+  def run(params, x):
+    state = rso.init(params)
+    step = cases.jit(rso.step(loss))
+    for _ in range(5):
+      params, state, _ = step(params, state, x)
+    return params, state
+
+  alone, _ = run(start, x)
+  mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(kind,) * 2)
+  with jax.set_mesh(mesh):
+    cut = NamedSharding(mesh, P('fsdp', 'tensor'))
+    params = jax.device_put(start, cut)
+    many, state = run(params, jax.device_put(x, NamedSharding(mesh, P())))
+    placed = so.state_sharding(rso, params)
+  assert many['w'].sharding.spec == cut.spec
+  assert state.coords['w'].sharding.spec == placed.coords['w'].spec
+  assert placed.coords['w'].spec == P('fsdp', 'tensor')
+  tolerance = {'rtol': 1e-5} if rounding == 'nearest' else {'rtol': 2**-7}
+  as_wide = lambda tree: np.asarray(tree['w'], np.float32)
+  np.testing.assert_allclose(
+    as_wide(many), as_wide(alone), atol=1e-5, **tolerance
+  )
+
+
 def test_what_it_refuses():
   inner = optax.sgd(0.1)
+  random = so.rso.subproblems(_spec(), inner, rounding='stochastic')
+  with errors.raises(ValueError, "'stochastic'", "'query'", 'float16'):
+    random.init(jax.tree.map(jnp.float16, cases.tree(LEAVES)))
   with errors.raises(ValueError, "side='in'", "'short'"):
     so.rso.subproblems(so.SubspaceSpec(3), inner)
   with errors.raises(ValueError, 'sample', "'normal'"):

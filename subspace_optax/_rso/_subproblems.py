@@ -42,10 +42,10 @@ from subspace_optax import _sharding
 from subspace_optax import _spec
 from subspace_optax import _tree
 from subspace_optax._projectors import _gap
+from subspace_optax._rso import _merge
 from subspace_optax._rso import _trees
 
 SAMPLES = ('haar', 'gaussian')
-ROUNDING = ('nearest', 'compensated', 'stochastic')
 
 
 class SubproblemState(NamedTuple):
@@ -116,8 +116,8 @@ def subproblems(
     transport: what a new P means for the optimizer's moments, see
       `in_subspace`: 'reset', 'keep', 'first' or 'both'.
     rounding: of merged weights that are narrower than float32: to the
-      'nearest'; 'stochastic', right in the mean; or 'compensated', which keeps
-      what is lost in an array of the leaf's shape and dtype.
+      'nearest'; of bfloat16 'stochastic', right in the mean; 'compensated',
+      which keeps what is lost in an array of the leaf's shape and dtype.
     schedule: a factor of all steps, of B and of plain leaves, by the number of
       inner steps since the first subproblem began.
     plain: the optimizer of the leaves that are not lifted, `inner` by default.
@@ -127,7 +127,7 @@ def subproblems(
 
   Raises:
     ValueError: another side; an unknown sample or rounding; what `in_subspace`
-      raises.
+      raises; at `init`, float16 to be rounded stochastically.
     TypeError: a gap that is no int.
 
   References:
@@ -153,6 +153,7 @@ def subproblems(
 
   def init(params):
     matches = spec.match(params)
+    _merge.check(rounding, [m for m in matches if _is_lifted(m)])
     _, treedef = _tree.flatten(params)
     make = functools.partial(_matrices.per_matrix, matches, treedef)
     state = SubproblemState(
@@ -183,7 +184,7 @@ def subproblems(
     factor = 1.0 if schedule is None else schedule(state.count)
     params, coords = _step(spec, factor, params, nodes, state.coords)
     count = jnp.asarray(optax.safe_increment(state.count))
-    merge = functools.partial(_merge, spec, rule, nodes, state.seed, count)
+    merge = functools.partial(_merge_all, spec, rule, nodes, state.seed, count)
     params, coords, lost = lax.cond(
       count % update_proj_gap == 0,
       merge,
@@ -200,7 +201,7 @@ def subproblems(
   def merged(params, state):
     drawn = bases(params, state)
     whole = [
-      _sum(match, w, p, b) if _is_lifted(match) else w
+      _merge.added(match, w, p, b).astype(w.dtype) if _is_lifted(match) else w
       for match, w, p, b in _zip(spec, params, params, drawn, state.coords)
     ]
     return _tree.replace_entries(params, whole)
@@ -227,8 +228,10 @@ def _check(spec, gap, sample, rounding) -> None:
     )
   if sample not in SAMPLES:
     raise ValueError(f'sample must be one of {SAMPLES}, got {sample!r}.')
-  if rounding not in ROUNDING:
-    raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
+  if rounding not in _merge.ROUNDING:
+    raise ValueError(
+      f'rounding must be one of {_merge.ROUNDING}, got {rounding!r}.'
+    )
   _gap.check_static(gap, 'update_proj_gap')
 
 
@@ -348,7 +351,7 @@ def _step(
   )
 
 
-def _merge(spec, rule, nodes, seeds, count, params, coords, lost):
+def _merge_all(spec, rule, nodes, seeds, count, params, coords, lost):
   """Returns W + P B, B = 0, and what rounding took."""
   ws, bs, rests = [], [], []
   gone = lost if lost != () else coords  # for its structure alone
@@ -358,7 +361,7 @@ def _merge(spec, rule, nodes, seeds, count, params, coords, lost):
     if _is_lifted(match):
       key = (seed, count) if rule.rounding == 'stochastic' else None
       rest = rest if rule.rounding == 'compensated' else None
-      w, rest = _merged(match, w, node.basis, b, rest, key)
+      w, rest = _merge.merged(match, w, node.basis, b, rest, key)
       b = jnp.zeros_like(b)
     ws.append(w)
     bs.append(b)
@@ -367,40 +370,3 @@ def _merge(spec, rule, nodes, seeds, count, params, coords, lost):
   if lost != ():
     lost = treedef.unflatten(rests)
   return _tree.replace_entries(params, ws), treedef.unflatten(bs), lost
-
-
-def _sum(match, w, p, b) -> jax.Array:
-  """Returns W + P B in the dtype of W."""
-  wide = _linalg.widen(w)
-  product = match.layout.unproject(p, b, _sharding.explicit(w))
-  return (wide + product.astype(wide.dtype)).astype(w.dtype)
-
-
-def _merged(match, w, p, b, lost, key) -> tuple[jax.Array, Any]:
-  """Returns W + P B rounded, and what that took, if it is kept."""
-  wide = _linalg.widen(w)
-  product = match.layout.unproject(p, b, _sharding.explicit(w))
-  exact = wide + product.astype(wide.dtype)
-  if lost is not None:
-    exact += lost.astype(wide.dtype)
-    new = exact.astype(w.dtype)
-    return new, (exact - new.astype(wide.dtype)).astype(w.dtype)
-  if key is None or w.dtype != jnp.bfloat16:
-    return exact.astype(w.dtype), None
-  return _rounded_at_random(exact, *key), None
-
-
-def _rounded_at_random(x: jax.Array, seed: jax.Array, count: jax.Array):
-  """Returns float32 as one of the two bfloat16 around it, right in the mean.
-
-  Random bits are added below those that bfloat16 keeps, which are then cut.
-  """
-  key = jax.random.key(jnp.ravel(seed)[0], impl='threefry2x32')
-  key = jax.random.fold_in(key, count)
-  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-  bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-  up = lax.bitcast_convert_type(
-    (bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32
-  )
-  # Neither the infinite nor NaN have neighbours.
-  return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)
