@@ -137,6 +137,17 @@ def test_bases_have_the_paper_s_scale(sample):
   np.testing.assert_allclose(np.mean(np.sum(p**2, axis=2)), 1.0, rtol=0.02)
 
 
+def test_a_group_has_one_basis():
+  group = lambda path: 'qkv' if path in ('q', 'k', 'v') else path
+  spec = so.SubspaceSpec(RANK, side='in', key_group=group)
+  rso = so.rso.subproblems(spec, optax.sgd(0.1))
+  params = {k: jnp.zeros((16, 24)) for k in ('q', 'k', 'o')}
+  params['v'] = jnp.zeros((16, 12))  # as with fewer heads of keys and values
+  bases = rso.bases(params, rso.init(params))
+  assert bases['q'] is bases['k'] and bases['q'] is bases['v']
+  assert (bases['q'] != bases['o']).any()
+
+
 def test_schedules_of_both_loops_and_another_optimizer_of_plain_leaves():
   # Of unit gradients: B moves by what the two schedules say.
   inner = optax.sgd(optax.piecewise_constant_schedule(1.0, {2: 0.5}))
