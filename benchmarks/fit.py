@@ -69,7 +69,7 @@ class Trainer:
     self.loss = train_step.make_loss(graphdef)
     self.chunk = math.gcd(settings.steps, CHUNK)
     self.validate = jax.jit(self._validate)
-    self.init = jax.jit(lambda p: self._optimizer(0.0).init(p))
+    self.init = jax.jit(lambda p: self._how(0.0).init(p))
 
   def _model(self, seed: int) -> tuple[Any, Any]:
     model = llama.Llama(self.config, nnx.Rngs(seed))
@@ -114,14 +114,30 @@ class Trainer:
       optax.clip_by_global_norm(s.clip), optax.partition(parts, labels)
     )
 
+  def _how(self, lr: Any) -> train_step.Method:
+    """How parameters move, at a learning rate of the matrices."""
+    if not self.method.rso:
+      return train_step.method(self._optimizer(lr))
+    s, rank = self.settings, self.setup.rank
+    subproblems = self.method.make(
+      rank,
+      s.update_proj_gap,
+      0,
+      inner=optax.adam(lr),
+      schedule=shape(s.steps),
+      plain=optax.adam(s.lr_rest),
+    )
+    return train_step.method(subproblems, clip=s.clip)
+
   def _loss_of(self, params: Any, batch: jax.Array) -> jax.Array:
     return self.loss(self._merged(params), batch)
 
   def _steps(self, state: Any, lr: jax.Array, batches: jax.Array) -> Any:
-    step = train_step.make_step(self._loss_of, self._optimizer(lr))
+    step = train_step.make_step(self._loss_of, self._how(lr))
     return jax.lax.scan(lambda s, b: (step(s, b)[0], None), state, batches)[0]
 
-  def _validate(self, params: Any, batches: jax.Array) -> jax.Array:
+  def _validate(self, state: Any, batches: jax.Array) -> jax.Array:
+    params = self._how(0.0).merged(**state)
     one = lambda batch: self._loss_of(params, batch)
     return jnp.mean(jax.lax.map(one, batches))
 
@@ -137,7 +153,7 @@ class Trainer:
       batches = jnp.asarray(np.stack([one(t) for t in steps]))
       state = self.program(state, jnp.float32(lr), batches)
     batches = data.validation_batches(held, s.batch, s.seq, 96)
-    loss = float(self.validate(state['params'], jnp.asarray(batches)))
+    loss = float(self.validate(state, jnp.asarray(batches)))
     return {
       'lr': lr,
       'seed': seed,

@@ -20,18 +20,23 @@ class Method(NamedTuple):
   """An optimizer and where its grid of learning rates starts.
 
   Attributes:
-    make: (learning rate schedule, rank, gap, seed) -> optimizer of matrices.
+    make: (learning rate schedule, rank, gap, seed) -> optimizer of matrices; or
+      with `rso`, (rank, gap, seed, options) -> subproblems.
     lr: the start of the grid.
     ranked: whether there is a rank.
     lora: whether the matrices are frozen, and the optimizer is for factors.
     ours: whether this library brings it.
+    rso: whether the matrices' gradients are those of subproblems.
+    variant: whether it is only tried: one corpus, rank and seed.
   """
 
-  make: Callable[[Any, Any, int, int], optax.GradientTransformation]
+  make: Callable[..., Any]
   lr: float
   ranked: bool = False
   lora: bool = False
   ours: bool = False
+  rso: bool = False
+  variant: bool = False
 
 
 def narrow(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -115,6 +120,16 @@ def orthogonal_sgd(lr, rank, gap, seed):
   return optax.chain(tx, optax.scale_by_learning_rate(lr))
 
 
+def rso(lr: float = 2e-3, variant: bool = True, **fixed: Any) -> Method:
+  """Randomized subspace optimization by Adam."""
+
+  def make(rank, gap, seed, **options):
+    spec = so.SubspaceSpec(rank, side='in', seed=seed)
+    return so.rso.subproblems(spec, update_proj_gap=gap, **fixed, **options)
+
+  return Method(make, lr, ranked=True, ours=True, rso=True, variant=variant)
+
+
 def _plain(make: Callable[[Any], optax.GradientTransformation]) -> Callable:
   return lambda lr, rank, gap, seed: make(lr)
 
@@ -153,6 +168,12 @@ METHODS: dict[str, Method] = {
     ranked=True,
     ours=True,
   ),
+  'rso': rso(variant=False),
+  'rso_keep': rso(transport='keep'),
+  'rso_first': rso(transport='first', variant=False),
+  'rso_both': rso(transport='both'),
+  'rso_gaussian': rso(sample='gaussian'),
+  'rso_eta10': rso(eta=10.0),
   'fira_adamw': Method(_ours(so.fira_adamw), 1.6e-2, ranked=True, ours=True),
   'apollo_adamw': Method(_ours(so.apollo_adamw), 8e-3, ranked=True, ours=True),
   'apollo_mini': Method(apollo_mini, 4e-3, ours=True),

@@ -88,14 +88,15 @@ def tasks(args: Args) -> Iterator[Task]:
   for corpus in args.corpora:
     for name in args.methods:
       rank = args.rank if methods.METHODS[name].ranked else 0.0
-      yield Task(corpus, fit.Setup(name, rank, 1.0), args.seeds)
+      if not methods.METHODS[name].variant:
+        yield Task(corpus, fit.Setup(name, rank, 1.0), args.seeds)
   recipes = [m for m in args.methods if m.startswith('subspace_')]
-  ranked = [
-    m
-    for m in args.methods
-    if methods.METHODS[m].ranked and methods.METHODS[m].ours
-  ]
+  is_ranked = lambda of: of.ranked and of.ours and not of.variant
+  ranked = [m for m in args.methods if is_ranked(methods.METHODS[m])]
   first = args.corpora[0]
+  for name in args.methods:
+    if methods.METHODS[name].variant:
+      yield Task(first, fit.Setup(name, args.rank, 1.0), 1)
   for name in recipes + [m for m in ranked if m not in recipes]:
     for rank in args.more_ranks:
       yield Task(first, fit.Setup(name, rank, 1.0), 1)

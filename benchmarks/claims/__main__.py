@@ -31,6 +31,10 @@ CLAIMS = (
   'golore_lemma',
   'golore_rate',
   'golore_hybrid',
+  'rso_gradient',
+  'rso_cost',
+  'rso_theorem',
+  'rso_perplexity',
 )
 
 

@@ -88,24 +88,26 @@ def schedule(peak: Any) -> Callable:
   return lambda count: peak * unit(count)
 
 
-def program(make: Callable[[Any], optax.GradientTransformation]) -> Callable:
-  """(peak rate, key, batches) -> validation loss of the trained model."""
+def program(make: Callable[[Any], Any]) -> Callable:
+  """(peak rate, key, batches) -> validation loss of the trained model.
+
+  `make` takes a schedule to an optimizer, or to subproblems of RSO.
+  """
   loss, init = model()
 
   @jax.jit
   def run(peak, key, batches_SxBxT1, held_out):
-    # Clipping as in the paper.
-    tx = optax.chain(optax.clip_by_global_norm(1.0), make(schedule(peak)))
-
-    def step(carry, batch):
-      params, state = carry
-      gradient = jax.grad(loss)(params, batch)
-      updates, state = tx.update(gradient, state, params)
-      return (optax.apply_updates(params, updates), state), ()
-
+    made = make(schedule(peak))
+    if not isinstance(made, so.rso.Subproblems):  # clipping as in the papers
+      made = optax.chain(optax.clip_by_global_norm(1.0), made)
+    how = train_step.method(made, clip=1.0)
+    step = train_step.make_step(loss, how)
+    one = lambda state, batch: (step(state, batch[None])[0], ())
     params = init(key)
-    (params, _), _ = lax.scan(step, (params, tx.init(params)), batches_SxBxT1)
-    return jnp.mean(lax.map(lambda batch: loss(params, batch), held_out))
+    state = {'params': params, 'opt_state': how.init(params)}
+    state, _ = lax.scan(one, state, batches_SxBxT1)
+    trained = how.model(**state)
+    return jnp.mean(lax.map(lambda batch: loss(trained, batch), held_out))
 
   return run
 
