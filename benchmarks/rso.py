@@ -8,7 +8,8 @@ peak memory of training steps. The first four take three minutes on two cores,
 `peak` one to two minutes a program, 39 by default; it compiles for a TPU, which
 need not be there, but `pip install libtpu` of jax's version must, on Python
 3.12 or newer. A part that results/rso.json holds is left as it is; `peak` goes
-on where it ended. `--report` writes the page and the picture only.
+on where it ended. `--parts`
+without a name writes the page and the picture only.
 
 Results: benchmarks/results/rso.json and rso.png, and docs/rso.md.
 """
@@ -39,8 +40,9 @@ import rso_layer  # noqa: E402
 import rso_llama  # noqa: E402
 import rso_memory  # noqa: E402
 import rso_programs as programs  # noqa: E402
+import rso_report  # noqa: E402
 
-PARTS = ('layer', 'llama', 'block', 'traffic', 'peak')
+PARTS = ('layer', 'llama', 'block', 'sharing', 'traffic', 'peak')
 DEVICES = 4
 
 
@@ -89,8 +91,18 @@ def rows(args: Args, part: str) -> Iterator[dict[str, Any]]:
   if part == 'block':
     block = llama.named(args.block)
     return rso_block.rows(block, [block.width // k for k in (16, 8, 4, 2)])
+  if part == 'sharing':
+    both = [config(args, scan) for scan in (False, True)]
+    sizes = args.ranks[-1], args.batch, args.seq
+    return rso_llama.sharing(both, *sizes)
   where = programs.target('cpu', DEVICES)
   return rso_llama.traffic(where, config(args, True), args.ranks, args.seq)
+
+
+def progress(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+  for row in rows:
+    print(row, flush=True)
+    yield row
 
 
 def peaks(args: Args, results: dict, save: Any) -> None:
@@ -126,8 +138,13 @@ def main(args: Args) -> None:
     if part == 'peak':
       peaks(args, results, save)
     elif part not in results:
-      results[part] = list(rows(args, part))
+      results[part] = list(progress(rows(args, part)))
     save()
+  made = rso_report.tables(results)
+  print('\n\n'.join(made.values()))
+  rso_report.write(pathlib.Path(args.docs), made)
+  if 'peak' in results:
+    rso_report.picture(results, out.with_suffix('.png'))
 
 
 if __name__ == '__main__':

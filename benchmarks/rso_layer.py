@@ -14,8 +14,13 @@ import jax.numpy as jnp
 import rso_programs as programs
 import subspace_optax as so
 
-# b inputs of a kernel of m x n; n, m and b are halved and doubled in turn.
-SIZES = ((4096, 512, 512), (4096, 512, 1376), (4096, 1376, 512), (512, 512, 512))
+# b inputs of a kernel of m x n.
+SIZES = (
+  (4096, 512, 512),
+  (4096, 512, 1376),
+  (4096, 1376, 512),
+  (512, 512, 512),
+)
 FORMULAS = {
   'GaLore': '6bmn + 4rmn + 2mn + 3rn',
   'RSO': '4bmn + 4brm + 6brn + 5rn',
@@ -40,10 +45,8 @@ def loss(params: Any, dy: jax.Array) -> jax.Array:
 
 
 def step(name: str, rank: int) -> Any:
-  """(W, x, dy, P, B, moment) -> the loss, the gradient of x, the new W or B, moment."""
-  spec = so.SubspaceSpec(
-    rank, side='in', only_if_smaller=False, exclude='^x$'
-  )
+  """(W, x, dy, P, B, M) -> the loss, the gradient of x, W or B, and M."""
+  spec = so.SubspaceSpec(rank, side='in', only_if_smaller=False, exclude='^x$')
 
   def run(w, x, dy, p, b, moment):
     params, bases = {'w': w, 'x': x}, {'w': p, 'x': programs.MASKED}

@@ -87,3 +87,45 @@ def traffic(
         'largest': hlo.largest(found),
         'kinds': sorted({c.kind for c in found.values()}),
       }
+
+
+def sharing(
+  configs: Any, rank: int, batch: int, seq: int
+) -> Iterator[dict[str, Any]]:
+  """Yields what RSO's gradients cost if layers share not only equal P.
+
+  Leaves of one `key_group` draw equal bases, each its own array; here they are
+  given one array, so that x P of the same x is one product.
+  """
+  tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
+  for config in configs:
+    graphdef, params = programs.model(config)
+    of_loss = lambda merge, g=graphdef: functools.partial(
+      programs.loss, merge, g
+    )
+    f, arrays = programs.gradients('RSO', of_loss, params, rank)
+    as_one = lambda params, bases, *args, f=f: f(params, one_each(bases), *args)
+    for name, g in (('equal', f), ('one array', as_one)):
+      program = programs.counted(g, *arrays, tokens)
+      cost: Any = program.cost_analysis()
+      memory: Any = program.memory_analysis()
+      yield {
+        'scan_layers': config.scan_layers,
+        'bases': name,
+        'rank': rank,
+        'flops': None if config.scan_layers else cost['flops'],
+        'temporary_bytes': memory.temp_size_in_bytes,
+      }
+
+
+def one_each(bases: Any) -> Any:
+  """Puts the first basis of every group in the place of the others."""
+  leaves, treedef = jax.tree.flatten_with_path(bases)
+  first: dict[str, Any] = {}
+  names = [
+    programs.shared(jax.tree_util.keystr(path, simple=True, separator='/'))
+    for path, _ in leaves
+  ]
+  return treedef.unflatten(
+    [first.setdefault(k, x) for k, (_, x) in zip(names, leaves, strict=True)]
+  )

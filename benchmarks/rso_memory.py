@@ -16,9 +16,7 @@ import rso_programs as programs
 Run = tuple[str, str, str, int]  # model, policy, method, width over rank
 
 
-def runs(
-  models: Any, policies: Any, methods: Any, parts: Any
-) -> Iterator[Run]:
+def runs(models: Any, policies: Any, methods: Any, parts: Any) -> Iterator[Run]:
   """Yields what is to be compiled; Adam has no rank."""
   for policy in policies:
     for part in (0, *parts):

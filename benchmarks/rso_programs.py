@@ -18,20 +18,20 @@ sys.path.insert(
   0, str(pathlib.Path(__file__).resolve().parent.parent / 'examples')
 )
 
-from flax import nnx  # noqa: E402
-import jax  # noqa: E402
-from jax.ad_checkpoint import checkpoint_name  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
 
-import llama  # noqa: E402
-import subspace_optax as so  # noqa: E402
+import llama
+import subspace_optax as so
 
 # Recomputed layers: not at all, whole, or all but what bears these names.
 POLICIES = {
@@ -139,7 +139,9 @@ def whole_step(f: Any, tx: Any, value_and_grad: Any) -> Callable[..., Any]:
   return step
 
 
-def in_subspace(rank: int, side: str, rule: Any) -> optax.GradientTransformation:
+def in_subspace(
+  rank: int, side: str, rule: Any
+) -> optax.GradientTransformation:
   """Adam in subspaces, with moments that start again with a new basis."""
   return optax.chain(
     so.subspace(
@@ -170,9 +172,7 @@ def training(
   """
   plain, lifted = of_loss(named_merge), of_loss(so.rso.nnx_merge)
   if name == 'RSO':
-    rso = so.rso.subproblems(
-      spec(rank), optax.adam(1e-3), sample='gaussian'
-    )
+    rso = so.rso.subproblems(spec(rank), optax.adam(1e-3), sample='gaussian')
     return rso.init, rso.step(lifted, value_and_grad)
   if name == 'compressed':
     tx = in_subspace(rank, side, so.projectors.gaussian(200))
