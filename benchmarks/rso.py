@@ -2,14 +2,16 @@
 
   python benchmarks/rso.py
 
-Parts: FLOPs of one layer, of an 8-layer LLaMA with and without recomputed
-layers, what a block keeps for its backward pass, what replicas send, and the
-peak memory of training steps. The first four take three minutes on two cores,
-`peak` one to two minutes a program, 39 by default; it compiles for a TPU, which
-need not be there, but `pip install libtpu` of jax's version must, on Python
-3.12 or newer. A part that results/rso.json holds is left as it is; `peak` goes
-on where it ended. `--parts`
-without a name writes the page and the picture only.
+Parts: FLOPs of one layer; of an 8-layer LLaMA with and without recomputed
+layers; what a block keeps for its backward pass; what x P saves if layers share
+it; what replicas send; the peak memory of training steps. The first five take
+five minutes on two cores, `peak` half a minute to two for each of 78 programs:
+`--models`, `--policies`, `--methods` and `--width-over-rank` choose some. It
+compiles for a TPU, which need not be there, but `pip install libtpu` of jax's
+version must, on Python 3.12 or newer; else for a CPU, as the results say.
+
+What results/rso.json holds is not compiled again without `--again`; `--parts`
+with no name only writes the page and the picture anew.
 
 Results: benchmarks/results/rso.json and rso.png, and docs/rso.md.
 """
@@ -121,17 +123,28 @@ def peaks(args: Args, results: dict, save: Any) -> None:
     save()
 
 
+def load(args: Args, out: pathlib.Path) -> dict[str, Any]:
+  """What has been counted before, with these settings."""
+  leave = ('parts', 'again', 'out', 'docs')
+  leave += ('models', 'policies', 'methods', 'width_over_rank')
+  fixed = {k: v for k, v in vars(args).items() if k not in leave}
+  fixed = json.loads(json.dumps(fixed))
+  results = json.loads(out.read_text()) if out.exists() else {}
+  if results.setdefault('settings', fixed) != fixed:
+    raise ValueError(
+      f'{out} holds {results["settings"]}, not {fixed}: delete it or name '
+      'another --out'
+    )
+  return results | {'machine': machine.describe()}
+
+
 def main(args: Args) -> None:
   """Counts, then prints and writes everything."""
   jax.config.update('jax_num_cpu_devices', DEVICES)
   out = pathlib.Path(args.out)
   out.parent.mkdir(parents=True, exist_ok=True)
-  results = json.loads(out.read_text()) if out.exists() else {}
+  results = load(args, out)
   save = lambda: out.write_text(json.dumps(results, indent=1) + '\n')
-  leave = ('parts', 'again', 'out', 'docs', 'models', 'policies')
-  leave += ('methods', 'width_over_rank')
-  results['settings'] = {k: v for k, v in vars(args).items() if k not in leave}
-  results['machine'] = machine.describe()
   for part in args.parts:
     if args.again:
       results.pop(part, None)
