@@ -1,126 +1,163 @@
-"""What lifted layers save: FLOPs, gradients and memory of a LLaMA, by XLA.
+"""What lifted layers cost and save, counted by XLA; nothing runs.
 
   python benchmarks/rso.py
 
-Compiles the loss and its gradients for an 8-layer LLaMA, whole and with respect
-to B in y = x (W + P B), with and without recomputed layers. Nothing runs.
-Layers are unrolled, since XLA counts a loop's body once. Results: a table and
-benchmarks/results/rso.json.
+Parts: FLOPs of one layer; of an 8-layer LLaMA with and without recomputed
+layers; what a block keeps for its backward pass; what x P saves if layers share
+it; what replicas send; the peak memory of training steps. The first five take
+five minutes on two cores, `peak` half a minute to two for each of 78 programs:
+`--models`, `--policies`, `--methods` and `--width-over-rank` choose some. It
+compiles for a TPU, which need not be there, but `pip install libtpu` of jax's
+version must, on Python 3.12 or newer; else for a CPU, as the results say.
+
+What results/rso.json holds is not compiled again without `--again`; `--parts`
+with no name only writes the page and the picture anew.
+
+Results: benchmarks/results/rso.json and rso.png, and docs/rso.md.
 """
 
 from collections.abc import Iterator
 import dataclasses
-import functools
 import json
+import os
 import pathlib
 import sys
+import time
 from typing import Any
+
+# Nothing outside this machine is asked about TPUs.
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent / 'examples'))
 
-from flax import nnx  # noqa: E402
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
 import tyro  # noqa: E402
 
 import llama  # noqa: E402
 import machine  # noqa: E402
-import subspace_optax as so  # noqa: E402
+import rso_block  # noqa: E402
+import rso_layer  # noqa: E402
+import rso_llama  # noqa: E402
+import rso_memory  # noqa: E402
+import rso_programs as programs  # noqa: E402
+import rso_report  # noqa: E402
+
+PARTS = ('layer', 'llama', 'block', 'sharing', 'traffic', 'peak')
+DEVICES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-  """What is compiled; see the module."""
+  """What is counted; see the module."""
 
+  parts: tuple[str, ...] = PARTS
+  again: bool = False  # whether parts that are there already are counted anew
+  # The LLaMA of `llama` and `traffic`, whose layers are unrolled and scanned.
   width: int = 256
   mlp_width: int = 688
   layers: int = 8
   heads: int = 4
   vocab: int = 512
-  ranks: tuple[int, ...] = (16, 64)
+  ranks: tuple[int, ...] = (16, 32, 64)
   batch: int = 4
   seq: int = 512
+  block: str = 'llama_350m'
+  # Of `peak`: tokens of a device, and what is compiled for.
+  models: tuple[str, ...] = ('llama_350m', 'llama_1b', 'llama_7b')
+  policies: tuple[str, ...] = ('none', 'layers')
+  methods: tuple[str, ...] = (programs.ADAM, *programs.METHODS)
+  width_over_rank: tuple[int, ...] = (4, 16, 2, 8)
+  peak_batch: int = 8
+  peak_seq: int = 256
+  topology: str = 'v5p:2x2x1'
   out: str = str(ROOT / 'results' / 'rso.json')
+  docs: str = str(ROOT.parent / 'docs' / 'rso.md')
 
 
-def model(args: Args, remat: bool) -> tuple[Any, Any]:
-  """The graph of a LLaMA, and the shapes of its parameters."""
-  sizes = ('width', 'mlp_width', 'layers', 'heads', 'vocab')
-  config = llama.LlamaConfig(
-    **{name: getattr(args, name) for name in sizes},
-    scan_layers=False,
-    remat=remat,
-  )
-  made = nnx.eval_shape(lambda: llama.Llama(config, nnx.Rngs(0)))
-  graphdef, params = nnx.split(made, nnx.Param)
-  return graphdef, nnx.to_pure_dict(params)
+def config(args: Args, scan: bool) -> llama.LlamaConfig:
+  """The small LLaMA."""
+  names = ('width', 'mlp_width', 'layers', 'heads', 'vocab')
+  sizes = {name: getattr(args, name) for name in names}
+  return llama.LlamaConfig(**sizes, scan_layers=scan)
 
 
-def loss(merge: Any, graphdef: Any, params: Any, tokens: jax.Array) -> Any:
-  """Mean cross-entropy of tokens."""
-  logits = merge(graphdef, params)(tokens).astype(jnp.float32)
-  return jnp.mean(
-    optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-  )
+def rows(args: Args, part: str) -> Iterator[dict[str, Any]]:
+  """Yields the rows of any part but `peak`."""
+  if part == 'layer':
+    return rso_layer.rows()
+  if part == 'llama':
+    sizes = args.batch, args.seq
+    return rso_llama.rows(config(args, False), args.ranks, *sizes)
+  if part == 'block':
+    block = llama.named(args.block)
+    return rso_block.rows(block, [block.width // k for k in (16, 8, 4, 2)])
+  if part == 'sharing':
+    both = [config(args, scan) for scan in (False, True)]
+    sizes = args.ranks[-1], args.batch, args.seq
+    return rso_llama.sharing(both, *sizes)
+  where = programs.target('cpu', DEVICES)
+  return rso_llama.traffic(where, config(args, True), args.ranks, args.seq)
 
 
-def count(f: Any, *args: Any) -> dict[str, float]:
-  """XLA's counts of a compiled function."""
-  program = jax.jit(f).lower(*args).compile()
-  cost: Any = program.cost_analysis()
-  memory: Any = program.memory_analysis()
-  return {
-    'flops': cost['flops'],
-    'gradient_bytes': memory.output_size_in_bytes,
-    'temporary_bytes': memory.temp_size_in_bytes,
-  }
-
-
-def measure(args: Args) -> Iterator[dict[str, Any]]:
-  """Yields a row for whole gradients, and one for every rank."""
-  tokens = jax.ShapeDtypeStruct((args.batch, args.seq), jnp.int32)
-  for remat in (False, True):
-    graphdef, params = model(args, remat)
-    whole = jax.value_and_grad(functools.partial(loss, nnx.merge, graphdef))
-    yield {'remat': remat, 'rank': None} | count(whole, params, tokens)
-    lifted = functools.partial(loss, so.rso.nnx_merge, graphdef)
-    for rank in args.ranks:
-      spec = so.SubspaceSpec(rank, side='in')
-      rso = so.rso.subproblems(spec, optax.sgd(1.0))
-      state = jax.eval_shape(rso.init, params)
-      bases = jax.eval_shape(rso.bases, params, state)
-      f = so.rso.value_and_grad(lifted, spec)
-      counted = count(f, params, bases, state.coords, tokens)
-      yield {'remat': remat, 'rank': rank} | counted
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-  """The rows beside those of whole gradients."""
-  lines = ['remat  rank   GFLOP  saved  gradients MiB  temporary MiB']
+def progress(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
   for row in rows:
-    [full] = [x for x in rows if x['remat'] == row['remat'] and not x['rank']]
-    saved = 1 - row['flops'] / full['flops']
-    lines.append(
-      f'{row["remat"]!s:5}  {row["rank"] or "full":>4}  '
-      f'{row["flops"] / 1e9:6.1f}  {saved:5.1%}  '
-      f'{row["gradient_bytes"] / 2**20:13.1f}  '
-      f'{row["temporary_bytes"] / 2**20:13.1f}'
+    print(row, flush=True)
+    yield row
+
+
+def peaks(args: Args, results: dict, save: Any) -> None:
+  """Compiles the training steps that `results` lacks."""
+  where = programs.target(args.topology, 1)
+  found = results.setdefault('peak', {}).setdefault(where.name, [])
+  known = [(x['model'], x['policy'], x['method'], x['part']) for x in found]
+  chosen = args.models, args.policies, args.methods, args.width_over_rank
+  for run in rso_memory.runs(*chosen):
+    if run in known:
+      continue
+    start = time.perf_counter()
+    row = rso_memory.row(where, run, args.peak_batch, args.peak_seq)
+    found.append(row | {'seconds': round(time.perf_counter() - start)})
+    print(found[-1], flush=True)
+    save()
+
+
+def load(args: Args, out: pathlib.Path) -> dict[str, Any]:
+  """What has been counted before, with these settings."""
+  leave = ('parts', 'again', 'out', 'docs')
+  leave += ('models', 'policies', 'methods', 'width_over_rank')
+  fixed = {k: v for k, v in vars(args).items() if k not in leave}
+  fixed = json.loads(json.dumps(fixed))
+  results = json.loads(out.read_text()) if out.exists() else {}
+  if results.setdefault('settings', fixed) != fixed:
+    raise ValueError(
+      f'{out} holds {results["settings"]}, not {fixed}: delete it or name '
+      'another --out'
     )
-  return '\n'.join(lines)
+  return results | {'machine': machine.describe()}
 
 
 def main(args: Args) -> None:
-  """Counts everything, then prints and writes it."""
-  rows = list(measure(args))
-  print(table(rows))
-  results = {
-    'machine': machine.describe(),
-    'settings': {k: v for k, v in vars(args).items() if k != 'out'},
-    'rows': rows,
-  }
-  pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + '\n')
+  """Counts, then prints and writes everything."""
+  jax.config.update('jax_num_cpu_devices', DEVICES)
+  out = pathlib.Path(args.out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  results = load(args, out)
+  save = lambda: out.write_text(json.dumps(results, indent=1) + '\n')
+  for part in args.parts:
+    if args.again:
+      results.pop(part, None)
+    if part == 'peak':
+      peaks(args, results, save)
+    elif part not in results:
+      results[part] = list(progress(rows(args, part)))
+    save()
+  made = rso_report.tables(results)
+  print('\n\n'.join(made.values()))
+  rso_report.write(pathlib.Path(args.docs), made)
+  if 'peak' in results:
+    rso_report.picture(results, out.with_suffix('.png'))
 
 
 if __name__ == '__main__':
