@@ -14,7 +14,7 @@ LEARNING_RATES = {
   'online_subspace_descent': (5e-3, 5e-3),
   'galore': (5e-3, 5e-3),
   'golore': (5e-3, 5e-3),
-  'rso': (2.5e-3, 5e-3),
+  'rso': (4e-3, 5e-3),
   'fira_adamw': (1.6e-2, 5e-3),
   'apollo_adamw': (1.6e-2, 5e-3),
   'ldadamw': (4e-3, 5e-3),

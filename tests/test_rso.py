@@ -137,6 +137,31 @@ def test_bases_have_the_paper_s_scale(sample):
   np.testing.assert_allclose(np.mean(np.sum(p**2, axis=2)), 1.0, rtol=0.02)
 
 
+@pytest.mark.parametrize('transport', ['both', 'reset'])
+def test_narrow_bases(transport):
+  rng = np.random.default_rng(0)
+  params = {'w': jnp.asarray(rng.standard_normal((16, 24)), jnp.bfloat16)}
+  target = jnp.asarray(rng.standard_normal((16, 24)), jnp.float32)
+  spec = so.SubspaceSpec(8, side='in', basis_dtype='bfloat16')
+  rso = so.rso.subproblems(
+    spec, optax.adam(0.05), update_proj_gap=4, transport=transport
+  )
+  x = jnp.asarray(rng.standard_normal((64, 16)), jnp.bfloat16)
+
+  def loss(params, x):
+    y = so.rso.dot(x, params['w']).astype(jnp.float32)
+    return jnp.mean((y - x.astype(jnp.float32) @ target) ** 2)
+
+  state, step, losses = rso.init(params), cases.jit(rso.step(loss)), []
+  first = measure.types(state)
+  assert rso.bases(params, state)['w'].dtype == jnp.bfloat16
+  for _ in range(60):
+    params, state, value = step(params, state, x)
+    losses.append(value)
+  assert measure.types(state) == first and step._cache_size() == 1
+  assert losses[-1] < 0.2 * losses[0]
+
+
 def test_a_group_has_one_basis():
   group = lambda path: 'qkv' if path in ('q', 'k', 'v') else path
   spec = so.SubspaceSpec(RANK, side='in', key_group=group)

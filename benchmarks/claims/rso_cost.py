@@ -3,6 +3,7 @@
 python benchmarks/claims/rso_cost.py
 """
 
+import dataclasses
 import functools
 import sys
 from typing import Any
@@ -19,13 +20,13 @@ import llama
 import subspace_optax as so
 import train_step
 
-SIZES = {'width': 256, 'mlp_width': 688, 'layers': 8, 'heads': 4, 'vocab': 512}
+SIZES = llama.LlamaConfig(256, 688, layers=8, heads=4, vocab=512)
 RANK, BATCH, SEQ = 16, 4, 512
 
 
 def model(remat: bool) -> tuple[Any, Any]:
   """(loss, shapes of parameters); unrolled, since XLA counts a loop once."""
-  config = llama.LlamaConfig(**SIZES, scan_layers=False, remat=remat)
+  config = dataclasses.replace(SIZES, scan_layers=False, remat=remat)
   made = nnx.eval_shape(lambda: llama.Llama(config, nnx.Rngs(0)))
   graphdef, params = nnx.split(made, nnx.Param)
   return train_step.make_loss(graphdef), nnx.to_pure_dict(params)
@@ -63,7 +64,7 @@ def flops(lower: Any) -> float:
 
 def predicted(name: str) -> float:
   """FLOPs of all kernels, without recomputation and refreshes."""
-  d, f, b, r = SIZES['width'], SIZES['mlp_width'], BATCH * SEQ, RANK
+  d, f, b, r = SIZES.width, SIZES.mlp_width, BATCH * SEQ, RANK
   total = 0.0
   for m, n in [(d, d)] * 4 + [(d, f)] * 2 + [(f, d)]:
     total += {
@@ -71,7 +72,7 @@ def predicted(name: str) -> float:
       'compressed': 4 * b * m * n + 2 * b * r * (m + n) + 2 * r * m * n,
       'rso': 4 * b * m * n + 4 * b * r * m + 6 * b * r * n,
     }[name]
-  return total * SIZES['layers']
+  return total * SIZES.layers
 
 
 def gradient_bytes() -> dict[str, int]:
@@ -94,12 +95,13 @@ def run() -> claim.Claim:
     for name in claim.track(list(made), f'remat={remat}'):
       rows[f'{name} {remat}'] = flops(made[name])
   size = gradient_bytes()
-  d, f = SIZES['width'], SIZES['mlp_width']
+  d, f = SIZES.width, SIZES.mlp_width
   outputs, kernels = 5 * d + 2 * f, 4 * d * d + 3 * d * f
   saved = lambda name, remat: (
     1 - rows[f'{name} {remat}'] / rows[f'whole {remat}']
   )
-  checks, table = [], [('', 'remat', 'GFLOP', 'saved')]
+  checks: list[claim.Check] = []
+  table: claim.Table = [('', 'remat', 'GFLOP', 'saved')]
   for remat, least in ((False, 0.15), (True, 0.10)):
     for name in ('whole', 'rso', 'compressed'):
       share = saved(name, remat)

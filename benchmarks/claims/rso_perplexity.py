@@ -102,9 +102,9 @@ def run() -> claim.Claim:
       'What the paper means by comparable is taken from an independent re-run, '
       "whose ratios are the bounds; the paper's own tables could not be "
       'confirmed.',
-      f'Small: width {s.width}, {s.layers} layers, bytes, {s.steps} steps, rank '
-      f'{RANK}, {SEEDS} seeds, the best of the rates {RATES} for each; moments '
-      f'start anew every {s.update_proj_gap} steps where RSO resets them.',
+      f'Small: width {s.width}, {s.layers} layers, bytes, {s.steps} steps, '
+      f'rank {RANK}, {SEEDS} seeds, the best of the rates {RATES} for each; '
+      f'every {s.update_proj_gap} steps RSO resets its moments.',
     ),
     caption='Validation perplexity per byte, a point for every seed.',
     data={'found': found},

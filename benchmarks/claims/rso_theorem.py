@@ -55,7 +55,8 @@ def run() -> claim.Claim:
     rank: np.mean([descend(rank, seed) for seed in range(SEEDS)], axis=0)
     for rank in claim.track(RANKS, 'Theorem 5.5')
   }
-  checks, table = [], [('r / m', 'eta', 'mean ||grad f||^2', 'bound', 'ratio')]
+  checks: list[claim.Check] = []
+  table: claim.Table = [('r / m', 'eta', 'mean', 'bound', 'mean / bound')]
   for rank, squares in rows.items():
     p, mean = parameters(rank), float(squares.mean())
     checks += [

@@ -104,7 +104,8 @@ def subproblems(
   """Trains B in W + P B, with a fresh P for every subproblem.
 
   Args:
-    spec: which leaves, as which matrices, at which rank; `side='in'`.
+    spec: which leaves, as which matrices, at which rank; `side='in'`. For
+      bfloat16 weights, `basis_dtype='bfloat16'` halves what P takes.
     inner: the optimizer of B and of plain leaves, learning rate and sign
       included, as `optax.adam(1e-3)`. Where moments are reset its counters are,
       too, so that its schedules are those of one subproblem.
@@ -150,7 +151,9 @@ def subproblems(
   directions = _in_subspace.in_subspace(
     inner, spec, transport=transport, plain=plain
   )
-  rule = _Rule(update_proj_gap, sample, eta, transport, rounding)
+  rule = _Rule(
+    update_proj_gap, sample, eta, transport, rounding, spec.basis_dtype
+  )
 
   def init(params):
     matches = spec.match(params)
@@ -254,16 +257,17 @@ class _Rule:
   eta: Any
   transport: str
   rounding: str
+  basis_dtype: Any
 
   def draw(
     self, layout: _layout.Layout, leaf: jax.Array, seeds: jax.Array, k: Any
   ) -> jax.Array:
-    """Returns P of a leaf in the k-th subproblem, float32."""
+    """Returns P of a leaf in the k-th subproblem."""
     if self.sample == 'haar':
       p = _linalg.haar(layout, seeds, k) * (layout.m / layout.rank) ** 0.5
     else:
       p = _linalg.gaussian(layout, seeds, k) * layout.rank**-0.5
-    return layout.settle_basis(p, leaf)
+    return layout.settle_basis(p.astype(self.basis_dtype), leaf)
 
   def node(
     self,
@@ -301,10 +305,11 @@ class _Rule:
     """Returns the move to a new subproblem's P, if this step begins one."""
     layout, k = match.layout, count // self.gap
     first = (count % self.gap == 0) & (count > 0)
+    p = _linalg.widen(p)
     same = _linalg.identity_like(layout.gram(p, p))
 
     def transition() -> jax.Array:
-      old = self.draw(layout, match.leaf, seeds, k - 1)
+      old = _linalg.widen(self.draw(layout, match.leaf, seeds, k - 1))
       return _sharding.like(_linalg.transition(layout, p, old), same)
 
     if self.transport in ('first', 'both'):
