@@ -42,6 +42,7 @@ import communication_tables as tables
 import hlo
 import machine
 import methods
+import pages
 import subspace_optax as so
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -245,7 +246,7 @@ def main(args: Args) -> None:
   files = sorted(out.parent.glob('communication*.json'))
   text = '\n\n'.join(tables.markdown(json.loads(f.read_text())) for f in files)
   print(text)
-  tables.write(pathlib.Path(args.docs), text)
+  pages.fill(pathlib.Path(args.docs), {'tables': text})
 
 
 if __name__ == '__main__':

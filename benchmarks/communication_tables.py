@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 import math
-import pathlib
 
 import hlo
 
 # How many of each matrix a layer of LLaMA has.
 IN_A_LAYER = {'attention': 4, 'up': 2, 'down': 1}
-BEGIN, END = '<!-- tables begin -->', '<!-- tables end -->'
 MIB = 2**20
 
 
@@ -96,12 +94,3 @@ def markdown(results: dict) -> str:
     )
     parts.append('\n'.join([title, '', HEADER, *lines]))
   return '\n\n'.join(parts)
-
-
-def write(path: pathlib.Path, text: str) -> None:
-  """Puts tables between the marks of a page."""
-  page = path.read_text()
-  if BEGIN not in page or END not in page:
-    raise ValueError(f'{path} lacks the lines {BEGIN} and {END}')
-  before, rest = page.split(BEGIN)
-  path.write_text(f'{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}')

@@ -37,6 +37,7 @@ import tyro  # noqa: E402
 
 import llama  # noqa: E402
 import machine  # noqa: E402
+import pages  # noqa: E402
 import rso_block  # noqa: E402
 import rso_layer  # noqa: E402
 import rso_llama  # noqa: E402
@@ -155,7 +156,7 @@ def main(args: Args) -> None:
     save()
   made = rso_report.tables(results)
   print('\n\n'.join(made.values()))
-  rso_report.write(pathlib.Path(args.docs), made)
+  pages.fill(pathlib.Path(args.docs), made)
   if 'peak' in results:
     rso_report.picture(results, out.with_suffix('.png'))
 

@@ -29,23 +29,6 @@ RECOMPUTED = {
 Row = dict[str, Any]
 
 
-def begin_end(part: str) -> tuple[str, str]:
-  """Returns the marks between which a part's table stands."""
-  return f'<!-- {part} begins -->', f'<!-- {part} ends -->'
-
-
-def write(path: pathlib.Path, tables: dict[str, str]) -> None:
-  """Puts every table between the marks of its part of a page."""
-  page = path.read_text()
-  for part, text in tables.items():
-    begin, end = begin_end(part)
-    if begin not in page or end not in page:
-      raise ValueError(f'{path} lacks the lines {begin} and {end}')
-    before, rest = page.split(begin)
-    page = f'{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}'
-  path.write_text(page)
-
-
 def tables(results: dict) -> dict[str, str]:
   """Returns the table of every part that has been counted."""
   makers: dict[str, Callable[[Any], str]] = {

@@ -23,6 +23,7 @@ import jax  # noqa: E402
 import tyro  # noqa: E402
 
 import machine  # noqa: E402
+import pages  # noqa: E402
 import roofline  # noqa: E402
 import scaling_checks  # noqa: E402
 import scaling_report  # noqa: E402
@@ -223,7 +224,7 @@ def main(args: Args) -> None:
   out.write_text(json.dumps(results, indent=1) + '\n')
   text = scaling_report.markdown(results)
   print(text)
-  scaling_report.write(pathlib.Path(args.docs), text)
+  pages.fill(pathlib.Path(args.docs), {'tables': text})
   scaling_report.picture(results, out.with_suffix('.png'))
 
 

@@ -9,7 +9,6 @@ matplotlib.use('Agg')
 from matplotlib import ticker
 import matplotlib.pyplot as plt
 
-BEGIN, END = '<!-- tables begin -->', '<!-- tables end -->'
 STYLES = {
   'FSDP, AdamW': ('k', 'o'),
   'FSDP, online_subspace_descent': ('tab:blue', 's'),
@@ -105,15 +104,6 @@ def cell(row: dict) -> str:
 def number(x: float) -> str:
   """Returns three digits of a number, or all before its point."""
   return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
-
-
-def write(path: pathlib.Path, text: str) -> None:
-  """Puts tables between the marks of a page."""
-  page = path.read_text()
-  if BEGIN not in page or END not in page:
-    raise ValueError(f'{path} lacks the lines {BEGIN} and {END}')
-  before, rest = page.split(BEGIN)
-  path.write_text(f'{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}')
 
 
 def picture(results: dict, path: pathlib.Path) -> None:

@@ -33,10 +33,11 @@ import optax
 
 from subspace_optax import _sharding
 from subspace_optax import _tree
+from subspace_optax._rso import _subproblems
 
 
 def state_sharding(
-  tx: optax.GradientTransformation,
+  tx: optax.GradientTransformation | _subproblems.Subproblems,
   params: Any,
   *,
   replicated: tuple[str, ...] = (),
@@ -53,7 +54,7 @@ def state_sharding(
   no device ever holds all of it; as those of a jitted step it keeps it there.
 
   Args:
-    tx: the optimizer.
+    tx: the optimizer, or `rso.subproblems`.
     params: arrays, or `jax.ShapeDtypeStruct`s with shardings, or either in
       flax's boxes, whose names of mesh axes are taken where an array has no
       sharding. Those on one device are replicated if others have a mesh.

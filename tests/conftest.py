@@ -1,5 +1,6 @@
 """Configures jax before any test, or any doctest, starts its backend."""
 
+import importlib.metadata
 import os
 
 # Tests must not depend on an accelerator, nor take one that is in use.
@@ -10,7 +11,6 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = os.environ['PJRT_NPROC'] = '32'
 
 import hypothesis
-import jaxlib
 import pytest
 
 # Most of the time of the tests is XLA's. These options take a third of it; the
@@ -19,7 +19,7 @@ _FLAGS = [
   '--xla_backend_optimization_level=0',
   '--xla_llvm_disable_expensive_passes=true',
 ]
-if jaxlib.__version__.startswith('0.10.'):
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
   _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ['XLA_FLAGS'] = ' '.join([*_FLAGS, os.environ.get('XLA_FLAGS', '')])
 
