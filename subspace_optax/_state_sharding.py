@@ -164,7 +164,7 @@ def _mesh(params: Any) -> Mesh | None:
   return next(iter(meshes), None if current.empty else current)
 
 
-def _on_one_device(tx: optax.GradientTransformation, params: Any) -> Any:
+def _on_one_device(tx: Any, params: Any) -> Any:
   """Returns the parameters' own sharding for all of the state."""
   found = [getattr(x, 'sharding', None) for x in jax.tree.leaves(params)]
   alone = {s for s in found if s is not None}
