@@ -344,6 +344,21 @@ def test_what_cannot_be_compressed_is_named(tx, words):
     step(problem.params, tx.init(problem.params), models.inputs())
 
 
+def test_a_gap_that_is_injected_is_named():
+  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
+  static = ('rank', 'random_from', 'seed')
+  make = lambda names: optax.inject_hyperparams(so.golore, static_args=names)(
+    1e-3, rank=2, update_proj_gap=3
+  )
+  tx = make(static)
+  with errors.raises(ValueError, 'update_proj_gap', 'static_args'):
+    rso.compressed_step(_matrix_loss, tx)(params, tx.init(params), x)
+  tx = make((*static, 'update_proj_gap'))
+  step = rso.compressed_step(_matrix_loss, tx)
+  after, _, _ = _run(step, tx, params, 4, lambda _: x)
+  assert (after['w'] != params['w']).all()
+
+
 def test_a_state_of_other_parameters_is_named():
   problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
   step = rso.compressed_step(problem.lifted, tx)

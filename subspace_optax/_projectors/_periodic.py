@@ -28,6 +28,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax import core
 from jax import lax
 import jax.numpy as jnp
 
@@ -142,6 +143,11 @@ def periodic(
     )
 
   def needs_gradient(context, state):
+    if isinstance(update_proj_gap, core.Tracer):  # of another trace
+      raise ValueError(
+        'update_proj_gap must be static for compressed steps; under '
+        "optax.inject_hyperparams, pass static_args=('update_proj_gap', ...)."
+      )
     if not uses_gradient:
       return False
     due, _, _ = gap.due(context, state.owed, state.schedule)
