@@ -140,27 +140,14 @@ def pretraining(c: Config, text: pathlib.Path) -> pretrain.Config:
     seed=c.seed,
     final_eval_batches=16,
     out=str(pathlib.Path(c.out, 'pretraining')),
+    export=True,
     resume=c.resume,
   )
 
 
-def export(c: pretrain.Config, folder: pathlib.Path):
-  """Writes what a run of `pretrain.py` has learned as a checkpoint."""
-  vocab = c.vocab or 256
-  _, _, state = pretrain.build(c, vocab)
-  with checkpoint.open_folder(pathlib.Path(c.out, 'checkpoints')) as saved:
-    _, state = checkpoint.restore(saved, state)
-  model = llama.named(c.model, vocab=vocab)
-  tokenizer = pathlib.Path(c.out, 'tokenizer.json')
-  folder.mkdir(parents=True, exist_ok=True)
-  if tokenizer.exists():
-    shutil.copy(tokenizer, folder)
-  hf_checkpoint.save(folder, model, state['params'])
-
-
 def pretrained(c: Config, texts: list[str]) -> pathlib.Path:
   """A checkpoint of a small LLaMA that has read `texts`, without labels."""
-  folder = pathlib.Path(c.out, 'base')
+  folder = pathlib.Path(c.out, 'pretraining', 'weights')
   if (folder / 'config.json').exists():
     return folder
   text = pathlib.Path(c.out, 'texts.txt')
@@ -175,7 +162,6 @@ def pretrained(c: Config, texts: list[str]) -> pathlib.Path:
     path = pathlib.Path(run.out, 'tokenizer.json')
     report.write_text(path, corpus.tokenizer)
   pretrain.train(pretrain.for_optimizer(run, 'adamw'), corpus)
-  export(run, folder)
   report.say(f'pretrained; to use it again: --checkpoint {folder}')
   return folder
 

@@ -21,6 +21,7 @@ import hashlib
 import math
 import pathlib
 import shlex
+import shutil
 import sys
 from typing import Any, NamedTuple
 
@@ -281,9 +282,13 @@ def train(c: Config, corpus: data.Corpus, bar: float | None = None) -> dict:
 def export(c: Config, run: Plan, params):
   """Writes plain weights; all processes gather them, one writes."""
   params = jax.tree.map(mesh.whole, params)
-  folder = pathlib.Path(c.out, 'weights')
+  folder, tokenizer = (
+    pathlib.Path(c.out, name) for name in ('weights', 'tokenizer.json')
+  )
   if mesh.is_first():
     hf_checkpoint.save(folder, run.config, params)
+    if tokenizer.exists():
+      shutil.copy(tokenizer, folder)
   report.say(f'weights are in {folder}')
 
 

@@ -592,7 +592,7 @@ def test_without_a_checkpoint_one_is_pretrained(tiny, tmp_path):
     seq=4, out=str(tmp_path),
   )  # fmt: skip
   task = finetune.load_task(config)
-  assert task.checkpoint == tmp_path / 'base'
+  assert task.checkpoint == tmp_path / 'pretraining' / 'weights'
   model, params = hf_checkpoint.load(task.checkpoint)
   assert model == llama.named('llama_test', vocab=300, kv_heads=2)
   scale = params['blocks']['mlp_norm']['scale']
