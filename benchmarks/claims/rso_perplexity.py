@@ -99,7 +99,7 @@ def run() -> claim.Claim:
     ),
     table=tuple(table),
     notes=(
-      f'Seeds differ by {spread:.2f} to either side of their mean: ratios within '
+      f'Seeds lie up to {spread:.2f} from their mean: ratios within '
       f'{spread / mean["Adam"]:.1%} of each other say nothing of the order.',
       'What the paper means by comparable is taken from an independent re-run, '
       "whose ratios are the bounds; the paper's own tables could not be "
