@@ -4,6 +4,7 @@ import math
 import re
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
@@ -326,6 +327,29 @@ def test_bfloat16_parameters_learn_and_keep_their_types():
   step = rso.compressed_step(loss, tx)
   _, _, losses = _run(step, tx, params, 100, lambda _: x)
   assert losses[-1] < 0.2 * losses[0]
+
+
+def _gradient_penalty(params, x):
+  y = lambda x: jnp.sum(jnp.tanh(rso.dot(x, params['w'])))
+  return jnp.sum(jax.grad(y)(x) ** 2)
+
+
+def test_second_derivatives_are_refused_and_constants_are_not():
+  params = {'w': models.inputs()[0] @ jnp.ones((models.WIDTH, 12))}
+  x, tx = jnp.ones((3, models.TIME)), so.golore(0.1, spec=_spec(2))
+  step = rso.compressed_step(_gradient_penalty, tx)
+  with errors.raises(ValueError, "'w'", 'stop_gradient', 'exclude'):
+    step(params, tx.init(params), x)
+
+  def at_an_attacked_input(params, x):
+    change = jax.grad(_matrix_loss, argnums=1)(lax.stop_gradient(params), x)
+    return _matrix_loss(params, x + jnp.sign(change))
+
+  whole, compressed = (
+    _run(make(at_an_attacked_input, tx), tx, params, 3, lambda _: x)[0]
+    for make in (_whole_step, rso.compressed_step)
+  )
+  np.testing.assert_allclose(compressed['w'], whole['w'], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,28 @@ def test_the_gradient_is_the_full_one_projected(make, stacked, remat):
   _check_gradient(make(stacked, remat))
 
 
+@pytest.mark.parametrize('side', ['in', 'out'])
+def test_second_derivatives(side):
+  rng = np.random.default_rng(0)
+  w, x = (jnp.asarray(rng.standard_normal(s)) for s in ((6, 9), (5, 6)))
+  spec = so.SubspaceSpec(2, side=side, only_if_smaller=False)
+  p = jnp.asarray(rng.standard_normal((6, 2) if side == 'in' else (9, 2)))
+  b = jnp.asarray(rng.standard_normal((2, 9) if side == 'in' else (6, 2)))
+
+  def penalty(w, x):
+    y = lambda x: jnp.sum(jnp.tanh(rso.dot(x, w)))
+    return jnp.sum(jax.grad(y)(x) ** 2)
+
+  dense = lambda b: penalty(w + (p @ b if side == 'in' else b @ p.T), x)
+  f = rso.value_and_grad(
+    lambda at, x: penalty(at['w'], x), spec.match({'w': w})
+  )
+  value, found = f({'w': w}, {'w': p}, {'w': b}, x)
+  want = jax.value_and_grad(dense)(b)
+  np.testing.assert_allclose(value, want[0], rtol=1e-12)
+  np.testing.assert_allclose(found['w'], want[1], rtol=1e-10, atol=1e-12)
+
+
 def test_an_nnx_state_of_params():
   _check_gradient(models.nnx_problem(True, False, pure=False))
 

@@ -24,6 +24,7 @@ References:
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -139,7 +140,8 @@ def dot_general(
   y = product(x, lax.stop_gradient(w.kernel), numbers, **kwargs)
   coords = _whole_rank(w.coords, w.here.coords_axes())
   if w.at_zero:
-    y = _with_gradient_of(of_coords, y, lax.stop_gradient(held), coords)
+    held = lax.stop_gradient(held)
+    y = _with_gradient_of(of_coords, y, held, coords, w.path)
   else:
     y += of_coords(held, coords)
   return checkpoint_name(y, LINEAR_OUT)
@@ -178,7 +180,9 @@ def _in_subspace(product, x, w: Lifted, numbers, kwargs) -> tuple[Any, Any]:
   return (x, basis), through_outputs
 
 
-def _with_gradient_of(f: Any, y: jax.Array, held: Any, coords: jax.Array):
+def _with_gradient_of(
+  f: Any, y: jax.Array, held: Any, coords: jax.Array, path: str
+) -> jax.Array:
   """Returns y, to differentiate as y + f(held, coords) by y and coords."""
 
   @jax.custom_vjp
@@ -191,12 +195,31 @@ def _with_gradient_of(f: Any, y: jax.Array, held: Any, coords: jax.Array):
 
   def backward(saved, dy):
     held, coords = saved
+    dy = _not_again(path, dy, coords)
     # Linear in B, so that only the transpose is left of this.
     _, pull = jax.vjp(lambda b: f(held, b), coords)
     return dy, None, *pull(dy)
 
   beside.defvjp(forward, backward)
   return beside(y, held, coords)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _not_again(path: str, dy: jax.Array, coords: jax.Array) -> jax.Array:
+  """Returns dy, whose way to the inputs misses B's part: 0, unlike its slope."""
+  del path, coords
+  return dy
+
+
+@_not_again.defjvp
+def _differentiated_again(path: str, primals: Any, tangents: Any) -> Any:
+  del primals, tangents
+  raise ValueError(
+    f'the loss depends on a gradient through the lifted leaf {path!r}, which '
+    'is right to first order only. Take that gradient at '
+    '`jax.lax.stop_gradient(params)` if it is to be a constant, or name the '
+    'leaf in the `exclude` of the spec.'
+  )
 
 
 def _positions(axes: str, others: str) -> dict[int, int]:
