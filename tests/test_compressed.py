@@ -368,6 +368,50 @@ def test_what_cannot_be_compressed_is_named(tx, words):
     step(problem.params, tx.init(problem.params), models.inputs())
 
 
+def test_wrappers_that_hide_what_they_wrap_are_named():
+  # Of rank 1, whose coordinates broadcast to the size of a gradient.
+  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
+  tx = optax.MultiSteps(so.golore(1e-3, spec=_spec(1)), 2)
+  step = rso.compressed_step(_matrix_loss, tx)
+  with errors.raises(ValueError, 'extra arguments', 'every_k'):
+    step(params, tx.init(params), x)
+
+
+def test_a_part_without_parameters():
+  parts = {'some': so.golore(0.01, spec=_spec()), 'none': so.galore(0.01)}
+  tx = optax.partition(parts, lambda p: jax.tree.map(lambda _: 'some', p))
+  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
+  step = rso.compressed_step(_matrix_loss, tx)
+  after, _, _ = step(params, tx.init(params), x)
+  want, _, _ = rso.compressed_step(_matrix_loss, parts['some'])(
+    params, parts['some'].init(params), x
+  )
+  np.testing.assert_allclose(after['w'], want['w'])
+
+
+def test_a_switch_of_random_bases_has_no_step_of_whole_gradients():
+  rules = {0: so.projectors.stiefel(2), 4: so.projectors.gaussian(2)}
+  tx = _subspace(so.projectors.switch(rules))
+  seen = []
+
+  def loss(params, x):
+    seen.append(type(params['w']))
+    return _matrix_loss(params, x)
+
+  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
+  step = rso.compressed_step(loss, tx)
+  jax.eval_shape(step, params, tx.init(params), x)
+  assert seen == [rso.Lifted]
+
+
+def test_no_tracer_leaks():
+  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
+  tx = so.galore(1e-3, 3, spec=_spec())
+  state, step = tx.init(params), rso.compressed_step(_matrix_loss, tx)
+  with jax.checking_leaks():
+    jax.eval_shape(step, params, state, x)
+
+
 def test_a_state_of_other_parameters_is_named():
   problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
   step = rso.compressed_step(problem.lifted, tx)

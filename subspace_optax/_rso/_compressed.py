@@ -88,15 +88,19 @@ def compressed_step(
     >>> print(value)
     64.0
   """
-  update = optax.with_extra_args_support(tx).update
 
   def step(params, state, *args):
     found = _projections(tx, params, state)
     needs = _needs_gradient(found)
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+      raise ValueError(
+        'tx must take extra arguments, which tell it of coordinates; of '
+        '`optax.MultiSteps` take `gradient_transformation()`, or `every_k`.'
+      )
 
     def take(f, at, state, **kwargs):
       value, gradients = value_and_grad(f)(at, *args)
-      updates, state = update(gradients, state, params, **kwargs)
+      updates, state = tx.update(gradients, state, params, **kwargs)
       return optax.apply_updates(params, updates), state, value
 
     def compressed(state):
