@@ -62,7 +62,9 @@ def compressed_step(
 
   Args:
     loss: (params, *args) -> the mean loss. Params are plain, or some of them
-      are lifted: see `nnx_merge`, `linen_apply` and `dot`.
+      are lifted: see `nnx_merge`, `linen_apply` and `dot`. It must use these
+      in their layers alone: their gradient from anywhere else, as from a sum of
+      squares over all params, is lost without a word. Let `tx` decay weights.
     tx: the optimizer, with `project` in it and no residual.
     value_and_grad: how to differentiate a function by its first argument; one
       that accumulates over microbatches, say.

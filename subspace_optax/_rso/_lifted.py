@@ -48,6 +48,9 @@ PROJECTED_INPUT = 'projected_input'
 class Lifted:
   """W + P B in the place of a kernel, never added up.
 
+  It is a tree of three arrays, so that what goes over all arrays of a tree of
+  parameters, such as a norm, takes them for three parameters.
+
   Attributes:
     kernel: W, the leaf.
     basis: P, the leaf's batch axes and rows, then the rank r; or Q, with its
@@ -75,6 +78,12 @@ class Lifted:
       )
     return self
 
+  def __getattr__(self, name: str) -> Any:
+    raise AttributeError(
+      f'the lifted leaf {self.path!r} has no {name!r}, as only an array has; it '
+      'is there for its layer alone. Name it in the `exclude` of the spec.'
+    )
+
   @property
   def here(self) -> _layout.Layout:
     """The layout of the arrays as they are, their first batch axes gone."""
@@ -93,7 +102,11 @@ class Lifted:
 
 
 def dot(
-  x: jax.Array, w: jax.Array | Lifted, axes: int = 1, precision: Any = None
+  x: jax.Array,
+  w: jax.Array | Lifted,
+  axes: int = 1,
+  precision: Any = None,
+  out_sharding: Any = None,
 ) -> jax.Array:
   """Multiplies inputs with a kernel, for models written by hand.
 
@@ -105,6 +118,8 @@ def dot(
     w: the kernel, lifted or not; its first axes are contracted.
     axes: how many.
     precision: of the products, as in `jax.lax.dot_general`.
+    out_sharding: of the result, likewise; under explicit sharding, where a
+      contracted axis is sharded.
 
   Returns:
     An array of x's other axes, then w's, in the dtype that x and the kernel
@@ -124,10 +139,11 @@ def dot(
   x, kernel = x.astype(dtype), kernel.astype(dtype)
   last = tuple(range(x.ndim - axes, x.ndim))
   numbers = ((last, tuple(range(axes))), ((), ()))
+  kwargs = {'precision': precision, 'out_sharding': out_sharding}
   if isinstance(w, Lifted):
     w = w.with_kernel(kernel)
-    return dot_general(lax.dot_general, x, w, numbers, precision=precision)
-  y = lax.dot_general(x, kernel, numbers, precision=precision)
+    return dot_general(lax.dot_general, x, w, numbers, **kwargs)
+  y = lax.dot_general(x, kernel, numbers, **kwargs)
   return checkpoint_name(y, LINEAR_OUT)
 
 
@@ -206,7 +222,10 @@ def _with_gradient_of(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _not_again(path: str, dy: jax.Array, coords: jax.Array) -> jax.Array:
-  """Returns dy, whose way to the inputs misses B's part: 0, unlike its slope."""
+  """Returns dy; on its way to the inputs B's part is left out.
+
+  It is 0 where B is, but its derivatives are not.
+  """
   del path, coords
   return dy
 
