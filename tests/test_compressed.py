@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import jax
 from jax import lax
@@ -371,14 +372,14 @@ def test_what_cannot_be_compressed_is_named(tx, words):
 def test_wrappers_that_hide_what_they_wrap_are_named():
   # Of rank 1, whose coordinates broadcast to the size of a gradient.
   params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
-  tx = optax.MultiSteps(so.golore(1e-3, spec=_spec(1)), 2)
+  tx: Any = optax.MultiSteps(so.golore(1e-3, spec=_spec(1)), 2)
   step = rso.compressed_step(_matrix_loss, tx)
   with errors.raises(ValueError, 'extra arguments', 'every_k'):
     step(params, tx.init(params), x)
 
 
 def test_a_part_without_parameters():
-  parts = {'some': so.golore(0.01, spec=_spec()), 'none': so.galore(0.01)}
+  parts: dict = {'some': so.golore(0.01, spec=_spec()), 'none': so.galore(0.01)}
   tx = optax.partition(parts, lambda p: jax.tree.map(lambda _: 'some', p))
   params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
   step = rso.compressed_step(_matrix_loss, tx)

@@ -80,8 +80,8 @@ class Lifted:
 
   def __getattr__(self, name: str) -> Any:
     raise AttributeError(
-      f'the lifted leaf {self.path!r} has no {name!r}, as only an array has; it '
-      'is there for its layer alone. Name it in the `exclude` of the spec.'
+      f'the lifted leaf {self.path!r} has no {name!r}, as an array has; it is '
+      'there for its layer alone. Name it in the `exclude` of the spec.'
     )
 
   @property
