@@ -39,11 +39,17 @@ class Record(NamedTuple):
   keep_gradient: bool
 
 
-def record(*args: Any) -> None:
+def record(spec: _spec.SubspaceSpec, matches: Matches, *args: Any) -> None:
   """Notes a `Record`, if anybody listens."""
   records = _records.get()
   if records is not None:
-    records.append(Record(*args))
+    # Of tracers nothing may outlive the trace.
+    records.append(Record(spec, [m and _of_shape(m) for m in matches], *args))
+
+
+def _of_shape(match: _spec.Match) -> _spec.Match:
+  shape = jax.ShapeDtypeStruct(match.leaf.shape, match.leaf.dtype)
+  return match._replace(leaf=shape)
 
 
 def records_of(tx: Any, params: Any) -> list[Record]:

@@ -2,8 +2,10 @@
 
 import math
 import re
+from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
@@ -328,6 +330,29 @@ def test_bfloat16_parameters_learn_and_keep_their_types():
   assert losses[-1] < 0.2 * losses[0]
 
 
+def _gradient_penalty(params, x):
+  y = lambda x: jnp.sum(jnp.tanh(rso.dot(x, params['w'])))
+  return jnp.sum(jax.grad(y)(x) ** 2)
+
+
+def test_second_derivatives_are_refused_and_constants_are_not():
+  params = {'w': models.inputs()[0] @ jnp.ones((models.WIDTH, 12))}
+  x, tx = jnp.ones((3, models.TIME)), so.golore(0.1, spec=_spec(2))
+  step = rso.compressed_step(_gradient_penalty, tx)
+  with errors.raises(ValueError, "'w'", 'stop_gradient', 'exclude'):
+    step(params, tx.init(params), x)
+
+  def at_an_attacked_input(params, x):
+    change = jax.grad(_matrix_loss, argnums=1)(lax.stop_gradient(params), x)
+    return _matrix_loss(params, x + jnp.sign(change))
+
+  whole, compressed = (
+    _run(make(at_an_attacked_input, tx), tx, params, 3, lambda _: x)[0]
+    for make in (_whole_step, rso.compressed_step)
+  )
+  np.testing.assert_allclose(compressed['w'], whole['w'], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   ('tx', 'words'),
   [
@@ -357,6 +382,50 @@ def test_a_gap_that_is_injected_is_named():
   step = rso.compressed_step(_matrix_loss, tx)
   after, _, _ = _run(step, tx, params, 4, lambda _: x)
   assert (after['w'] != params['w']).all()
+
+
+def test_wrappers_that_hide_what_they_wrap_are_named():
+  # Of rank 1, whose coordinates broadcast to the size of a gradient.
+  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
+  tx: Any = optax.MultiSteps(so.golore(1e-3, spec=_spec(1)), 2)
+  step = rso.compressed_step(_matrix_loss, tx)
+  with errors.raises(ValueError, 'extra arguments', 'every_k'):
+    step(params, tx.init(params), x)
+
+
+def test_a_part_without_parameters():
+  parts: dict = {'some': so.golore(0.01, spec=_spec()), 'none': so.galore(0.01)}
+  tx = optax.partition(parts, lambda p: jax.tree.map(lambda _: 'some', p))
+  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
+  step = rso.compressed_step(_matrix_loss, tx)
+  after, _, _ = step(params, tx.init(params), x)
+  want, _, _ = rso.compressed_step(_matrix_loss, parts['some'])(
+    params, parts['some'].init(params), x
+  )
+  np.testing.assert_allclose(after['w'], want['w'])
+
+
+def test_a_switch_of_random_bases_has_no_step_of_whole_gradients():
+  rules = {0: so.projectors.stiefel(2), 4: so.projectors.gaussian(2)}
+  tx = _subspace(so.projectors.switch(rules))
+  seen = []
+
+  def loss(params, x):
+    seen.append(type(params['w']))
+    return _matrix_loss(params, x)
+
+  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
+  step = rso.compressed_step(loss, tx)
+  jax.eval_shape(step, params, tx.init(params), x)
+  assert seen == [rso.Lifted]
+
+
+def test_no_tracer_leaks():
+  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
+  tx = so.galore(1e-3, 3, spec=_spec())
+  state, step = tx.init(params), rso.compressed_step(_matrix_loss, tx)
+  with jax.checking_leaks():
+    jax.eval_shape(step, params, state, x)
 
 
 def test_a_state_of_other_parameters_is_named():

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import cases
+import errors
 import rso_models as models
 import subspace_optax as so
 from subspace_optax import rso
@@ -56,6 +57,28 @@ def _check_gradient(problem: models.Problem, axis: int = 0):
 @pytest.mark.parametrize('make', [models.nnx_problem, models.linen_problem])
 def test_the_gradient_is_the_full_one_projected(make, stacked, remat):
   _check_gradient(make(stacked, remat))
+
+
+@pytest.mark.parametrize('side', ['in', 'out'])
+def test_second_derivatives(side):
+  rng = np.random.default_rng(0)
+  w, x = (jnp.asarray(rng.standard_normal(s)) for s in ((6, 9), (5, 6)))
+  spec = so.SubspaceSpec(2, side=side, only_if_smaller=False)
+  p = jnp.asarray(rng.standard_normal((6, 2) if side == 'in' else (9, 2)))
+  b = jnp.asarray(rng.standard_normal((2, 9) if side == 'in' else (6, 2)))
+
+  def penalty(w, x):
+    y = lambda x: jnp.sum(jnp.tanh(rso.dot(x, w)))
+    return jnp.sum(jax.grad(y)(x) ** 2)
+
+  dense = lambda b: penalty(w + (p @ b if side == 'in' else b @ p.T), x)
+  f = rso.value_and_grad(
+    lambda at, x: penalty(at['w'], x), spec.match({'w': w})
+  )
+  value, found = f({'w': w}, {'w': p}, {'w': b}, x)
+  want = jax.value_and_grad(dense)(b)
+  np.testing.assert_allclose(value, want[0], rtol=1e-12)
+  np.testing.assert_allclose(found['w'], want[1], rtol=1e-10, atol=1e-12)
 
 
 def test_an_nnx_state_of_params():
@@ -290,6 +313,31 @@ def test_explicit_sharding():
   _assert_close(found[1], want[1])
 
 
+@pytest.mark.parametrize('side', ['in', 'out'])
+def test_dot_over_a_sharded_axis(side):
+  rng = np.random.default_rng(0)
+  x, w = (jnp.asarray(rng.standard_normal(s)) for s in ((4, 8), (8, 12)))
+  spec = so.SubspaceSpec(2, side=side, only_if_smaller=False)
+  shapes = ((8, 2), (2, 12)) if side == 'in' else ((12, 2), (8, 2))
+  basis, coords = (jnp.asarray(rng.standard_normal(s)) for s in shapes)
+
+  def gradient(x, w, out):
+    trees = {'w': w}, {'w': basis}, {'w': coords}
+    y = lambda p, x: rso.dot(x, p['w'], out_sharding=out)
+    f = lambda p, x: jnp.sum(jnp.sin(y(p, x)))
+    return rso.value_and_grad(f, spec.match(trees[0]))(*trees, x)
+
+  want = gradient(x, w, None)
+  mesh = jax.make_mesh((4,), ('tensor',), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    put = lambda x, *s: jax.device_put(x, NamedSharding(mesh, P(*s)))
+    found = cases.jit(gradient, static_argnums=2)(
+      put(x, None, 'tensor'), put(w, 'tensor', None), P(None, None)
+    )
+  np.testing.assert_allclose(found[0], want[0], rtol=1e-12)
+  np.testing.assert_allclose(found[1]['w'], want[1]['w'], rtol=1e-10)
+
+
 class _Einsum(nnx.Module):
   def __init__(self):
     self.mix = nnx.Einsum('bi,ij->bj', (6, 9), rngs=nnx.Rngs(0))
@@ -303,6 +351,21 @@ def test_a_lifted_leaf_of_another_nnx_module():
   message = r"'mix/kernel' belongs to a Einsum.*nnx.LinearGeneral.*`exclude`"
   with pytest.raises(ValueError, match=message):
     rso.nnx_merge(graphdef, lifted)
+
+
+@pytest.mark.parametrize('use', [lambda w: w.T, lambda w: w * 2, jnp.sum])
+def test_a_lifted_leaf_outside_of_its_layer(use):
+  model = nnx.Linear(8, 20, use_bias=False, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(model)
+  params = nnx.to_pure_dict(params)
+  bases, coords = {'kernel': jnp.ones((8, 3))}, {'kernel': jnp.ones((3, 20))}
+  lifted = rso.lift(params, bases, coords, models.SPEC)
+  with pytest.raises(
+    (AttributeError, TypeError, ValueError), match='[Ll]ifted'
+  ):
+    use(rso.nnx_merge(graphdef, lifted).kernel[...])
+  with errors.raises(AttributeError, "'kernel'", "'shape'", 'exclude'):
+    lifted['kernel'].shape  # noqa: B018
 
 
 def test_a_lifted_leaf_of_another_linen_module():

@@ -154,7 +154,8 @@ def periodic(
     wanted = jax.tree.map(
       lambda due, owed: jnp.any(due | (owed & context.active)), due, state.owed
     )
-    return jnp.any(jnp.stack(jax.tree.leaves(wanted)))
+    wanted = jax.tree.leaves(wanted)
+    return jnp.any(jnp.stack(wanted)) if wanted else False
 
   return _base.Projector(
     name,

@@ -110,7 +110,9 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
     needs = False
     for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
       context_i = active(context, i)
-      needs |= context_i.active & rule.needs_gradient(context_i, s)
+      of_rule = rule.needs_gradient(context_i, s)
+      if of_rule is not False:  # or the step would be made twice
+        needs |= context_i.active & of_rule
     return needs
 
   parts = ', '.join(

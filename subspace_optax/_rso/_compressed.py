@@ -62,7 +62,9 @@ def compressed_step(
 
   Args:
     loss: (params, *args) -> the mean loss. Params are plain, or some of them
-      are lifted: see `nnx_merge`, `linen_apply` and `dot`.
+      are lifted: see `nnx_merge`, `linen_apply` and `dot`. It must use these
+      in their layers alone: their gradient from anywhere else, as from a sum of
+      squares over all params, is lost without a word. Let `tx` decay weights.
     tx: the optimizer, with `project` in it and no residual.
     value_and_grad: how to differentiate a function by its first argument; one
       that accumulates over microbatches, say.
@@ -88,15 +90,19 @@ def compressed_step(
     >>> print(value)
     64.0
   """
-  update = optax.with_extra_args_support(tx).update
 
   def step(params, state, *args):
     found = _projections(tx, params, state)
     needs = _needs_gradient(found)
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+      raise ValueError(
+        'tx must take extra arguments, which tell it of coordinates; of '
+        '`optax.MultiSteps` take `gradient_transformation()`, or `every_k`.'
+      )
 
     def take(f, at, state, **kwargs):
       value, gradients = value_and_grad(f)(at, *args)
-      updates, state = update(gradients, state, params, **kwargs)
+      updates, state = tx.update(gradients, state, params, **kwargs)
       return optax.apply_updates(params, updates), state, value
 
     def compressed(state):

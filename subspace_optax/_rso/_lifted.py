@@ -24,6 +24,7 @@ References:
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -46,6 +47,9 @@ PROJECTED_INPUT = 'projected_input'
 @dataclasses.dataclass(frozen=True)
 class Lifted:
   """W + P B in the place of a kernel, never added up.
+
+  It is a tree of three arrays, so that what goes over all arrays of a tree of
+  parameters, such as a norm, takes them for three parameters.
 
   Attributes:
     kernel: W, the leaf.
@@ -74,6 +78,12 @@ class Lifted:
       )
     return self
 
+  def __getattr__(self, name: str) -> Any:
+    raise AttributeError(
+      f'the lifted leaf {self.path!r} has no {name!r}, as an array has; it is '
+      'there for its layer alone. Name it in the `exclude` of the spec.'
+    )
+
   @property
   def here(self) -> _layout.Layout:
     """The layout of the arrays as they are, their first batch axes gone."""
@@ -92,7 +102,11 @@ class Lifted:
 
 
 def dot(
-  x: jax.Array, w: jax.Array | Lifted, axes: int = 1, precision: Any = None
+  x: jax.Array,
+  w: jax.Array | Lifted,
+  axes: int = 1,
+  precision: Any = None,
+  out_sharding: Any = None,
 ) -> jax.Array:
   """Multiplies inputs with a kernel, for models written by hand.
 
@@ -104,6 +118,8 @@ def dot(
     w: the kernel, lifted or not; its first axes are contracted.
     axes: how many.
     precision: of the products, as in `jax.lax.dot_general`.
+    out_sharding: of the result, likewise; under explicit sharding, where a
+      contracted axis is sharded.
 
   Returns:
     An array of x's other axes, then w's, in the dtype that x and the kernel
@@ -123,10 +139,11 @@ def dot(
   x, kernel = x.astype(dtype), kernel.astype(dtype)
   last = tuple(range(x.ndim - axes, x.ndim))
   numbers = ((last, tuple(range(axes))), ((), ()))
+  kwargs = {'precision': precision, 'out_sharding': out_sharding}
   if isinstance(w, Lifted):
     w = w.with_kernel(kernel)
-    return dot_general(lax.dot_general, x, w, numbers, precision=precision)
-  y = lax.dot_general(x, kernel, numbers, precision=precision)
+    return dot_general(lax.dot_general, x, w, numbers, **kwargs)
+  y = lax.dot_general(x, kernel, numbers, **kwargs)
   return checkpoint_name(y, LINEAR_OUT)
 
 
@@ -139,7 +156,8 @@ def dot_general(
   y = product(x, lax.stop_gradient(w.kernel), numbers, **kwargs)
   coords = _whole_rank(w.coords, w.here.coords_axes())
   if w.at_zero:
-    y = _with_gradient_of(of_coords, y, lax.stop_gradient(held), coords)
+    held = lax.stop_gradient(held)
+    y = _with_gradient_of(of_coords, y, held, coords, w.path)
   else:
     y += of_coords(held, coords)
   return checkpoint_name(y, LINEAR_OUT)
@@ -178,7 +196,9 @@ def _in_subspace(product, x, w: Lifted, numbers, kwargs) -> tuple[Any, Any]:
   return (x, basis), through_outputs
 
 
-def _with_gradient_of(f: Any, y: jax.Array, held: Any, coords: jax.Array):
+def _with_gradient_of(
+  f: Any, y: jax.Array, held: Any, coords: jax.Array, path: str
+) -> jax.Array:
   """Returns y, to differentiate as y + f(held, coords) by y and coords."""
 
   @jax.custom_vjp
@@ -191,12 +211,34 @@ def _with_gradient_of(f: Any, y: jax.Array, held: Any, coords: jax.Array):
 
   def backward(saved, dy):
     held, coords = saved
+    dy = _not_again(path, dy, coords)
     # Linear in B, so that only the transpose is left of this.
     _, pull = jax.vjp(lambda b: f(held, b), coords)
     return dy, None, *pull(dy)
 
   beside.defvjp(forward, backward)
   return beside(y, held, coords)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _not_again(path: str, dy: jax.Array, coords: jax.Array) -> jax.Array:
+  """Returns dy; on its way to the inputs B's part is left out.
+
+  It is 0 where B is, but its derivatives are not.
+  """
+  del path, coords
+  return dy
+
+
+@_not_again.defjvp
+def _differentiated_again(path: str, primals: Any, tangents: Any) -> Any:
+  del primals, tangents
+  raise ValueError(
+    f'the loss depends on a gradient through the lifted leaf {path!r}, which '
+    'is right to first order only. Take that gradient at '
+    '`jax.lax.stop_gradient(params)` if it is to be a constant, or name the '
+    'leaf in the `exclude` of the spec.'
+  )
 
 
 def _positions(axes: str, others: str) -> dict[int, int]:

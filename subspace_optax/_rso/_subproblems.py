@@ -71,8 +71,10 @@ class Subproblems(NamedTuple):
     step: (loss, value_and_grad=jax.value_and_grad) -> a training step, (params,
       state, *args) -> (params, state, value), to be jitted. The loss takes
       (params, *args), where some of the params are lifted: see `nnx_merge`,
-      `linen_apply` and `dot`. `value_and_grad` differentiates a function by its
-      first argument: one that accumulates over microbatches, say.
+      `linen_apply` and `dot`. It must use these in their layers alone, since a
+      sum of squares over all params, say, is then one of W, P and B.
+      `value_and_grad` differentiates a function by its first argument: one that
+      accumulates over microbatches, say.
     bases: (params, state) -> P of every lifted leaf, for the next gradient.
     update: (gradients, state, params) -> (params, state): one inner step, and
       the merge behind the last one of a subproblem. Gradients of lifted leaves
