@@ -347,6 +347,20 @@ def test_small_updates_of_bfloat16_weights(rounding):
     np.testing.assert_allclose(got, wanted, atol=2e-4)
 
 
+def test_only_narrow_weights_lose_anything():
+  wide, narrow = jnp.ones((8, 16), jnp.float32), jnp.ones((8, 16), jnp.bfloat16)
+  params = {'wide': wide, 'narrow': narrow}
+  rso = so.rso.subproblems(
+    _spec_of_one(), optax.sgd(0.1), update_proj_gap=1, rounding='compensated'
+  )
+  state = rso.init(params)
+  gradients = jax.tree.map(jnp.ones_like, state.coords)
+  after, moved = cases.jit(rso.update)(gradients, state, params)
+  assert measure.types(moved) == measure.types(state)
+  assert [x.dtype for x in jax.tree.leaves(moved.lost)] == [jnp.bfloat16]
+  assert np.all(np.asarray(after['wide'] != wide))
+
+
 def test_state_is_stable_and_holds_no_basis():
   rso = so.rso.subproblems(_spec(), optax.adam(0.01), update_proj_gap=GAP)
   history = _run(rso, cases.tree(LEAVES), 4)

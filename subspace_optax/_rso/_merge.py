@@ -52,13 +52,13 @@ def merged(
 ) -> tuple[jax.Array, Any]:
   """Returns W + P B rounded, and what that took, if it is kept."""
   exact = added(match, w, p, b)
-  if lost is not None:
+  if isinstance(lost, jax.Array):
     exact += lost.astype(exact.dtype)
     new = exact.astype(w.dtype)
     return new, (exact - new.astype(exact.dtype)).astype(w.dtype)
   if key is None or w.dtype != jnp.bfloat16:
-    return exact.astype(w.dtype), None
-  return _rounded_at_random(exact, *key), None
+    return exact.astype(w.dtype), lost
+  return _rounded_at_random(exact, *key), lost
 
 
 def _rounded_at_random(x: jax.Array, seed: jax.Array, count: jax.Array):

@@ -58,8 +58,8 @@ class SubproblemState(NamedTuple):
   seed: Any  # tree, leaf shape=(*batch,), dtype=uint32
   coords: Any  # B: tree, leaf shape=the coordinates', float32 or wider
   inner: Any  # of the optimizer of B and of plain leaves
-  # What rounding took from merged weights: tree, leaf shape=the leaf's,
-  # dtype=its own; () without compensation
+  # What rounding took from merged weights narrower than float32: tree, leaf
+  # shape=the leaf's, dtype=its own; () without compensation
   lost: Any
 
 
@@ -167,7 +167,7 @@ def subproblems(
       seed=make(functools.partial(_project.seeds_of, spec)),
       coords=make(_zero_coords),
       inner=directions.init(params),
-      lost=make(_zero_leaf) if rounding == 'compensated' else (),
+      lost=make(_nothing_lost) if rounding == 'compensated' else (),
     )
     return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
@@ -335,8 +335,10 @@ def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   return layout.place_coords(jnp.zeros, static, (), leaf)
 
 
-def _zero_leaf(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+def _nothing_lost(path: str, leaf: Any, layout: _layout.Layout) -> Any:
   del path
+  if jnp.finfo(leaf.dtype).bits >= 32:
+    return optax.MaskedNode()
   static = (tuple(leaf.shape), jnp.dtype(leaf.dtype))
   return layout.place_leaf(jnp.zeros, static, (), leaf)
 
