@@ -51,7 +51,8 @@ class Config:
 class MeshConfig(Config):
   """Trains a LLaMA on text, on one device or on many."""
 
-  compressed: bool = False  # no whole gradients, by so.rso.compressed_step
+  # No whole gradients, by so.rso.compressed_step; clips the norm of P^T G.
+  compressed: bool = False
   export: bool = False  # write the weights to `out`/weights, for Hugging Face
   mesh: str = ''  # as data=2,fsdp=2,tensor=2; fsdp=-1: the rest of the devices
   coordinator: str = ''  # host:port of process 0; auto: where jax finds it

@@ -150,7 +150,11 @@ def dot(
 def dot_general(
   product: Any, x: jax.Array, w: Lifted, numbers: Any, **kwargs: Any
 ) -> jax.Array:
-  """Returns x W + (x P) B, made of `product`s as `jax.lax.dot_general` is."""
+  """Returns x W + (x P) B, made of `product`s as `jax.lax.dot_general` is.
+
+  All three, whatever the layer's own product does; one that rounds to 8 bits
+  rounds P and B, too.
+  """
   _check_axes(w, numbers)
   held, of_coords = _in_subspace(product, x, w, numbers, kwargs)
   y = product(x, lax.stop_gradient(w.kernel), numbers, **kwargs)

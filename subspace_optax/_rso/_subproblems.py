@@ -110,7 +110,8 @@ def subproblems(
       bfloat16 weights, `basis_dtype='bfloat16'` halves what P takes.
     inner: the optimizer of B and of plain leaves, learning rate and sign
       included, as `optax.adam(1e-3)`. Where moments are reset its counters are,
-      too, so that its schedules are those of one subproblem.
+      too, so that its schedules are those of one subproblem. It sees no W:
+      there is no decay of the weights.
     update_proj_gap: tau, inner steps of a subproblem.
     sample: 'haar', with P^T P = (m / r) I, or 'gaussian', with entries of
       N(0, 1 / r); for both E[P P^T] = I. Drawn again at every step, the former
