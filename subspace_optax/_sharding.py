@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable
 import contextlib
 import functools
 import math
+from string import ascii_lowercase
 from typing import Any
 
 import jax
@@ -231,6 +232,26 @@ def place(
   if isinstance(leaf, Tracer):
     return jax.reshard(make(*static, *args), target)
   return _compiled(make, static, target)(*args)
+
+
+def zeros_along(leaf: Any, counts: tuple[int, ...]) -> jax.Array:
+  """Returns float32 zeros, one for each block of a leaf, sharded as it is.
+
+  An axis is not cut where that would cut blocks.
+  """
+  axes = ascii_lowercase[: len(counts)]
+  sharding = _leaf_sharding(leaf)
+  if sharding is None:
+    return jnp.zeros(counts, jnp.float32)
+  sizes = sharding.mesh.shape
+  entries = _pad(sharding.spec, len(counts))
+  whole = ''.join(
+    c if n % math.prod(sizes[k] for k in names(entry)) == 0 else c.upper()
+    for c, n, entry in zip(axes, counts, entries, strict=True)
+  )
+  return place(
+    jnp.zeros, (counts, jnp.dtype(jnp.float32)), (), leaf, axes, whole
+  )
 
 
 @functools.lru_cache(maxsize=1024)

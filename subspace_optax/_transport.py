@@ -33,6 +33,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _eight_bit
 from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _projected
@@ -114,6 +115,8 @@ def check_policy(transport: str) -> None:
 
 def check_known(state: Any, transport: str, owner: type | None = None) -> None:
   """Raises if the state holds arrays that may be moments, but of what kind?"""
+  if isinstance(state, _eight_bit.EightBitState):
+    state = state.coded
   registered = type(state) in _REGISTRY
   owner = type(state) if hasattr(state, '_fields') else owner
   for child in _unnamed(state):
@@ -149,6 +152,13 @@ def carry(
   if not moves or state is None or _is_array(state) or _is_array(decayed):
     return state
   more = functools.partial(carry, moves=moves, both=both, per_matrix=per_matrix)
+  if isinstance(state, _eight_bit.EightBitState):
+    inside = None if decayed is None else decayed.coded
+    return _eight_bit.through(
+      functools.partial(more, decayed=inside),
+      state,
+      jnp.any(jnp.stack([jnp.any(move.moved) for _, move in moves.values()])),
+    )
   moments = _REGISTRY.get(type(state))
   if moments is None:
     return jax.tree.map(
@@ -255,6 +265,8 @@ def _means(state: Any) -> Iterator[Any]:
   """Yields the trees of first moments in a state that are means."""
   if state is None or _is_array(state):
     return
+  if isinstance(state, _eight_bit.EightBitState):
+    state = _eight_bit.decoded(state)
   moments = _REGISTRY.get(type(state))
   if moments is not None and type(state) not in _SUMS:
     yield from (getattr(state, name) for name in moments.first)

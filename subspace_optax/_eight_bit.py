@@ -1,0 +1,275 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Adam and Lion with a byte for each moment.
+
+Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+<https://arxiv.org/abs/2110.02861>`_, 2021; the code is that of `_codes`. The
+arithmetic is optax's own, in float32, between decoding and encoding, so that
+what is rounded is the state and nothing else.
+"""
+
+from collections.abc import Callable
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax import _codes
+from subspace_optax import _noise
+from subspace_optax import _sharding
+from subspace_optax import _tree
+
+DEFAULT_EXCLUDE = r'norm|scale|bias'
+ROUNDING = ('stochastic', 'nearest')
+
+# Smaller matrices stay float32: what they would save is nothing.
+_LEAST_SIZE = 4096
+_AXES = 'abcdefghijklmnopqrstuvw'
+
+
+class EightBitState(NamedTuple):
+  """State of an optimizer whose moments take a byte each."""
+
+  # The optimizer's own state. For each moment a tree, leaf shape=the leaf's:
+  # dtype=int8, uint8 for squares, float32 for leaves that are not coded.
+  coded: Any
+  # From the name of each moment to a tree, leaf shape=one value per block,
+  # dtype=float32; of one number for leaves that are not coded.
+  scales: dict[str, Any]
+
+
+def scale_by_adam8bit(
+  b1: Any = 0.9,
+  b2: Any = 0.999,
+  eps: Any = 1e-8,
+  eps_root: Any = 0.0,
+  *,
+  nesterov: bool = False,
+  rounding: str = 'stochastic',
+  exclude: str | None = DEFAULT_EXCLUDE,
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_adam` with both moments in 8 bits.
+
+  Moments are coded in blocks of up to 256 numbers, each with a float32 scale:
+  1.02 bytes a number, up to 1.05 where 256 does not fit a leaf's axes. The
+  relative error is the same in 15 octaves below a block's largest first moment
+  and 25 below its largest second moment; smaller second moments are taken for
+  the smallest of these. One gradient that is not finite spoils its block.
+
+  Args:
+    b1: decay of first moments.
+    b2: decay of second moments.
+    eps: added to the root of second moments.
+    eps_root: added to second moments under the root.
+    nesterov: whether to look ahead, as in NAdam.
+    rounding: 'stochastic' is right in the mean, so that moments move by less
+      than a code at a step; 'nearest' is not, and slower than half a code's
+      4 % they don't move.
+    exclude: regular expression; leaves whose path it finds keep float32
+      moments, as all do of fewer than two axes or less than 4,096 numbers to a
+      matrix. None for no path.
+    seed: of the rounding.
+
+  Returns:
+    A transformation, for whole leaves or inside `in_subspace`. Blocks divide
+    what a device holds of a leaf, if `init` sees its sharding.
+
+  Raises:
+    ValueError: an unknown rounding.
+
+  References:
+    Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`_, 2021
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> tx = so.scale_by_adam8bit()
+    >>> state = tx.init({'w': jnp.ones((64, 512))})
+    >>> print(state.coded.nu['w'].dtype, state.scales['nu']['w'].shape)
+    uint8 (64, 2)
+  """
+  inner = optax.scale_by_adam(
+    b1, b2, eps, eps_root, mu_dtype=jnp.float32, nesterov=nesterov
+  )
+  moments = {'mu': jnp.int8, 'nu': jnp.uint8}
+  make = optax.ScaleByAdamState
+  return _eight_bit(inner, make, moments, rounding, exclude, seed)
+
+
+def scale_by_lion8bit(
+  b1: Any = 0.9,
+  b2: Any = 0.99,
+  *,
+  rounding: str = 'stochastic',
+  exclude: str | None = DEFAULT_EXCLUDE,
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_lion` with its moment in 8 bits.
+
+  Args:
+    b1: weight of the moment in the update's sign.
+    b2: decay of the moment.
+    rounding: see `scale_by_adam8bit`.
+    exclude: see `scale_by_adam8bit`.
+    seed: of the rounding.
+
+  Returns:
+    See `scale_by_adam8bit`.
+
+  Raises:
+    ValueError: an unknown rounding.
+
+  References:
+    Chen et al., `Symbolic Discovery of Optimization Algorithms
+    <https://arxiv.org/abs/2302.06675>`_, 2023
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> state = so.scale_by_lion8bit().init({'w': jnp.ones((64, 512))})
+    >>> state.coded.mu['w'].dtype
+    dtype('int8')
+  """
+  inner = optax.scale_by_lion(b1, b2, mu_dtype=jnp.float32)
+  make = optax.ScaleByLionState
+  return _eight_bit(inner, make, {'mu': jnp.int8}, rounding, exclude, seed)
+
+
+def _eight_bit(
+  inner: optax.GradientTransformation,
+  make: Callable[..., Any],
+  moments: dict[str, Any],
+  rounding: str,
+  exclude: str | None,
+  seed: int,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `inner`, whose state is `make(count, **moments)`, coded."""
+  if rounding not in ROUNDING:
+    raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
+
+  def init(params):
+    params = _tree.unbox(params)
+    coded = jax.tree.map_with_path(
+      lambda path, x: _is_large(x) and not _found(exclude, path), params
+    )
+    trees = {
+      name: jax.tree.map(lambda x, c, t=t: _zeros(x, c, t), params, coded)
+      for name, t in moments.items()
+    }
+    scales = {
+      name: jax.tree.map(_zero_scales, params, coded) for name in moments
+    }
+    state = EightBitState(make(jnp.zeros((), jnp.int32), **trees), scales)
+    return _sharding.on_mesh_of(jax.tree.leaves(params), state)
+
+  def update(updates, state, params=None, **extra_args):
+    del extra_args
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), updates)
+    directions, new = inner.update(wide, decoded(state), params)
+    directions = jax.tree.map(
+      lambda x, u: x.astype(u.dtype), directions, updates
+    )
+    noise = seed if rounding == 'stochastic' else None
+    return directions, encoded(new, state, noise)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def decoded(state: EightBitState) -> Any:
+  """Returns the optimizer's own state, moments in float32."""
+  trees = {
+    name: jax.tree.map(_decode, getattr(state.coded, name), scales)
+    for name, scales in state.scales.items()
+  }
+  return state.coded._replace(**trees)
+
+
+def encoded(new: Any, state: EightBitState, seed: int | None) -> EightBitState:
+  """Returns the optimizer's own new state, coded like `state`.
+
+  Args:
+    new: of the optimizer, moments in float32.
+    state: as it was.
+    seed: of the rounding; None rounds to the nearest.
+  """
+  trees, all_scales = {}, {}
+  for name, scales in state.scales.items():
+
+    def encode(path, x, codes, scale, name=name):
+      noise = None
+      if seed is not None:
+        noise = _noise.salt(seed, f'{name} {_tree.path_str(path)}'), new.count
+      return _encode(x, codes, scale, noise)
+
+    pairs = jax.tree.map_with_path(
+      encode, getattr(new, name), getattr(state.coded, name), scales
+    )
+    outer = jax.tree.structure(scales)
+    trees[name], all_scales[name] = jax.tree.transpose(
+      outer, jax.tree.structure((0, 0)), pairs
+    )
+  return EightBitState(new._replace(**trees), all_scales)
+
+
+def through(
+  f: Callable[[Any], Any], state: EightBitState, wanted: jax.Array
+) -> EightBitState:
+  """Returns the state with its moments mapped by `f`, if that is wanted.
+
+  Rounded to the nearest: this is rare, and no mean is to be kept.
+  """
+  return lax.cond(
+    wanted, lambda: encoded(f(decoded(state)), state, None), lambda: state
+  )
+
+
+def _is_large(leaf: Any) -> bool:
+  return (
+    len(leaf.shape) >= 2
+    and math.prod(leaf.shape[-2:]) >= _LEAST_SIZE
+    and jnp.issubdtype(leaf.dtype, jnp.floating)
+  )
+
+
+def _found(pattern: str | None, path: Any) -> bool:
+  return pattern is not None and bool(re.search(pattern, _tree.path_str(path)))
+
+
+def _zeros(leaf: Any, coded: bool, dtype: Any) -> jax.Array:
+  return jnp.zeros_like(leaf, dtype if coded else jnp.float32)
+
+
+def _zero_scales(leaf: Any, coded: bool) -> jax.Array:
+  """Returns a zero for each block."""
+  if not coded:
+    return jnp.zeros((1,) * len(leaf.shape), jnp.float32)
+  tile = _codes.tile(leaf.shape)
+  counts = tuple(n // k for n, k in zip(leaf.shape, tile, strict=True))
+  return _sharding.zeros_along(leaf, counts)
+
+
+def _decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
+  if codes.dtype == jnp.float32:
+    return codes
+  return _codes.decode(codes, scales)
+
+
+def _encode(x: jax.Array, codes: jax.Array, scales: jax.Array, noise: Any):
+  if codes.dtype == jnp.float32:
+    return x, scales
+  return _codes.encode(x, codes, scales, noise)

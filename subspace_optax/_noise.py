@@ -1,0 +1,67 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Random bits for rounding: cheap, and the same however an array is sharded.
+
+A hash of each number's place in its array, of a seed and of the step: a few
+integer operations that fuse with what is rounded, where a counter-based
+generator would cost more than the optimizer. Good enough to round by, and for
+nothing else.
+"""
+
+import zlib
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from subspace_optax import _sharding
+
+
+def salt(seed: int, name: str) -> np.uint32:
+  """Returns a number for a seed and a name, the same in every process."""
+  return np.uint32((seed * 0x9E3779B9 + zlib.crc32(name.encode())) % 2**32)
+
+
+def bits(salt: jax.Array, count: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns 32 random bits for each number of an array.
+
+  Args:
+    salt: uint32, of the array.
+    count: the step.
+    like: the array, whose shape and, where explicit, sharding the bits take.
+  """
+  index = jnp.zeros(like.shape, jnp.uint32)
+  for axis in range(like.ndim):
+    along = lax.broadcasted_iota(jnp.uint32, like.shape, axis)
+    index = index * jnp.uint32(like.shape[axis]) + along
+  index = _sharding.like(index, _uint32(like))
+  step = _mixed(jnp.asarray(salt, jnp.uint32) + count.astype(jnp.uint32))
+  return _mixed(index ^ step)
+
+
+def uniform(salt: jax.Array, count: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns float32 in [0, 1) for each number of an array; see `bits`."""
+  return (bits(salt, count, like) >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def _uint32(x: jax.Array) -> jax.Array:
+  return x if x.dtype == jnp.uint32 else lax.convert_element_type(x, jnp.uint32)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+  """Returns a hash of each number: the finalizer of MurmurHash3, once more."""
+  for factor in (0x85EBCA6B, 0xC2B2AE35):
+    x = (x ^ (x >> 16)) * jnp.uint32(factor)
+  return x ^ (x >> 15)
