@@ -108,6 +108,23 @@ def apollo_mini(lr, rank, gap, seed):
   )
 
 
+def adamw_8bit(lr, rank, gap, seed):
+  del rank, gap
+  return optax.chain(
+    so.scale_by_adam8bit(seed=seed), optax.scale_by_learning_rate(lr)
+  )
+
+
+def galore_8bit(lr, rank, gap, seed):
+  return so.galore(
+    lr, rank, gap, base_optimizer=so.scale_by_adam8bit(seed=seed)
+  )
+
+
+def subspace_adamw_8bit(lr, rank, gap, seed):
+  return so.subspace_adamw(lr, rank, gap, eight_bit=True, seed=seed)
+
+
 def orthogonal_sgd(lr, rank, gap, seed):
   """Muon without momentum: what orthogonalisation does alone, with no state."""
   del rank
@@ -141,6 +158,7 @@ def _ours(make: Callable[..., Any]) -> Callable:
 METHODS: dict[str, Method] = {
   'adamw': Method(_plain(optax.adam), 2e-3),
   'adamw_bf16': Method(_plain(lambda lr: narrow(optax.adam(lr))), 2e-3),
+  'adamw_8bit': Method(adamw_8bit, 2e-3),
   'adafactor': Method(
     _plain(
       lambda lr: optax.adafactor(
@@ -161,6 +179,7 @@ METHODS: dict[str, Method] = {
     ranked=True,
     ours=True,
   ),
+  'galore_8bit': Method(galore_8bit, 4e-3, ranked=True),
   'golore': Method(_ours(so.golore), 4e-3, ranked=True, ours=True),
   'online_subspace_descent': Method(
     lambda lr, rank, gap, seed: so.online_subspace_descent(lr, rank, seed=seed),
@@ -186,7 +205,10 @@ METHODS: dict[str, Method] = {
   'subspace_adamw': Method(
     _ours(so.subspace_adamw), 4e-3, ranked=True, ours=True
   ),
+  'subspace_adamw_8bit': Method(subspace_adamw_8bit, 4e-3, ranked=True),
   'subspace_muon': Method(
     _ours(so.subspace_muon), 5e-3, ranked=True, ours=True
   ),
 }
+
+RECIPES = ('subspace_adamw', 'subspace_muon')

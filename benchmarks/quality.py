@@ -90,7 +90,7 @@ def tasks(args: Args) -> Iterator[Task]:
       rank = args.rank if methods.METHODS[name].ranked else 0.0
       if not methods.METHODS[name].variant:
         yield Task(corpus, fit.Setup(name, rank, 1.0), args.seeds)
-  recipes = [m for m in args.methods if m.startswith('subspace_')]
+  recipes = [m for m in args.methods if m in methods.RECIPES]
   is_ranked = lambda of: of.ranked and of.ours and not of.variant
   ranked = [m for m in args.methods if is_ranked(methods.METHODS[m])]
   first = args.corpora[0]

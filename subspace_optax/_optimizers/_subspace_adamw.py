@@ -28,6 +28,7 @@ from typing import Any
 
 import optax
 
+from subspace_optax import _eight_bit
 from subspace_optax import _spec
 from subspace_optax import _subspace
 from subspace_optax import projectors
@@ -45,6 +46,7 @@ def subspace_adamw(
   b2: Any = 0.999,
   eps: Any = 1e-8,
   limiter: Any = 1.01,
+  eight_bit: bool = False,
   weight_decay: Any = 0.0,
   mask: _common.Mask = None,
   stagger: bool = False,
@@ -62,6 +64,7 @@ def subspace_adamw(
     b2: decay of second moments, which stay as they are when a basis moves.
     eps: added to the root of second moments.
     limiter: gamma, the most that the residual's norm may grow in a step.
+    eight_bit: whether moments take a byte each; see `scale_by_adam8bit`.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices take turns within each T steps.
@@ -69,8 +72,8 @@ def subspace_adamw(
     spec: takes the place of `rank` and `seed`.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: 2nr, and a few
-    numbers.
+    An optimizer. State per m x n matrix, m the short side: 2nr numbers, and a
+    few more.
 
   Raises:
     ValueError: see `SubspaceSpec`, `projectors.stiefel`, `residuals.fira`.
@@ -84,10 +87,11 @@ def subspace_adamw(
     >>> import subspace_optax as so
     >>> tx = so.subspace_adamw(5e-3)
   """
+  adam = _eight_bit.scale_by_adam8bit if eight_bit else optax.scale_by_adam
   tx = _subspace.subspace(
     spec or _common.default_spec(rank, seed),
     projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
-    optax.scale_by_adam(b1, b2, eps),
+    adam(b1, b2, eps),
     transport='first',
     residual=residuals.fira(limiter),
     scale=scale,
