@@ -13,6 +13,8 @@
 # limitations under the License.
 """What is projected, and why the rest is not."""
 
+from collections.abc import Iterator
+import contextlib
 import contextvars
 from typing import Any, NamedTuple
 
@@ -45,6 +47,16 @@ def record(spec: _spec.SubspaceSpec, matches: Matches, *args: Any) -> None:
   if records is not None:
     # Of tracers nothing may outlive the trace.
     records.append(Record(spec, [m and _of_shape(m) for m in matches], *args))
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+  """A context in which nothing is noted."""
+  token = _records.set(None)
+  try:
+    yield
+  finally:
+    _records.reset(token)
 
 
 def _of_shape(match: _spec.Match) -> _spec.Match:

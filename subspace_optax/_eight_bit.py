@@ -49,7 +49,7 @@ class EightBitState(NamedTuple):
   # dtype=int8, uint8 for squares, float32 for leaves that are not coded.
   coded: Any
   # From the name of each moment to a tree, leaf shape=one value per block,
-  # dtype=float32; of one number for leaves that are not coded.
+  # dtype=float32; a scalar for leaves that are not coded.
   scales: dict[str, Any]
 
 
@@ -102,7 +102,7 @@ def scale_by_adam8bit(
     >>> tx = so.scale_by_adam8bit()
     >>> state = tx.init({'w': jnp.ones((64, 512))})
     >>> print(state.coded.nu['w'].dtype, state.scales['nu']['w'].shape)
-    uint8 (64, 2)
+    uint8 (64, 4)
   """
   inner = optax.scale_by_adam(
     b1, b2, eps, eps_root, mu_dtype=jnp.float32, nesterov=nesterov
@@ -257,7 +257,7 @@ def _zeros(leaf: Any, coded: bool, dtype: Any) -> jax.Array:
 def _zero_scales(leaf: Any, coded: bool) -> jax.Array:
   """Returns a zero for each block."""
   if not coded:
-    return jnp.zeros((1,) * len(leaf.shape), jnp.float32)
+    return jnp.zeros((), jnp.float32)
   tile = _codes.tile(leaf.shape)
   counts = tuple(n // k for n, k in zip(leaf.shape, tile, strict=True))
   return _sharding.zeros_along(leaf, counts)
