@@ -96,9 +96,9 @@ def project(
     orthonormal again, and used so from the same step on.
 
   Raises:
-    ValueError: at `init`, what `SubspaceSpec.match` raises; bases in integers for
-      a projector that moves them by small steps, or draws them again at every
-      step; at `update`, a tree
+    ValueError: at `init`, what `SubspaceSpec.match` raises; bases in integers
+      for a projector that moves them by small steps, or draws them again at
+      every step; at `update`, a tree
       unlike that at `init`, of refresh gradients too, or gradients that are
       already projected; coordinates without params or of other shapes, with
       refresh gradients or for a residual rule.

@@ -162,9 +162,7 @@ def _projected_leaves(
   return leaves
 
 
-def _resized(
-  path: str, old: Any, new: jax.Array, leaves: dict[str, _Leaf]
-) -> jax.Array:
+def _resized(path: str, old: Any, new: Any, leaves: dict[str, _Leaf]) -> Any:
   """Returns one array of the state, or one basis."""
   if isinstance(new, _projected.QuantizedBasis):
     return _resized_codes(path, old, new, leaves)
@@ -185,7 +183,11 @@ def _resized(
     basis = _extend(of.layout, old, whole)
     _check_finite(path, basis)
     return _put(basis, new)
-  raise ValueError(
+  raise ValueError(_no_change_of_rank(path, old, new))
+
+
+def _no_change_of_rank(path: str, old: Any, new: Any) -> str:
+  return (
     f'state holds an array of shape {tuple(old.shape)} at {path!r}, where tx '
     f'has {tuple(new.shape)}, which is no change of rank alone; parameters and '
     'the side that is projected must be those of the saved state, and the '
@@ -205,6 +207,8 @@ def _resized_codes(
       f'state holds {_kind(old)} at {path!r}, where tx has {_kind(new)}; give '
       'the spec the basis_dtype of the saved state.'
     )
+  if old.shape[:-1] != new.shape[:-1]:
+    raise ValueError(_no_change_of_rank(path, old, new))
   r, last = old.shape[-1], old.ndim - 1
   if r < new.shape[-1]:
     leaf = next(x for x in leaves.values() if x.basis == path)
