@@ -103,7 +103,7 @@ class SubspaceSpec:
       that leaves of one group, such as query, key and value, draw the same
       random bases if their shapes allow, and unless they take turns.
     basis_dtype: dtype of the bases: a float, 'int8' or 'int4'. Integers are
-      codes with a float32 scale for every 128 or 64 rows of a column, made
+      codes with a float32 scale for at most 128 or 64 rows of a column, made
       orthonormal again at every step, for projectors that store bases and move
       them by whole refreshes.
     moment_dtype: dtype of the inner optimizer's state on projected leaves,

@@ -28,7 +28,7 @@ OFF = {'int8': 7e-3, 'int4': 0.11}  # relative error
 # By path: leaf, axis of the basis that is cut, and rows of a block, in int8 and
 # int4. Of a basis, the axes that count matrices come last but for the rank.
 LEAVES = {
-  'w': (cases.Leaf((256, 320), jnp.float32, (0,), (1,)), 0, (128, 64)),
+  'w': (cases.Leaf((256, 320), jnp.float32, (0,), (1,)), 0, (64, 32)),
   # 3 * 59 rows, which no block divides; the columns' side.
   'odd': (cases.Leaf((180, 177), jnp.float32, (0,), (1,)), 0, (177, 59)),
   'layers': (cases.Leaf((2, 96, 40), jnp.float32, (1,), (2,)), 1, (40, 40)),
@@ -162,11 +162,16 @@ def test_codes_are_the_nearest_of_every_block(dtype):
     assert LOOSE[dtype] < error < OFF[dtype] * (1 if path == 'w' else 1.5)
 
 
-@pytest.mark.parametrize('name', ['svd', 'switch', 'importance'])
-@every_dtype
+@pytest.mark.parametrize(
+  'dtype, name',
+  [
+    ('int8', 'svd'),
+    ('int4', 'svd'),
+    ('int4', 'switch'),
+    ('int4', 'importance'),
+  ],
+)
 def test_bases_are_those_of_the_codes_and_orthonormal(dtype, name):
-  if name == 'importance' and dtype == 'int8':
-    pytest.skip('one dtype is enough')
   nodes, states = _run(dtype, name)
   for t, (node, state) in enumerate(zip(nodes[1:], states[1:], strict=True)):
     errors_found = so.subspace_metrics(state)
@@ -281,8 +286,8 @@ def test_bytes():
 
   elements = 6 * (256 + 177 + 2 * 40 + 2 * 96)
   blocks = {
-    'int8': 6 * (2 + 1 + 2 * 1 + 2 * 3),
-    'int4': 6 * (4 + 3 + 2 * 1 + 2 * 3),
+    'int8': 6 * (4 + 1 + 2 * 1 + 2 * 3),
+    'int4': 6 * (8 + 3 + 2 * 1 + 2 * 3),
   }
   whole = basis('float32')
   assert whole - basis('int8') == 3 * elements - 4 * blocks['int8']
@@ -301,10 +306,8 @@ def test_bytes():
   np.testing.assert_allclose(np.abs(node['w'].basis), 8**-0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  'dtype, kind', [('int8', 'Explicit'), ('int4', 'Auto'), ('int4', 'Explicit')]
-)
-def test_steps_on_a_mesh(dtype, kind):
+@pytest.mark.parametrize('kind', ['Auto', 'Explicit'])
+def test_steps_on_a_mesh(kind):
   axis_types = (AxisType[kind],) * 2
   mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=axis_types)
   # Blocks are cut by devices, are fewer than devices, or are whole.
@@ -323,13 +326,13 @@ def test_steps_on_a_mesh(dtype, kind):
       for path, x in tree.items()
     }
 
-  tx = _adam(dtype, projectors.stiefel(3, stagger=True))
-
-  def step(params, state, gradient):
-    updates, state = tx.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state
+  tx = _adam('int4', projectors.stiefel(3, stagger=True))
 
   def train(put, params):
+    def step(params, state, gradient):
+      updates, state = tx.update(gradient, state, params)
+      return optax.apply_updates(params, updates), state
+
     state = tx.init(params)
     run = cases.jit(step, donate_argnums=(0, 1))
     places = [x.sharding for x in jax.tree.leaves(state)]
@@ -360,8 +363,8 @@ def test_steps_on_a_mesh(dtype, kind):
 
 def test_int8_and_int4_train_as_well_as_float32():
   keys = jax.random.split(jax.random.key(3), 3)
-  x = jax.random.normal(keys[0], (256, 48)) * 0.93 ** jnp.arange(48.0)
-  target = jax.random.normal(keys[1], (48, 64)) * 0.9 ** jnp.arange(64.0)
+  x = jax.random.normal(keys[0], (256, 48)) * 0.93 ** jnp.arange(48.0)[None]
+  target = jax.random.normal(keys[1], (48, 64)) * 0.9 ** jnp.arange(64.0)[None]
   y = x @ target + 0.5 * jax.random.normal(keys[2], (256, 64))
 
   def loss(params):
@@ -403,7 +406,7 @@ def test_compressed_steps_take_the_stored_bases(dtype):
   x = jax.random.normal(jax.random.key(0), (5, 16))
   loss = lambda params: jnp.mean(so.rso.dot(x, params['w']) ** 2)
   params = {'w': jax.random.normal(jax.random.key(1), (16, 24))}
-  compressed = cases.jit(so.rso.compressed_step(tx, loss))
+  compressed = cases.jit(so.rso.compressed_step(loss, tx))
 
   @cases.jit
   def plain(params, state):
@@ -419,15 +422,17 @@ def test_compressed_steps_take_the_stored_bases(dtype):
 
 @every_dtype
 def test_ranks_grow_and_shrink_and_codes_stay(dtype):
-  params = cases.tree(PLAIN)
+  paths = ('w', 'layers')
+  part = lambda tree: {path: tree[path] for path in paths}
+  params = part(cases.tree(PLAIN))
   tx, large, small = (_adam(dtype, rank=r) for r in (6, 9, 4))
   state = tx.init(params)
-  _, state = cases.jit(tx.update)(_gradients(0), state, params)
+  _, state = cases.jit(tx.update)(part(_gradients(0)), state, params)
   grown = so.resize_rank(large, state, params)
   cut = so.resize_rank(small, state, params)
   again = so.resize_rank(tx, grown, params)
   assert measure.types(grown) == measure.types(large.init(params))
-  for path in LEAVES:
+  for path in paths:
     old, more, less, same = (
       ref.bases(s)[path] for s in (state, grown, cut, again)
     )
@@ -448,7 +453,8 @@ def test_state_is_saved_restored_and_mapped(dtype, tmp_path):
   tx = _adam(dtype)
   state = tx.init(params)
   ocp.save(tmp_path / 'state', state)
-  got = ocp.load(tmp_path / 'state', jax.eval_shape(tx.init, params))
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  got = ocp.load(tmp_path / 'state', jax.tree.map(like, state))
   assert measure.types(got) == measure.types(state)
   measure.assert_trees_close(
     *(jax.tree.map(_float64, x) for x in (got, state)), rtol=0, atol=0
@@ -489,7 +495,7 @@ def test_subproblems_and_other_states():
     so.rso.subproblems(spec, optax.sgd(0.1), update_proj_gap=2)
   params = cases.tree(PLAIN)
   state = _adam('int8').init(params)
-  with errors.raises(ValueError, 'int8', 'int4', 'basis_dtype', '/w'):
+  with errors.raises(ValueError, 'int8', 'int4', 'basis_dtype', 'basis/heads'):
     so.resize_rank(_adam('int4'), state, params)
   with errors.raises(ValueError, 'basis in int8', 'array'):
     so.resize_rank(_adam('float32'), state, params)
