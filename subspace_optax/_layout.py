@@ -137,6 +137,12 @@ class Layout:
     """Subscripts of the basis."""
     return ''.join(_AXES[i] for i in self._basis_axes) + r
 
+  @property
+  def longest_axis(self) -> int:
+    """The longest of the axes that a basis has in place of its rows."""
+    longest = max(self.projected, key=lambda i: (self.shape[i], i))
+    return self._basis_axes.index(longest)
+
   def coords_axes(self, r: str = 'y') -> str:
     """Subscripts of the coordinates."""
     gone = set(self.projected)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from subspace_optax import _spec
 from subspace_optax._rso import _compressed
 from subspace_optax._rso import _subproblems
 from subspace_optax._rso import _trees
@@ -88,7 +89,8 @@ def memory_report(
 def tree_bytes(tree: Any) -> int:
   """Returns the bytes of all arrays, or shapes of arrays, in a tree."""
   return sum(
-    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    -(-math.prod(x.shape) * _spec.bits(x.dtype) // 8)
+    for x in jax.tree.leaves(tree)
   )
 
 

@@ -29,6 +29,7 @@ from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _matrices
 from subspace_optax import _projected
+from subspace_optax import _quantized_basis
 from subspace_optax import _sharding
 from subspace_optax import _spec
 from subspace_optax import _tree
@@ -90,10 +91,14 @@ def project(
 
   Returns:
     A transformation whose state holds the bases, (*batch and projected axes,
-    r) in `spec.basis_dtype`, and a few numbers per matrix.
+    r) in `spec.basis_dtype`, and a few numbers per matrix. Of integers, codes
+    with their scales in a `QuantizedBasis`: a basis that moves is rounded, made
+    orthonormal again, and used so from the same step on.
 
   Raises:
-    ValueError: at `init`, what `SubspaceSpec.match` raises; at `update`, a tree
+    ValueError: at `init`, what `SubspaceSpec.match` raises; bases in integers
+      for a projector that moves them by small steps, or draws them again at
+      every step; at `update`, a tree
       unlike that at `init`, of refresh gradients too, or gradients that are
       already projected; coordinates without params or of other shapes, with
       refresh gradients or for a residual rule.
@@ -124,6 +129,7 @@ def project(
 
   def init(params):
     matches = spec.match(params)
+    _quantized_basis.check(spec, projector)
     _describe.record(spec, matches, projector, keep_gradient)
     _, treedef = _tree.flatten(params)
     make = functools.partial(_matrices.per_matrix, matches, treedef)
@@ -186,7 +192,7 @@ def project(
     window = Window(yes, yes) if window is None else window
 
     refreshed = _refresh(spec, projector, state, window, matrices, sources)
-    old_basis, subspaces, before, own = refreshed
+    old_basis, subspaces, before, own, stored = refreshed
     basis = subspaces.basis
     if not coordinates:
       coords = jax.tree.map(_coords, basis, matrices)
@@ -221,6 +227,8 @@ def project(
     )
     if projector.rebuild:
       subspaces = subspaces._replace(basis=())
+    if _spec.is_quantized(spec):
+      subspaces = subspaces._replace(basis=stored)
     new_state = ProjectState(count, state.seed, subspaces, own)
     return _tree.replace_entries(updates, entries), new_state
 
@@ -236,7 +244,7 @@ def next_bases(
   """Returns the bases of the next step, if they depend on no gradient."""
   _, matrices = _matrices.of_gradients(spec, state, None, False, params)
   window = Window(jnp.array(True), jnp.array(True))
-  _, subspaces, _, _ = _refresh(
+  _, subspaces, _, _, _ = _refresh(
     spec, projector, state, window, matrices, matrices
   )
   return subspaces.basis
@@ -249,19 +257,55 @@ def _refresh(
   window: Window,
   matrices: Any,
   sources: Any,
-) -> tuple[Any, _base.Subspaces, Any, Any]:
-  """Returns the bases as they were, those of this step, their moves."""
+) -> tuple[Any, _base.Subspaces, Any, Any, Any]:
+  """Returns the bases as they were and are now, moves, state, and codes."""
   subspaces = state.subspaces
+  stored = subspaces.basis
+  read = functools.partial(_quantized_basis.read, projector.orthonormal)
   if projector.rebuild:
     basis = projector.rebuild(matrices, state.projector)
     basis = jax.tree.map(
       functools.partial(_place_rebuilt, spec.basis_dtype), basis, matrices
     )
-    subspaces = subspaces._replace(basis=basis)
+  else:
+    basis = jax.tree.map(read, matrices, stored)
+  subspaces = subspaces._replace(basis=basis)
   context = _base.Context(state.count, window.first)
-  return subspaces.basis, *projector.refresh(
+  subspaces, moves, own = projector.refresh(
     context, sources, subspaces, state.projector
   )
+  if _spec.is_quantized(spec) and moves is not None:
+    subspaces, moves, stored = _store(
+      projector, matrices, stored, basis, subspaces, moves
+    )
+  return basis, subspaces, moves, own, stored
+
+
+def _store(
+  projector: _base.Projector,
+  matrices: Any,
+  stored: Any,
+  old: Any,
+  subspaces: _base.Subspaces,
+  moves: Any,
+) -> tuple[_base.Subspaces, Any, Any]:
+  """Returns the bases that codes can hold, their moves, and the codes."""
+  codes, basis, error, drift, transition = _tree.map_unzip(
+    functools.partial(_quantized_basis.store, projector.orthonormal),
+    5,
+    matrices,
+    stored,
+    old,
+    subspaces.basis,
+    subspaces.orthogonality_error,
+    subspaces.drift,
+    moves,
+  )
+  subspaces = subspaces._replace(
+    basis=basis, orthogonality_error=error, drift=drift
+  )
+  replace = lambda _, move, c: _projected.Move(move.moved, c)
+  return subspaces, jax.tree.map(replace, matrices, moves, transition), codes
 
 
 def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
@@ -293,8 +337,13 @@ def _first_basis(
   path: str,
   leaf: Any,
   layout: _layout.Layout,
-) -> jax.Array:
+) -> Any:
   seed = seeds_of(spec, path, leaf, layout)
+  if _spec.is_quantized(spec):
+    static = (sample, layout, jnp.dtype(jnp.float32))
+    return _quantized_basis.first(
+      spec.basis_dtype, _sample_at_init, static, (seed,), layout, leaf
+    )
   static = (sample, layout, jnp.dtype(spec.basis_dtype))
   return layout.place_basis(_sample_at_init, static, (seed,), leaf)
 

@@ -35,6 +35,28 @@ class Move(NamedTuple):
   transition: jax.Array  # shape=(*batch, r, r), dtype=float32
 
 
+class QuantizedBasis(NamedTuple):
+  """A leaf's bases in int8 or int4, as `project` stores them."""
+
+  codes: jax.Array  # shape=(*batch and projected axes, r), dtype=int8 or int4
+  scales: jax.Array  # the same, with blocks in place of rows, dtype=float32
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the bases."""
+    return self.codes.shape
+
+  @property
+  def ndim(self) -> int:
+    """Number of axes of the bases."""
+    return self.codes.ndim
+
+  @property
+  def dtype(self) -> Any:
+    """Dtype of the codes."""
+    return self.codes.dtype
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projected:

@@ -28,6 +28,8 @@ from subspace_optax import _describe
 from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _project
+from subspace_optax import _projected
+from subspace_optax import _quantized_basis
 from subspace_optax import _tree
 
 
@@ -44,6 +46,9 @@ def resize_rank(
   first up to (1 - b1) / sqrt(1 - b2) times the learning rate, 3.2 times with
   its defaults.) Counters, seeds and all else are copied, with the dtypes and
   shardings that `tx.init(params)` has.
+
+  Of a basis in int8 or int4 the codes of the columns that stay are copied; made
+  orthonormal with others, those columns turn by less than their rounding.
 
   A basis that is drawn again at every step (`regenerate=True`, as in
   `apollo_adamw`, `subspace_adamw` and `subspace_muon`) is another one at
@@ -83,7 +88,7 @@ def resize_rank(
   pairs = list(_pairs(_tree.unbox(state), _tree.unbox(start)))
   leaves = _projected_leaves(pairs, start, layouts)
   arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]
-  return jax.tree.structure(start).unflatten(arrays)
+  return jax.tree.structure(start).unflatten(jax.tree.leaves(arrays))
 
 
 class _Leaf(NamedTuple):
@@ -97,7 +102,10 @@ class _Leaf(NamedTuple):
 def _pairs(
   old: Any, new: Any, path: tuple[Any, ...] = ()
 ) -> Iterator[tuple[str, Any, Any]]:
-  """Yields (path, old array, new array) of two states of the same form."""
+  """Yields (path, old array, new array) of two states of the same form.
+
+  Or two bases in integers.
+  """
   old_parts, old_form = _parts(old)
   new_parts, new_form = _parts(new)
   if old_form != new_form:
@@ -107,7 +115,9 @@ def _pairs(
       'optimizer and tree of the saved state, and at ranks at which the same '
       'leaves are projected.'
     )
-  if new_parts and not new_parts[0][0]:
+  both = (old, new)
+  quantized = all(isinstance(x, _projected.QuantizedBasis) for x in both)
+  if quantized or (new_parts and not new_parts[0][0]):
     yield _tree.path_str(path), old, new
     return
   for (key, old), (_, new) in zip(old_parts, new_parts, strict=True):
@@ -124,6 +134,8 @@ def _parts(node: Any) -> tuple[list[Any], Any]:
 def _kind(node: Any) -> str:
   if _tree.is_masked(node):
     return 'nothing'
+  if isinstance(node, _projected.QuantizedBasis):
+    return f'a basis in {node.dtype.name}'
   if hasattr(node, 'shape'):
     return f'an array of shape {tuple(node.shape)}'
   if isinstance(node, dict):
@@ -150,10 +162,10 @@ def _projected_leaves(
   return leaves
 
 
-def _resized(
-  path: str, old: Any, new: jax.Array, leaves: dict[str, _Leaf]
-) -> jax.Array:
-  """Returns one array of the state."""
+def _resized(path: str, old: Any, new: Any, leaves: dict[str, _Leaf]) -> Any:
+  """Returns one array of the state, or one basis."""
+  if isinstance(new, _projected.QuantizedBasis):
+    return _resized_codes(path, old, new, leaves)
   if old.shape == new.shape:
     return _put(old, new)
   # The longest first: `attention` is the end of `encoder/attention`, too.
@@ -171,12 +183,56 @@ def _resized(
     basis = _extend(of.layout, old, whole)
     _check_finite(path, basis)
     return _put(basis, new)
-  raise ValueError(
+  raise ValueError(_no_change_of_rank(path, old, new))
+
+
+def _no_change_of_rank(path: str, old: Any, new: Any) -> str:
+  return (
     f'state holds an array of shape {tuple(old.shape)} at {path!r}, where tx '
     f'has {tuple(new.shape)}, which is no change of rank alone; parameters and '
     'the side that is projected must be those of the saved state, and the '
     'inner optimizer one that keeps no matrices of rank x rank.'
   )
+
+
+def _resized_codes(
+  path: str,
+  old: _projected.QuantizedBasis,
+  new: _projected.QuantizedBasis,
+  leaves: dict[str, _Leaf],
+) -> _projected.QuantizedBasis:
+  """Returns a basis of which the codes of all old columns stay."""
+  if old.dtype != new.dtype:
+    raise ValueError(
+      f'state holds {_kind(old)} at {path!r}, where tx has {_kind(new)}; give '
+      'the spec the basis_dtype of the saved state.'
+    )
+  if old.shape[:-1] != new.shape[:-1]:
+    raise ValueError(_no_change_of_rank(path, old, new))
+  r, last = old.shape[-1], old.ndim - 1
+  if r < new.shape[-1]:
+    leaf = next(x for x in leaves.values() if x.basis == path)
+    wide = lambda x: _wide(leaf.layout, _put_all(x, new, last))
+    basis = _extend(leaf.layout, wide(old), wide(new))
+    _check_finite(path, basis)
+    dtype = new.dtype
+    more = _quantized_basis.encode(leaf.layout, basis[..., r:], dtype)
+    join = lambda one, other: jnp.concatenate([one, other], -1)
+    old = jax.tree.map(join, _put_all(old, new, last), more)
+  else:
+    old = jax.tree.map(lambda x: x[..., : new.shape[-1]], old)
+  return _put_all(old, new)
+
+
+def _wide(
+  layout: _layout.Layout, stored: _projected.QuantizedBasis
+) -> jax.Array:
+  """Returns the codes' values, column by column as they are."""
+  return _quantized_basis.decode(layout, stored, orthonormal=False)
+
+
+def _put_all(old: Any, new: Any, whole: int | None = None) -> Any:
+  return jax.tree.map(lambda x, like: _put(x, like, whole), old, new)
 
 
 def _rank_axis(

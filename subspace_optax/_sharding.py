@@ -320,6 +320,12 @@ def _derived_spec(
   entries = map(names, _pad(sharding.spec, len(leaf_axes)))
   of_leaf = dict(zip(leaf_axes, entries, strict=True))
   spec = [of_leaf.get(axis, ()) for axis in axes]
+  if shape is not None:  # blocks of rows may be fewer than devices
+    sizes = sharding.mesh.shape
+    spec = [
+      names if size % math.prod(sizes[k] for k in names) == 0 else ()
+      for names, size in zip(spec, shape, strict=True)
+    ]
   kept = {name for names in spec for name in names}
   of_rest = [k for axis in leaf_axes for k in of_leaf[axis]]
   # Those of the rest of the leaf, then those that the leaf does not use.

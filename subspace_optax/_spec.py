@@ -29,6 +29,7 @@ from subspace_optax import _tree
 
 DEFAULT_EXCLUDE = r'embed|wte|wpe|lm_head|head(/kernel)?$|norm|scale|bias'
 SIDES = ('short', 'long', 'in', 'out')
+BASIS_DTYPES = ('float16', 'bfloat16', 'float32', 'float64', 'int8', 'int4')
 
 # Attention kernels of three axes, (d, heads, head_dim) and back; axes before
 # those three are batch axes.
@@ -101,7 +102,10 @@ class SubspaceSpec:
     key_group: from a leaf's path to the name that is folded instead of it, so
       that leaves of one group, such as query, key and value, draw the same
       random bases if their shapes allow, and unless they take turns.
-    basis_dtype: dtype of the bases.
+    basis_dtype: dtype of the bases: a float, 'int8' or 'int4'. Integers are
+      codes with a float32 scale for at most 128 or 64 rows of a column, made
+      orthonormal again at every step, for projectors that store bases and move
+      them by whole refreshes.
     moment_dtype: dtype of the inner optimizer's state on projected leaves,
       None for the parameter's, as in optax. Of bfloat16 parameters prefer
       float32: a second moment that decays by 0.1 % a step can't in bfloat16.
@@ -109,7 +113,7 @@ class SubspaceSpec:
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an
-      unknown side.
+      unknown side, another dtype of bases.
     TypeError: a rank that is no number; a pattern that is no string.
 
   Example:
@@ -142,6 +146,7 @@ class SubspaceSpec:
       _check_rank(self.rank, '')
     if self.side not in SIDES:
       raise ValueError(f'side must be one of {SIDES}, got {self.side!r}.')
+    _check_basis_dtype(self.basis_dtype)
     for name in ('include', 'exclude'):
       pattern = getattr(self, name)
       if pattern is not None and not isinstance(pattern, str):
@@ -189,7 +194,7 @@ class SubspaceSpec:
   def _is_smaller(self, layout: _layout.Layout, dtype: Any) -> bool:
     """Whether a basis and two moments of it take fewer bytes than Adam's."""
     r, m, n = layout.rank, layout.m, layout.n
-    basis = m * r * jnp.dtype(self.basis_dtype).itemsize
+    basis = m * r * bits(self.basis_dtype) // 8
     moments = 2 * n * r * jnp.dtype(self.moment_dtype or dtype).itemsize
     return basis + moments < 2 * m * n * jnp.dtype(dtype).itemsize
 
@@ -250,6 +255,25 @@ class SubspaceSpec:
         f'exclude={self.exclude!r}) matches no leaf. Nearest paths:\n'
         + '\n'.join(lines)
       )
+
+
+def is_quantized(spec: SubspaceSpec) -> bool:
+  """Whether bases are kept as integers."""
+  return jnp.issubdtype(jnp.dtype(spec.basis_dtype), jnp.integer)
+
+
+def bits(dtype: Any) -> int:
+  """Returns the bits of an element where XLA holds it, which packs int4."""
+  return 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
+
+
+def _check_basis_dtype(dtype: Any) -> None:
+  try:
+    name = jnp.dtype(dtype).name
+  except TypeError:
+    name = repr(dtype)
+  if name not in BASIS_DTYPES:
+    raise ValueError(f'basis_dtype must be one of {BASIS_DTYPES}, got {name}.')
 
 
 def check_spec(spec: Any) -> None:

@@ -37,7 +37,8 @@ def is_masked(x: Any) -> bool:
 
 def is_entry(x: Any) -> bool:
   """Whether `x` stands for one parameter."""
-  return is_masked(x) or isinstance(x, _projected.Projected)
+  ours = _projected.Projected | _projected.QuantizedBasis
+  return is_masked(x) or isinstance(x, ours)
 
 
 def is_box(x: Any) -> bool:

@@ -57,10 +57,11 @@ PLAIN = {path: leaf for path, (leaf, _) in LEAVES.items()}
 SPECS = {path: spec for path, (_, spec) in LEAVES.items()}
 
 
-def _spec(side='short'):
+def _spec(side='short', basis_dtype=jnp.float32):
   return so.SubspaceSpec(
     RANK,
     side=side,
+    basis_dtype=basis_dtype,
     weight_dimension_numbers=cases.dimension_numbers(PLAIN),
   )
 
@@ -79,12 +80,12 @@ class Case(NamedTuple):
   most: int | None = MOST
 
 
-def _of(rule, inner=None, **options):
+def _of(rule, inner=None, basis_dtype=jnp.float32, **options):
   """Returns a case of a projector, with Adam."""
 
   def make():
     return so.subspace(
-      _spec(),
+      _spec(basis_dtype=basis_dtype),
       rule(),
       inner or optax.scale_by_adam(),
       transport='first',
@@ -176,6 +177,9 @@ OPTIMIZERS = {
   'subspace_adamw': Case(_ready_made('subspace_adamw')),
   # Orthogonalises whole matrices, by Gram matrices of their short sides.
   'subspace_muon': Case(_ready_made('subspace_muon'), most=GRAM),
+  'int8': Case(
+    _of(lambda: projectors.svd(GAP, 'randomized'), basis_dtype='int8')
+  ),
 }
 
 

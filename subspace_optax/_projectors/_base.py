@@ -41,7 +41,8 @@ class Subspaces(NamedTuple):
   """
 
   # leaf shape=(*batch and projected axes, r), dtype=basis_dtype; () between
-  # steps if the projector draws them again
+  # steps if the projector draws them again; if that is an integer, a
+  # `QuantizedBasis` between steps, which projectors see as float32
   basis: Any
   captured_energy: Any  # leaf shape=(*batch,), dtype=float32, of the last G
   orthogonality_error: Any  # leaf shape=(*batch,), dtype=float32
@@ -112,6 +113,8 @@ class Projector(NamedTuple):
     orthonormal: whether all its bases have P^T P = I, up to rounding.
     needs_gradient: (context, state) -> whether the coming step looks at the
       gradient and not at its coordinates alone: True, False or traced.
+    small_steps: whether its bases move by steps that the rounding of integers
+      could swallow.
   """
 
   name: str
@@ -122,6 +125,7 @@ class Projector(NamedTuple):
   rebuild: Callable[[Any, Any], Any] | None = None
   orthonormal: bool = True
   needs_gradient: Callable[[Context, Any], Any] = lambda context, state: True
+  small_steps: bool = False
 
 
 def no_refresh(context, matrices, subspaces, state):

@@ -98,7 +98,8 @@ def grassmann_tracking(
     step_size=step_size,
     stagger=stagger,
   )
-  return _periodic.periodic(name, draw, update_proj_gap, stagger=stagger)
+  rule = _periodic.periodic(name, draw, update_proj_gap, stagger=stagger)
+  return rule._replace(small_steps=True)
 
 
 def grassmann_walk(

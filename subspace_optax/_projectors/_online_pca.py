@@ -191,6 +191,7 @@ def online_pca(
     refresh,
     track if update_every == 1 else track_sometimes,
     orthonormal=False,
+    small_steps=True,
   )
 
 

@@ -126,6 +126,7 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
     rules[0].sample,
     orthonormal=all(rule.orthonormal for rule in rules),
     needs_gradient=needs_gradient,
+    small_steps=any(rule.small_steps for rule in rules),
   )
 
 

@@ -242,6 +242,11 @@ def _check(spec, gap, sample, rounding) -> None:
       f"spec must have side='in', got {spec.side!r}: P acts on the inputs of "
       'a layer, whatever side is short.'
     )
+  if _spec.is_quantized(spec):
+    raise ValueError(
+      f'basis_dtype={jnp.dtype(spec.basis_dtype).name!r} is of bases that are '
+      'stored, but subproblems draw theirs again at every step; take a float.'
+    )
   if sample not in SAMPLES:
     raise ValueError(f'sample must be one of {SAMPLES}, got {sample!r}.')
   if rounding not in _merge.ROUNDING:
