@@ -40,7 +40,7 @@ from subspace_optax import _noise
 from subspace_optax import _sharding
 
 # Numbers to a block. With 80 a scale takes a twentieth of a byte for each.
-_BLOCKS = (range(128, 257), range(80, 128), range(257, 4097))
+_SIZES = (range(128, 513), range(80, 128), range(513, 4097))
 
 
 class _Code(NamedTuple):
@@ -57,24 +57,31 @@ _CODES = {
 def tile(shape: Sequence[int]) -> tuple[int, ...]:
   """Returns the block of a leaf of two axes or more.
 
-  It depends on no mesh, so that a state can go from one to another; what is
-  cut into a power of two of parts should leave blocks whole, so that the number
-  of blocks has as many factors of two as can be.
+  Rows in multiples of 32, or columns of 128, can be taken apart where they lie
+  on a TPU; of these, that which leaves both axes in a number of blocks that a
+  mesh can cut. It depends on no mesh, so that a state can go from one to
+  another. Sizes that allow neither get what divides them.
   """
-  last = _divisors(shape[-1])
-  both = [(a, b) for a in _divisors(shape[-2]) for b in last]
-  for pairs in ([(1, b) for b in last], both):
-    for sizes in _BLOCKS:
+  rows, columns = map(_divisors, shape[-2:])
+  choices = (
+    [*((d, 1) for d in rows if d % 32 == 0)]
+    + [*((1, d) for d in columns if d % 128 == 0)],
+    [(1, d) for d in columns],
+    [(a, b) for a in rows for b in columns],
+  )
+  for pairs in choices:
+    for sizes in _SIZES:
       fits = [pair for pair in pairs if math.prod(pair) in sizes]
       if fits:
-        a, b = max(fits, key=lambda pair: _rank(shape, pair))
-        return (*(1,) * (len(shape) - 2), a, b)
+        best = max(fits, key=lambda pair: _cuts(shape, pair))
+        return (*(1,) * (len(shape) - 2), *best)
   return (*(1,) * (len(shape) - 2), *shape[-2:])
 
 
-def _rank(shape: Sequence[int], pair: tuple[int, int]) -> tuple[int, ...]:
-  twos = [(n // d) & -(n // d) for n, d in zip(shape[-2:], pair, strict=True)]
-  return min(twos), math.prod(twos), math.prod(pair)
+def _cuts(shape: Sequence[int], pair: tuple[int, int]) -> int:
+  """Returns the power of two up to 8 into which both axes can be cut."""
+  counts = [n // d for n, d in zip(shape[-2:], pair, strict=True)]
+  return min(8, *(n & -n for n in counts))
 
 
 def _divisors(n: int) -> list[int]:
