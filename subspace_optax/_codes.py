@@ -138,12 +138,11 @@ class _Blocks(NamedTuple):
   counts: tuple[int, ...]
 
   def largest(self, x: jax.Array) -> jax.Array:
-    """Returns the largest of each block's positive numbers, NaN if there."""
+    """Returns the largest of each block's sizes, NaN if one is not finite."""
     split, inside = self._split()
-    # Ordered like their bits, NaN last; a maximum of floats may drop NaN.
-    order = lax.bitcast_convert_type(x, jnp.uint32)
-    largest = lax.reduce_max(lax.reshape(order, split), inside)
-    return lax.bitcast_convert_type(largest, jnp.float32)
+    x = lax.reshape(x, split)
+    # A maximum alone may drop NaN.
+    return jnp.max(x, inside) + jnp.sum(x * 0.0, inside)
 
   def spread(self, x: jax.Array) -> jax.Array:
     """Returns one value per block for each of its numbers."""
