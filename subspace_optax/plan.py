@@ -28,6 +28,7 @@ from typing import Any
 from subspace_optax._plan import _methods
 from subspace_optax._plan import _models
 from subspace_optax._plan import _planner
+from subspace_optax._plan import _report
 from subspace_optax._plan._models import Model as Model
 from subspace_optax._plan._planner import Largest as Largest
 from subspace_optax._plan._planner import Plan as Plan
@@ -51,3 +52,97 @@ def optimizer(name: str, **settings: Any) -> Any:
     >>> tx = subspace_optax.plan.optimizer('golore', rank=64)
   """
   return _methods.make(name, _methods.Settings(**settings))
+
+
+def _flags() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='python -m subspace_optax.plan',
+    description='Bytes per device of a training step, before anything runs.',
+  )
+  add = parser.add_argument
+  names = ', '.join(_models.NAMED)
+  add('--model', required=True, help=f'{names}, or package.module:callable')
+  add('--optimizer', default='adamw', help=', '.join(_methods.METHODS))
+  add('--rank', default='0.25', help='or a share of each short side')
+  add('--batch', type=int, default=1, help='rows, over all devices')
+  add('--seq', type=int, default=2048)
+  add('--mesh', default='', help='fsdp=4,tensor=2; data is for copies')
+  add('--card', default='', help=', '.join(_planner.CARDS) + ', or GB')
+  add('--param-dtype', default='bfloat16')
+  add('--dtype', help="of activations; by default the parameters'")
+  add('--moment-dtype', help="by default the parameters'")
+  add('--basis-dtype', default='float32')
+  add('--rounding', default='nearest', help=', '.join(_planner.ROUNDING))
+  flag = lambda name, text: add(name, action='store_true', help=text)
+  flag('--regenerate', 'random bases are drawn anew in every step')
+  flag('--layerwise', 'each layer is updated as soon as it has its gradient')
+  flag('--remat', 'layers are recomputed in the backward pass')
+  add('--compare', default='', help='optimizers, separated by commas')
+  add('--picture', default='', help='a file to draw the bars to')
+  return parser
+
+
+def _number(text: str) -> int | float:
+  """Returns a rank."""
+  try:
+    return float(text) if '.' in text else int(text)
+  except ValueError:
+    raise ValueError(
+      f'rank={text!r}: expected a whole number, or a share as 0.25.'
+    ) from None
+
+
+def _text(args: argparse.Namespace) -> str:
+  """Returns what the program prints."""
+  names = _planner.Settings._fields
+  settings = {name: getattr(args, name) for name in names}
+  settings['rank'] = _number(args.rank)
+  card = card_bytes(args.card) if args.card else None
+  methods = args.compare.split(',') if args.compare else [args.optimizer]
+  plans = {name: _of(args.model, name, settings) for name in methods}
+  if args.picture:
+    title = f'{args.model}, {args.batch} x {args.seq} tokens'
+    _report.picture(plans, args.picture, card, title)
+  if args.compare:
+    return _report.table(plans, card)
+  found = plans[args.optimizer]
+  return f'{found}{_verdict(args, found, settings) if args.card else ""}'
+
+
+def _of(model: str, method: str, settings: dict[str, Any]) -> Plan:
+  """Returns a plan; `regenerate` is for the methods that know it."""
+  if not _methods.named(method).random:
+    settings = settings | {'regenerate': False}
+  return plan(model, method, **settings)
+
+
+def _verdict(args: Any, found: Plan, settings: dict[str, Any]) -> str:
+  most = largest(args.model, args.optimizer, args.card, **settings)
+  size = card_bytes(args.card) / 1e9
+  lines = [f'{args.card} ({size:g} GB): ' + _fits(found, args.card)]
+  if most.rank is not None:
+    lines.append(f'largest rank at batch {args.batch}: {most.rank or "none"}')
+  lines.append(f'largest batch at rank {args.rank}: {most.batch or "none"}')
+  return '\n' + '\n'.join(lines)
+
+
+def _fits(found: Plan, card: str) -> str:
+  left = (card_bytes(card) - found.total) / 1e9
+  if found.fits(card):
+    return f'fits, {left:.3f} GB are left'
+  return f'does not fit, {-left:.3f} GB are missing'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the program with these flags; returns its exit status."""
+  args = _flags().parse_args(argv)
+  try:
+    print(_text(args))
+  except ValueError as error:
+    print(error, file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -14,7 +14,6 @@
 """Bytes of a training step on each device, before anything is run."""
 
 from collections.abc import Callable, Mapping
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -147,7 +146,7 @@ def plan(model: Any, method: Any, **settings: Any) -> Plan:
     """
   s = checked(settings)
   made = _flax.resolve(model, s.param_dtype, s.dtype, s.seq)
-  return join(made, s, training(made, method, s), optimizer(made, method, s))
+  return join(made, s, training(made, s), optimizer(made, method, s))
 
 
 def checked(settings: Mapping[str, Any]) -> Settings:
@@ -247,9 +246,8 @@ def _local_params(model: _models.Model, s: Settings) -> Any:
   return jax.tree.map(shape, params)
 
 
-def training(model: _models.Model, method: Any, s: Settings) -> Callable:
+def training(model: _models.Model, s: Settings) -> Callable:
   """Returns what counts a forward and backward pass, given gradients."""
-  del method
   _check_pieces(model, s)
   params = _local_params(model, s)
   inputs = model.inputs(_cut.rows(s.mesh, s.batch), s.seq)
@@ -335,19 +333,17 @@ def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
 
   def batch_fits(k: int) -> bool:
     now = s._replace(batch=k * parts)
-    return join(made, now, training(made, method, now), of).total <= size
+    return join(made, now, training(made, now), of).total <= size
 
   batch = parts * _most(batch_fits)
   if not ranked:
     return Largest(None, batch)
-  count = functools.cache(lambda: None)  # placeholder
-  del count
   return Largest(_largest_rank(made, method, s, size), batch)
 
 
 def _largest_rank(model: Any, method: str, s: Settings, size: float) -> int:
   kept: dict[Any, Any] = {}
-  once = training(model, method, s)
+  once = training(model, s)
 
   def count(gradients: Any) -> Any:
     key = tuple(x.shape for x in jax.tree.leaves(gradients))

@@ -22,6 +22,8 @@ import optax
 from subspace_optax import _tree
 from subspace_optax._plan import _liveness
 from subspace_optax._plan import _models
+from subspace_optax._rso import _subproblems
+from subspace_optax._rso import _trees
 
 
 class Kept(NamedTuple):
@@ -124,21 +126,25 @@ def layerwise(
 
 def update_workspace(tx: Any, params: Any) -> int:
   """Returns what an update holds beside gradients, one leaf after another."""
-  if not hasattr(tx, 'update') or not isinstance(tx, tuple):
-    return 0
   pairs, _ = jax.tree_util.tree_flatten_with_path(params)
   return max((_of_leaf(tx, path, x) for path, x in pairs), default=0)
 
 
 def _of_leaf(tx: Any, path: Any, x: Any) -> int:
-  params = x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  params: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
   for part in reversed(_tree.path_str(path).split('/')):
     params = {part: params}
+  state = jax.eval_shape(tx.init, params)
+  gradients, update = params, _updated(tx)
+  if isinstance(tx, _subproblems.Subproblems):
+    gradients, update = _trees.trained(params, state.coords), tx.update
+  trace = _traced(update, gradients, state, params)
+  return _liveness.peak(trace, count_outputs=False)
 
-  def update(gradients, state, params):
+
+def _updated(tx: optax.GradientTransformation) -> Any:
+  def update(gradients: Any, state: Any, params: Any) -> Any:
     updates, state = tx.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 
-  state = jax.eval_shape(tx.init, params)
-  trace = _traced(update, params, state, params)
-  return _liveness.peak(trace, count_outputs=False)
+  return update
