@@ -19,7 +19,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent / 'examples'))
 
-import rso_programs as programs  # noqa: E402  sets what jax reads at import
+# First, since it sets what jax reads when it is imported.
+import rso_programs as programs  # noqa: E402, I001
 
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
@@ -75,13 +76,13 @@ def devices(topology: str, count: int) -> tuple[Mesh, str]:
   return mesh, f'{found[0].device_kind}, topology {topology}'
 
 
-def on(mesh: Mesh, tree: Any, spec: P = P()) -> Any:
+def on(mesh: Mesh, tree: Any, *axes: str) -> Any:
   """Shapes with a sharding, where they have none of this mesh."""
 
   def place(x):
     known = getattr(x, 'sharding', None)
     named = isinstance(known, NamedSharding)
-    new = known if named else NamedSharding(mesh, spec)
+    new = known if named else NamedSharding(mesh, P(*axes))
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=new)
 
   return jax.tree.map(place, tree)
@@ -115,7 +116,7 @@ def compiled(args: Args, row: tuple[Any, ...]) -> Any:
   out = sharding_of(params), sharding_of(state), NamedSharding(mesh, P())
   with jax.set_mesh(mesh):
     run = jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
-    lowered = run.lower(params, state, on(mesh, tokens, P('fsdp')))
+    lowered = run.lower(params, state, on(mesh, tokens, 'fsdp'))
     return lowered.compile(), name
 
 

@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a training step takes of each device's memory, before anything runs.
+r"""What a training step takes of each device's memory, before anything runs.
 
-  python -m subspace_optax.plan --model llama_7b --optimizer subspace_adamw \\
+  python -m subspace_optax.plan --model llama_7b --optimizer subspace_adamw \
     --rank 1024 --batch 1 --seq 2048 --mesh fsdp=1 --card rtx4090
 
-prints the bytes of weights, gradients, states, bases, activations and workspace,
-whether they fit, and the largest rank and batch that would.
+prints the bytes of weights, gradients, states, bases, activations and
+workspace, whether they fit, and the largest rank and batch that would.
 """
 
 import argparse

@@ -38,7 +38,9 @@ def sizes(mesh: str | Mapping[str, int]) -> dict[str, int]:
   """Returns sizes of axes, of text as 'fsdp=4,tensor=2' too."""
   if isinstance(mesh, str):
     parts = [part.partition('=') for part in mesh.split(',') if part.strip()]
-    mesh = {k.strip(): int(v) if v.strip().isdigit() else 0 for k, _, v in parts}
+    mesh = {
+      k.strip(): int(v) if v.strip().isdigit() else 0 for k, _, v in parts
+    }
   if any(k not in AXES or v < 1 for k, v in mesh.items()):
     raise ValueError(
       f'mesh={dict(mesh)!r}: expected positive sizes of some of {AXES}, as '
@@ -108,7 +110,8 @@ def local(x: Any, only: str | None = None) -> tuple[int, ...]:
     return math.prod(sharding.mesh.shape[a] for a in used)
 
   return tuple(
-    -(-size // cuts(entry)) for size, entry in zip(x.shape, entries, strict=True)
+    -(-size // cuts(entry))
+    for size, entry in zip(x.shape, entries, strict=True)
   )
 
 

@@ -31,8 +31,10 @@ def resolve(model: Any, param_dtype: Any, dtype: Any, seq: int) -> Any:
     return model
   if isinstance(model, str) and ':' not in model:
     return _models.named(model, param_dtype, dtype)
-  name, make = (model, imported(model)) if isinstance(model, str) else (
-    getattr(model, '__name__', 'model'), model
+  name, make = (
+    (model, imported(model))
+    if isinstance(model, str)
+    else (getattr(model, '__name__', 'model'), model)
   )
   made = _made(name, make)
   if isinstance(made, _models.Model):
@@ -40,7 +42,8 @@ def resolve(model: Any, param_dtype: Any, dtype: Any, seq: int) -> Any:
   if isinstance(made, linen.Module):
     return _of_linen(name, made, seq, param_dtype)
   if isinstance(made, tuple):
-    return _of_nnx(name, *made, param_dtype)
+    graph, params, rest = made
+    return _of_nnx(name, graph, params, rest, param_dtype)
   raise ValueError(
     f'model={name!r} gave {type(made).__name__}; expected a callable without '
     'arguments that returns an nnx module, a linen module or a plan.Model.'
@@ -93,7 +96,9 @@ def _cast(params: Any, dtype: Any) -> Any:
 
   def shape(x: Any) -> jax.ShapeDtypeStruct:
     floats = jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype) if floats else x.dtype)
+    return jax.ShapeDtypeStruct(
+      x.shape, jnp.dtype(dtype) if floats else x.dtype
+    )
 
   return jax.tree.map(shape, params)
 
@@ -114,8 +119,10 @@ def _zeros_like(state: Any) -> Any:
 
   def zeros(x: Any) -> Any:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-      return jax.random.key(0) if not x.shape else jax.random.split(
-        jax.random.key(0), x.shape
+      return (
+        jax.random.key(0)
+        if not x.shape
+        else jax.random.split(jax.random.key(0), x.shape)
       )
     return jnp.zeros(x.shape, x.dtype)
 

@@ -37,8 +37,8 @@ _VIEWS = frozenset(
 # what uses it.
 _ELEMENTWISE = frozenset(
   'abs acos acosh add add_any and asin asinh atan atan2 atanh '
-  'bitcast_convert_type cbrt ceil clamp concatenate cos cosh div dynamic_slice eq erf erf_inv '
-  'erfc exp exp2 expm1 floor ge gt integer_pow iota is_finite le log log1p '
+  'bitcast_convert_type cbrt ceil clamp concatenate cos cosh div '
+  'dynamic_slice eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow iota is_finite le log log1p '
   'logistic lt max min mul ne neg nextafter not one_minus_square or pad pow '
   'real reduce_precision rem round rsqrt select_n shift_left '
   'shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt '
@@ -180,8 +180,12 @@ def peak(trace: Trace, *, count_outputs: bool = True) -> int:
   if not count_outputs:
     free |= set(trace.outputs)
   roots = _roots(trace, kept)
-  last = {r: i for i, op in enumerate(trace.ops) for v in op.inputs
-          for r in roots.get(v, ())}
+  last = {
+    r: i
+    for i, op in enumerate(trace.ops)
+    for v in op.inputs
+    for r in roots.get(v, ())
+  }
   last |= {r: len(trace.ops) for v in trace.outputs for r in roots.get(v, ())}
   size = lambda v: 0 if v in free else trace.sizes[v]
   dies: dict[int, list[int]] = {}

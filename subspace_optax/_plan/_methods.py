@@ -76,7 +76,7 @@ def in_dtype(tx: optax.GradientTransformation, dtype: Any) -> Any:
   )
 
 
-def adam8bit() -> optax.GradientTransformation:
+def adam8bit() -> Any:
   """Returns the library's Adam of 8 bits, or says that it has none."""
   make = getattr(so, 'scale_by_adam8bit', None)
   if make is None:

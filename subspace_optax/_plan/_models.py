@@ -17,9 +17,9 @@ Nothing here is ever run. Axes are named in suffixes: B batch, T time, D width,
 F width of the MLP, K width of a head, V vocabulary.
 """
 
-import functools
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -44,10 +44,10 @@ class Model(NamedTuple):
   name: str
   params: Any
   inputs: Callable[[int, int], Any]
-  embed: Callable[[Any, Any], Any] | None = None
-  block: Callable[[Any, Any], Any] | None = None
-  head: Callable[[Any, Any, Any], Any] | None = None
-  whole: Callable[[Any, Any], Any] | None = None
+  embed: Any = None
+  block: Any = None
+  head: Any = None
+  whole: Any = None
   stack: str = 'blocks'
 
 
@@ -113,9 +113,7 @@ def named(name: str, param_dtype: Any, dtype: Any = None) -> Model:
   shape = lambda x: jax.ShapeDtypeStruct(x, jnp.dtype(param_dtype))
   params = jax.tree.map(shape, params, is_leaf=lambda x: isinstance(x, tuple))
   part = lambda f: functools.partial(f, sizes, dtype)
-  return Model(
-    name, params, tokens, part(embed), part(block), part(head)
-  )
+  return Model(name, params, tokens, part(embed), part(block), part(head))
 
 
 def _llama(s: Sizes) -> Any:
@@ -192,7 +190,9 @@ def _linear(p: Any, x: Any) -> Any:
   y = x @ p['kernel'].astype(x.dtype)
   if 'bias' not in p:
     return y
-  return y + jnp.expand_dims(p['bias'].astype(x.dtype), tuple(range(x.ndim - 1)))
+  return y + jnp.expand_dims(
+    p['bias'].astype(x.dtype), tuple(range(x.ndim - 1))
+  )
 
 
 def _norm(p: Any, x: Any, dtype: Any) -> Any:

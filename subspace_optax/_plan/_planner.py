@@ -142,8 +142,10 @@ def plan(model: Any, method: Any, **settings: Any) -> Plan:
 
   Example:
     >>> import subspace_optax.plan
-    >>> print(subspace_optax.plan.plan('llama_60m', 'golore', rank=128, seq=256))
-    """
+    >>> print(
+    ...   subspace_optax.plan.plan('llama_60m', 'golore', rank=128, seq=256)
+    ... )
+  """
   s = checked(settings)
   made = _flax.resolve(model, s.param_dtype, s.dtype, s.seq)
   return join(made, s, training(made, s), optimizer(made, method, s))
@@ -324,7 +326,7 @@ def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
   Example:
     >>> import subspace_optax.plan
     >>> found = subspace_optax.plan.largest('llama_60m', 'golore', 1.5, seq=256)
-    """
+  """
   s, size = checked(settings), card_bytes(card)
   made = _flax.resolve(model, s.param_dtype, s.dtype, s.seq)
   ranked = isinstance(method, str) and _methods.named(method).ranked

@@ -112,9 +112,7 @@ def layerwise(
   top = jax.value_and_grad(model.head, argnums=(0, 1))
   forward = _liveness.peak(_traced(model.block, layer, x))
   at_head = _liveness.peak(_traced(top, others, x, inputs))
-  in_layer = _liveness.peak(
-    _traced(backward, layer, x, x), count_outputs=False
-  )
+  in_layer = _liveness.peak(_traced(backward, layer, x, x), count_outputs=False)
   in_layer += gradients // layers + _liveness.bytes_of(x) + rest
   kept = _traced(functools.partial(_vjp_leaves, model.block), layer, x)
   between = layers * _liveness.bytes_of(x)
@@ -126,15 +124,20 @@ def layerwise(
 
 def update_workspace(tx: Any, params: Any) -> int:
   """Returns what an update holds beside gradients, one leaf after another."""
-  pairs, _ = jax.tree_util.tree_flatten_with_path(params)
-  return max((_of_leaf(tx, path, x) for path, x in pairs), default=0)
+  found: dict[Any, int] = {}
+  for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+    leaf: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for part in reversed(_tree.path_str(path).split('/')):
+      leaf = {part: leaf}
+    state = jax.eval_shape(tx.init, leaf)
+    # Leaves of the same shape and the same state are worked on alike.
+    key = tuple((x.shape, x.dtype) for x in jax.tree.leaves((leaf, state)))
+    if key not in found:
+      found[key] = _of_leaf(tx, leaf, state)
+  return max(found.values(), default=0)
 
 
-def _of_leaf(tx: Any, path: Any, x: Any) -> int:
-  params: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
-  for part in reversed(_tree.path_str(path).split('/')):
-    params = {part: params}
-  state = jax.eval_shape(tx.init, params)
+def _of_leaf(tx: Any, params: Any, state: Any) -> int:
   gradients, update = params, _updated(tx)
   if isinstance(tx, _subproblems.Subproblems):
     gradients, update = _trees.trained(params, state.coords), tx.update
