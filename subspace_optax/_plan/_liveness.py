@@ -38,7 +38,8 @@ _VIEWS = frozenset(
 _ELEMENTWISE = frozenset(
   'abs acos acosh add add_any and asin asinh atan atan2 atanh '
   'bitcast_convert_type cbrt ceil clamp concatenate cos cosh div '
-  'dynamic_slice eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow iota is_finite le log log1p '
+  'dynamic_slice eq erf erf_inv erfc exp exp2 expm1 floor ge gt '
+  'integer_pow iota is_finite le log log1p '
   'logistic lt max min mul ne neg nextafter not one_minus_square or pad pow '
   'real reduce_precision rem round rsqrt select_n shift_left '
   'shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt '

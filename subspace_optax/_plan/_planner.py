@@ -142,9 +142,9 @@ def plan(model: Any, method: Any, **settings: Any) -> Plan:
 
   Example:
     >>> import subspace_optax.plan
-    >>> print(
-    ...   subspace_optax.plan.plan('llama_60m', 'golore', rank=128, seq=256)
-    ... )
+    >>> plan = subspace_optax.plan.plan('llama_60m', 'golore', rank=128)
+    >>> plan.weights == plan.gradients, plan.fits('rtx4090')
+    (True, True)
   """
   s = checked(settings)
   made = _flax.resolve(model, s.param_dtype, s.dtype, s.seq)
@@ -325,7 +325,9 @@ def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
 
   Example:
     >>> import subspace_optax.plan
-    >>> found = subspace_optax.plan.largest('llama_60m', 'golore', 1.5, seq=256)
+    >>> found = subspace_optax.plan.largest('llama_test', 'adamw', 'v5e')
+    >>> found.rank is None, found.batch > 10
+    (True, True)
   """
   s, size = checked(settings), card_bytes(card)
   made = _flax.resolve(model, s.param_dtype, s.dtype, s.seq)
@@ -337,7 +339,7 @@ def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
     now = s._replace(batch=k * parts)
     return join(made, now, training(made, now), of).total <= size
 
-  batch = parts * _most(batch_fits)
+  batch = parts * _most(batch_fits, start=_guess(made, s, of, size))
   if not ranked:
     return Largest(None, batch)
   return Largest(_largest_rank(made, method, s, size), batch)
@@ -367,11 +369,29 @@ def matrices(params: Any) -> list[Any]:
   return found or [jax.ShapeDtypeStruct((1, 1), jnp.float32)]
 
 
-def _most(fits: Callable[[int], bool], limit: int | None = None) -> int:
+def _guess(model: Any, s: Settings, of: Optimizer, size: float) -> int:
+  """Returns how many times the mesh's rows fit, if bytes grow evenly."""
+  parts = s.mesh['data'] * s.mesh['fsdp']
+  totals = []
+  for k in (8, 16):
+    now = s._replace(batch=k * parts)
+    totals.append(join(model, now, training(model, now), of).total)
+  slope = max((totals[1] - totals[0]) / 8, 1)
+  return max(1, int(8 + (size - totals[0]) / slope))
+
+
+def _most(
+  fits: Callable[[int], bool], limit: int | None = None, start: int = 1
+) -> int:
   """Returns the largest number that fits, at most `limit`; 0 if none does."""
-  low, high = 0, 1
-  while (limit is None or high <= limit) and fits(high):
-    low, high = high, 2 * high
+  low, high, step = 0, start, 1
+  if start > 1 and not fits(start):
+    while (low := high - step) > 0 and not fits(low):
+      high, step = low, 2 * step
+    low = max(low, 0)
+  else:
+    while (limit is None or high <= limit) and fits(high):
+      low, high, step = high, high + step, 2 * step
   if limit is not None and high > limit:
     high = limit + 1
   while high - low > 1:
