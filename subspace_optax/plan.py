@@ -29,11 +29,11 @@ from subspace_optax._plan import _methods
 from subspace_optax._plan import _models
 from subspace_optax._plan import _planner
 from subspace_optax._plan import _report
+from subspace_optax._plan._largest import Largest as Largest
+from subspace_optax._plan._largest import largest as largest
 from subspace_optax._plan._models import Model as Model
-from subspace_optax._plan._planner import Largest as Largest
 from subspace_optax._plan._planner import Plan as Plan
 from subspace_optax._plan._planner import card_bytes as card_bytes
-from subspace_optax._plan._planner import largest as largest
 from subspace_optax._plan._planner import plan as plan
 
 

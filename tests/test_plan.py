@@ -344,6 +344,11 @@ def test_errors_name_the_argument(flags, words, capsys):
     assert word in error
 
 
+def test_rso_has_a_step_of_its_own():
+  with pytest.raises(ValueError, match='layerwise=True'):
+    plan.plan(method='rso', layerwise=True, **SMALL)
+
+
 def test_regenerating_what_is_not_random():
   with pytest.raises(ValueError, match='regenerate.*golore'):
     plan.plan(method='galore', regenerate=True, **SMALL)

@@ -32,10 +32,12 @@ class Kept(NamedTuple):
   Attributes:
     activations: what the forward pass keeps for the backward pass.
     peak: the most that both hold at once, gradients included.
+    held: what is still there while the optimizer runs, beside gradients.
   """
 
   activations: int
   peak: int
+  held: int = 0
 
 
 def loss_of(model: _models.Model, remat: bool) -> Any:
@@ -119,6 +121,7 @@ def layerwise(
   return Kept(
     between + _liveness.residuals(kept, 1),
     between + max(forward, at_head, in_layer),
+    between,
   )
 
 
