@@ -41,6 +41,7 @@ import tyro  # noqa: E402
 
 import llama  # noqa: E402
 import mesh as meshes  # noqa: E402
+import pages  # noqa: E402
 import subspace_optax as so  # noqa: E402
 from subspace_optax import plan  # noqa: E402
 
@@ -74,6 +75,7 @@ class Args:
   topology: str = 'v5p:2x2x1'
   only: str = ''  # a model: leaves out the rows of others
   out: str = str(ROOT / 'results' / 'plan.json')
+  docs: str = str(ROOT.parent / 'docs' / 'plan.md')
 
 
 def devices(topology: str, count: int) -> tuple[Mesh, str]:
@@ -122,7 +124,7 @@ def compiled(args: Args, row: tuple[Any, ...]) -> Any:
   step = programs.whole_step(loss, tx, jax.value_and_grad)
   sharding_of = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
   out = sharding_of(params), sharding_of(state), NamedSharding(mesh, P())
-  given = {'out_shardings': out}
+  given: dict[str, Any] = {'out_shardings': out}
   if layout == 'auto':
     auto = lambda x: Format(Layout.AUTO, x.sharding)
     kept = jax.tree.map(auto, (params, state))
@@ -208,6 +210,39 @@ def line(row: dict[str, Any]) -> str:
   return f'{what}: {sizes}, plan {row["plan"]["total"] / 1e9:.2f}; {errors}'
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+  """The rows for a page, in GB."""
+  head = (
+    'model, optimizer, rank',
+    'recomputed, fsdp, layout',
+    'peak',
+    'plan',
+    'off',
+    'off in temporaries',
+    'copies',
+    'off with copies',
+    'sum',
+  )
+  lines = [head, ['---'] * len(head)]
+  for row in rows:
+    rank = f', {row["rank"]}' if row['rank'] else ''
+    remat = 'yes' if row['remat'] else 'no'
+    lines.append(
+      [
+        f'{row["model"]}, {row["method"]}{rank}',
+        f'{remat}, {row["fsdp"]}, {row["layout"]}',
+        f'{row["peak_bytes"] / 1e9:.2f}',
+        f'{row["plan"]["total"] / 1e9:.2f}',
+        f'{row["error"]:+.1%}',
+        f'{row["error_temporaries"]:+.1%}',
+        f'{row["copied_bytes"] / 1e9:.2f}',
+        f'{row["error_with_copies"]:+.1%}',
+        f'{row["sum_bytes"] / 1e9:.2f}',
+      ]
+    )
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
   names = ('model', 'method', 'rank', 'remat', 'fsdp', 'layout', 'seq')
   return tuple(row[name] for name in names)
@@ -227,6 +262,7 @@ def main(args: Args):
     print(line(rows[-1]), flush=True)
     out.write_text(json.dumps(rows, indent=1) + '\n')
   out.write_text(json.dumps(rows, indent=1) + '\n')
+  pages.fill(pathlib.Path(args.docs), {'checked': table(rows)})
 
 
 if __name__ == '__main__':
