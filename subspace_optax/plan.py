@@ -99,7 +99,10 @@ def _text(args: argparse.Namespace) -> str:
   settings['rank'] = _number(args.rank)
   card = card_bytes(args.card) if args.card else None
   methods = args.compare.split(',') if args.compare else [args.optimizer]
-  plans = {name: _of(args.model, name, settings) for name in methods}
+  plans = {}
+  for name in methods:
+    chosen = _known(name, settings) if args.compare else settings
+    plans[name] = plan(args.model, name, **chosen)
   if args.picture:
     title = f'{args.model}, {args.batch} x {args.seq} tokens'
     _report.picture(plans, args.picture, card, title)
@@ -109,11 +112,10 @@ def _text(args: argparse.Namespace) -> str:
   return f'{found}{_verdict(args, found, settings) if args.card else ""}'
 
 
-def _of(model: str, method: str, settings: dict[str, Any]) -> Plan:
-  """Returns a plan; `regenerate` is for the methods that know it."""
-  if not _methods.named(method).random:
-    settings = settings | {'regenerate': False}
-  return plan(model, method, **settings)
+def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+  """Returns settings among many methods, of which only some regenerate."""
+  random = _methods.named(method).random
+  return settings | {'regenerate': settings['regenerate'] and random}
 
 
 def _verdict(args: Any, found: Plan, settings: dict[str, Any]) -> str:

@@ -325,6 +325,7 @@ def test_a_model_by_import_path(capsys):
     (['--model', 'math:pi'], ("model='math:pi'", 'float')),
     (['--optimizer', 'adm'], ("optimizer='adm'", 'adamw')),
     (['--optimizer', 'galore', '--rank', '0'], ('rank', '0')),
+    (['--optimizer', 'galore', '--regenerate'], ('regenerate', 'golore')),
     (['--rank', 'half'], ("rank='half'", '0.25')),
     (['--mesh', 'rows=2'], ("'rows': 2", 'fsdp')),
     (['--mesh', 'fsdp=2'], ('batch=1', '2')),

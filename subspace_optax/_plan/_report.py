@@ -47,7 +47,7 @@ def picture(
     raise ValueError(
       f'picture={path!r} needs matplotlib: pip install matplotlib.'
     ) from error
-  figure = Figure(figsize=(8, 1.2 + 0.45 * len(plans)), layout='constrained')
+  figure = Figure(figsize=(8, 1.5 + 0.45 * len(plans)), layout='constrained')
   backend_agg.FigureCanvasAgg(figure)
   axes = figure.subplots()
   left = [0.0] * len(plans)
@@ -60,5 +60,5 @@ def picture(
   axes.invert_yaxis()
   axes.set_xlabel('GB per device')
   axes.set_title(title, fontsize='medium')
-  axes.legend(fontsize='small')
+  figure.legend(loc='outside lower center', ncols=7, fontsize='small')
   figure.savefig(path, dpi=130)
