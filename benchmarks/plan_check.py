@@ -60,13 +60,13 @@ ROWS = (
   ('llama_7b', 'adamw', 0, True, 1, 'auto'),
   ('llama_7b', 'adafactor', 0, True, 1, 'default'),
   ('llama_7b', 'galore', 1024, True, 1, 'default'),
-  ('llama_7b', 'subspace_adamw', 1024, True, 1, 'default'),
   ('llama_1b', 'galore', 512, False, 1, 'default'),
   ('llama_1b', 'galore', 512, True, 1, 'default'),
   ('llama_350m', 'adamw', 0, True, 1, 'auto'),
   ('llama_1b', 'galore', 512, True, 1, 'auto'),
   ('llama_7b', 'adafactor', 0, True, 1, 'auto'),
   ('llama_7b', 'galore', 1024, False, 1, 'default'),
+  ('llama_7b', 'subspace_adamw', 1024, True, 1, 'default'),
 )
 
 
