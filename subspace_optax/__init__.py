@@ -13,6 +13,8 @@
 # limitations under the License.
 """Training in gradient subspaces: composable optax transformations."""
 
+import importlib
+
 from subspace_optax import projectors as projectors
 from subspace_optax import residuals as residuals
 from subspace_optax import rso as rso
@@ -54,3 +56,10 @@ from subspace_optax.optimizers import (
 )
 from subspace_optax.optimizers import subspace_adamw as subspace_adamw
 from subspace_optax.optimizers import subspace_muon as subspace_muon
+
+
+def __getattr__(name: str):
+  """Imports `plan` when it is asked for: run by -m, it must not be there."""
+  if name != 'plan':
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return importlib.import_module('subspace_optax.plan')

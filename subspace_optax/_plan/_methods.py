@@ -1,0 +1,189 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Optimizers by name, for `plan`: what they keep is asked of themselves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import subspace_optax as so
+from subspace_optax._optimizers import _common
+
+
+class Settings(NamedTuple):
+  """What is asked of an optimizer.
+
+  Attributes:
+    rank: an int, or a share of each matrix's short side.
+    moment_dtype: of the moments, None for the parameters'.
+    basis_dtype: of the bases, if there are any.
+    regenerate: whether random bases are drawn anew in every step.
+  """
+
+  rank: Any = 0.25
+  moment_dtype: Any = None
+  basis_dtype: Any = jnp.float32
+  regenerate: bool = False
+
+
+class Method(NamedTuple):
+  """An optimizer with a name.
+
+  Attributes:
+    make: Settings -> optimizer, or `rso.Subproblems`.
+    ranked: whether there is a rank.
+    random: whether its bases are random, so that they can be drawn anew.
+  """
+
+  make: Callable[[Settings], Any]
+  ranked: bool = False
+  random: bool = False
+
+
+# Nothing that is counted depends on it.
+_LR = 1e-3
+
+
+def in_dtype(tx: optax.GradientTransformation, dtype: Any) -> Any:
+  """Keeps an optimizer's floating-point state in a dtype between steps."""
+  if dtype is None:
+    return tx
+
+  def cast(tree: Any, to: Any) -> Any:
+    floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(to) if floats(x) else x, tree)
+
+  def update(updates, state, params=None):
+    updates, state = tx.update(updates, cast(state, jnp.float32), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(
+    lambda params: cast(tx.init(params), dtype), update
+  )
+
+
+def adam8bit() -> Any:
+  """Returns the library's Adam of 8 bits, or says that it has none."""
+  make = getattr(so, 'scale_by_adam8bit', None)
+  if make is None:
+    raise ValueError(
+      'optimizer: this version has no `scale_by_adam8bit`; choose one without '
+      '8bit in its name.'
+    )
+  return make()
+
+
+def _spec(s: Settings, side: str = 'short', **options: Any) -> so.SubspaceSpec:
+  return so.SubspaceSpec(
+    s.rank,
+    side=side,
+    allow_empty=True,
+    basis_dtype=s.basis_dtype,
+    moment_dtype=s.moment_dtype,
+    **options,
+  )
+
+
+def _plain(make: Callable[[], Any]) -> Callable[[Settings], Any]:
+  return lambda s: in_dtype(make(), s.moment_dtype)
+
+
+def _adamw8bit() -> Any:
+  return _common.with_decay(adam8bit(), _LR, 0.0, None)
+
+
+def _galore(inner: Callable[[], Any]) -> Callable[[Settings], Any]:
+  """Short side, bases by matrix products: what an exact SVD needs varies."""
+
+  def make(s: Settings) -> Any:
+    projector = so.projectors.svd(200, 'randomized')
+    tx = so.subspace(_spec(s), projector, inner())
+    return _common.with_decay(tx, _LR, 0.0, None)
+
+  return make
+
+
+def _golore(inner: Callable[[], Any], transport: str) -> Any:
+  def make(s: Settings) -> Any:
+    projector = so.projectors.stiefel(200, regenerate=s.regenerate)
+    tx = so.subspace(_spec(s), projector, inner(), transport=transport)
+    return _common.with_decay(tx, _LR, 0.0, None)
+
+  return make
+
+
+def _subspace_adamw8bit(s: Settings) -> Any:
+  tx = so.subspace(
+    _spec(s),
+    so.projectors.stiefel(200, regenerate=True),
+    adam8bit(),
+    residual=so.residuals.fira(),
+  )
+  return _common.with_decay(tx, _LR, 0.0, None)
+
+
+def _ours(make: Callable[..., Any]) -> Callable[[Settings], Any]:
+  return lambda s: make(_LR, spec=_spec(s))
+
+
+def _rso(s: Settings) -> Any:
+  spec = _spec(s, 'in')
+  return so.rso.subproblems(spec, optax.adam(_LR))
+
+
+METHODS: dict[str, Method] = {
+  'sgd': Method(_plain(lambda: optax.sgd(_LR))),
+  'adamw': Method(_plain(lambda: optax.adamw(_LR))),
+  'adamw8bit': Method(lambda s: _adamw8bit()),
+  'lion': Method(_plain(lambda: optax.lion(_LR))),
+  'adafactor': Method(_plain(lambda: optax.adafactor(_LR))),
+  'galore': Method(_galore(optax.scale_by_adam), ranked=True),
+  'galore8bit': Method(_galore(adam8bit), ranked=True),
+  'golore': Method(_golore(optax.scale_by_adam, 'first'), True, True),
+  'golore8bit': Method(_golore(adam8bit, 'keep'), True, True),
+  'online_subspace_descent': Method(
+    _ours(so.online_subspace_descent), ranked=True
+  ),
+  'fira_adamw': Method(_ours(so.fira_adamw), ranked=True),
+  'apollo_adamw': Method(_ours(so.apollo_adamw), True, True),
+  'ldadamw': Method(_ours(so.ldadamw), ranked=True),
+  'subspace_adamw': Method(_ours(so.subspace_adamw), True, True),
+  'subspace_adamw8bit': Method(_subspace_adamw8bit, True, True),
+  'subspace_muon': Method(_ours(so.subspace_muon), True, True),
+  'rso': Method(_rso, ranked=True, random=True),
+}
+
+
+def named(name: str) -> Method:
+  """Returns the method called `name`."""
+  if name not in METHODS:
+    raise ValueError(
+      f'optimizer={name!r} is unknown; choose from {sorted(METHODS)}.'
+    )
+  return METHODS[name]
+
+
+def make(name: str, settings: Settings) -> Any:
+  """Returns the optimizer called `name`."""
+  method = named(name)
+  if settings.regenerate and not method.random:
+    random = sorted(k for k, v in METHODS.items() if v.random)
+    raise ValueError(
+      f'regenerate: the bases of optimizer={name!r} are not random; choose '
+      f'from {random}.'
+    )
+  return method.make(settings)

@@ -1,0 +1,356 @@
+"""The planner: bytes of a training step before anything runs."""
+
+import math
+import sys
+
+from flax import linen
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cases
+import llama
+import subspace_optax as so
+from subspace_optax import plan
+from subspace_optax._plan import _liveness
+from subspace_optax._plan import _methods
+from subspace_optax._plan import _models
+from subspace_optax._plan import _step
+
+SMALL = {'model': 'llama_1m', 'seq': 32, 'rank': 8}
+
+
+class Tiny(nnx.Module):
+  """A model in one piece."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.embed = nnx.Embed(64, 16, rngs=rngs)
+    self.up = nnx.Linear(16, 256, rngs=rngs)
+    self.head = nnx.Linear(256, 64, rngs=rngs)
+    self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+  def __call__(self, tokens):
+    return self.head(self.drop(jnp.tanh(self.up(self.embed(tokens)))))
+
+
+class Dense(linen.Module):
+  @linen.compact
+  def __call__(self, tokens):
+    return linen.Dense(64)(linen.Embed(64, 16)(tokens))
+
+
+def adam8bit():
+  """Has the state of Adam in codes of a byte, a scale per 256 of them."""
+
+  def init(params):
+    like = lambda f: jax.tree.map(f, params)
+    scales = like(lambda x: jnp.ones((*x.shape[:-1], -(-x.shape[-1] // 256))))
+    code = lambda dtype: like(lambda x: jnp.zeros(x.shape, dtype))
+    return code(jnp.int8), code(jnp.uint8), scales, scales
+
+  def update(updates, state, params=None):
+    return jax.tree.map(lambda g, code: g * code, updates, state[0]), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def traced(f, *shapes):
+  shapes = [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes]
+  return _liveness.flatten(jax.make_jaxpr(f)(*shapes))
+
+
+@pytest.mark.parametrize('name', ['llama_test', 'llama_1m', 'llama_60m'])
+def test_named_models_are_those_of_the_trainer(name):
+  config = llama.named(name, param_dtype='bfloat16')
+  made = nnx.eval_shape(lambda: llama.Llama(config, nnx.Rngs(0)))
+  wanted = nnx.to_pure_dict(nnx.state(made, nnx.Param))
+  found = _models.named(name, 'bfloat16').params
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  same = lambda x, y: x.shape == y.shape and x.dtype == y.dtype
+  assert all(jax.tree.leaves(jax.tree.map(same, found, wanted)))
+
+
+def test_every_llama_of_the_trainer_is_here():
+  for name, config in llama.NAMED.items():
+    sizes = _models.NAMED[name]
+    for field in ('width', 'mlp_width', 'layers', 'heads', 'vocab'):
+      assert getattr(sizes, field) == getattr(config, field), (name, field)
+
+
+def test_gpt3_has_its_published_number_of_parameters():
+  params = _models.named('gpt3_175b', 'bfloat16').params
+  size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  np.testing.assert_allclose(size, 174.6e9, rtol=1e-3)
+
+
+def test_the_models_loss_is_that_of_the_trainer():
+  config = llama.named('llama_test')
+  made = nnx.eval_shape(lambda: llama.Llama(config, nnx.Rngs(0)))
+  graph, shapes = nnx.split(made)
+  random = np.random.default_rng(0)
+  draw = lambda x: 0.3 * random.standard_normal(x.shape, np.float32)
+  params = jax.tree.map(draw, nnx.to_pure_dict(shapes))
+  tokens = np.arange(24).reshape(2, 12)
+
+  def wanted(params):
+    logits = nnx.merge(graph, nnx.State(params))(tokens)
+    return _models.cross_entropy(logits, tokens)
+
+  loss = _step.loss_of(_models.named('llama_test', 'float32'), remat=True)
+  found = cases.jit(lambda p: (wanted(p), loss(p, tokens)))(params)
+  np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+SLOW = ('fira_adamw', 'ldadamw', 'apollo_adamw', 'golore8bit')
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in _methods.METHODS
+  ],
+)
+def test_weights_and_states_are_those_of_the_report(method, monkeypatch):
+  monkeypatch.setattr(so, 'scale_by_adam8bit', adam8bit, raising=False)
+  made = plan.plan(method=method, **SMALL)
+  params = _models.named('llama_1m', 'bfloat16').params
+  report = so.memory_report(plan.optimizer(method, rank=8), params)
+  assert made.weights == report.params
+  assert made.states + made.bases == report.state
+  assert made.gradients == report.gradients
+  if '8bit' in method:
+    wide = plan.plan(method=method.removesuffix('8bit'), **SMALL)
+    assert made.states < 0.6 * wide.states
+  assert made.total == sum(made) and min(made) >= 0
+
+
+def test_bases_are_apart_from_moments():
+  stored = plan.plan(method='golore', **SMALL)
+  drawn = plan.plan(method='golore', regenerate=True, **SMALL)
+  narrow = plan.plan(method='golore', basis_dtype='bfloat16', **SMALL)
+  # Four kernels of 128 x 128 and three of 128 x 352 a layer, short side 128.
+  assert stored.bases == 4 * 4 * 7 * 128 * 8
+  assert narrow.bases == stored.bases // 2
+  assert drawn.bases == 0
+  assert abs(drawn.states - stored.states) < 500
+
+
+def test_moments_in_another_dtype():
+  narrow = plan.plan(method='adamw', **SMALL)
+  wide = plan.plan(method='adamw', moment_dtype='float32', **SMALL)
+  assert wide.states - 4 == 2 * (narrow.states - 4)
+
+
+def test_compensated_rounding_takes_two_bytes_a_parameter():
+  plain = plan.plan(method='adamw', **SMALL)
+  kept = plan.plan(method='adamw', rounding='compensated', **SMALL)
+  assert kept.states - plain.states == plain.weights
+  wide = {'param_dtype': 'float32'}
+  plain = plan.plan(method='adamw', **SMALL, **wide)
+  assert plain == plan.plan(
+    method='adamw', rounding='compensated', **SMALL, **wide
+  )
+
+
+def test_recomputing_and_layerwise_updates_take_less():
+  long = SMALL | {'seq': 256}
+  plain = plan.plan(method='adamw', **long)
+  remat = plan.plan(method='adamw', remat=True, **long)
+  layered = plan.plan(method='adamw', layerwise=True, **long)
+  inputs = 4 * 256 * 128 * 2  # bfloat16, of the four layers
+  head = remat.activations - inputs
+  assert head >= 256 * 32_000 * 2
+  assert plain.activations - head > 10 * inputs
+  assert remat.gradients == plain.gradients
+  params = _models.named('llama_1m', 'bfloat16').params
+  blocks = sum(
+    2 * math.prod(x.shape) for x in jax.tree.leaves(params['blocks'])
+  )
+  assert layered.gradients == plain.weights - blocks * 3 // 4
+  assert layered.total < remat.total < plain.total
+
+
+def test_a_mesh_divides():
+  one = plan.plan(method='galore', batch=4, **SMALL)
+  cut = plan.plan(method='galore', batch=4, mesh='fsdp=4', **SMALL)
+  copies = plan.plan(method='galore', batch=4, mesh={'data': 4}, **SMALL)
+  row = plan.plan(method='galore', batch=1, **SMALL)
+  for part in ('weights', 'gradients', 'states', 'bases'):
+    share = getattr(cut, part) / getattr(one, part)
+    np.testing.assert_allclose(share, 0.25, atol=0.03)
+  assert copies.weights == one.weights and copies.gradients == one.gradients
+  # State is cut along axes that parameters leave alone, too.
+  assert copies.states < one.states and copies.bases < one.bases
+  assert copies.activations == row.activations
+
+
+def test_a_tensor_axis_cuts_what_layers_keep():
+  long = SMALL | {'seq': 256}
+  one = plan.plan(method='adamw', **long)
+  cut = plan.plan(method='adamw', mesh='tensor=2', **long)
+  assert one.activations / 2 < cut.activations < 0.8 * one.activations
+
+
+def test_largest_is_the_largest():
+  fixed = {'model': Tiny, 'method': 'golore', 'seq': 64}
+  fits = lambda **k: plan.plan(**fixed, **k).fits(card)
+  card = plan.plan(**fixed, rank=5, batch=7).total / 1e9
+  found = plan.largest(card=card, rank=3, batch=7, **fixed)
+  assert found.rank >= 5 and found.batch >= 7
+  assert fits(rank=3, batch=found.batch)
+  assert not fits(rank=3, batch=found.batch + 1)
+  assert fits(rank=found.rank, batch=7)
+  assert not fits(rank=found.rank + 1, batch=7)
+  none = plan.largest(card=1e-6, rank=3, **fixed)
+  assert none == plan.Largest(0, 0)
+  assert plan.largest(card=1, **fixed | {'method': 'adamw'}).rank is None
+
+
+@pytest.mark.parametrize('make', [Tiny, Dense, lambda: Tiny(), Tiny()])
+def test_models_of_others(make):
+  if make is Dense:
+    size = 64 * 16 + 16 * 64 + 64
+  else:
+    size = 64 * 16 + 16 * 256 + 256 + 256 * 64 + 64
+  made = plan.plan(make, 'adamw', batch=2, seq=8, param_dtype='float32')
+  assert made.weights == made.gradients == 4 * size
+  assert made.states == 8 * size + 4
+  assert made.activations > 0
+
+
+def test_optimizers_of_others():
+  made = plan.plan(method=so.golore(1e-3, rank=8), **SMALL)
+  assert made == plan.plan(method='golore', **SMALL)
+
+
+# --- What is held at once ----------------------------------------------------
+
+
+def test_elementwise_results_take_no_memory():
+  f = lambda x, w, v: jnp.sum(jnp.tanh(jnp.exp(x) + 1) @ w @ v)
+  trace = traced(f, (8, 16), (16, 32), (32, 4))
+  # tanh(...) for the first product (8, 16), its result (8, 32) beside it; then
+  # (8, 32) and (8, 4).
+  assert _liveness.peak(trace) == 4 * 8 * (16 + 32)
+  lonely = traced(lambda x: jnp.sum(jnp.exp(x) * 2), (8, 16))
+  assert _liveness.peak(lonely) == 4
+
+
+def test_what_is_fused_keeps_its_sources():
+  def f(x, w):
+    y = x @ w  # lives until the last product, through exp
+    z = jnp.exp(y)
+    return (y @ w) @ w + z
+
+  trace = traced(f, (8, 16), (16, 16))
+  # y, y w, (y w) w; the sum may take the place of one of them.
+  assert _liveness.peak(trace) == 3 * 4 * 8 * 16
+
+
+def test_residuals_without_arguments():
+  def kept(w, x):
+    value, vjp = jax.vjp(lambda w: jnp.sum(jnp.tanh(jnp.exp(x @ w)) * 2), w)
+    return value, jax.tree.leaves(vjp)
+
+  # All that it keeps is made of x w; x is an argument.
+  assert _liveness.residuals(traced(kept, (16, 32), (8, 16)), 1) == 4 * 8 * 32
+
+
+def test_loops_hold_what_their_bodies_do():
+  def f(x, ws):
+    return jax.lax.scan(lambda x, w: ((x @ w) @ w, x), x, ws)
+
+  trace = traced(f, (8, 16), (3, 16, 16))
+  # The results x (8, 16) and (3, 8, 16); inside, x w.
+  assert _liveness.peak(trace) == 4 * 8 * 16 * (1 + 3 + 1)
+  assert _liveness.peak(trace, count_outputs=False) == 4 * 8 * 16
+
+
+# --- The program -------------------------------------------------------------
+
+FLAGS = ['--model', 'llama_1m', '--seq', '32', '--rank', '8']
+
+
+def test_it_prints_the_parts(capsys):
+  flags = ['--model', f'{__name__}:Tiny', '--seq', '8', '--rank', '8']
+  assert plan.main([*flags, '--optimizer', 'golore', '--card', '0.001']) == 0
+  text = capsys.readouterr().out
+  kind = {'model': Tiny, 'method': 'golore', 'seq': 8, 'rank': 8}
+  made = plan.plan(**kind)
+  for name, size in [*made._asdict().items(), ('total', made.total)]:
+    assert f'{name:<12}{size / 1e9:>10.3f} GB' in text
+  found = plan.largest(card=0.001, **kind)
+  assert f'largest rank at batch 1: {found.rank}' in text
+  assert f'largest batch at rank 8: {found.batch}' in text
+  assert '0.001 (0.001 GB): fits' in text
+
+
+def test_it_says_what_is_missing(capsys):
+  assert plan.main([*FLAGS, '--card', '0.001']) == 0
+  assert 'does not fit' in capsys.readouterr().out
+
+
+def test_it_compares_and_draws(capsys, tmp_path):
+  path = tmp_path / 'bars.png'
+  flags = ['--compare', 'adamw,golore', '--regenerate', '--picture', str(path)]
+  assert plan.main([*FLAGS, *flags, '--card', 'v5e']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines] == ['GB', 'adamw', 'golore']
+  assert path.read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_picture_without_matplotlib(monkeypatch, capsys, tmp_path):
+  monkeypatch.setitem(sys.modules, 'matplotlib.backends', None)
+  flags = ['--picture', str(tmp_path / 'bars.png')]
+  assert plan.main([*FLAGS, *flags]) == 2
+  assert 'needs matplotlib' in capsys.readouterr().err
+
+
+def test_a_model_by_import_path(capsys):
+  flags = ['--model', f'{__name__}:Tiny', '--seq', '8']
+  assert plan.main(flags) == 0
+  assert 'total' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'flags, words',
+  [
+    (['--model', 'llama_8b'], ("model='llama_8b'", 'llama_7b')),
+    (['--model', 'nowhere:Model'], ("model='nowhere:Model'", 'imported')),
+    (['--model', 'math:pi'], ("model='math:pi'", 'float')),
+    (['--optimizer', 'adm'], ("optimizer='adm'", 'adamw')),
+    (['--optimizer', 'galore', '--rank', '0'], ('rank', '0')),
+    (['--optimizer', 'galore', '--regenerate'], ('regenerate', 'golore')),
+    (['--rank', 'half'], ("rank='half'", '0.25')),
+    (['--mesh', 'rows=2'], ("'rows': 2", 'fsdp')),
+    (['--mesh', 'fsdp=2'], ('batch=1', '2')),
+    (['--batch', '0'], ('batch=0', 'positive')),
+    (['--seq', '0'], ('seq=0', 'positive')),
+    (['--card', 'rtx'], ("card='rtx'", 'rtx4090')),
+    (['--param-dtype', 'int9'], ("param_dtype='int9'", 'bfloat16')),
+    (['--rounding', 'up'], ("rounding='up'", 'compensated')),
+    (['--model', f'{__name__}:Tiny', '--remat'], ('remat=True', 'pieces')),
+  ],
+)
+def test_errors_name_the_argument(flags, words, capsys):
+  assert plan.main([*FLAGS, *flags]) == 2
+  error = capsys.readouterr().err
+  for word in words:
+    assert word in error
+
+
+def test_rso_has_a_step_of_its_own():
+  with pytest.raises(ValueError, match='layerwise=True'):
+    plan.plan(method='rso', layerwise=True, **SMALL)
+
+
+def test_regenerating_what_is_not_random():
+  with pytest.raises(ValueError, match='regenerate.*golore'):
+    plan.plan(method='galore', regenerate=True, **SMALL)
+  with pytest.raises(ValueError, match='ranks: no such setting'):
+    plan.plan('llama_1m', 'adamw', ranks=3)
