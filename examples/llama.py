@@ -33,6 +33,7 @@ class LlamaConfig:
     True  # one stack of kernels (layers, in, out) and one scan
   )
   remat: bool = False  # recompute each block in the backward pass
+  attention_chunk: int = 0  # queries at a time, recomputed backward; 0: all
   # Where these live on the mesh in use, if there is one.
   activations: PartitionSpec | None = None  # (B, T, D)
   looked_up: PartitionSpec | None = None  # the embedding (V, D) as it is read
@@ -99,6 +100,28 @@ def rotate(x_BxTxHxK, base: float):
   return x.astype(x_BxTxHxK.dtype)
 
 
+def attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, chunk: int):
+  """Causal attention, whose (B, H, T, T) scores are never there at once."""
+  T = q_BxTxHxK.shape[1]
+  if not chunk or T <= chunk:
+    return jax.nn.dot_product_attention(
+      q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, is_causal=True
+    )
+  if T % chunk:
+    raise ValueError(f'attention_chunk={chunk} does not divide {T} tokens')
+
+  @jax.checkpoint
+  def rows(start):
+    q_BxCxHxK = jax.lax.dynamic_slice_in_dim(q_BxTxHxK, start, chunk, 1)
+    past_CxT = jnp.arange(T)[None] <= start + jnp.arange(chunk)[:, None]
+    return jax.nn.dot_product_attention(
+      q_BxCxHxK, k_BxTxHxK, v_BxTxHxK, mask=past_CxT[None, None]
+    )
+
+  y_NxBxCxHxK = jax.lax.map(rows, jnp.arange(0, T, chunk))
+  return jnp.moveaxis(y_NxBxCxHxK, 0, 1).reshape(q_BxTxHxK.shape)
+
+
 class Attention(nnx.Module):
   """Causal self-attention; kernels are matrices, since the heads are merged."""
 
@@ -111,6 +134,7 @@ class Attention(nnx.Module):
     self.wo = linear(c, c.width, c.width, rngs)
     self.head_width = head_width
     self.rope_base = c.rope_base
+    self.chunk = c.attention_chunk
 
   def __call__(self, x_BxTxD):
     B, T, D = x_BxTxD.shape
@@ -118,9 +142,7 @@ class Attention(nnx.Module):
     q_BxTxHxK = rotate(split(self.wq(x_BxTxD)), self.rope_base)
     k_BxTxHxK = rotate(split(self.wk(x_BxTxD)), self.rope_base)
     v_BxTxHxK = split(self.wv(x_BxTxD))
-    y_BxTxHxK = jax.nn.dot_product_attention(
-      q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, is_causal=True
-    )
+    y_BxTxHxK = attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, self.chunk)
     return self.wo(y_BxTxHxK.reshape(B, T, D))
 
 
@@ -178,17 +200,26 @@ class Llama(nnx.Module):
     self.final_norm = RMSNorm(c)
     self.lm_head = linear(c, c.width, c.outputs or c.vocab, rngs)
 
+  def look_up(self, tokens_BxT):
+    """Tokens (B, T) to the blocks' input (B, T, D)."""
+    c = self.config
+    embedding_VxD = self.embed.embedding[...].astype(c.dtype)
+    x_BxTxD = place(embedding_VxD, c.looked_up)[tokens_BxT]
+    return place(x_BxTxD, c.activations)
+
+  def logits(self, x_BxTxD):
+    """The blocks' output (B, T, D) to logits (B, T, V)."""
+    return self.lm_head(self.final_norm(x_BxTxD))
+
   def __call__(self, tokens_BxT):
     c = self.config
     step = lambda x, block: (place(block(x), c.activations), None)
     if c.remat:
       step = jax.checkpoint(step)
-    embedding_VxD = self.embed.embedding[...].astype(c.dtype)
-    x_BxTxD = place(embedding_VxD, c.looked_up)[tokens_BxT]
-    x_BxTxD = place(x_BxTxD, c.activations)
+    x_BxTxD = self.look_up(tokens_BxT)
     if c.scan_layers:
       x_BxTxD, _ = jax.lax.scan(step, x_BxTxD, self.blocks)
     else:
       for block in self.blocks:
         x_BxTxD, _ = step(x_BxTxD, block)
-    return self.lm_head(self.final_norm(x_BxTxD))
+    return self.logits(x_BxTxD)

@@ -4,6 +4,7 @@ r"""Trains a LLaMA on text, by one optimizer or by several side by side.
   python examples/pretrain.py --optimizer galore --rank 16 --out runs/galore
   python examples/pretrain.py --out runs/galore --resume ...
   python examples/pretrain.py --optimizer golore --compressed --export
+  python examples/pretrain.py --optimizer subspace_adamw --layerwise --eight-bit
   python examples/pretrain.py --mesh data=2,fsdp=2,tensor=2
   python examples/pretrain.py --compare online_subspace_descent,galore,adamw
   python examples/pretrain.py --model llama_60m --data c4:2000000 \
@@ -81,10 +82,23 @@ class Plan(NamedTuple):
 
   config: llama.LlamaConfig
   loss: Callable
-  tx: Any  # an optax optimizer, or `so.rso.subproblems`
+  tx: Any  # as `optimizer` makes it
   method: train_step.Method
   init: Callable  # () -> state, made where it belongs
   like: Any  # shapes and shardings of the state
+
+
+def optimizer(c: Config, model: llama.Llama) -> Any:
+  """An optax optimizer, `so.rso.subproblems` or `so.layerwise`."""
+  tx = recipes.make(c, clip=not c.layerwise)
+  if not c.layerwise:
+    return tx
+  if isinstance(tx, so.rso.Subproblems):
+    raise ValueError(
+      "layerwise=True with optimizer='rso': it has a step of its own"
+    )
+  parts = train_step.by_layer(model)
+  return so.layerwise(tx, *parts, max_norm=c.clip or None, clip=c.clip_by)
 
 
 def plan(c: Config, vocab: int, devices: Mesh) -> Plan:
@@ -95,11 +109,13 @@ def plan(c: Config, vocab: int, devices: Mesh) -> Plan:
     param_dtype=c.param_dtype,
     scan_layers=c.scan_layers,
     remat=c.remat,
+    attention_chunk=c.attention_chunk,
     **mesh.constraints(devices),
   )
-  tx = recipes.make(c)
   create = lambda: llama.Llama(model, nnx.Rngs(jax.random.key(c.seed)))
-  graphdef, shapes = nnx.split(nnx.eval_shape(create))
+  abstract = nnx.eval_shape(create)
+  tx = optimizer(c, abstract)
+  graphdef, shapes = nnx.split(abstract)
   shapes = nnx.to_pure_dict(shapes)
   params = mesh.parameters(devices, shapes, report.say)
   placed = {
@@ -119,7 +135,8 @@ def plan(c: Config, vocab: int, devices: Mesh) -> Plan:
     jax.eval_shape(make),
     placed,
   )
-  method = train_step.method(tx, c.compressed, c.clip)
+  inside = recipes.micro_steps(c) > 1
+  method = train_step.method(tx, c.compressed, c.clip, inside)
   return Plan(model, train_step.make_loss(graphdef), tx, method, init, like)
 
 

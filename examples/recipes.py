@@ -58,14 +58,38 @@ def schedule(peak: float, steps: int, kind: str = 'cosine'):
   )
 
 
+def in_subspace(c) -> dict[str, Any]:
+  """What runs on coordinates, and in how many micro-steps."""
+  options: dict[str, Any] = {'every_k': micro_steps(c)}
+  if c.eight_bit:
+    options['base_optimizer'] = so.scale_by_adam8bit(seed=c.seed)
+  return options
+
+
+def micro_steps(c) -> int:
+  """The microbatches that the optimizer accumulates, in the subspace."""
+  inside = getattr(c, 'accumulate_in_subspace', False)
+  return c.accumulation if inside else 1
+
+
 def online_subspace_descent(c, lr):
   return so.online_subspace_descent(
-    lr, c.rank, weight_decay=c.weight_decay, seed=c.seed
+    lr,
+    c.rank,
+    weight_decay=c.weight_decay,
+    seed=c.seed,
+    **in_subspace(c),
   )
 
 
 def galore(c, lr):
-  return so.galore(lr, c.rank, c.update_proj_gap, weight_decay=c.weight_decay)
+  return so.galore(
+    lr,
+    c.rank,
+    c.update_proj_gap,
+    weight_decay=c.weight_decay,
+    **in_subspace(c),
+  )
 
 
 def golore(c, lr):
@@ -77,6 +101,7 @@ def golore(c, lr):
     random_from=c.steps // 2,
     weight_decay=c.weight_decay,
     seed=c.seed,
+    **in_subspace(c),
   )
 
 
@@ -105,6 +130,7 @@ def subspace_adamw(c, lr):
     lr,
     c.rank,
     c.update_proj_gap,
+    eight_bit=c.eight_bit,
     weight_decay=c.weight_decay,
     seed=c.seed,
   )
@@ -148,7 +174,13 @@ def contrib_galore(c, lr):
 
 
 def adamw(c, lr):
-  return optax.adamw(lr, weight_decay=c.weight_decay)
+  if not c.eight_bit:
+    return optax.adamw(lr, weight_decay=c.weight_decay)
+  return optax.chain(
+    so.scale_by_adam8bit(seed=c.seed),
+    optax.add_decayed_weights(c.weight_decay),
+    optax.scale_by_learning_rate(lr),
+  )
 
 
 def adafactor(c, lr):
@@ -191,6 +223,11 @@ OPTIMIZERS = {
 }
 
 
+# Which accumulate r-sized sums, and which take moments of a byte each.
+ACCUMULATE = ('online_subspace_descent', 'galore', 'golore')
+EIGHT_BIT = (*ACCUMULATE, 'subspace_adamw', 'adamw')
+
+
 def check(name: str) -> str:
   if name not in OPTIMIZERS:
     raise ValueError(
@@ -207,19 +244,35 @@ def rates(c) -> tuple[float, float]:
   return lr, rest if c.lr_rest is None else c.lr_rest
 
 
-def make(c) -> Any:
+def check_options(c) -> None:
+  """Raises for what an optimizer can't do."""
+  if c.eight_bit and c.optimizer not in EIGHT_BIT:
+    raise ValueError(
+      f'eight_bit=True with optimizer={c.optimizer!r}: only {EIGHT_BIT}'
+    )
+  if micro_steps(c) > 1 and c.optimizer not in ACCUMULATE:
+    raise ValueError(
+      f'accumulate_in_subspace=True with optimizer={c.optimizer!r}: only '
+      f'{ACCUMULATE}'
+    )
+
+
+def make(c, clip: bool = True) -> Any:
   """The chain: clip the global norm, the optimizer, the split of the rates.
 
   Subproblems of RSO are no transformation, and split their rates themselves.
   """
+  check_options(c)
   lr, rest = rates(c)
   made = OPTIMIZERS[c.optimizer](c, schedule(lr, c.steps, c.schedule))
   if isinstance(made, so.rso.Subproblems):
     return made
   steps = [made]
-  if c.clip:
+  if c.clip and clip:
     steps.insert(0, optax.clip_by_global_norm(c.clip))
   if rest != lr:
     others = lambda p: jax.tree.map(lambda matrix: not matrix, matrix_mask(p))
     steps.append(optax.masked(optax.scale(rest / lr), others))
+  if c.rounding != 'nearest':
+    steps.append(so.round_updates(c.rounding, seed=c.seed))
   return optax.chain(*steps)

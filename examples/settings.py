@@ -10,6 +10,8 @@ import recipes
 
 Dtype = Literal['float32', 'bfloat16']
 Schedule = Literal['cosine', 'constant']
+ClipBy = Literal['layer', 'previous', 'two_pass']
+Rounding = Literal['nearest', 'stochastic', 'compensated']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Config:
   steps: int = 400
   dtype: Dtype = 'float32'  # of activations and matrix products
   param_dtype: Dtype = 'float32'
+  eight_bit: bool = False  # a byte for each of Adam's moments
+  # Of bfloat16 parameters: 'stochastic' costs nothing, 'compensated' keeps two
+  # bytes a parameter.
+  rounding: Rounding = 'nearest'
   scan_layers: bool = True  # stacked kernels, which contrib_galore can't take
   remat: bool = False  # recompute the blocks in the backward pass
   seed: int = 0
@@ -53,6 +59,14 @@ class MeshConfig(Config):
 
   # No whole gradients, by so.rso.compressed_step; clips the norm of P^T G.
   compressed: bool = False
+  # Update layer by layer in the backward pass, by so.layerwise; `clip` is then
+  # of the norm that `clip_by` says: of each layer, of the whole gradient one
+  # step before, or of the whole gradient by a second backward pass.
+  layerwise: bool = False
+  clip_by: ClipBy = 'previous'
+  # Microbatches in the subspace: r-sized sums in place of whole gradients.
+  accumulate_in_subspace: bool = False
+  attention_chunk: int = 0  # queries at a time, whose scores are there; 0: all
   export: bool = False  # write the weights to `out`/weights, for Hugging Face
   mesh: str = ''  # as data=2,fsdp=2,tensor=2; fsdp=-1: the rest of the devices
   coordinator: str = ''  # host:port of process 0; auto: where jax finds it
@@ -62,7 +76,7 @@ class MeshConfig(Config):
 
 _POSITIVE = """rank update_proj_gap lr lr_rest batch accumulation seq steps
     log_every eval_every eval_batches final_eval_batches save_every""".split()
-_NOT_NEGATIVE = 'vocab seed clip weight_decay'.split()
+_NOT_NEGATIVE = 'vocab seed clip weight_decay attention_chunk'.split()
 
 
 def check_type(field: dataclasses.Field, value: Any):
@@ -84,7 +98,7 @@ def check(c: Config):
   for field in dataclasses.fields(c):
     check_type(field, getattr(c, field.name))
   for name in _POSITIVE + _NOT_NEGATIVE:
-    value = getattr(c, name)
+    value = getattr(c, name, None)
     if value is None or 0 < value < math.inf:
       continue
     if value != 0 or name in _POSITIVE:
@@ -95,8 +109,27 @@ def check(c: Config):
       f'accumulation={c.accumulation} does not divide batch={c.batch}'
     )
   llama.named(c.model)
+  if getattr(c, 'layerwise', False):
+    check_layerwise(c)
   for name in optimizers(c):
     recipes.check(name)
+
+
+def check_layerwise(c: Any):
+  """Raises for what layer-wise steps can't do."""
+  why = {
+    'scan_layers': (not c.scan_layers, 'they are taken over stacked layers'),
+    'compressed': (c.compressed, 'they are for whole gradients'),
+    'accumulation': (
+      c.accumulation > 1 and not c.accumulate_in_subspace,
+      'gradients are gone layer by layer; add --accumulate-in-subspace',
+    ),
+  }
+  for name, (bad, reason) in why.items():
+    if bad:
+      raise ValueError(
+        f'{name}={getattr(c, name)!r} with layer-wise steps: {reason}'
+      )
 
 
 def optimizers(c: Config) -> list[str]:

@@ -3,11 +3,22 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
 
+import llama
 import subspace_optax as so
+
+
+def cross_entropy(logits_BxTxV, batch_BxT1):
+  """The mean over tokens that follow, in nats."""
+  return jnp.mean(
+    optax.softmax_cross_entropy_with_integer_labels(
+      logits_BxTxV.astype(jnp.float32), batch_BxT1[:, 1:]
+    )
+  )
 
 
 def make_loss(graphdef) -> Callable:
@@ -17,14 +28,33 @@ def make_loss(graphdef) -> Callable:
   """
 
   def loss(params, batch_BxT1):
-    logits_BxTxV = so.rso.nnx_merge(graphdef, params)(batch_BxT1[:, :-1])
-    return jnp.mean(
-      optax.softmax_cross_entropy_with_integer_labels(
-        logits_BxTxV.astype(jnp.float32), batch_BxT1[:, 1:]
-      )
-    )
+    model = so.rso.nnx_merge(graphdef, params)
+    return cross_entropy(model(batch_BxT1[:, :-1]), batch_BxT1)
 
   return loss
+
+
+def by_layer(model: llama.Llama) -> tuple[Callable, Callable, Callable]:
+  """The functions of a stacked LLaMA, or of its shapes, for `so.layerwise`."""
+  c = model.config
+  blocks, _ = nnx.split(model.blocks)
+  rest = nnx.clone(model)
+  del rest.blocks
+  rest, _ = nnx.split(rest)
+
+  def embed(params, batch_BxT1):
+    return nnx.merge(rest, params).look_up(batch_BxT1[:, :-1])
+
+  def block(layer, x_BxTxD, batch_BxT1):
+    del batch_BxT1
+    return llama.place(nnx.merge(blocks, layer)(x_BxTxD), c.activations)
+
+  @jax.checkpoint  # else logits stay in float32 until they are needed again
+  def head(params, x_BxTxD, batch_BxT1):
+    logits_BxTxV = nnx.merge(rest, params).logits(x_BxTxD)
+    return cross_entropy(logits_BxTxV, batch_BxT1)
+
+  return embed, block, head
 
 
 def placed_gradient(loss: Callable, shardings: Any) -> Callable:
@@ -86,12 +116,19 @@ class Method(NamedTuple):
   lifts: bool  # whether gradients have the shapes of coordinates
 
 
-def method(tx: Any, compressed: bool = False, clip: float = 0.0) -> Method:
-  """The method of an optimizer, or of `so.rso.subproblems`.
+def method(
+  tx: Any,
+  compressed: bool = False,
+  clip: float = 0.0,
+  accumulates: bool = False,
+) -> Method:
+  """The method of an optimizer, `so.rso.subproblems` or `so.layerwise`.
 
   `clip` is the global norm that gradients are clipped to, for subproblems;
-  optimizers have that in their chain.
+  optimizers have that in their chain. With `accumulates`, the optimizer does.
   """
+  if isinstance(tx, so.Layerwise):
+    return layerwise_method(tx)
   if isinstance(tx, so.rso.Subproblems):
     if compressed:
       raise ValueError('compressed=True: rso has no whole gradients anyway')
@@ -105,10 +142,43 @@ def method(tx: Any, compressed: bool = False, clip: float = 0.0) -> Method:
     )
   alone = lambda params, opt_state: params
   take = so.rso.compressed_step if compressed else whole_step
-  step = lambda loss, value_and_grad: take(
-    loss, tx, value_and_grad=value_and_grad
-  )
+
+  def step(loss, value_and_grad):
+    made = take(loss, tx, value_and_grad=value_and_grad)
+    if not accumulates:
+      return made
+    return each_microbatch(lambda p, s, batch: made(p, s, batch[None]))
+
   return Method(tx.init, step, alone, alone, not compressed, compressed)
+
+
+def layerwise_method(layers: so.Layerwise) -> Method:
+  """Takes gradients and steps at once, a microbatch after the other."""
+
+  def one(params, opt_state, batch_BxT1):
+    params, opt_state, metrics = layers.update(params, opt_state, batch_BxT1)
+    return params, opt_state, tuple(metrics)
+
+  alone = lambda params, opt_state: params
+  take = lambda loss, value_and_grad: each_microbatch(one)
+  return Method(layers.init, take, alone, alone, True, False)
+
+
+def each_microbatch(step: Callable) -> Callable:
+  """A step that runs for each of A microbatches; the optimizer accumulates."""
+
+  def run(params, opt_state, batch_AxBxT1):
+    def one(carry, batch_BxT1):
+      params, opt_state, metrics = step(*carry, batch_BxT1)
+      return (params, opt_state), metrics
+
+    carry, metrics = jax.lax.scan(one, (params, opt_state), batch_AxBxT1)
+    return *carry, jax.tree.map(jnp.mean, metrics)
+
+  def run_one(params, opt_state, batch_AxBxT1):
+    return step(params, opt_state, batch_AxBxT1[0])
+
+  return lambda p, s, batch: (run if len(batch) > 1 else run_one)(p, s, batch)
 
 
 def whole_step(loss: Callable, tx: Any, *, value_and_grad: Callable):

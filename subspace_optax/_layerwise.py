@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_optax import _describe
+from subspace_optax import _sharding
 from subspace_optax import _tree
 
 CLIPS = ('layer', 'previous', 'two_pass')
@@ -95,7 +96,8 @@ def layerwise(
   An optimizer sees one layer at a time, and all other parameters as one more.
   What looks at the whole tree, such as `optax.clip_by_global_norm` or
   `optax.apply_if_finite`, looks at one layer here. Schedules count steps, as
-  ever. To accumulate gradients, call the step for every micro-batch with
+  ever; with `stagger`, matrices take turns among those of the stack. To
+  accumulate gradients, call the step for every micro-batch with
   `so.subspace(..., every_k=k)`, which keeps them r-sized; `optax.MultiSteps`
   works, too, but its sums are whole gradients of all layers. Under automatic or
   explicit sharding, gradients are summed over replicas layer by layer;
@@ -158,11 +160,12 @@ def layerwise(
 
   def init(params):
     blocks, others = _take(params, keys)
-    return LayerwiseState(
+    state = LayerwiseState(
       _init_stack(stack_tx, _nest(blocks, keys)),
       rest_tx.init(others),
       jnp.zeros((), jnp.float32),
     )
+    return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
   def update(params, state, batch):
     blocks, others = _take(params, keys)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from subspace_optax import _layerwise
 from subspace_optax import _spec
 from subspace_optax._rso import _compressed
 from subspace_optax._rso import _subproblems
@@ -49,7 +50,9 @@ class MemoryReport(NamedTuple):
 
 
 def memory_report(
-  tx: optax.GradientTransformation | _subproblems.Subproblems,
+  tx: optax.GradientTransformation
+  | _subproblems.Subproblems
+  | _layerwise.Layerwise,
   params: Any,
   *,
   compressed: bool = False,
@@ -57,7 +60,8 @@ def memory_report(
   """Counts the bytes of an optimizer's state beside Adam's.
 
   Args:
-    tx: any optax optimizer, or `rso.subproblems`.
+    tx: any optax optimizer, `rso.subproblems`, or a step made by `layerwise`,
+      of whose gradients one layer's and those of no layer are alive.
     params: the parameters, or their shapes (`jax.eval_shape`); nothing is
       allocated.
     compressed: whether `tx` takes its steps by `rso.compressed_step`, so that
@@ -81,6 +85,8 @@ def memory_report(
   gradients = params
   if isinstance(tx, _subproblems.Subproblems):
     gradients = _trees.trained(params, state.coords)
+  elif isinstance(tx, _layerwise.Layerwise):
+    gradients = tx.gradients(params)
   elif compressed:
     gradients = _compressed.gradients_like(tx, params)
   return MemoryReport(*map(tree_bytes, (params, gradients, state, adam)))

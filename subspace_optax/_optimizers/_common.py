@@ -47,8 +47,27 @@ def with_decay(
   tx: Transformation, learning_rate: Any, weight_decay: Any, mask: Mask
 ) -> Transformation:
   """Chains decoupled weight decay and the learning rate behind `tx`."""
-  return optax.chain(
-    tx,
+  return optax.chain(tx, *_decay(learning_rate, weight_decay, mask))
+
+
+def every_k_with_decay(
+  make: Callable[..., Transformation],
+  every_k: int,
+  learning_rate: Any,
+  weight_decay: Any,
+  mask: Mask,
+) -> Transformation:
+  """As `with_decay`, once in `every_k` steps, of `make(every_k=, after=)`."""
+  if every_k == 1:
+    return with_decay(make(), learning_rate, weight_decay, mask)
+  after = optax.chain(*_decay(learning_rate, weight_decay, mask))
+  return make(every_k=every_k, after=after)
+
+
+def _decay(
+  learning_rate: Any, weight_decay: Any, mask: Mask
+) -> tuple[optax.GradientTransformation, ...]:
+  return (
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )

@@ -17,6 +17,7 @@ Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
 Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
 """
 
+import functools
 from typing import Any
 
 import optax
@@ -38,6 +39,7 @@ def galore(
   weight_dimension_numbers: Any = None,
   *,
   stagger: bool = False,
+  every_k: int = 1,
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
   """GaLore: an optimizer in the gradient's leading singular subspace.
@@ -59,6 +61,8 @@ def galore(
     weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
     stagger: whether matrices take turns within each T steps, starting from
       random bases, so that no step pays for all SVDs.
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+      `subspace`.
     spec: takes the place of `rank` and `weight_dimension_numbers`.
 
   Returns:
@@ -88,10 +92,13 @@ def galore(
     only_if_smaller=False,
     allow_empty=True,
   )
-  tx = _subspace.subspace(
+  make = functools.partial(
+    _subspace.subspace,
     spec,
     projectors.svd(update_proj_gap, stagger=stagger),
     _common.adam_or(base_optimizer),
     scale=scale,
   )
-  return _common.with_decay(tx, learning_rate, weight_decay, mask)
+  return _common.every_k_with_decay(
+    make, every_k, learning_rate, weight_decay, mask
+  )

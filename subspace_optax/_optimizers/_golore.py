@@ -17,6 +17,7 @@ He et al., `Subspace Optimization for Large Language Models with Convergence
 Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024.
 """
 
+import functools
 from typing import Any
 
 import optax
@@ -39,6 +40,7 @@ def golore(
   mask: _common.Mask = None,
   stagger: bool = False,
   seed: int = 0,
+  every_k: int = 1,
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
   """GoLore: GaLore whose bases turn random, so that noise can't trap it.
@@ -62,6 +64,8 @@ def golore(
     stagger: whether matrices take turns within each tau steps, so that no step
       pays for all refreshes.
     seed: of the random bases.
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+      `subspace`.
     spec: takes the place of `rank` and `seed`.
 
   Returns:
@@ -93,11 +97,14 @@ def golore(
         random_from: random,
       }
     )
-  tx = _subspace.subspace(
+  make = functools.partial(
+    _subspace.subspace,
     spec or _common.default_spec(rank, seed),
     rule,
     _common.adam_or(base_optimizer),
     transport='first',
     scale=scale,
   )
-  return _common.with_decay(tx, learning_rate, weight_decay, mask)
+  return _common.every_k_with_decay(
+    make, every_k, learning_rate, weight_decay, mask
+  )

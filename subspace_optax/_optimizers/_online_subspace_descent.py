@@ -17,6 +17,7 @@ Liang et al., `Memory-Efficient LLM Training with Online Subspace Descent
 <https://arxiv.org/abs/2408.12857>`_, 2024, Algorithm 1.
 """
 
+import functools
 from typing import Any
 
 import optax
@@ -39,6 +40,7 @@ def online_subspace_descent(
   weight_decay: Any = 0.0,
   mask: _common.Mask = None,
   seed: int = 0,
+  every_k: int = 1,
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
   """Online Subspace Descent: bases learned along with the weights, no SVD.
@@ -59,6 +61,8 @@ def online_subspace_descent(
     weight_decay: of the weights, decoupled, before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     seed: of the first bases.
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+      `subspace`.
     spec: takes the place of `rank` and `seed`.
 
   Returns:
@@ -79,10 +83,13 @@ def online_subspace_descent(
   """
   if basis_optimizer is None:
     basis_optimizer = optax.adam(_common.times(alpha, learning_rate))
-  tx = _subspace.subspace(
+  make = functools.partial(
+    _subspace.subspace,
     spec or _common.default_spec(rank, seed),
     projectors.online_pca(basis_optimizer, orthogonality),
     _common.adam_or(base_optimizer),
     scale=scale,
   )
-  return _common.with_decay(tx, learning_rate, weight_decay, mask)
+  return _common.every_k_with_decay(
+    make, every_k, learning_rate, weight_decay, mask
+  )

@@ -1,0 +1,431 @@
+"""`so.layerwise`: the ordinary step's results, without its gradients."""
+
+import dataclasses
+import re
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import llama
+import pretrain
+import subspace_optax as so
+import test_pretrain
+import train_step
+
+LAYERS, WIDTH, HIDDEN, CLASSES = 3, 64, 96, 8
+STEPS = 20
+
+
+def normal(seed, *shape, scale=1.0):
+  return scale * jax.random.normal(jax.random.key(seed), shape)
+
+
+def make_params(layers=LAYERS):
+  """A stack of residual MLPs; `embed` is both embedding and head."""
+  return {
+    'net': {
+      'blocks': {
+        'up': normal(0, layers, WIDTH, HIDDEN, scale=WIDTH**-0.5),
+        'down': normal(1, layers, HIDDEN, WIDTH, scale=0.3 * HIDDEN**-0.5),
+        'scale': jnp.ones((layers, WIDTH)),
+      },
+      'final': {'bias': jnp.zeros(WIDTH)},
+    },
+    'embed': normal(2, CLASSES, WIDTH, scale=0.2),
+  }
+
+
+BATCH = jax.random.randint(jax.random.key(3), (2, 16), 0, CLASSES)
+
+
+def embed(rest, batch):
+  return rest['embed'][batch[0]]
+
+
+def block(layer, x, batch):
+  del batch
+  h = jnp.tanh((x * layer['scale'][None]) @ layer['up'])
+  return x + h @ layer['down']
+
+
+def head(rest, x, batch):
+  logits = (x + rest['net']['final']['bias'][None]) @ rest['embed'].T
+  return jnp.mean(
+    optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
+  )
+
+
+def loss(params, batch):
+  x, _ = jax.lax.scan(
+    lambda x, layer: (block(layer, x, batch), None),
+    embed(params, batch),
+    params['net']['blocks'],
+  )
+  return head(params, x, batch)
+
+
+def layers(tx, **options):
+  return so.layerwise(tx, embed, block, head, stack='net/blocks', **options)
+
+
+def run_ordinary(tx, params, steps=STEPS):
+  @cases.jit
+  def step(params, state):
+    value, gradient = jax.value_and_grad(loss)(params, BATCH)
+    updates, state = tx.update(gradient, state, params)
+    norm = optax.tree.norm(gradient)
+    return optax.apply_updates(params, updates), state, (value, norm)
+
+  return repeat(step, params, tx.init(params), steps)
+
+
+def run_layers(step, params, steps=STEPS, batch=BATCH, **options):
+  run = lambda p, s: step.update(p, s, batch)
+  update = cases.jit(run, donate_argnums=(0, 1), **options)
+  params = jax.tree.map(jnp.copy, params)
+  result = repeat(update, params, step.init(params), steps)
+  assert update._cache_size() == 1
+  return result
+
+
+def repeat(step, params, state, steps):
+  rows = []
+  for _ in range(steps):
+    params, state, row = step(params, state)
+    rows.append(np.asarray(row))
+  return params, state, np.array(rows)
+
+
+def assert_close(got, wanted):
+  """Every leaf, by the norm: Adam blows up rounding where gradients vanish."""
+  assert jax.tree.structure(got) == jax.tree.structure(wanted)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    a, b = np.asarray(a), np.asarray(b)
+    error = np.linalg.norm(np.ravel(a - b)) / np.linalg.norm(np.ravel(b))
+    np.testing.assert_array_less(error, 1e-5)
+
+
+def chain(*parts):
+  return optax.chain(*parts, optax.scale_by_learning_rate(0.01))
+
+
+SPEC = so.SubspaceSpec(4, allow_empty=True)
+OPTIMIZERS = {
+  'adam': optax.adam(0.01),
+  'adam8bit': chain(so.scale_by_adam8bit(rounding='nearest')),
+  'galore': so.galore(0.01, rank=4, update_proj_gap=7),
+  'golore, staggered': so.golore(
+    optax.linear_schedule(0.02, 0.0, STEPS), 4, 5, stagger=True,
+    weight_decay=0.1,
+  ),
+  'subspace_adamw': so.subspace_adamw(0.01, 4, 5),
+  'reset': chain(
+    so.subspace(
+      SPEC, so.projectors.gaussian(6, regenerate=True), optax.scale_by_adam(),
+      transport='reset',
+    )
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_equals_the_ordinary_step(name):
+  tx, params = OPTIMIZERS[name], make_params()
+  wanted, _, rows = run_ordinary(tx, params)
+  got, state, metrics = run_layers(layers(tx), params)
+  assert_close(got, wanted)
+  np.testing.assert_allclose(metrics, rows, rtol=1e-5)
+  # Not by standing still.
+  assert rows[-1, 0] < 0.8 * rows[0, 0]
+  first = {x.shape[0] for x in jax.tree.leaves(state.blocks)}
+  assert first == {LAYERS}
+
+
+def test_gradients_that_are_accumulated_in_the_subspace():
+  params = make_params()
+  wanted, _, _ = run_ordinary(so.golore(0.01, 4, 5), params, 3)
+  got, state, _ = run_layers(
+    layers(so.golore(0.01, 4, 5, every_k=4)), params, 12
+  )
+  assert_close(got, wanted)
+  means = jax.tree.leaves(state.blocks.mean)
+  assert {x.shape for x in means} == {
+    (LAYERS, 4, HIDDEN), (LAYERS, HIDDEN, 4), (LAYERS, WIDTH)
+  }  # fmt: skip
+
+
+# Clipping.
+
+
+def test_two_passes_clip_the_norm_of_the_whole_gradient():
+  tx, params = optax.sgd(1.0), make_params()
+  clipped = optax.chain(optax.clip_by_global_norm(0.1), tx)
+  wanted, _, rows = run_ordinary(clipped, params)
+  step = layers(tx, max_norm=0.1, clip='two_pass')
+  got, _, metrics = run_layers(step, params)
+  assert_close(got, wanted)
+  np.testing.assert_allclose(metrics, rows, rtol=1e-5)
+  assert (rows[:, 1] > 0.1).all()
+
+
+def test_the_norm_of_the_step_before():
+  params = make_params()
+  step = layers(optax.sgd(1.0), max_norm=0.1, clip='previous')
+  _, state, (_, norm) = step.update(params, step.init(params), BATCH)
+  np.testing.assert_allclose(state.norm, norm)
+  after, _, _ = step.update(params, state, BATCH)
+  gradient = jax.grad(loss)(params, BATCH)
+  moved = jax.tree.map(jnp.subtract, params, after)
+  wanted = jax.tree.map(lambda g: 0.1 / norm * g, gradient)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+    moved,
+    wanted,
+  )
+
+
+@pytest.mark.parametrize('clip', ['layer', 'previous'])
+def test_the_norm_of_each_layer(clip):
+  """In the first step, also for want of one before."""
+  params = make_params()
+  step = layers(optax.sgd(1.0), max_norm=0.02, clip=clip)
+  after, _, _ = step.update(params, step.init(params), BATCH)
+  moved = jax.tree.map(jnp.subtract, params, after)
+  gradient = jax.grad(loss)(params, BATCH)
+  for i in range(LAYERS):
+    of_layer = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
+    a, b = (of_layer(tree['net']['blocks']) for tree in (moved, gradient))
+    size = optax.tree.norm(b)
+    assert size > 0.02
+    jax.tree.map(
+      lambda a, b, size=size: np.testing.assert_allclose(
+        a, 0.02 / size * b, rtol=1e-3, atol=1e-7
+      ),
+      a,
+      b,
+    )
+
+
+def test_a_gradient_that_is_nan_is_not_hidden():
+  params = make_params()
+  params['net']['blocks']['scale'] = (
+    params['net']['blocks']['scale'].at[1, 3].set(jnp.nan)
+  )
+  for clip in (None, 1.0):
+    step = layers(optax.sgd(0.1), max_norm=clip)
+    after, _, metrics = step.update(params, step.init(params), BATCH)
+    assert np.isnan(metrics.loss) and np.isnan(metrics.norm)
+    assert np.isnan(after['net']['blocks']['up']).all()
+
+
+# Programs.
+
+
+def program(step, *args):
+  # With passes that the other tests do without.
+  return (
+    jax.jit(step, donate_argnums=(0, 1))
+    .lower(*args)
+    .compile({'xla_backend_optimization_level': 1})
+  )
+
+
+@pytest.fixture(scope='module')
+def twelve():
+  """A LLaMA of 12 layers: its parameters' shapes, batch, loss and parts."""
+  config = llama.LlamaConfig(
+    width=64, mlp_width=176, layers=12, heads=2, vocab=32, remat=True
+  )
+  model = nnx.eval_shape(lambda: llama.Llama(config, nnx.Rngs(0)))
+  graphdef, params = nnx.split(model)
+  batch = jax.ShapeDtypeStruct((2, 17), jnp.int32)
+  parts = train_step.by_layer(model)
+  return nnx.to_pure_dict(params), batch, train_step.make_loss(graphdef), parts
+
+
+@pytest.mark.parametrize('name', ['adam', 'adam8bit', 'subspace_adamw'])
+def test_temporaries_and_copies(twelve, name):
+  params, batch, of_loss, parts = twelve
+  tx = OPTIMIZERS[name]
+
+  def ordinary(params, state, batch):
+    value, gradient = jax.value_and_grad(of_loss)(params, batch)
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  step = so.layerwise(tx, *parts)
+  states = (jax.eval_shape(init, params) for init in (tx.init, step.init))
+  old, new = (
+    program(f, params, state, batch)
+    for f, state in zip((ordinary, step.update), states, strict=True)
+  )
+  temporary = [x.memory_analysis().temp_size_in_bytes for x in (old, new)]
+  assert temporary[1] < 0.5 * temporary[0], temporary
+  copies = re.findall(r'= \w+\[12,\d[\d,]*\]\S* copy\(', new.as_text())
+  assert not copies
+  # What is donated is used.
+  memory = new.memory_analysis()
+  kept = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+  assert kept < 1000
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('name', ['adam', 'golore'])
+def test_on_a_mesh(name, kind):
+  tx = {'adam': optax.adam(0.01), 'golore': so.golore(0.01, 4, 3)}[name]
+  params, step = make_params(), layers(tx)
+  wanted, _, _ = run_layers(step, params, 6)
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(kind,) * 2)
+  specs = {'up': P(None, 'x', 'y'), 'down': P(None, 'y', 'x')}
+  place = lambda path, x: NamedSharding(mesh, specs.get(path[-1].key, P()))
+  placed = jax.tree.map_with_path(place, params)
+  with jax.set_mesh(mesh):
+    sharded = jax.device_put(params, placed)
+    batch = jax.device_put(BATCH, NamedSharding(mesh, P()))
+    if kind == AxisType.Explicit:
+      step = so.layerwise(
+        tx, explicit_embed, explicit_block, head, stack='net/blocks'
+      )
+    whole = NamedSharding(mesh, P())
+    out = (placed, so.state_sharding(step, sharded), whole)
+    out = {} if kind == AxisType.Explicit else {'out_shardings': out}
+    got, state, _ = run_layers(step, sharded, 6, batch, **out)
+  assert_close(got, wanted)
+  made = step.init(sharded)
+  for x, y in zip(
+    jax.tree.leaves((got, state)), jax.tree.leaves((sharded, made)), strict=True
+  ):
+    assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def explicit_embed(rest, batch):
+  return rest['embed'].at[batch[0]].get(out_sharding=P())
+
+
+def explicit_block(layer, x, batch):
+  del batch
+  y = x * layer['scale'][None]
+  h = jnp.tanh(
+    jnp.einsum('bd,df->bf', y, layer['up'], out_sharding=P(None, 'y'))
+  )
+  return x + jnp.einsum('bf,fd->bd', h, layer['down'], out_sharding=P())
+
+
+# What is said of it.
+
+
+def test_memory_report_and_description():
+  params, tx = make_params(), so.golore(0.01, rank=4)
+  step = layers(tx)
+  report = so.memory_report(step, params)
+  per_layer = 2 * WIDTH * HIDDEN + WIDTH
+  assert report.gradients == 4 * (per_layer + WIDTH + CLASSES * WIDTH)
+  shapes = jax.eval_shape(step.init, params)
+  assert report.state == sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)
+  )
+  # Beyond the ordinary state: a counter for each layer, and the norm.
+  ordinary = so.memory_report(tx, params).state
+  assert 0 < report.state - ordinary < 4 * 8 * LAYERS
+  text = so.describe(step, params)
+  assert text.count('net/blocks/up ') == 1 and '3 x (64 x 96)' in text
+
+
+def test_state_sharding_is_that_of_init():
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
+  put = lambda x: jax.device_put(
+    x, NamedSharding(mesh, P(None, 'x', 'y') if x.ndim == 3 else P())
+  )
+  params = jax.tree.map(put, make_params())
+  step = layers(chain(so.scale_by_adam8bit()))
+  wanted = so.state_sharding(step, params)
+  jax.tree.map(
+    lambda x, s: np.testing.assert_equal(x.sharding, s),
+    step.init(params),
+    wanted,
+  )
+
+
+ERRORS = {
+  'clip': (dict(clip='global'), "clip must be one of .*got 'global'"),
+  'max_norm': (dict(max_norm=0.0), 'max_norm must be positive, got 0.0'),
+  'stack': (dict(stack='net/layers'), "no 'layers' among the parameters"),
+}
+
+
+@pytest.mark.parametrize('name', ERRORS)
+def test_bad_arguments(name):
+  options, message = ERRORS[name]
+  options = {'stack': 'net/blocks'} | options
+  with pytest.raises(ValueError, match=message):
+    so.layerwise(optax.adam(1.0), embed, block, head, **options).init(
+      make_params()
+    )
+
+
+def test_stacks_that_are_none():
+  params = make_params()
+  params['net']['blocks']['scale'] = jnp.ones((LAYERS + 1, WIDTH))
+  with pytest.raises(ValueError, match=r'one number of layers.*\(4, 64\)'):
+    layers(optax.adam(1.0)).init(params)
+  spec = so.SubspaceSpec(
+    2,
+    include='up|down',
+    only_if_smaller=False,
+    weight_dimension_numbers=so.DimensionNumbers(0, -1),
+  )
+  tx = so.subspace(spec, so.projectors.stiefel(3), optax.scale_by_adam())
+  with pytest.raises(ValueError, match='not a stack of states'):
+    layers(tx, rest=optax.adam(1.0)).init(make_params())
+
+
+def test_blocks_must_keep_shapes():
+  step = so.layerwise(
+    optax.adam(1.0), embed, lambda layer, x, batch: x[:, :1], head,
+    stack='net/blocks',
+  )  # fmt: skip
+  with pytest.raises(ValueError, match='block must return what it is given'):
+    step.update(make_params(), step.init(make_params()), BATCH)
+
+
+# The trainer.
+
+
+@pytest.mark.slow
+def test_trainer(tmp_path, monkeypatch):
+  words = np.random.default_rng(0).choice(test_pretrain.WORDS, 2400)
+  (tmp_path / 'a.txt').write_text(' '.join(words))
+  config = pretrain.Config(
+    model='llama_test', data=(str(tmp_path / 'a.txt'),), rank=4, batch=4,
+    seq=16, steps=6, optimizer='golore', update_proj_gap=2, log_every=6,
+    eval_every=6, save_every=3, clip=0.5, eval_batches=2,
+    final_eval_batches=4,
+  )  # fmt: skip
+
+  def losses(name, **changes):
+    out = str(tmp_path / name)
+    run = dataclasses.replace(config, out=out, **changes)
+    (summary,) = pretrain.main(run)
+    return summary['validation_loss'], summary['memory']
+
+  whole, memory = losses('whole')
+  clipped = {'layerwise': True, 'clip_by': 'two_pass'}
+  by_layer, layered = losses('layers', **clipped, attention_chunk=4)
+  np.testing.assert_allclose(by_layer, whole, rtol=1e-5)
+  assert layered['gradients'] < 0.8 * memory['gradients']
+  micro = {'accumulation': 2, 'accumulate_in_subspace': True, 'clip': 0.0}
+  a, _ = losses('micro', **micro)
+  b, _ = losses('micro_layers', **micro, layerwise=True)
+  np.testing.assert_allclose(b, a, rtol=1e-5)
+  with pytest.raises(ValueError, match='add --accumulate-in-subspace'):
+    losses('bad', accumulation=2, layerwise=True)
+  with pytest.raises(ValueError, match='accumulate_in_subspace=True with'):
+    losses('bad', **micro | {'optimizer': 'subspace_adamw'})
