@@ -38,6 +38,7 @@ from subspace_optax._metrics import subspace_metrics as subspace_metrics
 from subspace_optax._project import project as project
 from subspace_optax._projected import Projected as Projected
 from subspace_optax._resize import resize_rank as resize_rank
+from subspace_optax._round_updates import round_updates as round_updates
 from subspace_optax._spec import DimensionNumbers as DimensionNumbers
 from subspace_optax._spec import SubspaceSpec as SubspaceSpec
 from subspace_optax._state_sharding import state_sharding as state_sharding

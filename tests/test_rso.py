@@ -407,11 +407,17 @@ def test_on_a_mesh_it_is_the_same(kind, rounding):
   assert many['w'].sharding.spec == cut.spec
   assert state.coords['w'].sharding.spec == placed.coords['w'].spec
   assert placed.coords['w'].spec == P('fsdp', 'tensor')
-  tolerance = {'rtol': 1e-5} if rounding == 'nearest' else {'rtol': 2**-7}
-  as_wide = lambda tree: np.asarray(tree['w'], np.float32)
-  np.testing.assert_allclose(
-    as_wide(many), as_wide(alone), atol=1e-5, **tolerance
+  many, alone, start = (
+    np.asarray(tree['w'], np.float32) for tree in (many, alone, start)
   )
+  if rounding == 'nearest':
+    np.testing.assert_allclose(many, alone, rtol=1e-5, atol=1e-5)
+    return
+  # Other sums may fall on the other side of the same noise: seldom, and then by
+  # a spacing, of what the weight was when it was merged.
+  assert np.mean(many != alone) < 0.05
+  spacing = 2**-7 * np.maximum(np.abs(alone), np.abs(start)) + 1e-5
+  np.testing.assert_array_less(np.abs(many - alone), spacing)
 
 
 def test_what_it_refuses():

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax import _linalg
+from subspace_optax import _noise
+from subspace_optax import _rounding
 from subspace_optax import _sharding
 
 ROUNDING = ('nearest', 'compensated', 'stochastic')
@@ -33,11 +34,7 @@ ROUNDING = ('nearest', 'compensated', 'stochastic')
 def check(rounding: str, matches: Sequence[Any]) -> None:
   """Raises for a dtype that can't be rounded like this."""
   for match in matches:
-    if rounding == 'stochastic' and match.leaf.dtype == jnp.float16:
-      raise ValueError(
-        f"rounding='stochastic' is for bfloat16, but {match.path!r} is "
-        "float16; take 'compensated'."
-      )
+    _rounding.check(rounding, match.path, match.leaf.dtype)
 
 
 def added(match: Any, w: jax.Array, p: jax.Array, b: jax.Array) -> jax.Array:
@@ -54,24 +51,10 @@ def merged(
   exact = added(match, w, p, b)
   if isinstance(lost, jax.Array):
     exact += lost.astype(exact.dtype)
-    new = exact.astype(w.dtype)
-    return new, (exact - new.astype(exact.dtype)).astype(w.dtype)
+    new = _rounding.nearest(exact, w.dtype)
+    return new.astype(w.dtype), (exact - new).astype(w.dtype)
   if key is None or w.dtype != jnp.bfloat16:
     return exact.astype(w.dtype), lost
-  return _rounded_at_random(exact, *key), lost
-
-
-def _rounded_at_random(x: jax.Array, seed: jax.Array, count: jax.Array):
-  """Returns float32 as one of the two bfloat16 around it, right in the mean.
-
-  Random bits are added below those that bfloat16 keeps, which are then cut.
-  """
-  key = jax.random.key(jnp.ravel(seed)[0], impl='threefry2x32')
-  key = jax.random.fold_in(key, count)
-  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-  bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-  up = lax.bitcast_convert_type(
-    (bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32
-  )
-  # Neither the infinite nor NaN have neighbours.
-  return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)
+  seed, count = key
+  noise = _noise.bits(jnp.ravel(seed)[0], count, exact)
+  return _rounding.at_random(exact, noise).astype(w.dtype), lost
