@@ -19,6 +19,7 @@ generator would cost more than the optimizer. Good enough to round by, and for
 nothing else.
 """
 
+from typing import Any
 import zlib
 
 import jax
@@ -28,10 +29,15 @@ import numpy as np
 
 from subspace_optax import _sharding
 
+_ODD = 0x9E3779B9
 
-def salt(seed: int, name: str) -> np.uint32:
+
+def salt(seed: Any, name: str) -> Any:
   """Returns a number for a seed and a name, the same in every process."""
-  return np.uint32((seed * 0x9E3779B9 + zlib.crc32(name.encode())) % 2**32)
+  crc = zlib.crc32(name.encode())
+  if isinstance(seed, jax.Array):  # under `inject_hyperparams`
+    return seed.astype(jnp.uint32) * jnp.uint32(_ODD) + jnp.uint32(crc)
+  return np.uint32((seed * _ODD + crc) % 2**32)
 
 
 def bits(salt: jax.Array, count: jax.Array, like: jax.Array) -> jax.Array:
