@@ -19,6 +19,7 @@ generator would cost more than the optimizer. Good enough to round by, and for
 nothing else.
 """
 
+from typing import Any
 import zlib
 
 import jax
@@ -34,7 +35,7 @@ def salt(seed: int, name: str) -> np.uint32:
   return np.uint32((seed * 0x9E3779B9 + zlib.crc32(name.encode())) % 2**32)
 
 
-def bits(salt: jax.Array, count: jax.Array, like: jax.Array) -> jax.Array:
+def bits(salt: Any, count: jax.Array, like: jax.Array) -> jax.Array:
   """Returns 32 random bits for each number of an array.
 
   Args:
