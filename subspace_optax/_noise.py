@@ -40,7 +40,7 @@ def salt(seed: Any, name: str) -> Any:
   return np.uint32((seed * _ODD + crc) % 2**32)
 
 
-def bits(salt: jax.Array, count: jax.Array, like: jax.Array) -> jax.Array:
+def bits(salt: Any, count: jax.Array, like: jax.Array) -> jax.Array:
   """Returns 32 random bits for each number of an array.
 
   Args:

@@ -112,7 +112,7 @@ def _stochastic(seed: int) -> optax.GradientTransformationExtraArgs:
       wide = p.astype(jnp.float32)
       u = _sharding.like(u, wide)
       noise = _noise.bits(_noise.salt(seed, path), state.count, wide)
-      return _to(_rounding.at_random(wide + u, noise), wide, u)
+      return _to(_rounding.at_random(wide + u, noise), wide)
 
     entries = [rounded(*args) for args in _zip(updates, params)]
     count = jnp.asarray(optax.safe_increment(state.count))
@@ -137,7 +137,7 @@ def _compensated() -> optax.GradientTransformationExtraArgs:
       exact = _rounding.joined(wide, lost) + u
       near = _rounding.nearest(exact, p.dtype)
       lost = _rounding.low_bits(exact, near)
-      return _to(near, wide, u), jnp.where(jnp.isfinite(near), lost, 0)
+      return _to(near, wide), lost
 
     before, treedef = _tree.flatten(state.lost)
     pairs = [
@@ -169,9 +169,9 @@ def _nothing_lost(leaf: jax.Array) -> Any:
   return jnp.zeros_like(leaf, jnp.int16)
 
 
-def _to(new: jax.Array, old: jax.Array, u: jax.Array) -> jax.Array:
-  """Returns the update to a new weight; that of optax if it is infinite."""
-  return jnp.where(jnp.isfinite(new), new - old, u)
+def _to(new: jax.Array, old: jax.Array) -> jax.Array:
+  """Returns the update to a new weight, which may be infinite or NaN."""
+  return jnp.where(jnp.isfinite(new), new - old, new)
 
 
 def _zip(updates: Any, params: Any) -> list[tuple[str, Any, Any]]:
