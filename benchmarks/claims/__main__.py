@@ -27,6 +27,8 @@ CLAIMS = (
   'galore_lazy_svd',
   'galore_large_batch',
   'galore_memory',
+  'galore_8bit',
+  'galore_7b',
   'counter_example',
   'golore_lemma',
   'golore_rate',

@@ -18,8 +18,11 @@ from typing import Any
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / 'runs' / 'evidence'
-# Another benchmark's result, which is quoted.
-QUOTED = HERE.parent / 'results' / 'projectors.json'
+# Other benchmarks' results, which are quoted.
+RESULTS = HERE.parent / 'results'
+PROJECTORS, QUALITY, PLAN = QUOTED = tuple(
+  RESULTS / f'{name}.json' for name in ('projectors', 'quality', 'plan')
+)
 HELPERS = ('counter', 'theorems', 'training')  # what several scripts share
 sys.path[1:1] = [str(HERE.parent), str(ROOT / 'examples')]
 
@@ -134,7 +137,7 @@ def digest(name: str) -> str:
   folders = [ROOT / 'subspace_optax', ROOT / 'examples']
   files = [HERE / f'{stem}.py' for stem in (name, *HELPERS)]
   files += [path for folder in folders for path in folder.rglob('*.py')]
-  files += [QUOTED] if QUOTED.exists() else []
+  files += [path for path in QUOTED if path.exists()]
   text = b''.join(path.read_bytes() for path in sorted(files))
   return hashlib.sha256(text).hexdigest()
 

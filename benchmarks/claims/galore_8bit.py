@@ -23,7 +23,6 @@ import training
 import llama
 import subspace_optax as so
 
-QUALITY = claim.HERE.parent / 'results' / 'quality.json'
 PAIRS = {
   'adamw': 'adamw_8bit',
   'galore': 'galore_8bit',
@@ -78,7 +77,7 @@ def bytes_per_moment() -> float:
 
 def quoted() -> dict[str, dict[str, float]]:
   """The mean loss of every pair's best rate, by corpus, over three seeds."""
-  searches = json.loads(QUALITY.read_text())['searches']
+  searches = json.loads(claim.QUALITY.read_text())['searches']
   found: dict[str, dict[str, float]] = {}
   for search in searches:
     name = search['method']

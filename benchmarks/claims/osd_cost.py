@@ -26,9 +26,9 @@ PRINTED = {
 
 def measured() -> dict[str, float]:
   """The ratio for each shape at a quarter of its short side."""
-  if not claim.QUOTED.exists():
+  if not claim.PROJECTORS.exists():
     return {}
-  rows = json.loads(claim.QUOTED.read_text())['rows']
+  rows = json.loads(claim.PROJECTORS.read_text())['rows']
   return {
     '{} x {}'.format(*row['shape']): row['times_faster_than_svd']
     for row in rows
