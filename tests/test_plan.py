@@ -122,32 +122,38 @@ def test_weights_and_states_are_those_of_the_report(method):
   assert made.total == sum(made) and min(made) >= 0
 
 
+@pytest.fixture
+def untraced(monkeypatch):
+  """Leaves out what only the workspace needs."""
+  monkeypatch.setattr(_step, 'update_workspace', lambda *_: 0)
+
+
 def kept(method, **settings):
-  """States and bases, without a trace of the step."""
-  s = _planner.checked({'rank': 64} | settings)
+  """States and bases."""
+  s = _planner.checked({'rank': 8} | settings)
   model = _models.named('llama_1m', s.param_dtype)
   return _planner.optimizer(model, method, s)
 
 
 @pytest.mark.parametrize('method', EIGHT_BIT)
-def test_codes_take_a_byte_a_moment(method, monkeypatch):
-  monkeypatch.setattr(_step, 'update_workspace', lambda *_: 0)
+@pytest.mark.usefixtures('untraced')
+def test_codes_take_a_byte_a_moment(method):
   name = 'golore' if method == 'gaussian8bit' else method
   name = name.removesuffix('8bit')
-  narrow = kept(method, param_dtype='float32')
-  wide = kept(name, param_dtype='float32')
+  large = {'rank': 64, 'param_dtype': 'float32'}
+  narrow, wide = kept(method, **large), kept(name, **large)
   # A quarter of float32, and scales and codes of small matrices.
   assert 0.25 < narrow.states / wide.states < 0.2625
-  again = kept(method, param_dtype='float32', moment_dtype='float32')
+  again = kept(method, **large, moment_dtype='float32')
   assert again.states == narrow.states
   stored = {'galore8bit': wide.bases // 2}  # bfloat16
   assert narrow.bases == stored.get(method, 0)
 
 
-def test_bases_of_integers(monkeypatch):
-  monkeypatch.setattr(_step, 'update_workspace', lambda *_: 0)
+@pytest.mark.usefixtures('untraced')
+def test_bases_of_integers():
   wide, byte, half = (
-    kept('galore8bit', basis_dtype=dtype).bases
+    kept('galore8bit', rank=64, basis_dtype=dtype).bases
     for dtype in ('bfloat16', 'int8', 'int4')
   )
   assert 0.5 < byte / wide < 0.55  # with their scales
@@ -156,10 +162,11 @@ def test_bases_of_integers(monkeypatch):
     kept('golore8bit', basis_dtype='int8')
 
 
+@pytest.mark.usefixtures('untraced')
 def test_bases_are_apart_from_moments():
-  stored = plan.plan(method='golore', **SMALL)
-  drawn = plan.plan(method='golore', regenerate=True, **SMALL)
-  narrow = plan.plan(method='golore', basis_dtype='bfloat16', **SMALL)
+  stored = kept('golore')
+  drawn = kept('golore', regenerate=True)
+  narrow = kept('golore', basis_dtype='bfloat16')
   # Four kernels of 128 x 128 and three of 128 x 352 a layer, short side 128.
   assert stored.bases == 4 * 4 * 7 * 128 * 8
   assert narrow.bases == stored.bases // 2
@@ -167,21 +174,20 @@ def test_bases_are_apart_from_moments():
   assert abs(drawn.states - stored.states) < 500
 
 
+@pytest.mark.usefixtures('untraced')
 def test_moments_in_another_dtype():
-  narrow = plan.plan(method='adamw', **SMALL)
-  wide = plan.plan(method='adamw', moment_dtype='float32', **SMALL)
+  narrow, wide = kept('adamw'), kept('adamw', moment_dtype='float32')
   assert wide.states - 4 == 2 * (narrow.states - 4)
 
 
+@pytest.mark.usefixtures('untraced')
 def test_compensated_rounding_takes_two_bytes_a_parameter():
-  plain = plan.plan(method='adamw', **SMALL)
-  kept = plan.plan(method='adamw', rounding='compensated', **SMALL)
-  assert kept.states - plain.states == plain.weights
+  params = _models.named('llama_1m', 'bfloat16').params
+  more = lambda **k: kept('adamw', rounding='compensated', **k).states
+  two = 2 * sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  assert more() - kept('adamw').states == two
   wide = {'param_dtype': 'float32'}
-  plain = plan.plan(method='adamw', **SMALL, **wide)
-  assert plain == plan.plan(
-    method='adamw', rounding='compensated', **SMALL, **wide
-  )
+  assert more(**wide) == kept('adamw', **wide).states
 
 
 def test_recomputing_and_layerwise_updates_take_less():
