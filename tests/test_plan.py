@@ -278,6 +278,7 @@ def test_seven_billion_parameters_beside_xla():
   assert row['sum_bytes'] <= 20e9
 
 
+@pytest.mark.usefixtures('untraced')
 def test_a_mesh_divides():
   one = plan.plan(method='galore', batch=4, **SMALL)
   cut = plan.plan(method='galore', batch=4, mesh='fsdp=4', **SMALL)
@@ -299,6 +300,7 @@ def test_a_tensor_axis_cuts_what_layers_keep():
   assert one.activations / 2 < cut.activations < 0.8 * one.activations
 
 
+@pytest.mark.usefixtures('untraced')
 def test_largest_is_the_largest():
   fixed = {'model': Tiny, 'method': 'golore', 'seq': 64}
   fits = lambda **k: plan.plan(**fixed, **k).fits(card)
@@ -379,6 +381,7 @@ def test_loops_hold_what_their_bodies_do():
 FLAGS = ['--model', 'llama_1m', '--seq', '32', '--rank', '8']
 
 
+@pytest.mark.usefixtures('untraced')
 def test_it_prints_the_parts(capsys):
   flags = ['--model', f'{__name__}:Tiny', '--seq', '8', '--rank', '8']
   assert plan.main([*flags, '--optimizer', 'golore', '--card', '0.001']) == 0
@@ -393,11 +396,13 @@ def test_it_prints_the_parts(capsys):
   assert '0.001 (0.001 GB): fits' in text
 
 
+@pytest.mark.usefixtures('untraced')
 def test_it_says_what_is_missing(capsys):
   assert plan.main([*FLAGS, '--card', '0.001']) == 0
   assert 'does not fit' in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures('untraced')
 def test_it_compares_and_draws(capsys, tmp_path):
   path = tmp_path / 'bars.png'
   flags = ['--compare', 'adamw,golore', '--regenerate', '--picture', str(path)]
