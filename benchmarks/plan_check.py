@@ -369,7 +369,8 @@ def main(args: Args):
     rows.append(measured(args, row))
     print(rows[-1], flush=True)
     write(out, rows)
-  rows = [with_plan(row) for row in rows]
+  order = lambda row: ROWS.index(tuple(row[k] for k in Row._fields))
+  rows = [with_plan(row) for row in sorted(rows, key=order)]
   for row in rows:
     print(line(row), flush=True)
   write(out, rows)

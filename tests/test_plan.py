@@ -213,8 +213,10 @@ def test_a_layer_wise_step_keeps_its_own_state():
   model = _models.named('llama_1m', 'bfloat16')
   tx = plan.optimizer('galore8bit', rank=8)
   step = so.layerwise(tx, model.embed, model.block, model.head)
-  wanted = so.memory_report(step, model.params).state
-  assert made.states + made.bases == wanted
+  wanted = jax.tree.leaves(jax.eval_shape(step.init, model.params))
+  assert made.states + made.bases == sum(
+    x.size * x.dtype.itemsize for x in wanted
+  )
   alive = jax.tree.leaves(step.gradients(model.params))
   assert made.gradients == sum(2 * math.prod(x.shape) for x in alive)
 
@@ -306,6 +308,7 @@ def test_largest_is_the_largest():
   fits = lambda **k: plan.plan(**fixed, **k).fits(card)
   card = plan.plan(**fixed, rank=5, batch=7).total / 1e9
   found = plan.largest(card=card, rank=3, batch=7, **fixed)
+  assert found.rank is not None
   assert found.rank >= 5 and found.batch >= 7
   assert fits(rank=3, batch=found.batch)
   assert not fits(rank=3, batch=found.batch + 1)
