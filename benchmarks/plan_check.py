@@ -19,7 +19,7 @@ import math
 import pathlib
 import re
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent / 'examples'))
@@ -45,29 +45,59 @@ import pages  # noqa: E402
 import subspace_optax as so  # noqa: E402
 from subspace_optax import plan  # noqa: E402
 
-# model, method, rank, layers recomputed, devices along fsdp, arguments' layout
+# model, method, rank, layers, devices along fsdp, arguments' layout. Layers are
+# kept, recomputed ('remat') or also updated one by one ('layerwise').
 ROWS = (
-  ('llama_350m', 'adamw', 0, False, 1, 'default'),
-  ('llama_350m', 'adamw', 0, True, 1, 'default'),
-  ('llama_350m', 'galore', 256, False, 1, 'default'),
-  ('llama_350m', 'galore', 256, True, 1, 'default'),
-  ('llama_1b', 'adamw', 0, False, 1, 'default'),
-  ('llama_1b', 'adamw', 0, True, 1, 'default'),
-  ('llama_1b', 'adamw', 0, True, 1, 'auto'),
-  ('llama_7b', 'adamw', 0, False, 1, 'default'),
-  ('llama_7b', 'adamw', 0, True, 1, 'default'),
-  ('llama_7b', 'adamw', 0, True, 2, 'default'),
-  ('llama_7b', 'adamw', 0, True, 1, 'auto'),
-  ('llama_7b', 'adafactor', 0, True, 1, 'default'),
-  ('llama_7b', 'galore', 1024, True, 1, 'default'),
-  ('llama_1b', 'galore', 512, False, 1, 'default'),
-  ('llama_1b', 'galore', 512, True, 1, 'default'),
-  ('llama_350m', 'adamw', 0, True, 1, 'auto'),
-  ('llama_1b', 'galore', 512, True, 1, 'auto'),
-  ('llama_7b', 'adafactor', 0, True, 1, 'auto'),
-  ('llama_7b', 'galore', 1024, False, 1, 'default'),
-  ('llama_7b', 'subspace_adamw', 1024, True, 1, 'default'),
+  ('llama_7b', 'golore8bit', 1024, 'layerwise', 1, 'auto'),
+  ('llama_7b', 'gaussian8bit', 1024, 'layerwise', 1, 'auto'),
+  ('llama_7b', 'adamw', 0, 'layerwise', 1, 'auto'),
+  ('llama_7b', 'adamw8bit', 0, 'layerwise', 1, 'auto'),
+  ('llama_7b', 'galore', 1024, 'layerwise', 1, 'auto'),
+  ('llama_7b', 'galore8bit', 1024, 'layerwise', 1, 'auto'),
+  ('llama_7b', 'subspace_adamw8bit', 1024, 'layerwise', 1, 'auto'),
+  ('llama_7b', 'adafactor', 0, 'layerwise', 1, 'auto'),
+  ('llama_7b', 'golore8bit', 1024, 'layerwise', 2, 'auto'),
+  ('llama_1b', 'golore8bit', 512, 'layerwise', 1, 'auto'),
+  ('llama_1b', 'adamw', 0, 'layerwise', 1, 'auto'),
+  ('llama_7b', 'adamw8bit', 0, 'remat', 1, 'auto'),
+  ('llama_7b', 'galore8bit', 1024, 'remat', 1, 'auto'),
+  ('llama_350m', 'adamw', 0, 'kept', 1, 'default'),
+  ('llama_350m', 'adamw', 0, 'remat', 1, 'default'),
+  ('llama_350m', 'galore', 256, 'kept', 1, 'default'),
+  ('llama_350m', 'galore', 256, 'remat', 1, 'default'),
+  ('llama_1b', 'adamw', 0, 'kept', 1, 'default'),
+  ('llama_1b', 'adamw', 0, 'remat', 1, 'default'),
+  ('llama_1b', 'adamw', 0, 'remat', 1, 'auto'),
+  ('llama_7b', 'adamw', 0, 'kept', 1, 'default'),
+  ('llama_7b', 'adamw', 0, 'remat', 1, 'default'),
+  ('llama_7b', 'adamw', 0, 'remat', 2, 'default'),
+  ('llama_7b', 'adamw', 0, 'remat', 1, 'auto'),
+  ('llama_7b', 'adafactor', 0, 'remat', 1, 'default'),
+  ('llama_7b', 'galore', 1024, 'remat', 1, 'default'),
+  ('llama_1b', 'galore', 512, 'kept', 1, 'default'),
+  ('llama_1b', 'galore', 512, 'remat', 1, 'default'),
+  ('llama_350m', 'adamw', 0, 'remat', 1, 'auto'),
+  ('llama_1b', 'galore', 512, 'remat', 1, 'auto'),
+  ('llama_7b', 'adafactor', 0, 'remat', 1, 'auto'),
+  ('llama_7b', 'galore', 1024, 'kept', 1, 'default'),
+  ('llama_7b', 'subspace_adamw', 1024, 'remat', 1, 'default'),
 )
+
+
+# GB of LLaMA-7B with batch 1 and 2,048 tokens, https://arxiv.org/abs/2403.03507.
+PAPERS = {('adamw', 'remat'): '58', ('galore8bit', 'layerwise'): '22'}
+
+# Queries whose scores are in memory at a time, of a step layer by layer.
+CHUNK = 512
+
+
+class Row(NamedTuple):
+  model: str
+  method: str
+  rank: int
+  layers: str
+  fsdp: int
+  layout: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +106,7 @@ class Args:
 
   seq: int = 2048
   topology: str = 'v5p:2x2x1'
-  only: str = ''  # a model: leaves out the rows of others
+  only: str = ''  # part of model-method-rank-layers-...: leaves out the others
   out: str = str(ROOT / 'results' / 'plan.json')
   docs: str = str(ROOT.parent / 'docs' / 'plan.md')
 
@@ -101,45 +131,88 @@ def on(mesh: Mesh, tree: Any, *axes: str) -> Any:
   return jax.tree.map(place, tree)
 
 
-def compiled(args: Args, row: tuple[Any, ...]) -> Any:
-  """The program of an ordinary step, and the name of its devices."""
-  model, method, rank, remat, count, layout = row
-  mesh, name = devices(args.topology, count)
+class Step(NamedTuple):
+  """A training step to be compiled.
+
+  Attributes:
+    params: shapes, with shardings.
+    state: likewise.
+    update: (params, state, tokens) -> (params, state, other things).
+  """
+
+  params: Any
+  state: Any
+  update: Any
+
+
+def with_state(tx: Any, params: Any, update: Any) -> Step:
+  """A step whose state lies where `so.state_sharding` says."""
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  state = jax.eval_shape(tx.init, params)
+  state = jax.tree.map(place, state, so.state_sharding(tx, params))
+  return Step(params, state, update)
+
+
+def ordinary(mesh: Mesh, row: Row) -> Step:
+  """A step of the example LLaMA with all gradients at once."""
   config = llama.named(
-    model,
+    row.model,
     dtype='bfloat16',
     param_dtype='bfloat16',
-    remat=remat,
+    remat=row.layers == 'remat',
     **meshes.constraints(mesh),
   )
   graphdef, params = programs.model(config)
-  tx = plan.optimizer(method, rank=rank or 0.25)
-  params = on(mesh, meshes.parameters(mesh, params) if count > 1 else params)
-  state = jax.eval_shape(tx.init, params)
-  where = so.state_sharding(tx, params)
-  state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    state,
-    where,
-  )
-  tokens = jax.ShapeDtypeStruct((count, args.seq), jnp.int32)
+  tx = plan.optimizer(row.method, rank=row.rank or 0.25)
   loss = lambda p, x: programs.loss(programs.named_merge, graphdef, p, x)
-  step = programs.whole_step(loss, tx, jax.value_and_grad)
-  sharding_of = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
-  out = sharding_of(params), sharding_of(state), NamedSharding(mesh, P())
-  given: dict[str, Any] = {'out_shardings': out}
-  if layout == 'auto':
-    auto = lambda x: Format(Layout.AUTO, x.sharding)
-    kept = jax.tree.map(auto, (params, state))
-    rows = NamedSharding(mesh, P('fsdp'))
-    given = {
-      'in_shardings': (*kept, rows),
-      'out_shardings': (*kept, NamedSharding(mesh, P())),
-    }
+  update = programs.whole_step(loss, tx, jax.value_and_grad)
+  return with_state(tx, parameters(mesh, params), update)
+
+
+def parameters(mesh: Mesh, params: Any) -> Any:
+  return on(mesh, meshes.parameters(mesh, params) if mesh.size > 1 else params)
+
+
+def layerwise(mesh: Mesh, row: Row) -> Step:
+  """A step of the planner's LLaMA that updates layer by layer."""
+  model = plan.named(row.model, 'bfloat16', attention_chunk=CHUNK)
+  places = meshes.constraints(mesh)
+  rows, table = places.get('activations'), places.get('looked_up')
+
+  def embed(rest, tokens):
+    kept = llama.place(rest['embed']['embedding'], table)
+    rest = rest | {'embed': {'embedding': kept}}
+    return llama.place(model.embed(rest, tokens), rows)
+
+  step = so.layerwise(
+    plan.optimizer(row.method, rank=row.rank or 0.25),
+    embed,
+    lambda layer, x, tokens: llama.place(model.block(layer, x), rows),
+    jax.checkpoint(model.head),
+  )
+  return with_state(step, parameters(mesh, model.params), step.update)
+
+
+def compiled(args: Args, row: Row) -> Any:
+  """The program of a step, and the name of its devices."""
+  mesh, name = devices(args.topology, row.fsdp)
+  step = (layerwise if row.layers == 'layerwise' else ordinary)(mesh, row)
+  tokens = jax.ShapeDtypeStruct((row.fsdp, args.seq), jnp.int32)
+  kept, rest = step[:2], NamedSharding(mesh, P())
+  if row.layout == 'auto':
+    where = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), kept)
+  else:
+    where = jax.tree.map(lambda x: x.sharding, kept)
   with jax.set_mesh(mesh):
-    run = jax.jit(step, donate_argnums=(0, 1), **given)
-    lowered = run.lower(params, state, on(mesh, tokens, 'fsdp'))
-    return lowered.compile(), name
+    run = jax.jit(
+      step.update,
+      donate_argnums=(0, 1),
+      in_shardings=(*where, NamedSharding(mesh, P('fsdp'))),
+      out_shardings=(*where, rest),
+    )
+    # The layout of arguments is either theirs or XLA's choice.
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), kept)
+    return run.lower(*bare, tokens).compile(), name
 
 
 def copied(program: Any) -> int:
@@ -152,21 +225,15 @@ def copied(program: Any) -> int:
   return total
 
 
-def measured(args: Args, row: tuple[Any, ...]) -> dict[str, Any]:
+def measured(args: Args, row: Row) -> dict[str, Any]:
   """XLA's bytes beside the plan's."""
-  model, method, rank, remat, count, layout = row
   program, name = compiled(args, row)
   memory = program.memory_analysis()
   beside = memory.output_size_in_bytes - memory.alias_size_in_bytes
   arguments = memory.argument_size_in_bytes
-  return {
-    'model': model,
-    'method': method,
-    'rank': rank,
-    'remat': remat,
-    'fsdp': count,
-    'layout': layout,
-    'batch': count,
+  return row._asdict() | {
+    'attention_chunk': CHUNK if row.layers == 'layerwise' else 0,
+    'batch': row.fsdp,
     'seq': args.seq,
     'target': name,
     'jax': jax.__version__,
@@ -187,7 +254,9 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
     seq=row['seq'],
     mesh=f'fsdp={row["fsdp"]}',
     rank=row['rank'] or 0.25,
-    remat=row['remat'],
+    remat=row['layers'] == 'remat',
+    layerwise=row['layers'] == 'layerwise',
+    attention_chunk=row['attention_chunk'],
   )
   kept = made.weights + made.states + made.bases
   arguments, temporaries = row['argument_bytes'], made.total - kept
@@ -204,9 +273,12 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def write(out: pathlib.Path, rows: list[dict[str, Any]]):
+  out.write_text(json.dumps(rows, indent=1) + '\n')
+
+
 def line(row: dict[str, Any]) -> str:
-  names = ('model', 'method', 'rank', 'remat', 'fsdp', 'layout')
-  what = ' '.join(str(row[name]) for name in names)
+  what = ' '.join(str(row[name]) for name in Row._fields)
   names = ('argument_bytes', 'peak_bytes', 'copied_bytes', 'sum_bytes')
   sizes = ', '.join(f'{name} {row[name] / 1e9:.2f}' for name in names)
   errors = ', '.join(f'{k} {v:+.1%}' for k, v in row.items() if 'error' in k)
@@ -217,7 +289,7 @@ def table(rows: list[dict[str, Any]]) -> str:
   """The rows for a page, in GB."""
   head = (
     'model, optimizer, rank',
-    'recomputed, fsdp, layout',
+    'layers, fsdp, layout',
     'peak',
     'plan',
     'off',
@@ -229,11 +301,10 @@ def table(rows: list[dict[str, Any]]) -> str:
   lines = [head, ['---'] * len(head)]
   for row in rows:
     rank = f', {row["rank"]}' if row['rank'] else ''
-    remat = 'yes' if row['remat'] else 'no'
     lines.append(
       [
         f'{row["model"]}, {row["method"]}{rank}',
-        f'{remat}, {row["fsdp"]}, {row["layout"]}',
+        f'{row["layers"]}, {row["fsdp"]}, {row["layout"]}',
         f'{row["peak_bytes"] / 1e9:.2f}',
         f'{row["plan"]["total"] / 1e9:.2f}',
         f'{row["error"]:+.1%}',
@@ -246,26 +317,69 @@ def table(rows: list[dict[str, Any]]) -> str:
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-  names = ('model', 'method', 'rank', 'remat', 'fsdp', 'layout', 'seq')
-  return tuple(row[name] for name in names)
+def missed(rows: list[dict[str, Any]]) -> str:
+  """How many rows the plan is within 5 % of, and which it is not."""
+  lines = []
+  for against in ('error', 'error_of_sum'):
+    what = {'error': 'peak', 'error_of_sum': 'sum'}[against]
+    far = [row for row in rows if abs(row[against]) > 0.05]
+    names = [f'{name(row)} ({row[against]:+.1%})' for row in far]
+    near = (
+      f'- {len(rows) - len(far)} of {len(rows)} rows are within 5 % of the '
+    )
+    rest = f'; not: {", ".join(names)}' if far else ''
+    lines.append(f'{near}{what}{rest}.')
+  return '\n'.join(lines)
+
+
+def name(row: dict[str, Any]) -> str:
+  parts = ('model', 'method', 'layers', 'fsdp', 'layout')
+  return ' '.join(str(row[part]) for part in parts)
+
+
+def seven(rows: list[dict[str, Any]]) -> str:
+  """What LLaMA-7B takes on one device, beside the paper's figures."""
+  cells = [
+    ('optimizer, rank', 'layers', 'sum', 'peak', 'plan', "the paper's"),
+    ['---'] * 6,
+  ]
+  alone = lambda row: (row['model'], row['fsdp']) == ('llama_7b', 1)
+  auto = [row for row in rows if alone(row) and row['layout'] == 'auto']
+  for row in sorted(auto, key=lambda row: -row['sum_bytes']):
+    rank = f', {row["rank"]}' if row['rank'] else ''
+    sizes = row['sum_bytes'], row['peak_bytes'], row['plan']['total']
+    cells.append(
+      [
+        row['method'] + rank,
+        row['layers'],
+        *(f'{size / 1e9:.2f}' for size in sizes),
+        PAPERS.get((row['method'], row['layers']), ''),
+      ]
+    )
+  return '\n'.join(f'| {" | ".join(line)} |' for line in cells)
 
 
 def main(args: Args):
   out = pathlib.Path(args.out)
   rows = json.loads(out.read_text()) if out.exists() else []
-  rows = [with_plan(row) for row in rows]
+  there = {(*(row[k] for k in Row._fields), row['seq']) for row in rows}
+  for row in map(Row._make, ROWS):
+    if (*row, args.seq) in there or args.only not in '-'.join(map(str, row)):
+      continue
+    rows.append(measured(args, row))
+    print(rows[-1], flush=True)
+    write(out, rows)
+  order = lambda row: ROWS.index(tuple(row[k] for k in Row._fields))
+  rows = [with_plan(row) for row in sorted(rows, key=order)]
   for row in rows:
     print(line(row), flush=True)
-  there = {key(row) for row in rows}
-  for row in ROWS:
-    if (*row, args.seq) in there or args.only not in row[0]:
-      continue
-    rows.append(with_plan(measured(args, row)))
-    print(line(rows[-1]), flush=True)
-    out.write_text(json.dumps(rows, indent=1) + '\n')
-  out.write_text(json.dumps(rows, indent=1) + '\n')
-  pages.fill(pathlib.Path(args.docs), {'checked': table(rows)})
+  write(out, rows)
+  tables = {
+    'checked': table(rows),
+    'missed': missed(rows),
+    'seven': seven(rows),
+  }
+  pages.fill(pathlib.Path(args.docs), tables)
 
 
 if __name__ == '__main__':

@@ -32,6 +32,7 @@ from subspace_optax._plan import _report
 from subspace_optax._plan._largest import Largest as Largest
 from subspace_optax._plan._largest import largest as largest
 from subspace_optax._plan._models import Model as Model
+from subspace_optax._plan._models import named as named
 from subspace_optax._plan._planner import Plan as Plan
 from subspace_optax._plan._planner import card_bytes as card_bytes
 from subspace_optax._plan._planner import plan as plan
@@ -71,7 +72,9 @@ def _flags() -> argparse.ArgumentParser:
   add('--param-dtype', default='bfloat16')
   add('--dtype', help="of activations; by default the parameters'")
   add('--moment-dtype', help="by default the parameters'")
-  add('--basis-dtype', default='float32')
+  add('--basis-dtype', help='float32, or bfloat16 with 8bit; int8, int4')
+  text = 'queries whose scores are in memory at a time, 0 for all'
+  add('--attention-chunk', type=int, default=512, help=text)
   add('--rounding', default='nearest', help=', '.join(_planner.ROUNDING))
   flag = lambda name, text: add(name, action='store_true', help=text)
   flag('--regenerate', 'random bases are drawn anew in every step')

@@ -25,12 +25,14 @@ from subspace_optax import _tree
 from subspace_optax._plan import _models
 
 
-def resolve(model: Any, param_dtype: Any, dtype: Any, seq: int) -> Any:
+def resolve(
+  model: Any, param_dtype: Any, dtype: Any, seq: int, attention_chunk: int
+) -> Any:
   """Returns the `Model` that a name, a path or a callable stands for."""
   if isinstance(model, _models.Model):
     return model
   if isinstance(model, str) and ':' not in model:
-    return _models.named(model, param_dtype, dtype)
+    return _models.named(model, param_dtype, dtype, attention_chunk)
   name, make = (
     (model, imported(model))
     if isinstance(model, str)

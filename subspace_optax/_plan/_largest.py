@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from subspace_optax import _spec
-from subspace_optax._plan import _flax
 from subspace_optax._plan import _methods
 from subspace_optax._plan import _planner
 
@@ -54,7 +53,7 @@ def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
     (True, True)
   """
   s, size = _planner.checked(settings), _planner.card_bytes(card)
-  made = _flax.resolve(model, s.param_dtype, s.dtype, s.seq)
+  made = _planner.resolved(model, s)
   ranked = isinstance(method, str) and _methods.named(method).ranked
   of = _planner.optimizer(made, method, s)
   parts = s.mesh['data'] * s.mesh['fsdp']

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend
+import jax.numpy as jnp
 
 # The same numbers in another shape, order or dtype.
 _VIEWS = frozenset(
@@ -75,7 +76,8 @@ class Trace(NamedTuple):
 def bytes_of(aval: Any) -> int:
   """Returns the bytes of an array of this shape; of a key, nothing."""
   shape, dtype = getattr(aval, 'shape', ()), getattr(aval, 'dtype', None)
-  return math.prod(shape) * getattr(dtype, 'itemsize', 0)
+  bits = 4 if dtype == jnp.int4 else 8 * getattr(dtype, 'itemsize', 0)
+  return -(-math.prod(shape) * bits // 8)
 
 
 def flatten(closed: Any) -> Trace:

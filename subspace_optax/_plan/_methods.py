@@ -30,13 +30,14 @@ class Settings(NamedTuple):
   Attributes:
     rank: an int, or a share of each matrix's short side.
     moment_dtype: of the moments, None for the parameters'.
-    basis_dtype: of the bases, if there are any.
+    basis_dtype: of the bases, if there are any; None for float32, and for
+      bfloat16 beside moments of 8 bits.
     regenerate: whether random bases are drawn anew in every step.
   """
 
   rank: Any = 0.25
   moment_dtype: Any = None
-  basis_dtype: Any = jnp.float32
+  basis_dtype: Any = None
   regenerate: bool = False
 
 
@@ -76,15 +77,11 @@ def in_dtype(tx: optax.GradientTransformation, dtype: Any) -> Any:
   )
 
 
-def adam8bit() -> Any:
-  """Returns the library's Adam of 8 bits, or says that it has none."""
-  make = getattr(so, 'scale_by_adam8bit', None)
-  if make is None:
-    raise ValueError(
-      'optimizer: this version has no `scale_by_adam8bit`; choose one without '
-      '8bit in its name.'
-    )
-  return make()
+def _eight_bit(s: Settings) -> Settings:
+  """Returns settings of an optimizer whose moments are codes of 8 bits."""
+  return s._replace(
+    moment_dtype=None, basis_dtype=s.basis_dtype or jnp.bfloat16
+  )
 
 
 def _spec(s: Settings, side: str = 'short', **options: Any) -> so.SubspaceSpec:
@@ -92,7 +89,7 @@ def _spec(s: Settings, side: str = 'short', **options: Any) -> so.SubspaceSpec:
     s.rank,
     side=side,
     allow_empty=True,
-    basis_dtype=s.basis_dtype,
+    basis_dtype=s.basis_dtype or jnp.float32,
     moment_dtype=s.moment_dtype,
     **options,
   )
@@ -102,8 +99,9 @@ def _plain(make: Callable[[], Any]) -> Callable[[Settings], Any]:
   return lambda s: in_dtype(make(), s.moment_dtype)
 
 
-def _adamw8bit() -> Any:
-  return _common.with_decay(adam8bit(), _LR, 0.0, None)
+def _bytes(make: Callable[[], Any]) -> Callable[[Settings], Any]:
+  """Whole matrices with moments of 8 bits."""
+  return lambda s: _common.with_decay(make(), _LR, 0.0, None)
 
 
 def _galore(inner: Callable[[], Any]) -> Callable[[Settings], Any]:
@@ -117,23 +115,32 @@ def _galore(inner: Callable[[], Any]) -> Callable[[Settings], Any]:
   return make
 
 
-def _golore(inner: Callable[[], Any], transport: str) -> Any:
-  def make(s: Settings) -> Any:
-    projector = so.projectors.stiefel(200, regenerate=s.regenerate)
-    tx = so.subspace(_spec(s), projector, inner(), transport=transport)
-    return _common.with_decay(tx, _LR, 0.0, None)
+def _galore8bit(s: Settings) -> Any:
+  return _galore(so.scale_by_adam8bit)(_eight_bit(s))
 
-  return make
+
+def _golore(s: Settings, inner: Any = None) -> Any:
+  projector = so.projectors.stiefel(200, regenerate=s.regenerate)
+  inner = inner or optax.scale_by_adam()
+  tx = so.subspace(_spec(s), projector, inner, transport='first')
+  return _common.with_decay(tx, _LR, 0.0, None)
+
+
+def _golore8bit(s: Settings) -> Any:
+  s = _eight_bit(s)._replace(regenerate=True)
+  return _golore(s, so.scale_by_adam8bit())
+
+
+def _gaussian8bit(s: Settings) -> Any:
+  """Bases that need no orthonormalisation, the cheapest to draw again."""
+  projector = so.projectors.gaussian(200, regenerate=True)
+  spec = _spec(_eight_bit(s))
+  tx = so.subspace(spec, projector, so.scale_by_adam8bit())
+  return _common.with_decay(tx, _LR, 0.0, None)
 
 
 def _subspace_adamw8bit(s: Settings) -> Any:
-  tx = so.subspace(
-    _spec(s),
-    so.projectors.stiefel(200, regenerate=True),
-    adam8bit(),
-    residual=so.residuals.fira(),
-  )
-  return _common.with_decay(tx, _LR, 0.0, None)
+  return so.subspace_adamw(_LR, spec=_spec(_eight_bit(s)), eight_bit=True)
 
 
 def _ours(make: Callable[..., Any]) -> Callable[[Settings], Any]:
@@ -148,13 +155,15 @@ def _rso(s: Settings) -> Any:
 METHODS: dict[str, Method] = {
   'sgd': Method(_plain(lambda: optax.sgd(_LR))),
   'adamw': Method(_plain(lambda: optax.adamw(_LR))),
-  'adamw8bit': Method(lambda s: _adamw8bit()),
+  'adamw8bit': Method(_bytes(so.scale_by_adam8bit)),
   'lion': Method(_plain(lambda: optax.lion(_LR))),
+  'lion8bit': Method(_bytes(so.scale_by_lion8bit)),
   'adafactor': Method(_plain(lambda: optax.adafactor(_LR))),
   'galore': Method(_galore(optax.scale_by_adam), ranked=True),
-  'galore8bit': Method(_galore(adam8bit), ranked=True),
-  'golore': Method(_golore(optax.scale_by_adam, 'first'), True, True),
-  'golore8bit': Method(_golore(adam8bit, 'keep'), True, True),
+  'galore8bit': Method(_galore8bit, ranked=True),
+  'golore': Method(_golore, True, True),
+  'golore8bit': Method(_golore8bit, True, True),
+  'gaussian8bit': Method(_gaussian8bit, True, True),
   'online_subspace_descent': Method(
     _ours(so.online_subspace_descent), ranked=True
   ),

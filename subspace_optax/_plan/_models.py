@@ -95,13 +95,16 @@ NAMED = {
 }
 
 
-def named(name: str, param_dtype: Any, dtype: Any = None) -> Model:
+def named(
+  name: str, param_dtype: Any, dtype: Any = None, attention_chunk: int = 0
+) -> Model:
   """Returns the model called `name`.
 
   Args:
     name: see `NAMED`.
     param_dtype: of the parameters.
     dtype: of activations, None for that of the parameters.
+    attention_chunk: queries whose scores are there at a time; 0 for all.
   """
   if name not in NAMED:
     raise ValueError(
@@ -113,7 +116,8 @@ def named(name: str, param_dtype: Any, dtype: Any = None) -> Model:
   shape = lambda x: jax.ShapeDtypeStruct(x, jnp.dtype(param_dtype))
   params = jax.tree.map(shape, params, is_leaf=lambda x: isinstance(x, tuple))
   part = lambda f: functools.partial(f, sizes, dtype)
-  return Model(name, params, tokens, part(embed), part(block), part(head))
+  one = functools.partial(block, sizes, dtype, attention_chunk)
+  return Model(name, params, tokens, part(embed), one, part(head))
 
 
 def _llama(s: Sizes) -> Any:
@@ -167,10 +171,10 @@ def embed(s: Sizes, dtype: Any, rest: Any, tokens_BxT: Any) -> Any:
   return x_BxTxD
 
 
-def block(s: Sizes, dtype: Any, layer: Any, x_BxTxD: Any) -> Any:
+def block(s: Sizes, dtype: Any, chunk: int, layer: Any, x_BxTxD: Any) -> Any:
   """Returns a layer's output."""
   y = _norm(layer['attention_norm'], x_BxTxD, dtype)
-  x_BxTxD = x_BxTxD + _attention(s, layer['attention'], y)
+  x_BxTxD = x_BxTxD + _attention(s, chunk, layer['attention'], y)
   y = _norm(layer['mlp_norm'], x_BxTxD, dtype)
   return x_BxTxD + _mlp(layer['mlp'], y)
 
@@ -217,14 +221,37 @@ def _rotate(x_BxTxHxK: Any) -> Any:
   return x.astype(x_BxTxHxK.dtype)
 
 
-def _attention(s: Sizes, p: Any, x_BxTxD: Any) -> Any:
+def _attention(s: Sizes, chunk: int, p: Any, x_BxTxD: Any) -> Any:
   B, T, D = x_BxTxD.shape
   split = lambda x: x.reshape(B, T, -1, D // s.heads)
   q, k, v = (split(_linear(p[name], x_BxTxD)) for name in ('wq', 'wk', 'wv'))
   if not s.gpt:
     q, k = _rotate(q), _rotate(k)
-  y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  if 0 < chunk < T:
+    y = _in_chunks(q, k, v, chunk)
+  else:
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
   return _linear(p['wo'], y.reshape(B, T, -1))
+
+
+def _in_chunks(q_BxTxHxK: Any, k: Any, v: Any, chunk: int) -> Any:
+  """Returns causal attention, with the scores of some queries at a time.
+
+  They are computed again in the backward pass.
+  """
+  B, T, H, K = q_BxTxHxK.shape
+  starts = jnp.arange(0, T, chunk)
+  q = jnp.pad(q_BxTxHxK, ((0, 0), (0, len(starts) * chunk - T), *[(0, 0)] * 2))
+  q = q.reshape(B, len(starts), chunk, H, K).swapaxes(0, 1)
+
+  @jax.checkpoint
+  def of(queries: Any) -> Any:
+    q, start = queries
+    seen = jnp.arange(T)[None] <= start + jnp.arange(chunk)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
+
+  y = jax.lax.map(of, (q, starts)).swapaxes(0, 1)
+  return y.reshape(B, -1, H, K)[:, :T]
 
 
 def _mlp(p: Any, x: Any) -> Any:

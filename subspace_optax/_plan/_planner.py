@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from subspace_optax import _layerwise
 from subspace_optax import _memory
 from subspace_optax import _project
+from subspace_optax import _spec
 from subspace_optax._plan import _cut
 from subspace_optax._plan import _flax
 from subspace_optax._plan import _methods
@@ -90,10 +92,11 @@ class Settings(NamedTuple):
   param_dtype: Any = 'bfloat16'
   dtype: Any = None
   moment_dtype: Any = None
-  basis_dtype: Any = 'float32'
+  basis_dtype: Any = None
   regenerate: bool = False
   layerwise: bool = False
   remat: bool = False
+  attention_chunk: int = 512
   rounding: str = 'nearest'
 
 
@@ -128,10 +131,12 @@ def plan(model: Any, method: Any, **settings: Any) -> Plan:
       'fsdp=4,tensor=2', with 'data' for copies; rank (0.25), an int or a share
       of each short side; param_dtype ('bfloat16'); dtype of the activations,
       None for that of the parameters; moment_dtype, None for that of the
-      parameters; basis_dtype ('float32'); regenerate (False), random bases are
-      not kept; layerwise (False), each layer is updated when its gradient is
-      there; remat (False), layers are recomputed; rounding ('nearest', also
-      'compensated', 'stochastic') of narrow weights.
+      parameters; basis_dtype, None for float32 and, with moments of 8 bits,
+      bfloat16, also 'int8' and 'int4'; regenerate (False), random bases are not
+      kept; layerwise (False), each layer is updated when its gradient is
+      there; remat (False), layers are recomputed; attention_chunk (512),
+      queries whose scores are in memory at a time in named models, 0 for all;
+      rounding ('nearest', also 'compensated', 'stochastic') of narrow weights.
 
   Returns:
     The parts, in bytes; `print` shows them.
@@ -147,8 +152,13 @@ def plan(model: Any, method: Any, **settings: Any) -> Plan:
     (True, True)
   """
   s = checked(settings)
-  made = _flax.resolve(model, s.param_dtype, s.dtype, s.seq)
+  made = resolved(model, s)
   return join(made, s, training(made, s), optimizer(made, method, s))
+
+
+def resolved(model: Any, s: Settings) -> _models.Model:
+  """Returns the model that a name, a path or a callable stands for."""
+  return _flax.resolve(model, s.param_dtype, s.dtype, s.seq, s.attention_chunk)
 
 
 def checked(settings: Mapping[str, Any]) -> Settings:
@@ -159,10 +169,17 @@ def checked(settings: Mapping[str, Any]) -> Settings:
       f'{sorted(unknown)[0]}: no such setting; choose from {Settings._fields}.'
     )
   s = Settings(**settings)
-  for name in ('param_dtype', 'dtype', 'moment_dtype', 'basis_dtype'):
+  for name in ('param_dtype', 'dtype', 'moment_dtype'):
     _check_dtype(name, getattr(s, name))
   if s.rounding not in ROUNDING:
     raise ValueError(f'rounding={s.rounding!r}: choose from {ROUNDING}.')
+  if s.basis_dtype is not None:  # its own error
+    _spec.SubspaceSpec(1, basis_dtype=s.basis_dtype)
+  if s.attention_chunk < 0:
+    raise ValueError(
+      f'attention_chunk={s.attention_chunk}: expected a number of queries, or '
+      '0 for all at a time.'
+    )
   if s.seq < 1:
     raise ValueError(f'seq={s.seq}: expected a positive length.')
   return s._replace(mesh=_cut.sizes(s.mesh))
@@ -185,7 +202,8 @@ class Optimizer(NamedTuple):
   states: int
   bases: int
   drawn: int  # bases that a step draws before its forward pass
-  workspace: int
+  update: int  # that it holds beside them, gradients included
+  turn: int = 0  # likewise, of a layer-wise step at one of its layers
 
 
 def optimizer(model: _models.Model, method: Any, s: Settings) -> Optimizer:
@@ -193,30 +211,54 @@ def optimizer(model: _models.Model, method: Any, s: Settings) -> Optimizer:
   tx = method
   if isinstance(method, str):
     chosen = _methods.Settings(
-      s.rank, s.moment_dtype, jnp.dtype(s.basis_dtype), s.regenerate
+      s.rank, s.moment_dtype, s.basis_dtype, s.regenerate
     )
     tx = _methods.make(method, chosen)
   params, on = _cut.placed(model.params, s.mesh)
-  state = _cut.state_of(tx, params, on)
+  state = _cut.state_of(_stateful(model, tx, s), params, on)
   gradients, drawn = params, 0
   if isinstance(tx, _subproblems.Subproblems):
-    if s.layerwise:
-      raise ValueError(
-        'layerwise=True needs an optax optimizer; rso has a step of its own.'
-      )
     gradients = _trees.trained(params, state.coords)
     drawn = _cut.local_bytes(jax.eval_shape(tx.bases, params, state))
   bases = _bases(state)
   states = _cut.local_bytes(state) - bases
-  updated = params
-  if s.layerwise:
-    updated = params | {model.stack: _step.layer_of(params[model.stack])}
-  whole = max(_memory.tree_bytes(params), 1)
-  share = _cut.local_bytes(params) / whole
-  workspace = int(_step.update_workspace(tx, updated) * share)
   if s.rounding == 'compensated':
     states += _lost(params)
-  return Optimizer(gradients, states, bases, drawn, workspace)
+  of = Optimizer(gradients, states, bases, drawn, 0)
+  whole = max(_memory.tree_bytes(params), 1)
+  share = _cut.local_bytes(params) / whole
+  work = lambda tree: int(_step.update_workspace(tx, tree) * share)
+  if not s.layerwise:
+    update = _cut.local_bytes(gradients) + work(params)
+    return of._replace(update=update)
+  stack, rest = _parted(model, params)
+  layers = jax.tree.leaves(stack)[0].shape[0]
+  new = _cut.local_bytes((stack, state.blocks)) // layers
+  rest_bytes = _cut.local_bytes(rest)
+  # A turn makes a layer's parameters and state; the next one writes them.
+  turn = rest_bytes + _cut.local_bytes(stack) // layers + new
+  turn += work({model.stack: _step.layer_of(stack)})
+  return of._replace(update=rest_bytes + work(rest), turn=turn)
+
+
+def _stateful(model: _models.Model, tx: Any, s: Settings) -> Any:
+  """Returns what makes the state: the optimizer, or a layer-wise step."""
+  if not s.layerwise:
+    return tx
+  if isinstance(tx, _subproblems.Subproblems):
+    raise ValueError(
+      'layerwise=True needs an optax optimizer; rso has a step of its own.'
+    )
+  _check_pieces(model, s)
+  return _layerwise.layerwise(
+    tx, model.embed, model.block, model.head, stack=model.stack
+  )
+
+
+def _parted(model: _models.Model, params: Any) -> tuple[Any, Any]:
+  """Returns the stack, and all else."""
+  rest = {k: v for k, v in params.items() if k != model.stack}
+  return params[model.stack], rest
 
 
 def _bases(state: Any) -> int:
@@ -292,7 +334,8 @@ def join(
   gradients, kept = count(of.gradients)
   peak = max(
     kept.peak + of.drawn + _gathered(model, s),
-    gradients + kept.held + of.workspace,
+    kept.held + of.turn,
+    of.update,
   )
   # At the fullest moment some of them may be gone.
   activations = min(kept.activations, peak - gradients)

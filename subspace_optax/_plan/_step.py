@@ -32,7 +32,7 @@ class Kept(NamedTuple):
   Attributes:
     activations: what the forward pass keeps for the backward pass.
     peak: the most that both hold at once, gradients included.
-    held: what is still there while the optimizer runs, beside gradients.
+    held: what is still there while a layer is updated, beside gradients.
   """
 
   activations: int
@@ -111,7 +111,8 @@ def layerwise(
     _, vjp = jax.vjp(model.block, layer, x)
     return vjp(gradient)
 
-  top = jax.value_and_grad(model.head, argnums=(0, 1))
+  # Computed again, so that it leaves no logits behind.
+  top = jax.value_and_grad(jax.checkpoint(model.head), argnums=(0, 1))
   forward = _liveness.peak(_traced(model.block, layer, x))
   at_head = _liveness.peak(_traced(top, others, x, inputs))
   in_layer = _liveness.peak(_traced(backward, layer, x, x), count_outputs=False)
@@ -121,7 +122,7 @@ def layerwise(
   return Kept(
     between + _liveness.residuals(kept, 1),
     between + max(forward, at_head, in_layer),
-    between,
+    between + _liveness.bytes_of(x),
   )
 
 
