@@ -86,8 +86,9 @@ class Model:
 
   def __init__(self, args: Args, devices: Any):
     names = ('width', 'mlp_width', 'layers', 'heads', 'vocab')
-    sizes = {name: getattr(args, name) for name in names}
-    config = llama.LlamaConfig(**sizes, remat=True, **mesh.constraints(devices))
+    sizes: dict[str, Any] = {name: getattr(args, name) for name in names}
+    sizes |= mesh.constraints(devices)
+    config = llama.LlamaConfig(**sizes, remat=True)
     self.create = lambda: llama.Llama(config, nnx.Rngs(0))
     self.devices = devices
     self.model = nnx.eval_shape(self.create)

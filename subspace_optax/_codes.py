@@ -90,7 +90,10 @@ def _divisors(n: int) -> list[int]:
 
 
 def encode(
-  x: jax.Array, codes: jax.Array, scales: jax.Array, noise: Any = None
+  x: jax.Array,
+  codes: jax.Array,
+  scales: jax.Array,
+  noise: tuple[Any, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns codes and scales of an array.
 
@@ -106,20 +109,27 @@ def encode(
   size = jnp.abs(x)
   largest = blocks.largest(size)
   relative = size / blocks.spread(jnp.where(largest > 0, largest, 1.0))
+  random = None
+  if noise is not None:
+    salt, count = noise
+    random = _noise.uniform(salt, count, codes)
   place = k * jnp.log2(relative) + top  # -inf of 0
-  if noise is None:
-    c = jnp.round(place)
-  else:
-    low = jnp.floor(place)
-    share = (jnp.exp2((place - low) / k) - 1) / (2 ** (1 / k) - 1)
-    c = low + (_noise.uniform(*noise, codes) < share)
-  c = jnp.clip(c, 1, top)
+  c = jnp.clip(_rounded(place, k, random), 1, top)
   if codes.dtype == jnp.int8:
     least = 2.0 ** ((1 - top) / k)
-    bar = least / 2 if noise is None else least * _noise.uniform(*noise, codes)
-    c = jnp.where(relative < jnp.minimum(least, bar), 0, c) * jnp.sign(x)
+    bar = least * (0.5 if random is None else random)
+    c = jnp.where(relative < bar, 0, c) * jnp.sign(x)
   c = jnp.where(x == 0, 0, c)
   return _sharding.like(c, codes), _sharding.like(largest, scales)
+
+
+def _rounded(place: jax.Array, k: int, random: jax.Array | None) -> jax.Array:
+  """Returns the nearest code, or one of the two around, right in the mean."""
+  if random is None:
+    return jnp.round(place)
+  low = jnp.floor(place)
+  # As shares of what codes stand for, not of codes.
+  return low + (random < (jnp.exp2((place - low) / k) - 1) / (2 ** (1 / k) - 1))
 
 
 def decode(codes: jax.Array, scales: jax.Array) -> jax.Array:

@@ -292,7 +292,7 @@ def _layer(stack: Any, i: Any) -> Any:
   return jax.tree.map(index, stack)
 
 
-def _put_layer(stack: Any, i: jax.Array, layer: Any) -> Any:
+def _put_layer(stack: Any, i: Any, layer: Any) -> Any:
   put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)
   return jax.tree.map(put, stack, layer)
 
@@ -362,16 +362,21 @@ def _take(tree: Any, keys: Sequence[str]) -> tuple[Any, Any]:
   key, *more = keys
   rest = {k: v for k, v in tree.items() if k != key}
   if not more:
-    return tree[key], type(tree)(rest)
+    return tree[key], _like(tree, rest)
   found, below = _take(tree[key], more)
-  return found, type(tree)(rest | {key: below})
+  return found, _like(tree, rest | {key: below})
 
 
 def _put(tree: Any, keys: Sequence[str], value: Any) -> Any:
   """Returns the tree with a value at a path."""
   key, *more = keys
   new = _put(tree[key], more, value) if more else value
-  return type(tree)({**tree, key: new})
+  return _like(tree, {**tree, key: new})
+
+
+def _like(tree: Any, items: dict[str, Any]) -> Any:
+  """Returns a mapping of the same type."""
+  return type(tree)(items)
 
 
 def _nest(value: Any, keys: Sequence[str]) -> Any:

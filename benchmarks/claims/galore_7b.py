@@ -90,7 +90,8 @@ def small() -> dict[str, int]:
     state = jax.eval_shape(init, params)
     run = jax.jit(step, donate_argnums=(0, 1))
     program = run.lower(params, state, tokens).compile()
-    found[name] = program.memory_analysis().temp_size_in_bytes
+    memory: Any = program.memory_analysis()
+    found[name] = memory.temp_size_in_bytes
   return found
 
 
