@@ -72,6 +72,9 @@ def scale_by_adam8bit(
   and 25 below its largest second moment; smaller second moments are taken for
   the smallest of these. One gradient that is not finite spoils its block.
 
+  While a leaf is updated its moments are float32: of a stack of layers, all of
+  them, which may take more than the codes save. `layerwise` holds one layer's.
+
   Args:
     b1: decay of first moments.
     b2: decay of second moments.
