@@ -26,9 +26,8 @@ parameters and optimizer states are changed in place:
 It costs what recomputing layers costs: one more forward pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,9 +35,8 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from subspace_optax import _describe
 from subspace_optax import _sharding
-from subspace_optax import _tree
+from subspace_optax import _stacks
 
 CLIPS = ('layer', 'previous', 'two_pass')
 
@@ -115,8 +113,8 @@ def layerwise(
     max_norm: what gradients' norms are clipped to; None for no clipping.
     clip: of which gradient `max_norm` is the norm. 'layer': each layer's own,
       and that of all else. 'previous': of the whole gradient one step before
-      (each layer's own in the first step). 'two_pass': of the whole gradient,
-      for which the backward pass runs twice.
+      (each layer's own in the first step, and after one that was not finite).
+      'two_pass': of the whole gradient, for which the backward pass runs twice.
 
   Returns:
     The step, as `init` and `update`.
@@ -159,67 +157,50 @@ def layerwise(
   keys = stack.split('/')
 
   def init(params):
-    blocks, others = _take(params, keys)
+    blocks, others = _stacks.take(params, keys)
     state = LayerwiseState(
-      _init_stack(stack_tx, _nest(blocks, keys)),
+      _stacks.init(stack_tx, _stacks.nest(blocks, keys)),
       rest_tx.init(others),
       jnp.zeros((), jnp.float32),
     )
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
   def update(params, state, batch):
-    blocks, others = _take(params, keys)
+    blocks, others = _stacks.take(params, keys)
     below, back_to_embed = jax.vjp(lambda r: embed(r, batch), others)
     run = lambda layer, x: _same_shapes(block(layer, x, batch), x)
     top, inputs = lax.scan(lambda x, layer: (run(layer, x), x), below, blocks)
     loss, back = jax.vjp(lambda r, x: head(r, x, batch), others, top)
     of_head, at_top = back(jnp.ones_like(loss))
-    factor = functools.partial(_factor, max_norm)
-    shared = None
-    if max_norm is not None and clip == 'two_pass':
-      norm, gx = _norm_of_stack(run, blocks, inputs, at_top)
-      whole = optax.tree.add(of_head, back_to_embed(gx)[0])
-      shared = factor(jnp.sqrt(norm + _squares(whole)))
-    if max_norm is not None and clip == 'previous':
-      shared = factor(state.norm)
-    first = state.norm == 0  # there is no previous one yet
+    of_rest = lambda gx: optax.tree.add(of_head, back_to_embed(gx)[0])
 
-    def clipped(gradient):
-      squares = _squares(gradient)
-      if max_norm is None:
-        return gradient, squares
-      scale = shared
-      if clip != 'two_pass':
-        own = factor(jnp.sqrt(squares))
-        scale = own if shared is None else jnp.where(first, own, shared)
-      times = lambda x: (x * scale).astype(x.dtype)
-      return jax.tree.map(times, gradient), squares
+    def first_pass():
+      squares, gx = _squares_of_stack(run, blocks, inputs, at_top)
+      return jnp.sqrt(squares + _squares(of_rest(gx)))
+
+    clipped = _clipping(max_norm, clip, state.norm, first_pass)
 
     def step(layer, own, gradient):
       gradient, squares = clipped(gradient)
       updates, own = stack_tx.update(
-        _nest(gradient, keys), own, _nest(layer, keys)
+        _stacks.nest(gradient, keys), own, _stacks.nest(layer, keys)
       )
-      return _take(updates, keys)[0], own, squares
+      return _stacks.take(updates, keys)[0], own, squares
 
     blocks, own, squares, gx = _backward(
       run, step, blocks, state.blocks, inputs, at_top
     )
-    gradient = optax.tree.add(of_head, back_to_embed(gx)[0])
-    gradient, more = clipped(gradient)
-    updates, of_rest = rest_tx.update(gradient, state.rest, others)
+    gradient, more = clipped(of_rest(gx))
+    updates, rest = rest_tx.update(gradient, state.rest, others)
     others = optax.apply_updates(others, updates)
     norm = jnp.sqrt(squares + more)
-    params = _put(others, keys, blocks)
-    return (
-      params,
-      LayerwiseState(own, of_rest, norm),
-      LayerwiseMetrics(loss, norm),
-    )
+    params = _stacks.put(others, keys, blocks)
+    state = LayerwiseState(own, rest, norm)
+    return params, state, LayerwiseMetrics(loss, norm)
 
   def gradients(params):
-    blocks, others = _take(params, keys)
-    return jax.eval_shape(lambda x: _layer(x, 0), blocks), others
+    blocks, others = _stacks.take(params, keys)
+    return jax.eval_shape(lambda x: _stacks.layer(x, 0), blocks), others
 
   return Layerwise(init, update, gradients)
 
@@ -237,28 +218,28 @@ def _backward(
   Returns:
     The blocks, their states, the gradient's squared norm, and dL/dx below.
   """
-  last = _count(blocks) - 1
+  last = _stacks.count(blocks) - 1
 
   def body(k, carry):
     stacks, new, squares, gx = carry
     i = last - k
     # What the last turn made is written at the start of this one: every read of
     # the stacks then comes after the write, so that nothing need be copied.
-    stacks = _put_layer(stacks, jnp.minimum(i + 1, last), new)
-    layer, own = _layer(stacks, i)
-    _, back = jax.vjp(run, layer, _layer(inputs, i))
+    stacks = _stacks.put_layer(stacks, jnp.minimum(i + 1, last), new)
+    layer, own = _stacks.layer(stacks, i)
+    _, back = jax.vjp(run, layer, _stacks.layer(inputs, i))
     gradient, gx = back(gx)
     updates, own, more = step(layer, own, gradient)
     new = optax.apply_updates(layer, updates), own
     return stacks, new, squares + more, gx
 
   stacks = blocks, states
-  start = stacks, _layer(stacks, last), jnp.zeros((), jnp.float32), gx
+  start = stacks, _stacks.layer(stacks, last), jnp.zeros((), jnp.float32), gx
   stacks, new, squares, gx = lax.fori_loop(0, last + 1, body, start)
-  return *_put_layer(stacks, 0, new), squares, gx
+  return *_stacks.put_layer(stacks, 0, new), squares, gx
 
 
-def _norm_of_stack(
+def _squares_of_stack(
   run: Callable[[Any, Any], Any], blocks: Any, inputs: Any, gx: Any
 ) -> tuple[jax.Array, Any]:
   """Returns the squared norm of all layers' gradients, and dL/dx below."""
@@ -273,70 +254,49 @@ def _norm_of_stack(
   return lax.scan(body, start, (blocks, inputs), reverse=True)[0]
 
 
-def _factor(max_norm: Any, norm: jax.Array) -> jax.Array:
-  """Returns what a gradient of this norm is multiplied with."""
-  return jnp.where(norm < max_norm, 1.0, max_norm / norm)
+def _clipping(
+  max_norm: float | None,
+  clip: str,
+  previous: jax.Array,
+  first_pass: Callable[[], jax.Array],
+) -> Callable[[Any], tuple[Any, jax.Array]]:
+  """Returns what clips one layer's gradient, and gives its squared norm.
+
+  Args:
+    max_norm: see `layerwise`.
+    clip: likewise.
+    previous: the norm of the last step's gradient.
+    first_pass: returns the norm of this one's.
+  """
+  factor = lambda norm: jnp.where(norm < max_norm, 1.0, max_norm / norm)
+  if max_norm is None:
+    scale = None
+  elif clip == 'two_pass':
+    of_all = factor(first_pass())
+    scale = lambda squares: of_all
+  elif clip == 'previous':
+    # There is none in the first step, nor after one that was not finite.
+    known = (previous > 0) & jnp.isfinite(previous)
+    scale = lambda squares: factor(
+      jnp.where(known, previous, jnp.sqrt(squares))
+    )
+  else:
+    scale = lambda squares: factor(jnp.sqrt(squares))
+
+  def clipped(gradient: Any) -> tuple[Any, jax.Array]:
+    squares = _squares(gradient)
+    if scale is None:
+      return gradient, squares
+    by = scale(squares)
+    return jax.tree.map(lambda x: (x * by).astype(x.dtype), gradient), squares
+
+  return clipped
 
 
 def _squares(tree: Any) -> jax.Array:
   """Returns the sum of squares in float32."""
   wide = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))
   return sum(map(wide, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
-
-
-# Stacks.
-
-
-def _layer(stack: Any, i: Any) -> Any:
-  index = lambda x: lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
-  return jax.tree.map(index, stack)
-
-
-def _put_layer(stack: Any, i: Any, layer: Any) -> Any:
-  put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)
-  return jax.tree.map(put, stack, layer)
-
-
-def _count(blocks: Any) -> int:
-  """Returns the number of layers."""
-  counts = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(blocks)}
-  if len(counts) != 1 or 0 in counts:
-    shapes = sorted({str(tuple(x.shape)) for x in jax.tree.leaves(blocks)})
-    raise ValueError(
-      'stacked blocks need one number of layers as the first size of every '
-      f'leaf, got shapes {", ".join(shapes)}.'
-    )
-  return counts.pop()
-
-
-def _init_stack(tx: optax.GradientTransformation, blocks: Any) -> Any:
-  """Returns the state of a stack, every leaf with a first axis of layers."""
-  count = _count(blocks)
-  one = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), blocks
-  )
-  with _describe.unheard():
-    one = jax.eval_shape(lambda x: tx.init(x), one)
-  stack = tx.init(blocks)
-  if jax.tree.structure(one) != jax.tree.structure(stack):
-    raise ValueError(
-      'the optimizer makes a state of another structure for one layer than for '
-      f'the stack:\n{jax.tree.structure(one)}\n{jax.tree.structure(stack)}'
-    )
-
-  def stacked(path, of_one, x):
-    if x.shape == (count, *of_one.shape):
-      return x
-    if x.shape == of_one.shape:  # a counter: each layer has its own
-      return jnp.broadcast_to(x, (count, *x.shape))
-    raise ValueError(
-      f'state {_tree.path_str(path)!r} of a stack of {count} layers has shape '
-      f'{x.shape}, that of one layer {of_one.shape}: not a stack of states. '
-      "Projected kernels need the layers' axis apart from their matrix: see "
-      '`weight_dimension_numbers` of SubspaceSpec.'
-    )
-
-  return jax.tree.map_with_path(stacked, one, stack)
 
 
 def _same_shapes(new: Any, old: Any) -> Any:
@@ -347,40 +307,3 @@ def _same_shapes(new: Any, old: Any) -> Any:
       f'block must return what it is given, {of(old)}, but returned {of(new)}.'
     )
   return new
-
-
-# Parameters as nested mappings.
-
-
-def _take(tree: Any, keys: Sequence[str]) -> tuple[Any, Any]:
-  """Returns what is at a path, and the tree without it."""
-  if not isinstance(tree, Mapping) or keys[0] not in tree:
-    found = sorted(tree) if isinstance(tree, Mapping) else type(tree)
-    raise ValueError(
-      f'stack: no {keys[0]!r} among the parameters, only {found}.'
-    )
-  key, *more = keys
-  rest = {k: v for k, v in tree.items() if k != key}
-  if not more:
-    return tree[key], _like(tree, rest)
-  found, below = _take(tree[key], more)
-  return found, _like(tree, rest | {key: below})
-
-
-def _put(tree: Any, keys: Sequence[str], value: Any) -> Any:
-  """Returns the tree with a value at a path."""
-  key, *more = keys
-  new = _put(tree[key], more, value) if more else value
-  return _like(tree, {**tree, key: new})
-
-
-def _like(tree: Any, items: dict[str, Any]) -> Any:
-  """Returns a mapping of the same type."""
-  return type(tree)(items)
-
-
-def _nest(value: Any, keys: Sequence[str]) -> Any:
-  """Returns the tree that holds a value alone, at a path."""
-  for key in reversed(keys):
-    value = {key: value}
-  return value

@@ -226,6 +226,16 @@ def test_a_gradient_that_is_nan_is_not_hidden():
     assert np.isnan(after['net']['blocks']['up']).all()
 
 
+def test_a_norm_that_is_not_finite_is_forgotten():
+  """Else no step would ever be finite again."""
+  params = make_params()
+  step = layers(optax.sgd(1.0), max_norm=0.02, clip='previous')
+  state = step.init(params)
+  wanted, _, _ = step.update(params, state, BATCH)
+  got, _, _ = step.update(params, state._replace(norm=jnp.nan), BATCH)
+  jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 # Programs.
 
 
