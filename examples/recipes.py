@@ -60,7 +60,9 @@ def schedule(peak: float, steps: int, kind: str = 'cosine'):
 
 def in_subspace(c) -> dict[str, Any]:
   """What runs on coordinates, and in how many micro-steps."""
-  options: dict[str, Any] = {'every_k': micro_steps(c)}
+  options: dict[str, Any] = {}
+  if micro_steps(c) > 1:
+    options['every_k'] = micro_steps(c)
   if c.eight_bit:
     options['base_optimizer'] = so.scale_by_adam8bit(seed=c.seed)
   return options

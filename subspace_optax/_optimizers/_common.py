@@ -52,13 +52,14 @@ def with_decay(
 
 def every_k_with_decay(
   make: Callable[..., Transformation],
-  every_k: int,
+  every_k: int | None,
   learning_rate: Any,
   weight_decay: Any,
   mask: Mask,
 ) -> Transformation:
   """As `with_decay`, once in `every_k` steps, of `make(every_k=, after=)`."""
-  if every_k == 1:
+  # None, since `inject_hyperparams` would trace a number.
+  if every_k is None:
     return with_decay(make(), learning_rate, weight_decay, mask)
   after = optax.chain(*_decay(learning_rate, weight_decay, mask))
   return make(every_k=every_k, after=after)

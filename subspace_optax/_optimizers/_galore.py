@@ -39,7 +39,7 @@ def galore(
   weight_dimension_numbers: Any = None,
   *,
   stagger: bool = False,
-  every_k: int = 1,
+  every_k: int | None = None,
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
   """GaLore: an optimizer in the gradient's leading singular subspace.
@@ -61,7 +61,8 @@ def galore(
     weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
     stagger: whether matrices take turns within each T steps, starting from
       random bases, so that no step pays for all SVDs.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized, one
+      if None; see
       `subspace`.
     spec: takes the place of `rank` and `weight_dimension_numbers`.
 

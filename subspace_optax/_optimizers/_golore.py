@@ -40,7 +40,7 @@ def golore(
   mask: _common.Mask = None,
   stagger: bool = False,
   seed: int = 0,
-  every_k: int = 1,
+  every_k: int | None = None,
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
   """GoLore: GaLore whose bases turn random, so that noise can't trap it.
@@ -64,7 +64,8 @@ def golore(
     stagger: whether matrices take turns within each tau steps, so that no step
       pays for all refreshes.
     seed: of the random bases.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized, one
+      if None; see
       `subspace`.
     spec: takes the place of `rank` and `seed`.
 

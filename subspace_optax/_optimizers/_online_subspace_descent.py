@@ -40,7 +40,7 @@ def online_subspace_descent(
   weight_decay: Any = 0.0,
   mask: _common.Mask = None,
   seed: int = 0,
-  every_k: int = 1,
+  every_k: int | None = None,
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
   """Online Subspace Descent: bases learned along with the weights, no SVD.
@@ -61,7 +61,8 @@ def online_subspace_descent(
     weight_decay: of the weights, decoupled, before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     seed: of the first bases.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized, one
+      if None; see
       `subspace`.
     spec: takes the place of `rank` and `seed`.
 
