@@ -61,9 +61,8 @@ def galore(
     weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
     stagger: whether matrices take turns within each T steps, starting from
       random bases, so that no step pays for all SVDs.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized, one
-      if None; see
-      `subspace`.
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+      `subspace`. None for one.
     spec: takes the place of `rank` and `weight_dimension_numbers`.
 
   Returns:

@@ -64,9 +64,8 @@ def golore(
     stagger: whether matrices take turns within each tau steps, so that no step
       pays for all refreshes.
     seed: of the random bases.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized, one
-      if None; see
-      `subspace`.
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+      `subspace`. None for one.
     spec: takes the place of `rank` and `seed`.
 
   Returns:

@@ -61,9 +61,8 @@ def online_subspace_descent(
     weight_decay: of the weights, decoupled, before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     seed: of the first bases.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized, one
-      if None; see
-      `subspace`.
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+      `subspace`. None for one.
     spec: takes the place of `rank` and `seed`.
 
   Returns:
