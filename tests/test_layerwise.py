@@ -240,12 +240,7 @@ def test_a_norm_that_is_not_finite_is_forgotten():
 
 
 def program(step, *args):
-  # With passes that the other tests do without.
-  return (
-    jax.jit(step, donate_argnums=(0, 1))
-    .lower(*args)
-    .compile({'xla_backend_optimization_level': 1})
-  )
+  return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
 
 
 @pytest.fixture(scope='module')
