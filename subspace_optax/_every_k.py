@@ -139,4 +139,4 @@ def _with_mean(entry: Any, mean: Any) -> Any:
     return entry
   if isinstance(entry, _projected.Projected):
     return dataclasses.replace(entry, coords=mean.astype(entry.coords.dtype))
-  return mean.astype(entry.dtype)
+  return mean

@@ -23,6 +23,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _dtypes
 from subspace_optax import _linalg
 from subspace_optax import _per_matrix
 from subspace_optax import _projected
@@ -50,8 +51,8 @@ def in_subspace(
   """Runs an optimizer on coordinates, as if they were the gradients.
 
   The inner optimizer sees one tree: coordinates in place of projected leaves,
-  everything else as it is. Its state keeps the dtypes it was made with, and
-  its arithmetic on coordinates is float32 or wider.
+  everything else as it is. Its state has the dtype that `spec.moment_dtype`
+  says, float32 or wider by default, and so has its arithmetic.
 
   Args:
     inner: any optax transformation.
@@ -132,7 +133,7 @@ def in_subspace(
     _check_projected(spec, updates, pairs)
     nodes = {path: node for path, node in pairs if _is_projected(node)}
     batch_axes = {path: x.layout.coords_batch for path, x in nodes.items()}
-    coords = treedef.unflatten([_coords(entry) for _, entry in pairs])
+    coords = treedef.unflatten([_coords(spec, entry) for _, entry in pairs])
     before = {path: (x, x.before) for path, x in nodes.items() if x.before}
     after = {path: (x, x.after) for path, x in nodes.items() if x.after}
 
@@ -275,10 +276,11 @@ def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   """Returns what stands for a parameter when the inner state is made."""
   if match is None:
     return optax.MaskedNode()
-  if match.layout is None:
-    return match.leaf
-  layout, dtype = match.layout, spec.moment_dtype or match.leaf.dtype
-  static = (layout.coords_shape, jnp.dtype(dtype))
+  layout, dtype = match.layout, spec.dtype_of_moments(match.leaf.dtype)
+  if layout is None:
+    leaf = match.leaf
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+  static = (layout.coords_shape, dtype)
   return layout.place_coords(jnp.zeros, static, (), match.leaf)
 
 
@@ -370,15 +372,17 @@ def _is_projected(entry: Any) -> bool:
   return isinstance(entry, _projected.Projected)
 
 
-def _coords(entry: Any) -> Any:
-  return entry.coords if _is_projected(entry) else entry
+def _coords(spec: _spec.SubspaceSpec, entry: Any) -> Any:
+  return entry.coords if _is_projected(entry) else _dtypes.widen(spec, entry)
 
 
 def _with_direction(
   entry: Any, direction: Any, old_mean: Any, mean: Any
 ) -> Any:
-  if not _is_projected(entry):
+  if _tree.is_masked(entry):
     return direction
+  if not _is_projected(entry):
+    return direction.astype(entry.dtype)
   return dataclasses.replace(
     entry, direction=direction, old_mean=old_mean, mean=mean
   )

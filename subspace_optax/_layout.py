@@ -26,6 +26,7 @@ If the columns of the leaf are the projected side, all of it reads as G^T.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -173,11 +174,17 @@ class Layout:
     return self._with_leaf(eq, leaf, coords)
 
   def unproject(self, basis, coords, sharding) -> jax.Array:
-    """Returns P R, of the leaf's shape and, where explicit, sharding."""
+    """Returns P R, of the leaf's shape and, where explicit, sharding.
+
+    In float32 or wider, whatever the dtype that both factors have.
+    """
     eq = f'{self.basis_axes()},{self.coords_axes()}->{self.leaf_axes}'
+    wide = jnp.promote_types(basis.dtype, jnp.float32)
     basis = _sharding.with_whole_rank(basis, self.basis_axes())
     coords = _sharding.with_whole_rank(coords, self.coords_axes())
-    return _sharding.einsum(eq, basis, coords, out_sharding=sharding)
+    return _sharding.einsum(
+      eq, basis, coords, out_sharding=sharding, preferred_element_type=wide
+    )
 
   def gram(self, left: jax.Array, right: jax.Array) -> jax.Array:
     """Returns L^T R of two bases, (*batch, r, r)."""
@@ -272,10 +279,27 @@ class Layout:
   def _with_leaf(self, eq: str, leaf: jax.Array, other: jax.Array) -> jax.Array:
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     other = _sharding.with_whole_rank(other, eq.split('->')[0].split(',')[1])
-    product = _sharding.einsum(
-      eq, leaf, other.astype(leaf.dtype), preferred_element_type=wide
+    multiply = functools.partial(
+      _sharding.einsum, eq, preferred_element_type=wide
     )
+    other = other.astype(leaf.dtype)
+    if leaf.dtype == jnp.bfloat16 and not self._is_in_order:
+      # XLA:CPU has no kernel for these products of bfloat16.
+      product = lax.platform_dependent(
+        leaf,
+        other,
+        cpu=lambda x, y: multiply(x.astype(wide), y.astype(wide)),
+        default=multiply,
+      )
+    else:
+      product = multiply(leaf, other)
     return self.mean(_sharding.with_whole_rank(product, eq.split('->')[1]))
+
+  @property
+  def _is_in_order(self) -> bool:
+    """Whether the leaf is a stack of matrices, (*batch, rows, columns)."""
+    last = len(self.shape) - 2
+    return self.batch == tuple(range(last)) and len(self.rows) == 1
 
   def mean(self, x: jax.Array) -> jax.Array:
     """Returns the mean along the mapped axis, if there is one."""

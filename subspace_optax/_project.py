@@ -395,5 +395,6 @@ def _node(
     layout=dataclasses.replace(matrix.layout, axis_name=None),
     orthonormal=orthonormal,
     dtype=matrix.gradient.dtype,
+    update_dtype=matrix.gradient.dtype,
     sharding=_sharding.explicit(matrix.gradient),
   )

@@ -83,6 +83,7 @@ class Projected:
     layout: which axes are projected.
     orthonormal: whether P^T P = I, up to rounding.
     dtype: the gradient's dtype.
+    update_dtype: of the update that `unproject` returns.
     sharding: the gradient's, under explicit sharding.
   """
 
@@ -99,4 +100,5 @@ class Projected:
   layout: _layout.Layout = dataclasses.field(metadata={'static': True})
   orthonormal: bool = dataclasses.field(metadata={'static': True})
   dtype: Any = dataclasses.field(metadata={'static': True})
+  update_dtype: Any = dataclasses.field(metadata={'static': True})
   sharding: Any = dataclasses.field(metadata={'static': True})

@@ -109,10 +109,10 @@ def _stochastic(seed: int) -> optax.GradientTransformationExtraArgs:
     def rounded(path, u, p):
       if _tree.is_masked(p) or not _rounding.is_narrow(p.dtype):
         return u
-      wide = p.astype(jnp.float32)
+      wide, dtype = p.astype(jnp.float32), u.dtype
       u = _sharding.like(u, wide)
       noise = _noise.bits(_noise.salt(seed, path), state.count, wide)
-      return _to(_rounding.at_random(wide + u, noise), wide)
+      return _to(_rounding.at_random(wide + u, noise), wide).astype(dtype)
 
     entries = [rounded(*args) for args in _zip(updates, params)]
     count = jnp.asarray(optax.safe_increment(state.count))
@@ -132,12 +132,13 @@ def _compensated() -> optax.GradientTransformationExtraArgs:
     def rounded(u, p, lost):
       if _tree.is_masked(lost):
         return u, lost
-      wide = p.astype(jnp.float32)
+      wide, dtype = p.astype(jnp.float32), u.dtype
       u = _sharding.like(u, wide)
       exact = _rounding.joined(wide, lost) + u
-      near = _rounding.nearest(exact, p.dtype)
-      lost = _rounding.low_bits(exact, near)
-      return _to(near, wide), lost
+      u = _to(_rounding.nearest(exact, p.dtype), wide).astype(dtype)
+      # What `optax.apply_updates` will make of the parameter.
+      near = _rounding.nearest(wide + u.astype(jnp.float32), p.dtype)
+      return u, _rounding.low_bits(exact, near)
 
     before, treedef = _tree.flatten(state.lost)
     pairs = [

@@ -106,10 +106,12 @@ class SubspaceSpec:
       codes with a float32 scale for at most 128 or 64 rows of a column, made
       orthonormal again at every step, for projectors that store bases and move
       them by whole refreshes.
-    moment_dtype: dtype of the inner optimizer's state on projected leaves,
-      None for the parameter's, as in optax. Of bfloat16 parameters prefer
-      float32: a second moment that decays by 0.1 % a step can't in bfloat16.
-      Arithmetic is float32 or wider in any case.
+    moment_dtype: dtype of the inner optimizer's state, on projected leaves and
+      on plain ones. None for float32, or the parameter's dtype if that is
+      wider: in bfloat16 a second moment cannot decay by 0.1 % a step, and in
+      float16 the square of a gradient of 1e-4 is 0. 'parameter' for the
+      parameter's dtype, which is what optax takes. Coordinates are float32 or
+      wider in any case.
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an
@@ -191,12 +193,23 @@ class SubspaceSpec:
       return Match(path, leaf, None, reason=reason)
     return Match(path, leaf, layout)
 
+  def dtype_of_moments(self, dtype: Any) -> Any:
+    """Returns the dtype of a leaf's moments, given that of the leaf."""
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      return dtype
+    if self.moment_dtype is None:
+      return jnp.promote_types(dtype, jnp.float32)
+    if isinstance(self.moment_dtype, str) and self.moment_dtype == 'parameter':
+      return dtype
+    return jnp.dtype(self.moment_dtype)
+
   def _is_smaller(self, layout: _layout.Layout, dtype: Any) -> bool:
     """Whether a basis and two moments of it take fewer bytes than Adam's."""
     r, m, n = layout.rank, layout.m, layout.n
     basis = m * r * bits(self.basis_dtype) // 8
-    moments = 2 * n * r * jnp.dtype(self.moment_dtype or dtype).itemsize
-    return basis + moments < 2 * m * n * jnp.dtype(dtype).itemsize
+    moments = 2 * n * r * self.dtype_of_moments(dtype).itemsize
+    return basis + moments < 2 * m * n * self.dtype_of_moments(dtype).itemsize
 
   def _exclusion(self, path: str, leaf: Any, dims: Any) -> str:
     if self.include is not None and not re.search(self.include, path):

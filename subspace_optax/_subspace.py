@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _dtypes
 from subspace_optax import _every_k
 from subspace_optax import _in_subspace
 from subspace_optax import _project
@@ -69,7 +70,8 @@ def subspace(
       run at every micro-step if they were chained behind.
 
   Returns:
-    A transformation from gradients to updates, without learning rate.
+    A transformation from gradients to updates of their dtypes, without learning
+    rate. Updates are float32 or wider until `after` has seen them.
 
   Raises:
     ValueError: see the three pieces; `every_k` below 1, or with a residual,
@@ -105,6 +107,7 @@ def subspace(
   project = _project.project(
     spec, projector, keep_gradient=residual is not None
   )
+  project = _dtypes.keep_wide(project, spec)
   in_subspace = _in_subspace.in_subspace(
     inner,
     spec,
@@ -116,11 +119,12 @@ def subspace(
   unproject = _unproject.unproject_any(scale, residual, spec, allow_empty=True)
   if every_k > 1:
     rest = unproject if after is None else optax.chain(unproject, after)
-    return _every_k.every_k(every_k, spec, project, in_subspace, rest)
+    tx = _every_k.every_k(every_k, spec, project, in_subspace, rest)
+    return _dtypes.round_last(tx)
   tx = optax.chain(project, in_subspace, unproject)
   if residual is not None and residual.feedback:
     tx = _with_feedback(tx, residual.feedback)
-  return tx if after is None else optax.chain(tx, after)
+  return _dtypes.round_last(tx if after is None else optax.chain(tx, after))
 
 
 def _check_sign(inner: Any, residual: _residual.Residual) -> None:

@@ -55,7 +55,7 @@ def unproject(
 
   Returns:
     A transformation that turns `Projected` nodes into updates of the leaf's
-    shape, in the parameter's dtype, or the gradient's without params.
+    shape, in the gradient's dtype.
 
   Raises:
     ValueError: a residual rule that changes gradients, which needs
@@ -109,23 +109,22 @@ def unproject_any(
 
   def update(updates, state, params=None, **extra_args):
     del extra_args
+    del params
     pairs, treedef = _tree.flatten(updates)
     _check_directed(pairs, residual is not None, allow_empty)
-    like = pairs if params is None else _tree.flatten(params)[0]
     count, own = 0, [(path, None) for path, _ in pairs]
     if make_state is not None:
       count, own = state.count, _tree.flatten(state.residual)[0]
     entries, new = [], []
-    for (path, entry), (_, reference), (_, last) in zip(
-      pairs, like, own, strict=True
-    ):
+    for (path, entry), (_, last) in zip(pairs, own, strict=True):
       if isinstance(entry, _projected.Projected):
+        dtype = entry.update_dtype
         if residual is None:
-          entry = _update(entry, scale, reference.dtype)
+          entry = _update(entry, scale)
         else:
           _check_state(residual, path, entry, last)
           entry, last = residual.update(entry, scale, count, last)
-          entry = entry.astype(reference.dtype)
+        entry = entry.astype(dtype)
       entries.append(entry)
       new.append(last)
     if make_state is not None:
@@ -141,7 +140,7 @@ def _init(
 ) -> Any:
   if match is None or match.layout is None:
     return optax.MaskedNode()
-  dtype = spec.moment_dtype or match.leaf.dtype
+  dtype = spec.dtype_of_moments(match.leaf.dtype)
   return make_state(match.layout, match.leaf, dtype)
 
 
@@ -161,8 +160,10 @@ def _check_state(
     )
 
 
-def _update(node: _projected.Projected, scale: Any, dtype: Any) -> jax.Array:
-  # Scaled while it is small.
+def _update(node: _projected.Projected, scale: Any) -> jax.Array:
+  # Multiplied in the gradient's dtype, like all products of the step, but for
+  # float16, which may be too narrow for a direction. Scaled while it is small.
+  dtype = jnp.float32 if node.dtype == jnp.float16 else node.dtype
   direction = (scale * node.direction).astype(dtype)
   basis = node.basis.astype(dtype)
   return node.layout.unproject(basis, direction, node.sharding)

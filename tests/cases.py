@@ -313,7 +313,7 @@ def state_bytes(name: str, leaves: dict[str, Leaf]) -> int:
   matrices = sum(e.matrices for e in of.values())
   total = case.counters(len(leaves) - len(of), matrices)
   for path, leaf in leaves.items():
-    size = jnp.dtype(leaf.dtype).itemsize
+    size = max(jnp.dtype(leaf.dtype).itemsize, 4)  # float32 or wider
     if path not in of:
       total += case.moments * math.prod(leaf.shape) * size
       continue

@@ -181,7 +181,7 @@ def test_algorithm_2_on_stacked_and_attention_kernels():
   ids=['bfloat16-params', 'bfloat16-gradients'],
 )
 def test_dtypes(param_dtype, grad_dtype):
-  """Updates in the params' dtype, state dtypes as at init, values close."""
+  """Updates in the gradients' dtype, state's as at init, values close."""
   tx = so.galore(-1.0, update_proj_gap=2, spec=so.SubspaceSpec(ref.RANK))
   views = {'wide': ref.WIDE, 'tall': ref.TALL}
   params = {k: jnp.ones(v.shape, param_dtype) for k, v in views.items()}
@@ -196,7 +196,7 @@ def test_dtypes(param_dtype, grad_dtype):
     updates, state = step(grads, state, params)
     assert jax.tree.map(lambda x: x.dtype, state) == dtypes
     for k, v in views.items():
-      assert updates[k].dtype == param_dtype
+      assert updates[k].dtype == grad_dtype
       if t % 2 == 0:
         found = ref.bases(state)[k]
         dense[k].move(leading_bases(v, grads[k], found))

@@ -17,6 +17,7 @@ Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
 <https://arxiv.org/abs/2412.05270>`_, 2024, Algorithm 1.
 """
 
+import functools
 from typing import Any
 
 import optax
@@ -84,11 +85,12 @@ def apollo_adamw(
     ...   1e-2, rank=1, scale=128**0.5, granularity='tensor'
     ... )
   """
-  tx = _subspace.subspace(
+  make = functools.partial(
+    _subspace.subspace,
     spec or _common.default_spec(rank, seed),
     projectors.gaussian(update_proj_gap, stagger=stagger, regenerate=True),
     optax.scale_by_adam(b1, b2, eps),
     residual=residuals.apollo(granularity, limiter),
     scale=scale,
   )
-  return _common.with_decay(tx, learning_rate, weight_decay, mask)
+  return _common.with_decay(make, learning_rate, weight_decay, mask)

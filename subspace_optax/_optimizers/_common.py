@@ -44,31 +44,25 @@ def times(alpha: Any, learning_rate: Any) -> Any:
 
 
 def with_decay(
-  tx: Transformation, learning_rate: Any, weight_decay: Any, mask: Mask
-) -> Transformation:
-  """Chains decoupled weight decay and the learning rate behind `tx`."""
-  return optax.chain(tx, *_decay(learning_rate, weight_decay, mask))
-
-
-def every_k_with_decay(
   make: Callable[..., Transformation],
-  every_k: int | None,
   learning_rate: Any,
   weight_decay: Any,
   mask: Mask,
+  *,
+  every_k: int | None = None,
 ) -> Transformation:
-  """As `with_decay`, once in `every_k` steps, of `make(every_k=, after=)`."""
-  # None, since `inject_hyperparams` would trace a number.
-  if every_k is None:
-    return with_decay(make(), learning_rate, weight_decay, mask)
-  after = optax.chain(*_decay(learning_rate, weight_decay, mask))
-  return make(every_k=every_k, after=after)
+  """Returns an optimizer with decoupled weight decay and a learning rate.
 
-
-def _decay(
-  learning_rate: Any, weight_decay: Any, mask: Mask
-) -> tuple[optax.GradientTransformation, ...]:
-  return (
+  Args:
+    make: `subspace` without its arguments `every_k` and `after`.
+    learning_rate: a float or a schedule.
+    weight_decay: see `optax.add_decayed_weights`.
+    mask: see `optax.add_decayed_weights`.
+    every_k: micro-steps to a step. None for one, since `inject_hyperparams`
+      would trace a number.
+  """
+  after = optax.chain(
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
+  return make(every_k=1 if every_k is None else every_k, after=after)

@@ -17,6 +17,7 @@ Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
 Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024, Algorithm 1.
 """
 
+import functools
 from typing import Any
 
 import optax
@@ -77,11 +78,12 @@ def fira_adamw(
     >>> import subspace_optax as so
     >>> tx = so.fira_adamw(1e-2, rank=128)
   """
-  tx = _subspace.subspace(
+  make = functools.partial(
+    _subspace.subspace,
     spec or _common.default_spec(rank, seed),
     projectors.svd(update_proj_gap, stagger=stagger),
     optax.scale_by_adam(b1, b2, eps),
     residual=residuals.fira(limiter),
     scale=scale,
   )
-  return _common.with_decay(tx, learning_rate, weight_decay, mask)
+  return _common.with_decay(make, learning_rate, weight_decay, mask)

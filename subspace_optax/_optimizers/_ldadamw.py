@@ -17,6 +17,7 @@ Robert et al., `LDAdam: Adaptive Optimization from Low-Dimensional Gradient
 Statistics <https://arxiv.org/abs/2410.16103>`_, 2024, Algorithm 1.
 """
 
+import functools
 from typing import Any
 
 import optax
@@ -79,7 +80,8 @@ def ldadamw(
     >>> import subspace_optax as so
     >>> tx = so.ldadamw(1e-3, rank=128)
   """
-  tx = _subspace.subspace(
+  make = functools.partial(
+    _subspace.subspace,
     spec or _common.default_spec(rank, seed),
     projectors.power_iteration(momentum=momentum),
     optax.scale_by_adam(b1, b2, eps),
@@ -87,4 +89,4 @@ def ldadamw(
     residual=residuals.error_feedback(b1) if error_feedback else None,
     scale=scale,
   )
-  return _common.with_decay(tx, learning_rate, weight_decay, mask)
+  return _common.with_decay(make, learning_rate, weight_decay, mask)

@@ -90,6 +90,6 @@ def online_subspace_descent(
     _common.adam_or(base_optimizer),
     scale=scale,
   )
-  return _common.every_k_with_decay(
-    make, every_k, learning_rate, weight_decay, mask
+  return _common.with_decay(
+    make, learning_rate, weight_decay, mask, every_k=every_k
   )

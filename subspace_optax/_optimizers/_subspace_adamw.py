@@ -24,6 +24,7 @@ In a random basis every column has about r / m of its energy inside, so that
 phi, and with it the step, is the same at every rank.
 """
 
+import functools
 from typing import Any
 
 import optax
@@ -88,7 +89,8 @@ def subspace_adamw(
     >>> tx = so.subspace_adamw(5e-3)
   """
   adam = _eight_bit.scale_by_adam8bit if eight_bit else optax.scale_by_adam
-  tx = _subspace.subspace(
+  make = functools.partial(
+    _subspace.subspace,
     spec or _common.default_spec(rank, seed),
     projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
     adam(b1, b2, eps),
@@ -96,4 +98,4 @@ def subspace_adamw(
     residual=residuals.fira(limiter),
     scale=scale,
   )
-  return _common.with_decay(tx, learning_rate, weight_decay, mask)
+  return _common.with_decay(make, learning_rate, weight_decay, mask)

@@ -22,6 +22,7 @@ the weight at which a constant gradient would come out as it is:
   M <- b M + R,   W <- W - lr alpha NS(P (R + b M) + E / (1 - b)).
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -88,7 +89,8 @@ def subspace_muon(
   """
   if not isinstance(b, jax.Array) and not 0 <= b < 1:
     raise ValueError(f'b must lie in [0, 1), got {b}.')
-  tx = _subspace.subspace(
+  make = functools.partial(
+    _subspace.subspace,
     spec or _common.default_spec(rank, seed),
     projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
     optax.trace(b, nesterov=True),
@@ -97,4 +99,4 @@ def subspace_muon(
     residual=residuals.orthogonal(1.0 / (1.0 - b)),
     scale=scale,
   )
-  return _common.with_decay(tx, learning_rate, weight_decay, mask)
+  return _common.with_decay(make, learning_rate, weight_decay, mask)

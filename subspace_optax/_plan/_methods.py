@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import optax
 
 import subspace_optax as so
-from subspace_optax._optimizers import _common
 
 
 class Settings(NamedTuple):
@@ -29,7 +28,8 @@ class Settings(NamedTuple):
 
   Attributes:
     rank: an int, or a share of each matrix's short side.
-    moment_dtype: of the moments, None for the parameters'.
+    moment_dtype: of the moments; None for the optimizer's own default, float32
+      in ours and the parameters' in optax's.
     basis_dtype: of the bases, if there are any; None for float32, and for
       bfloat16 beside moments of 8 bits.
     regenerate: whether random bases are drawn anew in every step.
@@ -95,13 +95,20 @@ def _spec(s: Settings, side: str = 'short', **options: Any) -> so.SubspaceSpec:
   )
 
 
+def _rest() -> optax.GradientTransformation:
+  """Returns what ready-made optimizers chain behind."""
+  return optax.chain(
+    optax.add_decayed_weights(0.0), optax.scale_by_learning_rate(_LR)
+  )
+
+
 def _plain(make: Callable[[], Any]) -> Callable[[Settings], Any]:
   return lambda s: in_dtype(make(), s.moment_dtype)
 
 
 def _bytes(make: Callable[[], Any]) -> Callable[[Settings], Any]:
   """Whole matrices with moments of 8 bits."""
-  return lambda s: _common.with_decay(make(), _LR, 0.0, None)
+  return lambda s: optax.chain(make(), _rest())
 
 
 def _galore(inner: Callable[[], Any]) -> Callable[[Settings], Any]:
@@ -109,8 +116,7 @@ def _galore(inner: Callable[[], Any]) -> Callable[[Settings], Any]:
 
   def make(s: Settings) -> Any:
     projector = so.projectors.svd(200, 'randomized')
-    tx = so.subspace(_spec(s), projector, inner())
-    return _common.with_decay(tx, _LR, 0.0, None)
+    return so.subspace(_spec(s), projector, inner(), after=_rest())
 
   return make
 
@@ -122,8 +128,9 @@ def _galore8bit(s: Settings) -> Any:
 def _golore(s: Settings, inner: Any = None) -> Any:
   projector = so.projectors.stiefel(200, regenerate=s.regenerate)
   inner = inner or optax.scale_by_adam()
-  tx = so.subspace(_spec(s), projector, inner, transport='first')
-  return _common.with_decay(tx, _LR, 0.0, None)
+  return so.subspace(
+    _spec(s), projector, inner, transport='first', after=_rest()
+  )
 
 
 def _golore8bit(s: Settings) -> Any:
@@ -135,8 +142,7 @@ def _gaussian8bit(s: Settings) -> Any:
   """Bases that need no orthonormalisation, the cheapest to draw again."""
   projector = so.projectors.gaussian(200, regenerate=True)
   spec = _spec(_eight_bit(s))
-  tx = so.subspace(spec, projector, so.scale_by_adam8bit())
-  return _common.with_decay(tx, _LR, 0.0, None)
+  return so.subspace(spec, projector, so.scale_by_adam8bit(), after=_rest())
 
 
 def _subspace_adamw8bit(s: Settings) -> Any:

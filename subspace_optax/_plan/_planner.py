@@ -130,8 +130,9 @@ def plan(model: Any, method: Any, **settings: Any) -> Plan:
     **settings: batch (1), rows over all devices; seq (2048); mesh, as
       'fsdp=4,tensor=2', with 'data' for copies; rank (0.25), an int or a share
       of each short side; param_dtype ('bfloat16'); dtype of the activations,
-      None for that of the parameters; moment_dtype, None for that of the
-      parameters; basis_dtype, None for float32 and, with moments of 8 bits,
+      None for that of the parameters; moment_dtype, None for each
+      optimizer's default, float32 in ours and the parameters' in optax's;
+      basis_dtype, None for float32 and, with moments of 8 bits,
       bfloat16, also 'int8' and 'int4'; regenerate (False), random bases are not
       kept; layerwise (False), each layer is updated when its gradient is
       there; remat (False), layers are recomputed; attention_chunk (512),

@@ -32,6 +32,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _dtypes
 from subspace_optax import _in_subspace
 from subspace_optax import _layout
 from subspace_optax import _linalg
@@ -190,7 +191,9 @@ def subproblems(
 
   def update(gradients, state, params):
     nodes = [
-      rule.node(match, state.count, *arrays) if _is_lifted(match) else arrays[0]
+      rule.node(match, state.count, *arrays)
+      if _is_lifted(match)
+      else _dtypes.widen(spec, arrays[0])
       for match, *arrays in _zip(
         spec, params, gradients, state.seed, state.coords
       )
@@ -306,6 +309,7 @@ class _Rule:
       layout=layout,
       orthonormal=False,
       dtype=leaf.dtype,
+      update_dtype=leaf.dtype,
       sharding=_sharding.explicit(leaf),
     )
 

@@ -1,0 +1,69 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Updates are rounded once, behind the last transformation of a chain.
+
+A gradient of bfloat16 gets an update of bfloat16. If the update were rounded
+where it leaves the subspace, the weight decay that is added next would be lost:
+it is smaller than half the spacing of bfloat16 there.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax import _projected
+from subspace_optax import _spec
+from subspace_optax import _tree
+
+Transformation = optax.GradientTransformationExtraArgs
+
+
+def widen(spec: _spec.SubspaceSpec, gradient: Any) -> Any:
+  """Returns a plain leaf's gradient in the dtype of its moments, or wider."""
+  if _tree.is_masked(gradient):
+    return gradient
+  moments = spec.dtype_of_moments(gradient.dtype)
+  return gradient.astype(jnp.promote_types(gradient.dtype, moments))
+
+
+def keep_wide(
+  project: Transformation, spec: _spec.SubspaceSpec
+) -> Transformation:
+  """Returns `project` whose output makes updates of float32 or wider."""
+
+  def one(entry: Any) -> Any:
+    if not isinstance(entry, _projected.Projected):
+      return widen(spec, entry)
+    wide = jnp.promote_types(entry.dtype, jnp.float32)
+    return dataclasses.replace(entry, update_dtype=wide)
+
+  def update(updates, state, params=None, **extra_args):
+    updates, state = project.update(updates, state, params, **extra_args)
+    return jax.tree.map(one, updates, is_leaf=_tree.is_entry), state
+
+  return Transformation(project.init, update)
+
+
+def round_last(tx: Transformation) -> Transformation:
+  """Returns `tx`, with updates in the dtypes of the gradients."""
+
+  def update(updates, state, params=None, **extra_args):
+    new, state = tx.update(updates, state, params, **extra_args)
+    as_given = lambda u, g: u.astype(jnp.result_type(g))
+    return jax.tree.map(as_given, new, updates), state
+
+  return Transformation(tx.init, update)

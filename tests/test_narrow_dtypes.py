@@ -1,0 +1,272 @@
+"""Parameters, gradients and moments of bfloat16 and float16.
+
+What must not happen: steps, decay or moments that rounding loses in silence.
+"""
+
+import itertools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import subspace_optax as so
+from subspace_optax import _layout
+from subspace_optax import _rounding
+
+LR = 1e-2
+BF16 = jnp.bfloat16
+NAMES = (
+  'galore',
+  'golore',
+  'online_subspace_descent',
+  'fira_adamw',
+  'apollo_adamw',
+  'ldadamw',
+  'subspace_adamw',
+  'subspace_muon',
+)
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+PAIRS = (
+  (jnp.bfloat16, jnp.float32),
+  (jnp.bfloat16, jnp.bfloat16),
+  (jnp.float16, jnp.float16),
+)
+each = pytest.mark.parametrize('name', NAMES)
+STACK = so.DimensionNumbers()  # the last two axes
+
+
+def _make(name, learning_rate=LR, weight_decay=0.0, **spec):
+  spec = {'weight_dimension_numbers': STACK, 'rank': 4} | spec
+  return getattr(so, name)(
+    learning_rate, weight_decay=weight_decay, spec=so.SubspaceSpec(**spec)
+  )
+
+
+def _normal(seed, shape, scale, dtype):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+
+
+@each
+def test_weight_decay_is_applied_whole(name):
+  """Sharded stacks of every dtype, with gradients of every dtype.
+
+  All pairs of dtypes for one optimizer, since compiling takes the time.
+  """
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
+  every = itertools.product(DTYPES, DTYPES)
+  pairs = {
+    f'{jnp.dtype(p).name}-{jnp.dtype(g).name}': (p, g)
+    for p, g in (every if name == 'apollo_adamw' else PAIRS)
+  }
+  sharding = NamedSharding(mesh, P(None, 'x', 'y'))
+  put = lambda x: jax.device_put(x, sharding)
+  params = {
+    k: put(_normal(i, (2, 16, 32), 0.2, p))
+    for i, (k, (p, _)) in enumerate(pairs.items())
+  }
+  grads = {
+    k: put(_normal(50 + i, (2, 16, 32), 1e-2, g))
+    for i, (k, (_, g)) in enumerate(pairs.items())
+  }
+
+  @cases.jit
+  def update(weight_decay):
+    tx = _make(name, 1.0, weight_decay)
+    return tx.update(grads, tx.init(params), params)[0]
+
+  decay = 0.5
+  without, with_decay = update(0.0), update(decay)
+  for key, (_, dtype) in pairs.items():
+    assert with_decay[key].dtype == dtype
+    wanted = -decay * np.asarray(params[key], np.float64)
+    found, start = (
+      np.asarray(x[key], np.float64) for x in (with_decay, without)
+    )
+    share = np.sum((found - start) * wanted) / np.sum(wanted * wanted)
+    # Rounded to the nearest, at most once on the way, of steps about 1.
+    step = float(jnp.finfo(dtype).eps) * np.abs(start).max()
+    deviation = np.sqrt(step / np.sum(np.abs(wanted)))
+    np.testing.assert_allclose(share, 1, atol=5 * deviation, err_msg=key)
+    np.testing.assert_allclose(found - start, wanted, atol=2 * step)
+
+
+@each
+def test_compensated_rounding_is_float32_to_the_bit(name):
+  """In 300 steps on bfloat16 weights, against those on float32 weights."""
+  tx = _make(name)
+  start = _normal(0, (16, 32), 0.02, jnp.bfloat16)
+  keys = jax.random.split(jax.random.key(0), 300)
+
+  @cases.jit
+  def steps(params):
+    def body(state, key):
+      updates, state = tx.update(
+        {'w': jax.random.normal(key, (16, 32))}, state, params
+      )
+      return state, updates
+
+    return lax.scan(body, tx.init(params), keys)[1]
+
+  @cases.jit
+  def narrow(params, updates):
+    last = so.round_updates('compensated')
+
+    def body(carry, updates):
+      params, state = carry
+      updates, state = last.update(updates, state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    return lax.scan(body, (params, last.init(params)), updates)[0]
+
+  updates = steps({'w': start})
+  wanted = steps({'w': start.astype(jnp.float32)})
+  np.testing.assert_array_equal(updates['w'], wanted['w'])
+  params, state = narrow({'w': start}, updates)
+  wide = np.asarray(start, np.float32)
+  for update in np.asarray(wanted['w']):
+    wide = wide + update
+  assert np.abs(wide - np.asarray(start, np.float32)).mean() > LR
+  joined = _rounding.joined(params['w'].astype(jnp.float32), state.lost['w'])
+  np.testing.assert_array_equal(joined, wide)
+  np.testing.assert_array_equal(params['w'], _rounding.nearest(wide, BF16))
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@each
+def test_small_gradients_make_the_steps_of_float32(name, dtype):
+  """Of 1e-5 to 1e-3, whose squares are nothing in float16; and of zero."""
+  tx = _make(name)
+  sizes = jnp.logspace(-5, -3, 16)[:, None]
+  grads = {
+    'w': _normal(1, (16, 32), 1.0, jnp.float32) * sizes,
+    'bias': _normal(2, (16,), 1.0, jnp.float32) * sizes[:, 0],
+    'unused': jnp.zeros((8,)),
+  }
+
+  @cases.jit
+  def run(params, grads):
+    state = tx.init(params)
+    totals = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    for _ in range(3):
+      updates, state = tx.update(grads, state, params)
+      add = lambda x, u: x + u.astype(jnp.float32)
+      totals = jax.tree.map(add, totals, updates)
+    return totals, state
+
+  as_dtype = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+  rounded = jax.tree.map(lambda x: x.astype(jnp.float32), as_dtype(grads))
+  wanted, _ = run(rounded, rounded)
+  found, _ = run(as_dtype(grads), as_dtype(grads))
+  for path in grads:
+    size = np.abs(wanted[path]).max(initial=0)
+    np.testing.assert_allclose(
+      found[path], wanted[path], rtol=0.02, atol=0.02 * size, err_msg=path
+    )
+
+
+@pytest.mark.parametrize(
+  'dtype, moment_dtype',
+  [(BF16, None), (jnp.float16, None), (BF16, 'parameter')],
+  ids=['bfloat16', 'float16', 'bfloat16-as-optax'],
+)
+def test_second_moments_decay(dtype, moment_dtype):
+  """After one gradient by 0.1 % a step, unless optax's own dtype is wanted."""
+  tx = so.golore(LR, spec=so.SubspaceSpec(4, moment_dtype=moment_dtype))
+  params = {'w': jnp.ones((16, 32), dtype), 'bias': jnp.ones((16,), dtype)}
+  grads = jax.tree.map(jnp.ones_like, params)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+
+  @cases.jit
+  def after(steps):
+    step = lambda _, s: tx.update(zeros, s, params)[1]
+    _, state = tx.update(grads, tx.init(params), params)
+    return lax.fori_loop(0, steps, step, state)
+
+  old, new = (optax.tree.get(after(steps), 'nu') for steps in (0, 200))
+  for path in params:
+    share = np.float32(new[path]).sum() / np.float32(old[path]).sum()
+    wanted = 0.999**200 if moment_dtype is None else 1.0
+    assert new[path].dtype == (jnp.float32 if moment_dtype is None else dtype)
+    np.testing.assert_allclose(share, wanted, rtol=1e-4, err_msg=path)
+
+
+def test_moments_of_wider_and_other_leaves_keep_their_dtype():
+  params = {
+    'w': jax.ShapeDtypeStruct((16, 32), jnp.float64),
+    'complex': jax.ShapeDtypeStruct((8,), jnp.complex64),
+  }
+  for moment_dtype in (None, 'parameter', jnp.float32):
+    spec = so.SubspaceSpec(4, moment_dtype=moment_dtype)
+    with jax.enable_x64(True):
+      state = jax.eval_shape(so.golore(LR, spec=spec).init, params)
+    mu = optax.tree.get(state, 'mu')
+    assert mu['w'].dtype == (
+      moment_dtype if moment_dtype == jnp.float32 else 'float64'
+    )
+    assert mu['complex'].dtype == jnp.complex64
+
+
+@pytest.mark.parametrize('gradient_dtype', [jnp.float32, BF16])
+@pytest.mark.parametrize('rounding', [None, 'stochastic', 'compensated'])
+def test_wrappers_whose_branches_are_gradients(rounding, gradient_dtype):
+  """Their updates have the dtypes of the gradients, or they raise."""
+  last = [] if rounding is None else [so.round_updates(rounding)]
+  tx = optax.chain(_make('golore'), *last)
+  params = {'w': jnp.ones((16, 32), BF16), 'bias': jnp.ones((16,), BF16)}
+  grads = jax.tree.map(lambda x: x.astype(gradient_dtype), params)
+  for wrapped in (
+    optax.apply_if_finite(tx, 3),
+    optax.transforms.conditionally_transform(
+      tx, lambda step, *_, **__: step < 5
+    ),
+  ):
+    state = jax.eval_shape(wrapped.init, params)
+    updates, after = jax.eval_shape(wrapped.update, grads, state, params)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert types(updates) == types(grads)
+    assert types(after) == types(state)
+
+
+def _layouts():
+  """Every way in which three axes make matrices, rows projected."""
+  for kinds in itertools.product('bmn', repeat=3):
+    axes = lambda kind, kinds=kinds: tuple(
+      i for i, c in enumerate(kinds) if c == kind
+    )
+    if axes('m') and axes('n'):
+      shape = (8, 4, 6)
+      yield _layout.Layout(shape, axes('m'), axes('n'), True, 2)
+
+
+@pytest.mark.parametrize('layout', _layouts(), ids=str)
+def test_products_of_bfloat16_kernels_of_any_axes(layout):
+  """XLA:CPU lacks some products of bfloat16 that are summed in float32."""
+  leaf = _normal(0, layout.shape, 1, BF16)
+  basis = _normal(1, layout.basis_shape, 1, BF16)
+  coords = _normal(2, layout.coords_shape, 1, BF16)
+  multiply = lambda leaf, basis, coords: (
+    layout.project(leaf, basis),
+    layout.back(leaf, coords),
+    layout.unproject(basis, coords, None),
+  )
+  found = cases.jit(multiply)(leaf, basis, coords)
+  wide = lambda x: x.astype(jnp.float32)
+  wanted = cases.jit(multiply)(wide(leaf), wide(basis), wide(coords))
+  for x, y in zip(found, wanted, strict=True):
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_attention_kernel():
+  params = {'query': jnp.ones((64, 4, 16), BF16)}
+  tx = so.golore(LR, rank=8)
+  updates = cases.jit(lambda p: tx.update(p, tx.init(p), p)[0])(params)
+  assert np.isfinite(np.float32(updates['query'])).all()
