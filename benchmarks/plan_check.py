@@ -87,6 +87,9 @@ ROWS = (
 # GB of LLaMA-7B with batch 1 and 2,048 tokens, https://arxiv.org/abs/2403.03507.
 PAPERS = {('adamw', 'remat'): '58', ('galore8bit', 'layerwise'): '22'}
 
+# The papers count moments in the parameters' dtype.
+MOMENT_DTYPES = dict.fromkeys(('galore', 'subspace_adamw'), 'bfloat16')
+
 # Queries whose scores are in memory at a time, of a step layer by layer.
 CHUNK = 512
 
@@ -153,6 +156,15 @@ def with_state(tx: Any, params: Any, update: Any) -> Step:
   return Step(params, state, update)
 
 
+def optimizer(row: Row) -> Any:
+  """The optimizer of a row."""
+  return plan.optimizer(
+    row.method,
+    rank=row.rank or 0.25,
+    moment_dtype=MOMENT_DTYPES.get(row.method),
+  )
+
+
 def ordinary(mesh: Mesh, row: Row) -> Step:
   """A step of the example LLaMA with all gradients at once."""
   config = llama.named(
@@ -163,7 +175,7 @@ def ordinary(mesh: Mesh, row: Row) -> Step:
     **meshes.constraints(mesh),
   )
   graphdef, params = programs.model(config)
-  tx = plan.optimizer(row.method, rank=row.rank or 0.25)
+  tx = optimizer(row)
   loss = lambda p, x: programs.loss(programs.named_merge, graphdef, p, x)
   update = programs.whole_step(loss, tx, jax.value_and_grad)
   return with_state(tx, parameters(mesh, params), update)
@@ -185,7 +197,7 @@ def layerwise(mesh: Mesh, row: Row) -> Step:
     return llama.place(model.embed(rest, tokens), rows)
 
   step = so.layerwise(
-    plan.optimizer(row.method, rank=row.rank or 0.25),
+    optimizer(row),
     embed,
     lambda layer, x, tokens: llama.place(model.block(layer, x), rows),
     jax.checkpoint(model.head),
@@ -254,6 +266,7 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
     seq=row['seq'],
     mesh=f'fsdp={row["fsdp"]}',
     rank=row['rank'] or 0.25,
+    moment_dtype=MOMENT_DTYPES.get(row['method']),
     remat=row['layers'] == 'remat',
     layerwise=row['layers'] == 'layerwise',
     attention_chunk=row['attention_chunk'],

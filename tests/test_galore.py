@@ -68,6 +68,7 @@ def assert_same_steps(shapes, *args, **kwargs):
     assert np.abs(ours[name][-1] - params[name]).max() > 0.01
 
 
+BF16 = jnp.bfloat16
 SCHEDULE = optax.cosine_decay_schedule(0.02, 25)
 
 
@@ -97,6 +98,37 @@ def test_equals_contrib(kwargs):
   if 'base_optimizer' in kwargs:  # All of these take long to compile.
     del shapes['square']
   assert_same_steps(shapes, **kwargs)
+
+
+@pytest.mark.parametrize('moment_dtype', [None, 'parameter'])
+def test_close_to_contrib_in_bfloat16(moment_dtype):
+  """Contrib keeps its bases and moments in bfloat16, and rounds on the way."""
+  spec = so.SubspaceSpec(
+    4, side='long', only_if_smaller=False, moment_dtype=moment_dtype
+  )
+  params = {'tall': jnp.ones((16, 10), BF16), 'wide': jnp.ones((8, 24), BF16)}
+  grads = [
+    {
+      k: ref.normal(10 * t + i, x.shape).astype(BF16)
+      for i, (k, x) in enumerate(params.items())
+    }
+    for t in range(6)
+  ]
+
+  def run(tx):
+    state, update, found = tx.init(params), ref.jit(tx.update), []
+    for g in grads:
+      updates, state = update(g, state, params)
+      found.append(updates)
+    return found
+
+  ours = run(so.galore(1.0, update_proj_gap=4, spec=spec))
+  theirs = run(optax.contrib.galore(1.0, rank=4, update_proj_gap=4))
+  for x, y in zip(ours, theirs, strict=True):
+    for name in params:
+      assert x[name].dtype == y[name].dtype == BF16
+      x_, y_ = (np.asarray(z[name], np.float64) for z in (x, y))
+      assert np.linalg.norm(x_ - y_) < 0.02 * np.linalg.norm(y_), name
 
 
 def test_equals_contrib_at_a_rank_above_the_short_side():

@@ -246,7 +246,7 @@ def _layouts():
       yield _layout.Layout(shape, axes('m'), axes('n'), True, 2)
 
 
-@pytest.mark.parametrize('layout', _layouts(), ids=str)
+@pytest.mark.parametrize('layout', list(_layouts()))
 def test_products_of_bfloat16_kernels_of_any_axes(layout):
   """XLA:CPU lacks some products of bfloat16 that are summed in float32."""
   leaf = _normal(0, layout.shape, 1, BF16)

@@ -52,7 +52,7 @@ def shapes(name: str) -> Any:
 
 def galore(rank: int) -> optax.GradientTransformation:
   """GaLore as in the paper: the short side projected, all in bfloat16."""
-  spec = so.SubspaceSpec(rank, basis_dtype='bfloat16')
+  spec = so.SubspaceSpec(rank, basis_dtype='bfloat16', moment_dtype='parameter')
   return so.subspace(spec, so.projectors.svd(200), optax.scale_by_adam())
 
 
