@@ -181,8 +181,8 @@ def test_takes_schedules_masks_specs_and_trees_without_matrices(name):
 
 
 def derivatives(tx, params, gradient):
-  """Returns those of the squares of a second step's updates."""
-  _, state = tx.update(gradient, tx.init(params), params)
+  """Returns those of the squares of a step's updates."""
+  state = tx.init(params)
 
   def squares(gradient):
     updates, _ = tx.update(gradient, state, params)
@@ -191,18 +191,18 @@ def derivatives(tx, params, gradient):
   return jax.grad(squares)(gradient)
 
 
-_ADAM = optax.scale_by_adam(eps_root=1e-8)
+_ADAM = optax.scale_by_adam(eps_root=0.01)
 _ROOTS = {
   'galore': {'base_optimizer': _ADAM},
   'golore': {'base_optimizer': _ADAM},
   'online_subspace_descent': {
     'base_optimizer': _ADAM,
-    'basis_optimizer': optax.adam(1e-3, eps_root=1e-8),
+    'basis_optimizer': optax.adam(1e-3, eps_root=0.01),
   },
-  'fira_adamw': {'eps_root': 1e-8},
-  'apollo_adamw': {'eps_root': 1e-8},
-  'ldadamw': {'eps_root': 1e-8},
-  'subspace_adamw': {'eps_root': 1e-8},
+  'fira_adamw': {'eps_root': 0.01},
+  'apollo_adamw': {'eps_root': 0.01},
+  'ldadamw': {'eps_root': 0.01},
+  'subspace_adamw': {'eps_root': 0.01},
   'subspace_muon': {'plain': _ADAM},
 }
 
@@ -210,7 +210,7 @@ _ROOTS = {
 @pytest.mark.parametrize('name', _ROOTS)
 def test_derivatives_are_finite_where_gradients_are_zero(name):
   params = {'w': PARAMS['w'][0], 'bias': PARAMS['bias']}
-  gradient = jax.tree.map(lambda x: jnp.cos(3.0 * x), params)
+  gradient = jax.tree.map(jnp.cos, params)
   params |= {f'zero_{k}': x for k, x in params.items()}
   gradient |= {f'zero_{k}': jnp.zeros_like(x) for k, x in gradient.items()}
   tx = getattr(so, name)(1.0, ref.RANK, **_ROOTS[name])
