@@ -88,7 +88,7 @@ def apollo_adamw(
     ...   1e-2, rank=1, scale=128**0.5, granularity='tensor'
     ... )
   """
-  _common.static(
+  _common.check_static(
     'apollo_adamw', rank=rank, update_proj_gap=update_proj_gap, seed=seed
   )
   tx = _subspace.subspace(

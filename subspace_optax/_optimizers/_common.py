@@ -50,7 +50,7 @@ class _Default:
 
 
 def default(value: _T) -> _T:
-  """Returns a default for an argument that must be static; see `static`."""
+  """Returns a default of an argument that must be static."""
   return cast(_T, _Default(value))
 
 
@@ -59,7 +59,7 @@ def value(argument: Any) -> Any:
   return argument.value if isinstance(argument, _Default) else argument
 
 
-def static(optimizer: str, **arguments: Any) -> None:
+def check_static(optimizer: str, **arguments: Any) -> None:
   """Raises if any of the optimizer's arguments is an array, traced maybe."""
   traced = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
   if traced:
@@ -130,8 +130,9 @@ def warn_of_narrow_decay(**rates: Any) -> None:
   if narrow:
     warnings.warn(
       f'{", ".join(narrow)}: optax.inject_hyperparams casts hyperparameters '
-      'to the dtype of the parameters, and 0.999 is 1 in bfloat16; pass '
-      'hyperparam_dtype=jnp.float32 to optax.inject_hyperparams.',
+      'to the dtype of the parameters. 0.999 is 1 in bfloat16, and Adam with '
+      'b2 = 1 divides by zero; pass hyperparam_dtype=jnp.float32 to '
+      'optax.inject_hyperparams.',
       stacklevel=3,
     )
 

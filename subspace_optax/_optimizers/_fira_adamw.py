@@ -80,7 +80,7 @@ def fira_adamw(
     >>> import subspace_optax as so
     >>> tx = so.fira_adamw(1e-2, rank=128)
   """
-  _common.static('fira_adamw', rank=rank, seed=seed)
+  _common.check_static('fira_adamw', rank=rank, seed=seed)
   tx = _subspace.subspace(
     _common.spec_or(spec, {'rank': rank, 'seed': seed}),
     projectors.svd(_common.value(update_proj_gap), stagger=stagger),

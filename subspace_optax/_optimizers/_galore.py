@@ -94,7 +94,7 @@ def galore(
     >>> so.memory_report(tx, params).state < so.memory_report(tx, params).adam
     True
   """
-  _common.static('galore', rank=rank, every_k=every_k)
+  _common.check_static('galore', rank=rank, every_k=every_k)
   spec = _common.spec_or(
     spec,
     {'rank': rank, 'weight_dimension_numbers': weight_dimension_numbers},

@@ -87,7 +87,7 @@ def golore(
     >>> import subspace_optax as so
     >>> tx = so.golore(1e-3, rank=128, random_from=8_000)
   """
-  _common.static(
+  _common.check_static(
     'golore', rank=rank, random_from=random_from, seed=seed, every_k=every_k
   )
   gap, start = map(_common.value, (update_proj_gap, random_from))

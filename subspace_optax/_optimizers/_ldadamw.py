@@ -81,7 +81,7 @@ def ldadamw(
     >>> import subspace_optax as so
     >>> tx = so.ldadamw(1e-3, rank=128)
   """
-  _common.static('ldadamw', rank=rank, seed=seed)
+  _common.check_static('ldadamw', rank=rank, seed=seed)
   tx = _subspace.subspace(
     _common.spec_or(spec, {'rank': rank, 'seed': seed}),
     projectors.power_iteration(momentum=momentum),

@@ -85,7 +85,7 @@ def online_subspace_descent(
     >>> import subspace_optax as so
     >>> tx = so.online_subspace_descent(1e-3, rank=128)
   """
-  _common.static(
+  _common.check_static(
     'online_subspace_descent', rank=rank, seed=seed, every_k=every_k
   )
   if basis_optimizer is None:

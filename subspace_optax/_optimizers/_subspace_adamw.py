@@ -90,7 +90,7 @@ def subspace_adamw(
     >>> tx = so.subspace_adamw(5e-3)
   """
   adam = _eight_bit.scale_by_adam8bit if eight_bit else optax.scale_by_adam
-  _common.static(
+  _common.check_static(
     'subspace_adamw', rank=rank, update_proj_gap=update_proj_gap, seed=seed
   )
   tx = _subspace.subspace(

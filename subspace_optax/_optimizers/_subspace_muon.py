@@ -89,7 +89,7 @@ def subspace_muon(
   """
   if not isinstance(b, jax.Array) and not 0 <= b < 1:
     raise ValueError(f'b must lie in [0, 1), got {b}.')
-  _common.static(
+  _common.check_static(
     'subspace_muon', rank=rank, update_proj_gap=update_proj_gap, seed=seed
   )
   _common.warn_of_narrow_decay(b=b)
