@@ -287,7 +287,7 @@ def newton_schulz(
   x = layout.split_long_side(x)
   largest = layout.largest(x)  # the squares of what is left can't overflow
   x = x / layout.along_leaf(jnp.where(largest > 0, largest, 1.0))
-  norm = jnp.maximum(jnp.sqrt(layout.energy(x)), 1.0)
+  norm = jnp.maximum(root(layout.energy(x)), 1.0)
 
   def step(_: Any, x: jax.Array) -> jax.Array:
     gram = layout.gram_leaf(x)
@@ -296,6 +296,12 @@ def newton_schulz(
 
   x = lax.fori_loop(0, steps, step, x / layout.along_leaf(norm))
   return _sharding.like(x, original)
+
+
+def root(squares: jax.Array) -> jax.Array:
+  """Returns square roots whose derivative is 0 at 0, where it is infinite."""
+  zero = squares == 0
+  return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squares)))
 
 
 def orthogonality_error(gram: jax.Array) -> jax.Array:

@@ -162,9 +162,11 @@ class SubspaceSpec:
     Raises:
       ValueError: no leaf of a non-empty tree is matched; dimension numbers
         that overlap or name a missing axis; a bad rank from a callable.
-      TypeError: a selected leaf is not of a real floating type.
+      TypeError: a leaf is no array; a selected one is not of a real floating
+        type.
     """
     pairs, treedef = _tree.flatten(params)
+    _tree.check_arrays(pairs)
     _check_distinct([path for path, _ in pairs])
     numbers_of = self._dimension_numbers(params, pairs, treedef)
     matches = [

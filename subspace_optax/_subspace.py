@@ -16,14 +16,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from subspace_optax import _dtypes
 from subspace_optax import _every_k
 from subspace_optax import _in_subspace
 from subspace_optax import _project
+from subspace_optax import _sign
 from subspace_optax import _spec
 from subspace_optax import _tree
 from subspace_optax import _unproject
@@ -75,8 +74,9 @@ def subspace(
 
   Raises:
     ValueError: see the three pieces; `every_k` below 1, or with a residual,
-      which needs the gradients that it does not keep; an inner optimizer with a
-      learning rate of its own beside a residual.
+      which needs the gradients that it does not keep; at `init`, an inner
+      optimizer that steps against the gradient beside a residual, or to the
+      other side of it than `plain`.
     TypeError: see the three pieces; `every_k` is no int.
 
   References:
@@ -102,8 +102,12 @@ def subspace(
       f'every_k={every_k} keeps coordinates of the gradients, not what a '
       'residual rule needs; wrap the optimizer in optax.MultiSteps.'
     )
+  with_params = params is not None
+  if plain is not None:
+    plain = _sign.like(plain, inner, with_params=with_params)
   if residual is not None:
-    _check_sign(inner, residual)
+    name = f'inner beside residual {residual.name!r}'
+    inner = _sign.along(inner, name, with_params=with_params)
   project = _project.project(
     spec, projector, keep_gradient=residual is not None
   )
@@ -125,25 +129,6 @@ def subspace(
   if residual is not None and residual.feedback:
     tx = _with_feedback(tx, residual.feedback)
   return _dtypes.round_last(tx if after is None else optax.chain(tx, after))
-
-
-def _check_sign(inner: Any, residual: _residual.Residual) -> None:
-  """Raises if directions point against the gradient, which residuals don't."""
-  try:
-    with jax.ensure_compile_time_eval():
-      one = {'x': jnp.ones((1, 1))}
-      inner = optax.with_extra_args_support(inner)
-      updates, _ = inner.update(one, inner.init(one), one)
-      against = bool(updates['x'][0, 0] < 0)
-  except Exception:  # traced hyperparameters, extra arguments, other shapes
-    return
-  if against:
-    raise ValueError(
-      f'inner steps against the gradient, but residual {residual.name!r} adds '
-      'up with directions along it; leave the learning rate to what is chained '
-      'behind, with `optax.scale_by_adam` in the place of `optax.adam`, or '
-      'chain `optax.scale(-1.0)` behind inner.'
-    )
 
 
 def _with_feedback(

@@ -198,18 +198,18 @@ def check_means(inner: Any, coords: Any) -> None:
     state = inner.init(jax.tree.map(jnp.zeros_like, one))
     if not _paired(state):
       return
-    try:
-      rates = decay_rates(inner, state, one, {})
-      _, state = inner.update(one, state, one)
-    except TypeError:  # it takes extra arguments that are not here yet
-      return
     values = lambda s: [
       float(jnp.ravel(jax.tree.leaves(x)[0])[0]) for x in _paired(s)
     ]
-    found = zip(values(rates), values(state), strict=True)
-    means = [
-      (rate, value / (1 - rate) if rate < 1 else 0) for rate, value in found
-    ]
+    try:
+      rates = values(decay_rates(inner, state, one, {}))
+      _, state = inner.update(one, state, one)
+      found = list(zip(rates, values(state), strict=True))
+    except TypeError:  # rates are traced, or arguments are not here yet
+      return
+  means = [
+    (rate, value / (1 - rate) if rate < 1 else 0) for rate, value in found
+  ]
   for (b2, square), (b1, mean) in zip(means[::2], means[1::2], strict=True):
     if (
       not (0 <= b1 < 1 and 0 <= b2 < 1) or abs(square - mean**2) > 0.05 * square

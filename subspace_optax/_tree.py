@@ -72,6 +72,18 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
   return [(path_str(path), entry) for path, entry in pairs], treedef
 
 
+def check_arrays(pairs: Sequence[tuple[str, Any]]) -> None:
+  """Raises unless all entries are arrays, or at least have their shapes."""
+  for path, entry in pairs:
+    if not is_entry(entry) and not hasattr(entry, 'shape'):
+      raise TypeError(
+        f'leaf {path!r} must be an array, got {entry!r} of type '
+        f'{type(entry).__name__}; make it one with jnp.asarray, or keep what '
+        'is no parameter out of the tree, as eqx.filter(model, '
+        'eqx.is_inexact_array) and nnx.state(model, nnx.Param) do.'
+      )
+
+
 def replace_entries(tree: Any, entries: Sequence[Any]) -> Any:
   """Returns `tree`, boxes and all, with its entries replaced in order."""
   return jax.tree.structure(tree, is_leaf=is_entry).unflatten(entries)

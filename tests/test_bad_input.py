@@ -174,6 +174,111 @@ def test_inner_optimizer_that_needs_params_fails_at_init(inner, transport):
     so.galore(1e-3, rank=2, base_optimizer=inner).init(PARAMS)
 
 
+def _against():
+  warm_up = optax.warmup_cosine_decay_schedule(0.0, 0.1, 10, 100)
+  return {
+    'adam': optax.adam(0.1),
+    'warm_up': optax.adam(warm_up),
+    'sgd': optax.sgd(0.1, momentum=0.9),
+    'lion': optax.chain(optax.scale_by_lion(), optax.scale(-0.1)),
+    'injected': optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+    'late': optax.chain(optax.apply_every(3), optax.scale(-0.1)),
+  }
+
+
+def _along():
+  return {
+    'adam': optax.scale_by_adam(),
+    'chain': optax.chain(optax.adam(0.1), optax.scale(-1.0)),
+    'momentum': optax.trace(0.9),
+    'lion': optax.scale_by_lion(),
+    'identity': optax.identity(),
+    'adam8bit': so.scale_by_adam8bit(),
+  }
+
+
+@pytest.mark.parametrize('kind', _against())
+@pytest.mark.parametrize('factory', FACTORIES)
+def test_base_optimizer_that_would_climb_fails_at_init(kind, factory):
+  tx = factory(0.5, rank=2, base_optimizer=_against()[kind])
+  with errors.raises(ValueError, 'base_optimizer', 'optax.scale_by_adam()'):
+    jax.eval_shape(tx.init, PARAMS)
+
+
+@pytest.mark.parametrize('kind', _along())
+def test_optimizers_of_directions_are_taken(kind):
+  along = _along()[kind]
+  spec = so.SubspaceSpec(2, side='in')
+  for factory in (so.galore, so.online_subspace_descent):
+    jax.eval_shape(factory(0.5, rank=2, base_optimizer=along).init, PARAMS)
+  jax.eval_shape(so.subspace_muon(0.5, rank=2, plain=along).init, PARAMS)
+  loop = so.rso.subproblems(spec, optax.chain(along, optax.scale(-1.0)))
+  jax.eval_shape(loop.init, PARAMS)
+
+
+@pytest.mark.parametrize('kind', _against())
+def test_plain_optimizer_that_would_climb(kind):
+  against, adam = _against()[kind], optax.scale_by_adam()
+  tx = so.subspace_muon(0.5, rank=2, plain=against)
+  with errors.raises(ValueError, 'plain', 'optax.scale_by_adam()'):
+    jax.eval_shape(tx.init, PARAMS)
+  tx = so.subspace(SPEC, projectors.stiefel(2), adam, plain=against)
+  with errors.raises(ValueError, 'inner and plain', 'optax.scale_by_adam()'):
+    jax.eval_shape(tx.init, PARAMS)
+
+
+@pytest.mark.parametrize('kind', _along())
+def test_complete_optimizers_that_would_climb(kind):
+  along = _along()[kind]
+  spec = so.SubspaceSpec(2, side='in')
+  for name, loop in {
+    'inner': so.rso.subproblems(spec, along),
+    'plain': so.rso.subproblems(spec, optax.adam(0.1), plain=along),
+    'optimizer': so.project(SPEC, projectors.online_pca(along)),
+  }.items():
+    with errors.raises(ValueError, name, 'optax.adam(1e-3)'):
+      jax.eval_shape(loop.init, PARAMS)
+
+
+def test_signs_are_asked_for_no_sooner_than_at_init():
+  """A program may build its optimizer before it starts its devices."""
+
+  def fail(*args):
+    raise AssertionError
+
+  broken = optax.GradientTransformation(fail, fail)
+  so.galore(1e-3, base_optimizer=broken)
+  so.rso.subproblems(so.SubspaceSpec(2, side='in'), broken)
+  projectors.online_pca(broken)
+
+
+def test_signs_of_traced_hyperparameters_are_not_known():
+  def make(inner_rate):
+    return so.galore(0.1, rank=2, base_optimizer=optax.sgd(inner_rate))
+
+  tx = optax.inject_hyperparams(make)(inner_rate=0.1)
+  jax.eval_shape(tx.init, PARAMS)
+  with errors.raises(ValueError, 'base_optimizer'):
+    tx.init(PARAMS)
+
+
+@pytest.mark.parametrize('value', [0.5, 3, 'gelu', jax.nn.relu])
+def test_leaf_that_is_no_array(value):
+  params = {'w': PARAMS['mlp']['up'], 'layer': [{'temperature': value}]}
+  spec = so.SubspaceSpec(2, side='in')
+  for tx in (
+    so.galore(1e-3, rank=2),
+    so.subspace_muon(1e-3, rank=2),
+    so.rso.subproblems(spec, optax.sgd(0.1)),
+  ):
+    with errors.raises(TypeError, 'layer/0/temperature', type(value).__name__):
+      tx.init(params)
+  tx = so.golore(1e-3, rank=2)
+  state = tx.init(params | {'layer': [{'temperature': jnp.ones(())}]})
+  with errors.raises(TypeError, 'layer/0/temperature'):
+    tx.update(params, state)
+
+
 @pytest.mark.parametrize('method', ['full', None, 'Exact'])
 def test_unknown_svd_method(method):
   with errors.raises(ValueError, 'method', repr(method), 'randomized'):
@@ -220,6 +325,42 @@ def test_update_proj_gap_below_1(gap, make):
 def test_update_proj_gap_that_is_no_int(gap):
   with errors.raises(TypeError, 'update_proj_gap', repr(gap)):
     projectors.stiefel(gap)
+
+
+@pytest.mark.parametrize(
+  'name, make',
+  [
+    ('update_proj_gap', projectors.svd),
+    ('update_proj_gap', lambda n: so.galore(1e-3, 2, n)),
+    ('update_proj_gap', lambda n: so.subspace_muon(1e-3, 2, n)),
+    ('update_proj_gap', lambda n: _subproblems(update_proj_gap=n)),
+    ('start', projectors.LazyGap),
+    ('factor', lambda n: projectors.LazyGap(factor=n)),
+    ('random_from', lambda n: so.golore(1e-3, 2, random_from=n)),
+    ('projectors', lambda n: _switched({0: 2, n: 2})),
+    ('every_k', lambda n: so.galore(1e-3, 2, every_k=n)),
+    ('update_every', lambda n: _online_pca(update_every=n)),
+    ('orthonormalize_every', lambda n: _online_pca(orthonormalize_every=n)),
+  ],
+)
+@pytest.mark.parametrize('steps', [2**31, 10**12])
+def test_numbers_of_steps_beyond_int32(name, make, steps):
+  with errors.raises(ValueError, name, steps, 'int32'):
+    make(steps)
+
+
+def _subproblems(**kwargs):
+  return so.rso.subproblems(
+    so.SubspaceSpec(2, side='in'), optax.sgd(0.1), **kwargs
+  )
+
+
+def _switched(gaps):
+  return projectors.switch({n: projectors.svd(gap) for n, gap in gaps.items()})
+
+
+def _online_pca(**kwargs):
+  return projectors.online_pca(optax.sgd(0.1), **kwargs)
 
 
 def test_switch_without_step_0():

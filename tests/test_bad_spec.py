@@ -1,5 +1,7 @@
 """Bad specs: errors that name argument, value and leaf."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,17 @@ def _project(spec=SPEC, projector=None):
 
 
 FACTORIES = [so.galore, so.golore, so.online_subspace_descent]
+READY_MADE = [
+  *FACTORIES,
+  so.fira_adamw,
+  so.apollo_adamw,
+  so.ldadamw,
+  so.subspace_adamw,
+  so.subspace_muon,
+]
+every_factory = pytest.mark.parametrize(
+  'factory', READY_MADE, ids=lambda factory: factory.__name__
+)
 
 
 @pytest.mark.parametrize('rank', [0, -1, np.int32(-3)])
@@ -64,10 +77,83 @@ def test_traced_rank(factory):
     jax.jit(lambda rank: so.SubspaceSpec(rank) and rank)(2)
 
 
-def test_traced_random_from():
-  injected = optax.inject_hyperparams(so.golore, static_args=('rank',))
-  with errors.raises(TypeError, 'random_from', 'static_args'):
-    injected(learning_rate=1e-3, rank=2, random_from=4).init(PARAMS)
+@pytest.mark.parametrize(
+  'factory, arguments',
+  [
+    (so.galore, dict(every_k=2)),
+    (so.golore, dict(random_from=4)),
+    (so.golore, dict(rank=2, random_from=4, seed=1, every_k=2)),
+    (so.online_subspace_descent, dict(rank=2, seed=1)),
+    (so.fira_adamw, dict(rank=0.5)),
+    (so.apollo_adamw, dict(rank=2, update_proj_gap=4)),
+    (so.ldadamw, dict(seed=3)),
+    (so.subspace_muon, dict(update_proj_gap=4)),
+  ],
+  ids=lambda x: getattr(x, '__name__', None) or '-'.join(x),
+)
+def test_traced_integers_are_named_with_the_call_that_is_right(
+  factory, arguments
+):
+  names = tuple(arguments)
+  make = optax.inject_hyperparams(factory)
+  call = f'inject_hyperparams(so.{factory.__name__}, static_args={names})'
+  with errors.raises(TypeError, *names, call):
+    make(learning_rate=1e-3, **arguments).init(PARAMS)
+  with errors.raises(TypeError, *names, call):
+    jax.eval_shape(make(learning_rate=1e-3, **arguments).init, PARAMS)
+  make = optax.inject_hyperparams(factory, static_args=names)
+  jax.eval_shape(make(learning_rate=1e-3, **arguments).init, PARAMS)
+
+
+@every_factory
+def test_integers_that_nobody_passed_are_not_traced(factory):
+  wide = jax.ShapeDtypeStruct((256, 320), jnp.float32)
+  tx = optax.inject_hyperparams(factory)(learning_rate=1e-3)
+  state = jax.eval_shape(tx.init, {'w': wide})
+  dtypes = {x.dtype for x in state.hyperparams.values()}
+  assert dtypes == {jnp.dtype(jnp.float32)}
+  _, after = jax.eval_shape(tx.update, {'w': wide}, state, {'w': wide})
+  assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
+@every_factory
+def test_signatures_show_defaults_as_numbers(factory):
+  rank = inspect.signature(factory).parameters['rank']
+  assert rank.default in (128, 0.25) and rank.default != 4
+  assert str(rank) in ('rank: Any = 128', 'rank: Any = 0.25')
+
+
+@every_factory
+@pytest.mark.parametrize('rank', [4, 128, 0.25])
+def test_rank_beside_a_spec(factory, rank):
+  spec = so.SubspaceSpec(8)
+  with errors.raises(ValueError, f'rank={rank}', 'rank=8', 'spec'):
+    factory(1e-3, rank=rank, spec=spec)
+  with errors.raises(ValueError, f'rank={rank}', 'rank=8', 'spec'):
+    factory(1e-3, rank, spec=spec)
+  factory(1e-3, spec=spec)
+
+
+@pytest.mark.parametrize('factory', READY_MADE[1:])
+@pytest.mark.parametrize('seed', [0, 3])
+def test_seed_beside_a_spec(factory, seed):
+  with errors.raises(ValueError, f'seed={seed}', 'seed=7', 'spec'):
+    factory(1e-3, seed=seed, spec=so.SubspaceSpec(8, seed=7))
+
+
+def test_dimension_numbers_beside_a_spec():
+  with errors.raises(ValueError, 'weight_dimension_numbers', 'spec'):
+    so.galore(
+      1e-3,
+      weight_dimension_numbers=so.DimensionNumbers(),
+      spec=so.SubspaceSpec(8),
+    )
+
+
+@every_factory
+def test_something_else_for_the_spec_of_an_optimizer(factory):
+  with errors.raises(TypeError, 'spec', 'SubspaceSpec', '8'):
+    factory(1e-3, spec=8)
 
 
 @pytest.mark.parametrize('side', ['left', '', None, 'SHORT'])

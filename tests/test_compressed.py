@@ -108,7 +108,9 @@ def _assert_same(problem, tx, steps=STEPS, rtol=1e-6, inputs=_inputs):
 )
 def test_golore_over_three_refreshes(make, stacked, remat):
   # Of 100 steps each: bases are drawn at steps 0, 100 and 200.
-  tx = so.golore(1e-3, 3, 100, weight_decay=0.1, spec=_spec(seed=3))
+  tx = so.golore(
+    1e-3, update_proj_gap=100, weight_decay=0.1, spec=_spec(seed=3)
+  )
   losses = _assert_same(make(stacked, remat), tx, 300, rtol=1e-9)
   assert losses[-1] < 0.5 * losses[0]
 
@@ -136,16 +138,16 @@ def _small_problem():
 
 
 def test_bases_of_svds_take_whole_gradients_at_refreshes():
-  tx = so.galore(1e-3, 3, 4, spec=_spec())
+  tx = so.galore(1e-3, update_proj_gap=4, spec=_spec())
   _assert_same(models.nnx_problem(True, False), tx)
 
 
 @pytest.mark.parametrize(
   'tx',
   [
-    so.golore(1e-3, 3, 3, random_from=5, spec=_spec(seed=1)),
-    so.golore(1e-3, 3, 4, stagger=True, spec=_spec(side='in')),
-    so.golore(1e-3, 3, 4, spec=_spec(side='out')),
+    so.golore(1e-3, update_proj_gap=3, random_from=5, spec=_spec(seed=1)),
+    so.golore(1e-3, update_proj_gap=4, stagger=True, spec=_spec(side='in')),
+    so.golore(1e-3, update_proj_gap=4, spec=_spec(side='out')),
     _subspace(so.projectors.svd(4, stagger=True), transport='both'),
     _subspace(so.projectors.stiefel(2, regenerate=True), transport='reset'),
     _subspace(so.projectors.gaussian(2), every_k=2),
@@ -444,7 +446,7 @@ def test_a_switch_of_random_bases_has_no_step_of_whole_gradients():
 
 def test_no_tracer_leaks():
   params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
-  tx = so.galore(1e-3, 3, spec=_spec())
+  tx = so.galore(1e-3, spec=_spec())
   state, step = tx.init(params), rso.compressed_step(_matrix_loss, tx)
   with jax.checking_leaks():
     jax.eval_shape(step, params, state, x)

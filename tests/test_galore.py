@@ -88,9 +88,9 @@ SCHEDULE = optax.cosine_decay_schedule(0.02, 25)
       'mask': lambda p: jax.tree.map(lambda x: x.ndim == 2, p),
     },
     {'base_optimizer': optax.scale_by_rms(), 'weight_decay': 0.2},
-    {'base_optimizer': optax.sgd(0.5, momentum=0.9), 'scale': 2.0},
+    {'base_optimizer': optax.trace(0.9), 'scale': 2.0},
   ],
-  ids=['adam', 'decay', 'lion', 'rms', 'sgd'],
+  ids=['adam', 'decay', 'lion', 'rms', 'momentum'],
 )
 def test_equals_contrib(kwargs):
   kwargs = {'learning_rate': 0.01, 'rank': 4, **kwargs}

@@ -248,6 +248,13 @@ def test_lazy_gap(rule, stagger):
   assert rule.start in gaps and len(gaps) > 1, gaps
 
 
+def test_lazy_gap_stops_where_its_next_refresh_would_be_no_int32():
+  rule = P.LazyGap(2, threshold=1e-3, factor=2**30, window=1)
+  state, update = made(lambda: P.svd(rule, 'gram'))
+  bases = follow(update, state, [random_matrices(t) for t in range(8)])
+  np.testing.assert_array_equal(changes(bases).all(1), [1, 0] * 4)
+
+
 @pytest.mark.parametrize('name, least', [('start', 1), ('factor', 2)])
 def test_lazy_gap_raises(name, least):
   for value in True, 2.5, '3':

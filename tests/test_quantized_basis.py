@@ -372,7 +372,9 @@ def test_int8_and_int4_train_as_well_as_float32():
 
   def train(dtype):
     spec = so.SubspaceSpec(12, basis_dtype=dtype)
-    tx = so.galore(optax.linear_schedule(0.1, 0.0, 200), 12, 20, spec=spec)
+    tx = so.galore(
+      optax.linear_schedule(0.1, 0.0, 200), update_proj_gap=20, spec=spec
+    )
 
     def step(carry, _):
       params, state = carry

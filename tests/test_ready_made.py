@@ -5,6 +5,8 @@ stored; `test_power` and others check them. Weight decay is 0.1 of the weights
 before the step, at a learning rate of 0.05.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +178,66 @@ def test_takes_schedules_masks_specs_and_trees_without_matrices(name):
   with errors.raises(ValueError, 'include', 'nothing'):
     spec = so.SubspaceSpec(2, include='nothing')
     getattr(so, name)(0.1, spec=spec).init(PARAMS)
+
+
+def derivatives(tx, params, gradient):
+  """Returns those of the squares of a step's updates."""
+  state = tx.init(params)
+
+  def squares(gradient):
+    updates, _ = tx.update(gradient, state, params)
+    return sum(jnp.vdot(u, u) for u in jax.tree.leaves(updates))
+
+  return jax.grad(squares)(gradient)
+
+
+_ADAM = optax.scale_by_adam(eps_root=0.01)
+_ROOTS = {
+  'galore': {'base_optimizer': _ADAM},
+  'golore': {'base_optimizer': _ADAM},
+  'online_subspace_descent': {
+    'base_optimizer': _ADAM,
+    'basis_optimizer': optax.adam(1e-3, eps_root=0.01),
+  },
+  'fira_adamw': {'eps_root': 0.01},
+  'apollo_adamw': {'eps_root': 0.01},
+  'ldadamw': {'eps_root': 0.01},
+  'subspace_adamw': {'eps_root': 0.01},
+  'subspace_muon': {'plain': _ADAM},
+}
+
+
+@pytest.mark.parametrize('name', _ROOTS)
+def test_derivatives_are_finite_where_gradients_are_zero(name):
+  params = {'w': PARAMS['w'][0], 'bias': PARAMS['bias']}
+  gradient = jax.tree.map(jnp.cos, params)
+  params |= {f'zero_{k}': x for k, x in params.items()}
+  gradient |= {f'zero_{k}': jnp.zeros_like(x) for k, x in gradient.items()}
+  tx = getattr(so, name)(1.0, ref.RANK, **_ROOTS[name])
+  found = ref.jit(functools.partial(derivatives, tx))(params, gradient)
+  for k, x in found.items():
+    assert np.isfinite(x).all(), k
+    assert k.startswith('zero') or np.abs(x).max() > 1e-6, k
+
+
+@pytest.mark.parametrize(
+  'name, rates',
+  [
+    ('fira_adamw', 'b1 in bfloat16, b2 in bfloat16'),
+    ('apollo_adamw', 'b2 in bfloat16'),
+    ('ldadamw', 'b2 in bfloat16'),
+    ('subspace_adamw', 'b2 in bfloat16'),
+    ('subspace_muon', 'b in bfloat16'),
+  ],
+)
+def test_decay_rates_in_bfloat16_are_warned_of(name, rates):
+  params = {'w': PARAMS['w'].astype(jnp.bfloat16)}
+  make = functools.partial(optax.inject_hyperparams, getattr(so, name))
+  with pytest.warns(UserWarning, match=f'{rates}.*hyperparam_dtype=jnp.float'):
+    jax.eval_shape(make()(learning_rate=0.1).init, params)
+  wide = make(hyperparam_dtype=jnp.float32)(learning_rate=0.1)
+  jax.eval_shape(wide.init, params)
+  getattr(so, name)(0.1).init(params)
 
 
 def test_muon_refuses_a_bad_decay():

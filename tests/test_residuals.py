@@ -320,10 +320,10 @@ def test_bad_arguments(make, argument):
 
 @pytest.mark.parametrize('inner', [optax.adam(0.1), optax.sgd(0.1)])
 def test_inner_with_its_own_learning_rate_is_refused(inner):
-  options = {'residual': residuals.fira()}
+  params, options = {'w': jnp.ones((8, 12))}, {'residual': residuals.fira()}
   with errors.raises(ValueError, 'fira', 'learning rate', 'scale_by_adam'):
-    so.subspace(SPEC, PROJECTORS['stiefel'], inner, **options)
-  so.subspace(SPEC, PROJECTORS['stiefel'], inner)
+    so.subspace(SPEC, PROJECTORS['stiefel'], inner, **options).init(params)
+  so.subspace(SPEC, PROJECTORS['stiefel'], inner).init(params)
 
 
 def test_what_is_no_rule():

@@ -264,7 +264,9 @@ def test_golore_follows_theorem_4():
     )
     eta, tau = p.learning_rate, p.update_proj_gap
     inner = msgd(p.b1)
-    tx = so.golore(eta, share, tau, base_optimizer=inner, spec=spec(share))
+    tx = so.golore(
+      eta, update_proj_gap=tau, base_optimizer=inner, spec=spec(share)
+    )
     measure = lambda w: jnp.mean(jnp.sum(w**2, (1, 2)))[None]
     means.append(descend(tx, w, steps, gradient, measure)[:-1].mean())
     rates.append(p.rate)

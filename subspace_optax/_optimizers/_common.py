@@ -13,27 +13,128 @@
 # limitations under the License.
 """What the ready-made optimizers share."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+import warnings
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from subspace_optax import _sign
 from subspace_optax import _spec
 
 Mask = Any | Callable[[Any], Any] | None
 Transformation = optax.GradientTransformationExtraArgs
 
+_T = TypeVar('_T')
 
-def default_spec(rank: Any, seed: int) -> _spec.SubspaceSpec:
-  """Returns the spec that takes a tree without matrices, too."""
-  return _spec.SubspaceSpec(rank, allow_empty=True, seed=seed)
+
+class _Default:
+  """A default that can be told from an equal value that a caller passed.
+
+  It is no number, so that `optax.inject_hyperparams` does not trace it.
+  """
+
+  def __init__(self, value: Any):
+    self.value = value
+
+  def __eq__(self, other: Any) -> bool:
+    return self.value == value(other)
+
+  def __hash__(self) -> int:
+    return hash(self.value)
+
+  def __repr__(self) -> str:
+    return repr(self.value)
+
+
+def default(value: _T) -> _T:
+  """Returns a default of an argument that must be static."""
+  return cast(_T, _Default(value))
+
+
+def value(argument: Any) -> Any:
+  """Returns what a caller passed, or the default."""
+  return argument.value if isinstance(argument, _Default) else argument
+
+
+def check_static(optimizer: str, **arguments: Any) -> None:
+  """Raises if any of the optimizer's arguments is an array, traced maybe."""
+  traced = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
+  if traced:
+    names = tuple(k for k, x in arguments.items() if _is_passed(x))
+    shown = ', '.join(f'{k}={x!r}' for k, x in traced.items())
+    raise TypeError(
+      f'{" and ".join(traced)} must be static, got {shown}; with '
+      'optax.inject_hyperparams, write optax.inject_hyperparams('
+      f'so.{optimizer}, static_args={names}).'
+    )
+
+
+def _is_passed(argument: Any) -> bool:
+  return argument is not None and not isinstance(argument, _Default)
+
+
+def spec_or(
+  spec: _spec.SubspaceSpec | None, arguments: Mapping[str, Any], **rest: Any
+) -> _spec.SubspaceSpec:
+  """Returns the spec, or the one that the optimizer's arguments describe.
+
+  The latter takes a tree without matrices, too.
+
+  Args:
+    spec: what the caller passed.
+    arguments: of the optimizer, whose place the spec takes.
+    rest: further fields of a spec made of the arguments.
+  """
+  if spec is None:
+    fields = {name: value(x) for name, x in arguments.items()}
+    return _spec.SubspaceSpec(**fields, allow_empty=True, **rest)
+  _spec.check_spec(spec)
+  passed = {k: x for k, x in arguments.items() if _is_passed(x)}
+  if passed:
+    shown = ', '.join(f'{name}={x!r}' for name, x in passed.items())
+    has = ', '.join(f'{name}={getattr(spec, name)!r}' for name in passed)
+    raise ValueError(
+      f'{shown} was passed beside a spec with {has}, which takes its place; '
+      f'leave it out, or write spec=so.SubspaceSpec({shown}, ...).'
+    )
+  return spec
 
 
 def adam_or(
-  optimizer: optax.GradientTransformation | None,
+  optimizer: optax.GradientTransformation | None, name: str
 ) -> optax.GradientTransformation:
-  """Returns the optimizer, Adam if there is none."""
-  return optax.scale_by_adam() if optimizer is None else optimizer
+  """Returns the optimizer of directions called `name`, by default Adam."""
+  if optimizer is None:
+    return optax.scale_by_adam()
+  return _sign.along(optimizer, name, with_params=name == 'plain')
+
+
+def adam(
+  b1: Any, b2: Any, eps: Any, eps_root: Any, make: Any = optax.scale_by_adam
+) -> optax.GradientTransformation:
+  """Returns Adam's directions; warns of decay rates that are too coarse."""
+  warn_of_narrow_decay(b1=b1, b2=b2)
+  return make(b1, b2, eps, eps_root)
+
+
+def warn_of_narrow_decay(**rates: Any) -> None:
+  """Warns of decay rates in a dtype in which 0.999 may be 1."""
+  narrow = [
+    f'{name} in {rate.dtype.name}'
+    for name, rate in rates.items()
+    if isinstance(rate, jax.Array) and rate.dtype in (jnp.bfloat16, jnp.float16)
+  ]
+  if narrow:
+    warnings.warn(
+      f'{", ".join(narrow)}: optax.inject_hyperparams casts hyperparameters '
+      'to the dtype of the parameters. 0.999 is 1 in bfloat16, and Adam with '
+      'b2 = 1 divides by zero; pass hyperparam_dtype=jnp.float32 to '
+      'optax.inject_hyperparams.',
+      stacklevel=3,
+    )
 
 
 def times(alpha: Any, learning_rate: Any) -> Any:

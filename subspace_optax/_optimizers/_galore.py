@@ -29,9 +29,9 @@ from subspace_optax._optimizers import _common
 
 
 def galore(
-  learning_rate: Any,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _common.default(128),
+  update_proj_gap: Any = _common.default(200),
   scale: Any = 1.0,
   base_optimizer: optax.GradientTransformation | None = None,
   weight_decay: Any = 0.0,
@@ -49,13 +49,20 @@ def galore(
   zero and NaN gradients; embeddings, heads, norms and biases stay plain, see
   `describe`.
 
+  The GaLore of its authors and of Hugging Face differs in two defaults: it
+  projects the short side (`proj_type='std'`), as `spec=SubspaceSpec(128)` does
+  here, where this one, like contrib, projects the long side (their
+  'reverse_std'); and its `scale` is 0.25.
+
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
     update_proj_gap: T, steps between SVDs; the first is at step 0.
     scale: alpha, factor of the projected leaves' updates.
     base_optimizer: what runs in the subspace and on plain leaves,
-      `optax.scale_by_adam()` by default.
+      `optax.scale_by_adam()` by default. It returns directions along the
+      gradient. `optax.adam(...)` steps against it, so that with `learning_rate`
+      behind the loss would grow: an error here, contrib runs it.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
@@ -63,13 +70,15 @@ def galore(
       random bases, so that no step pays for all SVDs.
     every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
       `subspace`. None for one.
-    spec: takes the place of `rank` and `weight_dimension_numbers`.
+    spec: takes the place of `rank` and `weight_dimension_numbers`; beside them
+      it is an error.
 
   Returns:
     An optimizer. State per m x n matrix, m the long side: mr + 2nr.
 
   Raises:
-    ValueError: see `SubspaceSpec` and `projectors.svd`.
+    ValueError: see `SubspaceSpec` and `projectors.svd`; at `init`, a
+      `base_optimizer` that steps against the gradient.
     TypeError: likewise.
 
   References:
@@ -85,18 +94,18 @@ def galore(
     >>> so.memory_report(tx, params).state < so.memory_report(tx, params).adam
     True
   """
-  spec = spec or _spec.SubspaceSpec(
-    rank,
+  _common.check_static('galore', rank=rank, every_k=every_k)
+  spec = _common.spec_or(
+    spec,
+    {'rank': rank, 'weight_dimension_numbers': weight_dimension_numbers},
     side='long',
-    weight_dimension_numbers=weight_dimension_numbers,
     only_if_smaller=False,
-    allow_empty=True,
   )
   make = functools.partial(
     _subspace.subspace,
     spec,
-    projectors.svd(update_proj_gap, stagger=stagger),
-    _common.adam_or(base_optimizer),
+    projectors.svd(_common.value(update_proj_gap), stagger=stagger),
+    _common.adam_or(base_optimizer, 'base_optimizer'),
     scale=scale,
   )
   return _common.with_decay(

@@ -18,6 +18,7 @@ Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024.
 """
 
 import functools
+import operator
 from typing import Any
 
 import optax
@@ -26,20 +27,21 @@ from subspace_optax import _spec
 from subspace_optax import _subspace
 from subspace_optax import projectors
 from subspace_optax._optimizers import _common
+from subspace_optax._projectors import _gap
 
 
 def golore(
-  learning_rate: Any,
-  rank: Any = 128,
-  update_proj_gap: Any = 200,
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _common.default(128),
+  update_proj_gap: Any = _common.default(200),
   scale: Any = 1.0,
   *,
-  random_from: int = 0,
+  random_from: int = _common.default(0),
   base_optimizer: optax.GradientTransformation | None = None,
   weight_decay: Any = 0.0,
   mask: _common.Mask = None,
   stagger: bool = False,
-  seed: int = 0,
+  seed: int = _common.default(0),
   every_k: int | None = None,
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
@@ -58,7 +60,8 @@ def golore(
       GoLore@20% of 10,000 steps.
     base_optimizer: what runs in the subspace and on plain leaves, one whose
       first moments are known: see `in_subspace`. `optax.scale_by_adam()` by
-      default.
+      default. It returns directions along the gradient, as `optax.adam(...)`
+      does not.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices take turns within each tau steps, so that no step
@@ -66,13 +69,14 @@ def golore(
     seed: of the random bases.
     every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
       `subspace`. None for one.
-    spec: takes the place of `rank` and `seed`.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mr + 2nr.
 
   Raises:
-    ValueError: see `SubspaceSpec` and `projectors.switch`.
+    ValueError: see `SubspaceSpec` and `projectors.switch`; at `init`, a
+      `base_optimizer` that steps against the gradient.
     TypeError: likewise, or `random_from` is no int.
 
   References:
@@ -83,25 +87,25 @@ def golore(
     >>> import subspace_optax as so
     >>> tx = so.golore(1e-3, rank=128, random_from=8_000)
   """
-  if isinstance(random_from, bool) or not isinstance(random_from, int):
-    raise TypeError(
-      f'random_from must be a static int, got {random_from!r}; under '
-      "optax.inject_hyperparams, pass static_args=('rank', 'random_from')."
-    )
-  random = projectors.stiefel(update_proj_gap, stagger=stagger)
+  _common.check_static(
+    'golore', rank=rank, random_from=random_from, seed=seed, every_k=every_k
+  )
+  gap, start = map(_common.value, (update_proj_gap, random_from))
+  _gap.check_int(start, 'random_from', least=0)
+  random = projectors.stiefel(gap, stagger=stagger)
   rule = random
-  if random_from != 0:
+  if start != 0:
     rule = projectors.switch(
       {
-        0: projectors.svd(update_proj_gap, stagger=stagger),
-        random_from: random,
+        0: projectors.svd(gap, stagger=stagger),
+        operator.index(start): random,
       }
     )
   make = functools.partial(
     _subspace.subspace,
-    spec or _common.default_spec(rank, seed),
+    _common.spec_or(spec, {'rank': rank, 'seed': seed}),
     rule,
-    _common.adam_or(base_optimizer),
+    _common.adam_or(base_optimizer, 'base_optimizer'),
     transport='first',
     scale=scale,
   )

@@ -30,18 +30,19 @@ from subspace_optax._optimizers import _common
 
 
 def ldadamw(
-  learning_rate: Any,
-  rank: Any = 128,
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _common.default(128),
   *,
   scale: Any = 1.0,
   b1: Any = 0.908,
   b2: Any = 0.99,
   eps: Any = 1e-8,
+  eps_root: Any = 0.0,
   momentum: float = 0.908,
   error_feedback: bool = True,
   weight_decay: Any = 0.0,
   mask: _common.Mask = None,
-  seed: int = 0,
+  seed: int = _common.default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
   """LDAdam: power iteration, transport of both moments, error feedback.
@@ -56,13 +57,14 @@ def ldadamw(
     b1: decay of first moments.
     b2: decay of second moments.
     eps: added to the root of second moments.
+    eps_root: added under that root; above 0 for derivatives through a step.
     momentum: rho, the weight of past coordinates in the power steps.
     error_feedback: whether the residual returns with the next gradient, for
       which a buffer of the whole matrix is kept.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     seed: of the first bases.
-    spec: takes the place of `rank` and `seed`.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mr + 3nr, one nr of
@@ -80,11 +82,12 @@ def ldadamw(
     >>> import subspace_optax as so
     >>> tx = so.ldadamw(1e-3, rank=128)
   """
+  _common.check_static('ldadamw', rank=rank, seed=seed)
   make = functools.partial(
     _subspace.subspace,
-    spec or _common.default_spec(rank, seed),
+    _common.spec_or(spec, {'rank': rank, 'seed': seed}),
     projectors.power_iteration(momentum=momentum),
-    optax.scale_by_adam(b1, b2, eps),
+    _common.adam(b1, b2, eps, eps_root),
     transport='both',
     residual=residuals.error_feedback(b1) if error_feedback else None,
     scale=scale,

@@ -29,8 +29,8 @@ from subspace_optax._optimizers import _common
 
 
 def online_subspace_descent(
-  learning_rate: Any,
-  rank: Any = 128,
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _common.default(128),
   scale: Any = 1.0,
   *,
   alpha: Any = 5.0,
@@ -39,7 +39,7 @@ def online_subspace_descent(
   base_optimizer: optax.GradientTransformation | None = None,
   weight_decay: Any = 0.0,
   mask: _common.Mask = None,
-  seed: int = 0,
+  seed: int = _common.default(0),
   every_k: int | None = None,
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
@@ -51,26 +51,30 @@ def online_subspace_descent(
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
-    scale: factor of the projected leaves' updates.
+    scale: factor of the projected leaves' updates; 0.25 in the authors'
+      scripts, whose bases move at 0.005 times the schedule whatever the
+      learning rate is.
     alpha: learning rate of the bases over that of the weights.
     orthogonality: lambda of Eq. (6).
     basis_optimizer: OptimizerP with its own learning rate; Adam at `alpha`
       times `learning_rate` by default. `optax.sgd` saves its 2mr of state.
     base_optimizer: OptimizerW, what runs in the subspace and on plain leaves,
-      `optax.scale_by_adam()` by default.
+      `optax.scale_by_adam()` by default. It returns directions along the
+      gradient, as `optax.adam(...)` does not.
     weight_decay: of the weights, decoupled, before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     seed: of the first bases.
     every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
       `subspace`. None for one.
-    spec: takes the place of `rank` and `seed`.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: 3mr + 2nr, or
     mr + 2nr with SGD on the bases.
 
   Raises:
-    ValueError: see `SubspaceSpec` and `projectors.online_pca`.
+    ValueError: see `SubspaceSpec` and `projectors.online_pca`; at `init`, a
+      `base_optimizer` that steps against the gradient.
     TypeError: likewise.
 
   References:
@@ -81,13 +85,16 @@ def online_subspace_descent(
     >>> import subspace_optax as so
     >>> tx = so.online_subspace_descent(1e-3, rank=128)
   """
+  _common.check_static(
+    'online_subspace_descent', rank=rank, seed=seed, every_k=every_k
+  )
   if basis_optimizer is None:
     basis_optimizer = optax.adam(_common.times(alpha, learning_rate))
   make = functools.partial(
     _subspace.subspace,
-    spec or _common.default_spec(rank, seed),
+    _common.spec_or(spec, {'rank': rank, 'seed': seed}),
     projectors.online_pca(basis_optimizer, orthogonality),
-    _common.adam_or(base_optimizer),
+    _common.adam_or(base_optimizer, 'base_optimizer'),
     scale=scale,
   )
   return _common.with_decay(

@@ -38,20 +38,21 @@ from subspace_optax._optimizers import _common
 
 
 def subspace_adamw(
-  learning_rate: Any,
-  rank: Any = 0.25,
-  update_proj_gap: Any = 200,
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _common.default(0.25),
+  update_proj_gap: Any = _common.default(200),
   scale: Any = 1.0,
   *,
   b1: Any = 0.9,
   b2: Any = 0.999,
   eps: Any = 1e-8,
+  eps_root: Any = 0.0,
   limiter: Any = 1.01,
   eight_bit: bool = False,
   weight_decay: Any = 0.0,
   mask: _common.Mask = None,
   stagger: bool = False,
-  seed: int = 0,
+  seed: int = _common.default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
   """AdamW for whole matrices with the moments of a quarter of their rows.
@@ -64,13 +65,14 @@ def subspace_adamw(
     b1: decay of first moments.
     b2: decay of second moments, which stay as they are when a basis moves.
     eps: added to the root of second moments.
+    eps_root: added under that root; above 0 for derivatives through a step.
     limiter: gamma, the most that the residual's norm may grow in a step.
     eight_bit: whether moments take a byte each; see `scale_by_adam8bit`.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices take turns within each T steps.
     seed: of the bases.
-    spec: takes the place of `rank` and `seed`.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: 2nr numbers, and a
@@ -89,11 +91,16 @@ def subspace_adamw(
     >>> tx = so.subspace_adamw(5e-3)
   """
   adam = _eight_bit.scale_by_adam8bit if eight_bit else optax.scale_by_adam
+  _common.check_static(
+    'subspace_adamw', rank=rank, update_proj_gap=update_proj_gap, seed=seed
+  )
   make = functools.partial(
     _subspace.subspace,
-    spec or _common.default_spec(rank, seed),
-    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
-    adam(b1, b2, eps),
+    _common.spec_or(spec, {'rank': rank, 'seed': seed}),
+    projectors.stiefel(
+      _common.value(update_proj_gap), stagger=stagger, regenerate=True
+    ),
+    _common.adam(b1, b2, eps, eps_root, adam),
     transport='first',
     residual=residuals.fira(limiter),
     scale=scale,

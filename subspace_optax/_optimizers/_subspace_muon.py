@@ -36,9 +36,9 @@ from subspace_optax._optimizers import _common
 
 
 def subspace_muon(
-  learning_rate: Any,
-  rank: Any = 0.25,
-  update_proj_gap: Any = 200,
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _common.default(0.25),
+  update_proj_gap: Any = _common.default(200),
   scale: Any = 8.0,
   *,
   b: Any = 0.9,
@@ -46,7 +46,7 @@ def subspace_muon(
   weight_decay: Any = 0.0,
   mask: _common.Mask = None,
   stagger: bool = False,
-  seed: int = 0,
+  seed: int = _common.default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> _common.Transformation:
   """Muon with the momentum of a random subspace, and no basis in its state.
@@ -64,12 +64,13 @@ def subspace_muon(
     scale: alpha, the step of matrices over that of the other leaves.
     b: decay of the momentum, in [0, 1).
     plain: optimizer of the leaves that are not projected,
-      `optax.scale_by_adam()` by default.
+      `optax.scale_by_adam()` by default; it returns directions along the
+      gradient, as `optax.adam(...)` does not.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices take turns within each T steps.
     seed: of the bases.
-    spec: takes the place of `rank` and `seed`.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: nr, and a few
@@ -89,13 +90,19 @@ def subspace_muon(
   """
   if not isinstance(b, jax.Array) and not 0 <= b < 1:
     raise ValueError(f'b must lie in [0, 1), got {b}.')
+  _common.check_static(
+    'subspace_muon', rank=rank, update_proj_gap=update_proj_gap, seed=seed
+  )
+  _common.warn_of_narrow_decay(b=b)
   make = functools.partial(
     _subspace.subspace,
-    spec or _common.default_spec(rank, seed),
-    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
+    _common.spec_or(spec, {'rank': rank, 'seed': seed}),
+    projectors.stiefel(
+      _common.value(update_proj_gap), stagger=stagger, regenerate=True
+    ),
     optax.trace(b, nesterov=True),
     transport='first',
-    plain=_common.adam_or(plain),
+    plain=_common.adam_or(plain, 'plain'),
     residual=residuals.orthogonal(1.0 / (1.0 - b)),
     scale=scale,
   )

@@ -26,6 +26,11 @@ import jax.numpy as jnp
 from subspace_optax import _tree
 from subspace_optax._projectors import _base
 
+MOST_STEPS = 2**31 - 1
+
+# Of a gap that grows, so that the step after it is an int32, too.
+_MOST_GAP = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class LazyGap:
@@ -46,7 +51,8 @@ class LazyGap:
 
   Raises:
     TypeError: `start`, `factor` or `window` is no int.
-    ValueError: they are below 1, or 2 for `factor`; a threshold outside (0, 1].
+    ValueError: they are below 1, or 2 for `factor`, or above 2**30; a
+      threshold outside (0, 1].
 
   References:
     Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024
@@ -62,12 +68,9 @@ class LazyGap:
   window: int = 5
 
   def __post_init__(self):
-    for name, least in (('start', 1), ('factor', 2), ('window', 1)):
-      value = getattr(self, name)
-      if isinstance(value, bool) or not hasattr(value, '__index__'):
-        raise TypeError(f'{name} must be an int, got {value!r}.')
-      if value < least:
-        raise ValueError(f'{name} must be at least {least}, got {value}.')
+    check_int(self.start, 'start', most=_MOST_GAP)
+    check_int(self.factor, 'factor', least=2, most=_MOST_GAP)
+    check_int(self.window, 'window')
     if not 0 < self.threshold <= 1:
       raise ValueError(f'threshold must lie in (0, 1], got {self.threshold}.')
 
@@ -80,26 +83,34 @@ def schedule(update_proj_gap: Any, stagger: bool) -> '_Fixed | _Lazy':
   return _Fixed(update_proj_gap, stagger)
 
 
-def check_gap(gap: Any, name: str = 'update_proj_gap') -> None:
-  """Raises unless a number of steps is a positive int, or traced."""
-  if isinstance(gap, jax.Array):
-    return
-  if isinstance(gap, bool) or not hasattr(gap, '__index__'):
-    raise TypeError(f'{name} must be a number of steps, got {gap!r}.')
-  if gap < 1:
-    raise ValueError(f'{name} must be at least 1, got {gap}.')
+def check_gap(gap: Any) -> None:
+  """Raises unless `update_proj_gap` is a positive int, or traced."""
+  if not isinstance(gap, jax.Array):
+    check_int(gap, 'update_proj_gap')
 
 
 def check_static(steps: Any, name: str) -> None:
-  """Raises unless a number is a positive int."""
+  """Raises unless a number is a positive int that is not traced."""
   if isinstance(steps, jax.Array):
     raise TypeError(
       f'{name} must be static, got {steps!r}; under optax.inject_hyperparams, '
       f"pass static_args=('{name}',)."
     )
-  if isinstance(steps, bool) or not hasattr(steps, '__index__'):
-    raise TypeError(f'{name} must be an int, got {steps!r}.')
-  check_gap(steps, name)
+  check_int(steps, name)
+
+
+def check_int(
+  value: Any, name: str, *, least: int = 1, most: int = MOST_STEPS
+) -> None:
+  """Raises unless a number is an int from `least` to `most`."""
+  if isinstance(value, bool) or not hasattr(value, '__index__'):
+    raise TypeError(f'{name} must be an int, got {value!r}.')
+  if value < least:
+    raise ValueError(f'{name} must be at least {least}, got {value}.')
+  if value > most:
+    raise ValueError(
+      f'{name} must be at most {most}, got {value}; steps are counted in int32.'
+    )
 
 
 class FixedState(NamedTuple):
@@ -200,6 +211,7 @@ class _Lazy:
       cosines = jnp.where(move.moved[..., None], latest, cosines)
       full = cosines[..., 0] >= 0
       alike = full & (jnp.mean(cosines, axis=-1) >= self.lazy.threshold)
+      alike &= gap <= _MOST_GAP // self.lazy.factor
       longer = jnp.where(move.moved & alike, gap * self.lazy.factor, gap)
       return longer, due + (longer - gap), cosines
 

@@ -37,6 +37,7 @@ import optax
 from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax import _sharding
+from subspace_optax import _sign
 from subspace_optax import _tree
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _gap
@@ -83,7 +84,8 @@ def online_pca(
 
   Raises:
     ValueError: an unknown `init`; a negative `orthogonality`; numbers of steps
-      below 1, or not multiples.
+      below 1, or not multiples; at `init`, an optimizer that steps along
+      the gradient.
     TypeError: `optimizer` is no gradient transformation; a number of steps is
       no int.
 
@@ -101,6 +103,7 @@ def online_pca(
   """
   if not hasattr(optimizer, 'init') or not hasattr(optimizer, 'update'):
     raise TypeError(f'optimizer must be an optax optimizer, got {optimizer!r}.')
+  optimizer = _sign.against(optimizer, 'optimizer')
   if init not in ('random', 'svd'):
     raise ValueError(f"init must be 'random' or 'svd', got {init!r}.")
   if not isinstance(orthogonality, jax.Array) and orthogonality < 0:

@@ -25,8 +25,6 @@ is the limiter of Fira.
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax._residuals import _base
@@ -86,7 +84,7 @@ def apollo(
     if granularity == 'tensor':
       energies = [layout.along_columns(layout.sum_columns(x)) for x in energies]
     s = _base.ratio(*energies, eps)
-    norm = jnp.sqrt(layout.sum_columns(s * s * layout.columns(g * g)))
+    norm = _linalg.root(layout.sum_columns(s * s * layout.columns(g * g)))
     factor, last = _base.limit_growth(norm, last, limiter)
     s = scale * s * layout.along_columns(factor)
     return layout.columns_to_leaf(s) * g, last

@@ -40,6 +40,7 @@ from subspace_optax import _matrices
 from subspace_optax import _project
 from subspace_optax import _projected
 from subspace_optax import _sharding
+from subspace_optax import _sign
 from subspace_optax import _spec
 from subspace_optax import _tree
 from subspace_optax._projectors import _gap
@@ -133,7 +134,8 @@ def subproblems(
 
   Raises:
     ValueError: another side; an unknown sample or rounding; what `in_subspace`
-      raises; at `init`, float16 to be rounded stochastically.
+      raises; at `init`, float16 to be rounded stochastically, or an optimizer
+      that steps along the gradient.
     TypeError: a gap that is no int.
 
   References:
@@ -152,6 +154,8 @@ def subproblems(
     64.0 128.0 (2, 16)
   """
   _check(spec, update_proj_gap, sample, rounding)
+  inner = _sign.against(inner, 'inner')
+  plain = None if plain is None else _sign.against(plain, 'plain')
   directions = _in_subspace.in_subspace(
     inner, spec, transport=transport, plain=plain
   )
