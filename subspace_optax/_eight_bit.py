@@ -29,6 +29,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _blocks
 from subspace_optax import _codes
 from subspace_optax import _noise
 from subspace_optax import _sharding
@@ -261,9 +262,7 @@ def _zero_scales(leaf: Any, coded: bool) -> jax.Array:
   """Returns a zero for each block."""
   if not coded:
     return jnp.zeros((), jnp.float32)
-  tile = _codes.tile(leaf.shape)
-  counts = tuple(n // k for n, k in zip(leaf.shape, tile, strict=True))
-  return _sharding.zeros_along(leaf, counts)
+  return _sharding.zeros_along(leaf, _blocks.counts(leaf.shape))
 
 
 def _decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
