@@ -14,9 +14,10 @@
 """Numbers in one byte each: a logarithmic code in blocks.
 
 Dettmers et al., `8-bit Optimizers via Block-wise Quantization
-<https://arxiv.org/abs/2110.02861>`_, 2021, with another code. A block, see `_blocks`, is scaled
-by its largest absolute value. Its numbers are x = scale 2^((c - top) / k), and
-0 for c = 0, so that the relative error is the same in every octave:
+<https://arxiv.org/abs/2110.02861>`_, 2021, with another code. A block, see
+`_blocks`, is scaled by its largest absolute value. Its numbers are
+x = scale 2^((c - top) / k), and 0 for c = 0, so that the relative error is the
+same in every octave:
 
   int8, with a sign: k = 8, |c| to 127: 2^-15.75 to 1, within 4.5 %
   uint8: k = 10, to 255: 2^-25.4 to 1, within 3.6 %

@@ -218,17 +218,36 @@ def encoded(new: Any, state: EightBitState, seed: int | None) -> EightBitState:
   for name, scales in state.scales.items():
     codes = getattr(state.coded, name)
 
-    def encode(path, *arrays, name=name):
+    def encode(path, x, codes, scales, name=name):
       noise = None
       if seed is not None:
         noise = _noise.salt(seed, f'{name} {path}'), new.count
-      return _encode(*arrays, noise)
+      return _encode(x, codes, scales, noise)
 
     paths = jax.tree.map_with_path(lambda path, _: _tree.path_str(path), codes)
     trees[name], all_scales[name] = _tree.map_unzip(
       encode, 2, paths, getattr(new, name), codes, scales
     )
   return EightBitState(new._replace(**trees), all_scales)
+
+
+def all_decoded(state: Any) -> Any:
+  """Returns any state, with float32 moments in place of codes and scales."""
+  return jax.tree.map(
+    lambda x: EightBitState(decoded(x), {}) if _is_state(x) else x,
+    state,
+    is_leaf=_is_state,
+  )
+
+
+def all_encoded(wide: Any, like: Any) -> Any:
+  """Returns what `all_decoded` made, coded like the state `like`."""
+  return jax.tree.map(
+    lambda x, y: encoded(x.coded, y, None) if _is_state(x) else x,
+    wide,
+    like,
+    is_leaf=_is_state,
+  )
 
 
 def through(
@@ -241,6 +260,10 @@ def through(
   return lax.cond(
     wanted, lambda: encoded(f(decoded(state)), state, None), lambda: state
   )
+
+
+def _is_state(x: Any) -> bool:
+  return isinstance(x, EightBitState)
 
 
 def _is_large(leaf: Any) -> bool:
