@@ -15,8 +15,9 @@
 
 Dettmers et al., `8-bit Optimizers via Block-wise Quantization
 <https://arxiv.org/abs/2110.02861>`_, 2021; the code is that of `_codes`. The
-arithmetic is optax's own, in float32, between decoding and encoding, so that
-what is rounded is the state and nothing else.
+arithmetic is optax's own, between decoding to float32 and encoding, so that
+what is rounded is the state and nothing else. Leaves that are not coded keep
+moments in float32, or in their own dtype where that is wider or complex.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _blocks
 from subspace_optax import _codes
 from subspace_optax import _noise
 from subspace_optax import _sharding
@@ -46,7 +48,8 @@ class EightBitState(NamedTuple):
   """State of an optimizer whose moments take a byte each."""
 
   # The optimizer's own state. For each moment a tree, leaf shape=the leaf's:
-  # dtype=int8, uint8 for squares, float32 for leaves that are not coded.
+  # dtype=int8, uint8 for squares; of leaves that are not coded, float32, or the
+  # leaf's if that is wider or complex.
   coded: Any
   # From the name of each moment to a tree, leaf shape=one value per block,
   # dtype=float32; a scalar for leaves that are not coded.
@@ -66,11 +69,12 @@ def scale_by_adam8bit(
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_adam` with both moments in 8 bits.
 
-  Moments are coded in blocks of up to 256 numbers, each with a float32 scale:
-  1.02 bytes a number, up to 1.05 where 256 does not fit a leaf's axes. The
+  Moments are coded in blocks of 80 to 512 numbers, each with a float32 scale:
+  1.03 bytes a number for the sizes of most models, and 1.05 at most. The
   relative error is the same in 15 octaves below a block's largest first moment
   and 25 below its largest second moment; smaller second moments are taken for
-  the smallest of these. One gradient that is not finite spoils its block.
+  the smallest of these. One gradient that is not finite, or whose square is
+  not, spoils its block.
 
   While a leaf is updated its moments are float32: of a stack of layers, all of
   them, which may take more than the codes save. `layerwise` holds one layer's.
@@ -84,14 +88,16 @@ def scale_by_adam8bit(
     rounding: 'stochastic' is right in the mean, so that moments move by less
       than a code at a step; 'nearest' is not, and slower than half a code's
       4 % they don't move.
-    exclude: regular expression; leaves whose path it finds keep float32
-      moments, as all do of fewer than two axes or less than 4,096 numbers to a
-      matrix. None for no path.
+    exclude: regular expression; leaves whose path it finds are not coded, None
+      for no path. Complex leaves are not, nor are those of fewer than two axes
+      or with less than 4,096 numbers in the last two: an attention kernel of
+      (768, 12, 64) is not. Their moments are optax's, float32 or wider.
     seed: of the rounding.
 
   Returns:
-    A transformation, for whole leaves or inside `in_subspace`. Blocks divide
-    what a device holds of a leaf, if `init` sees its sharding.
+    A transformation, for whole leaves or inside `in_subspace`. Arithmetic on
+    coded leaves is float32, also on those of float64. Updates have the
+    gradients' dtypes and boxes.
 
   Raises:
     ValueError: an unknown rounding.
@@ -107,9 +113,7 @@ def scale_by_adam8bit(
     >>> print(state.coded.nu['w'].dtype, state.scales['nu']['w'].shape)
     uint8 (64, 4)
   """
-  inner = optax.scale_by_adam(
-    b1, b2, eps, eps_root, mu_dtype=jnp.float32, nesterov=nesterov
-  )
+  inner = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
   moments = {'mu': jnp.int8, 'nu': jnp.uint8}
   make = optax.ScaleByAdamState
   return _eight_bit(inner, make, moments, rounding, exclude, seed)
@@ -148,7 +152,7 @@ def scale_by_lion8bit(
     >>> state.coded.mu['w'].dtype
     dtype('int8')
   """
-  inner = optax.scale_by_lion(b1, b2, mu_dtype=jnp.float32)
+  inner = optax.scale_by_lion(b1, b2)
   make = optax.ScaleByLionState
   return _eight_bit(inner, make, {'mu': jnp.int8}, rounding, exclude, seed)
 
@@ -181,14 +185,14 @@ def _eight_bit(
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
   def update(updates, state, params=None, **extra_args):
-    del extra_args
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), updates)
-    directions, new = inner.update(wide, decoded(state), params)
-    directions = jax.tree.map(
-      lambda x, u: x.astype(u.dtype), directions, updates
-    )
+    del params, extra_args
+    bare, wide = _tree.unbox(updates), decoded(state)
+    gradients = jax.tree.map(lambda g, m: g.astype(m.dtype), bare, wide.mu)
+    directions, new = inner.update(gradients, wide)
+    directions = jax.tree.map(_as_gradient, directions, bare)
+    entries = [entry for _, entry in _tree.flatten(directions)[0]]
     noise = seed if rounding == 'stochastic' else None
-    return directions, encoded(new, state, noise)
+    return _tree.replace_entries(updates, entries), encoded(new, state, noise)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -212,21 +216,38 @@ def encoded(new: Any, state: EightBitState, seed: int | None) -> EightBitState:
   """
   trees, all_scales = {}, {}
   for name, scales in state.scales.items():
+    codes = getattr(state.coded, name)
 
-    def encode(path, x, codes, scale, name=name):
+    def encode(path, x, codes, scales, name=name):
       noise = None
       if seed is not None:
-        noise = _noise.salt(seed, f'{name} {_tree.path_str(path)}'), new.count
-      return _encode(x, codes, scale, noise)
+        noise = _noise.salt(seed, f'{name} {path}'), new.count
+      return _encode(x, codes, scales, noise)
 
-    pairs = jax.tree.map_with_path(
-      encode, getattr(new, name), getattr(state.coded, name), scales
-    )
-    outer = jax.tree.structure(scales)
-    trees[name], all_scales[name] = jax.tree.transpose(
-      outer, jax.tree.structure((0, 0)), pairs
+    paths = jax.tree.map_with_path(lambda path, _: _tree.path_str(path), codes)
+    trees[name], all_scales[name] = _tree.map_unzip(
+      encode, 2, paths, getattr(new, name), codes, scales
     )
   return EightBitState(new._replace(**trees), all_scales)
+
+
+def all_decoded(state: Any) -> Any:
+  """Returns any state, with float32 moments in place of codes and scales."""
+  return jax.tree.map(
+    lambda x: EightBitState(decoded(x), {}) if _is_state(x) else x,
+    state,
+    is_leaf=_is_state,
+  )
+
+
+def all_encoded(wide: Any, like: Any) -> Any:
+  """Returns what `all_decoded` made, coded like the state `like`."""
+  return jax.tree.map(
+    lambda x, y: encoded(x.coded, y, None) if _is_state(x) else x,
+    wide,
+    like,
+    is_leaf=_is_state,
+  )
 
 
 def through(
@@ -241,9 +262,14 @@ def through(
   )
 
 
+def _is_state(x: Any) -> bool:
+  return isinstance(x, EightBitState)
+
+
 def _is_large(leaf: Any) -> bool:
   return (
     len(leaf.shape) >= 2
+    and 0 not in leaf.shape
     and math.prod(leaf.shape[-2:]) >= _LEAST_SIZE
     and jnp.issubdtype(leaf.dtype, jnp.floating)
   )
@@ -254,25 +280,34 @@ def _found(pattern: str | None, path: Any) -> bool:
 
 
 def _zeros(leaf: Any, coded: bool, dtype: Any) -> jax.Array:
-  return jnp.zeros_like(leaf, dtype if coded else jnp.float32)
+  return jnp.zeros_like(leaf, dtype if coded else _wide(leaf.dtype))
+
+
+def _wide(dtype: Any) -> Any:
+  """Returns float32, or the dtype if it is float64 or complex."""
+  wider = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 4
+  return dtype if wider else jnp.float32
+
+
+def _as_gradient(direction: jax.Array, gradient: jax.Array) -> jax.Array:
+  """Returns a direction in the gradient's dtype, unless that is integer."""
+  if not jnp.issubdtype(gradient.dtype, jnp.inexact):
+    return direction
+  return direction.astype(gradient.dtype)
 
 
 def _zero_scales(leaf: Any, coded: bool) -> jax.Array:
   """Returns a zero for each block."""
   if not coded:
     return jnp.zeros((), jnp.float32)
-  tile = _codes.tile(leaf.shape)
-  counts = tuple(n // k for n, k in zip(leaf.shape, tile, strict=True))
-  return _sharding.zeros_along(leaf, counts)
+  return _sharding.zeros_along(leaf, _blocks.counts(leaf.shape))
 
 
 def _decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
-  if codes.dtype == jnp.float32:
-    return codes
-  return _codes.decode(codes, scales)
+  return _codes.decode(codes, scales) if _codes.is_coded(codes) else codes
 
 
 def _encode(x: jax.Array, codes: jax.Array, scales: jax.Array, noise: Any):
-  if codes.dtype == jnp.float32:
-    return x, scales
-  return _codes.encode(x, codes, scales, noise)
+  if _codes.is_coded(codes):
+    return _codes.encode(x, codes, scales, noise)
+  return _sharding.like(x, codes), scales

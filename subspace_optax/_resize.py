@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from subspace_optax import _describe
+from subspace_optax import _eight_bit
 from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _project
@@ -46,6 +47,8 @@ def resize_rank(
   first up to (1 - b1) / sqrt(1 - b2) times the learning rate, 3.2 times with
   its defaults.) Counters, seeds and all else are copied, with the dtypes and
   shardings that `tx.init(params)` has.
+
+  Moments in 8 bits are decoded and coded again, to the nearest.
 
   Of a basis in int8 or int4 the codes of the columns that stay are copied; made
   orthonormal with others, those columns turn by less than their rounding.
@@ -85,10 +88,13 @@ def resize_rank(
     if match and match.layout
   }
   start = tx.init(params)
-  pairs = list(_pairs(_tree.unbox(state), _tree.unbox(start)))
-  leaves = _projected_leaves(pairs, start, layouts)
+  # Blocks of 8-bit moments lie otherwise at another rank.
+  old, new = map(_eight_bit.all_decoded, (state, start))
+  pairs = list(_pairs(_tree.unbox(old), _tree.unbox(new)))
+  leaves = _projected_leaves(pairs, new, layouts)
   arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]
-  return jax.tree.structure(start).unflatten(jax.tree.leaves(arrays))
+  wide = jax.tree.structure(new).unflatten(jax.tree.leaves(arrays))
+  return _eight_bit.all_encoded(wide, start)
 
 
 class _Leaf(NamedTuple):

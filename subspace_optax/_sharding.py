@@ -199,6 +199,22 @@ def is_whole(x: jax.Array, axes: tuple[int, ...]) -> bool:
   return all(spec[i] is None for i in axes)
 
 
+def cuts_fit(x: jax.Array, cuts: tuple[int, ...]) -> bool:
+  """Whether each axis, by its type, is split into a divisor of its `cuts`."""
+  spec = _explicit_spec(x)
+  if spec is None:
+    return True
+  sizes = jax.typeof(x).sharding.mesh.shape
+  shards = [math.prod(sizes[k] for k in names(entry)) for entry in spec]
+  return all(n % k == 0 for n, k in zip(cuts, shards, strict=True))
+
+
+def automatic(f: Callable[..., Any], like: Any, *args: Any) -> Any:
+  """Returns `f(*args)`, whose inside the compiler shards, placed as `like`."""
+  placed = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+  return jax.sharding.auto_axes(f, out_sharding=placed)(*args)
+
+
 def _leaf_sharding(leaf: Any) -> NamedSharding | None:
   """Returns where a leaf lives, if that is known at this point."""
   if isinstance(leaf, Tracer):

@@ -29,7 +29,8 @@ from subspace_optax import _tree
 
 DEFAULT_EXCLUDE = r'embed|wte|wpe|lm_head|head(/kernel)?$|norm|scale|bias'
 SIDES = ('short', 'long', 'in', 'out')
-BASIS_DTYPES = ('float16', 'bfloat16', 'float32', 'float64', 'int8', 'int4')
+FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
+BASIS_DTYPES = (*FLOATS, 'int8', 'int4')
 
 # Attention kernels of three axes, (d, heads, head_dim) and back; axes before
 # those three are batch axes.
@@ -115,7 +116,7 @@ class SubspaceSpec:
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an
-      unknown side, another dtype of bases.
+      unknown side, another dtype of bases or moments.
     TypeError: a rank that is no number; a pattern that is no string.
 
   Example:
@@ -148,7 +149,10 @@ class SubspaceSpec:
       _check_rank(self.rank, '')
     if self.side not in SIDES:
       raise ValueError(f'side must be one of {SIDES}, got {self.side!r}.')
-    _check_basis_dtype(self.basis_dtype)
+    _check_dtype('basis_dtype', self.basis_dtype, BASIS_DTYPES)
+    if self.moment_dtype not in (None, 'parameter'):
+      hint = '; scale_by_adam8bit keeps moments in 8 bits'
+      _check_dtype('moment_dtype', self.moment_dtype, FLOATS, hint)
     for name in ('include', 'exclude'):
       pattern = getattr(self, name)
       if pattern is not None and not isinstance(pattern, str):
@@ -162,8 +166,8 @@ class SubspaceSpec:
     Raises:
       ValueError: no leaf of a non-empty tree is matched; dimension numbers
         that overlap or name a missing axis; a bad rank from a callable.
-      TypeError: a leaf is no array; a selected one is not of a real floating
-        type.
+      TypeError: a leaf is no array; a selected one is of another dtype than
+        `FLOATS`.
     """
     pairs, treedef = _tree.flatten(params)
     _tree.check_arrays(pairs)
@@ -180,10 +184,10 @@ class SubspaceSpec:
     reason = self._exclusion(path, leaf, dims)
     if reason:
       return Match(path, leaf, None, False, reason)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if _dtype_name(leaf.dtype) not in FLOATS:
       raise TypeError(
         f'leaf {path!r} of dtype {leaf.dtype} is selected for projection, '
-        'which needs a real floating dtype; name it in `exclude`.'
+        f'which needs one of {FLOATS}; name it in `exclude`.'
       )
     rows, cols = _axes_of(path, leaf, dims)
     layout = self._layout(path, leaf, rows, cols)
@@ -282,13 +286,20 @@ def bits(dtype: Any) -> int:
   return 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
 
 
-def _check_basis_dtype(dtype: Any) -> None:
+def _check_dtype(
+  argument: str, dtype: Any, allowed: tuple[str, ...], hint: str = ''
+) -> None:
+  """Raises unless the dtype is one of those allowed."""
+  name = _dtype_name(dtype)
+  if name not in allowed:
+    raise ValueError(f'{argument} must be one of {allowed}, got {name}{hint}.')
+
+
+def _dtype_name(dtype: Any) -> str:
   try:
-    name = jnp.dtype(dtype).name
+    return repr(dtype) if dtype is None else jnp.dtype(dtype).name
   except TypeError:
-    name = repr(dtype)
-  if name not in BASIS_DTYPES:
-    raise ValueError(f'basis_dtype must be one of {BASIS_DTYPES}, got {name}.')
+    return repr(dtype)
 
 
 def check_spec(spec: Any) -> None:

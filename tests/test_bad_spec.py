@@ -259,3 +259,28 @@ def test_complex_leaf_selected_for_projection(dtype):
   params = PARAMS | {'waves': jnp.ones((8, 12), dtype)}
   with errors.raises(TypeError, 'waves', 'complex64'):
     _project().init(params)
+
+
+@pytest.mark.parametrize(
+  'dtype', ['int8', jnp.int32, 'uint8', bool, 'float8_e4m3fn', 'complex64', 3]
+)
+def test_moments_that_are_no_floats(dtype):
+  """Integers would keep moments of zero, and so train by nothing."""
+  name = dtype if dtype == 3 else jnp.dtype(dtype).name
+  with errors.raises(
+    ValueError, 'moment_dtype', name, 'float16', 'float64', 'scale_by_adam8bit'
+  ):
+    so.SubspaceSpec(2, moment_dtype=dtype)
+
+
+@pytest.mark.parametrize('dtype', [None, 'float32', jnp.bfloat16, np.float16])
+def test_moments_of_any_float(dtype):
+  assert so.SubspaceSpec(2, moment_dtype=dtype).moment_dtype is dtype
+
+
+@pytest.mark.parametrize('dtype', ['float8_e4m3fn', 'float8_e5m2'])
+def test_float8_leaf_selected_for_projection(dtype):
+  params = PARAMS | {'narrow': jnp.ones((8, 12), dtype)}
+  with errors.raises(TypeError, 'narrow', dtype, 'bfloat16', 'exclude'):
+    _project().init(params)
+  _project(so.SubspaceSpec(2, exclude='narrow')).init(params)

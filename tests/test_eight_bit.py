@@ -16,6 +16,7 @@ import pytest
 import cases
 import llama
 import subspace_optax as so
+from subspace_optax import _blocks
 from subspace_optax import _codes
 
 SHAPE = (128, 96)  # blocks of 128 rows and one column
@@ -45,8 +46,7 @@ def reference(x, dtype):
 
 
 def encoded(x, dtype, noise=None):
-  tile = _codes.tile(x.shape)
-  counts = tuple(n // d for n, d in zip(x.shape, tile, strict=True))
+  counts = _blocks.counts(x.shape)
   zeros = jnp.zeros(x.shape, dtype), jnp.zeros(counts, jnp.float32)
   return _codes.encode(jnp.asarray(x, jnp.float32), *zeros, noise)
 

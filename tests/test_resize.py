@@ -18,6 +18,7 @@ import cases
 import errors
 import measure
 import subspace_optax as so
+from subspace_optax import _eight_bit
 from subspace_optax import projectors
 
 LEAVES = {
@@ -396,3 +397,34 @@ def test_boxes_that_a_wrapper_keeps(wrapped):
   assert jax.tree.structure(got) == jax.tree.structure(make(4).init(params))
   p = np.asarray(measure.bases(got)['w'], np.float64)
   np.testing.assert_allclose(p.T @ p, np.eye(4), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'shape, old, new',
+  [
+    ((121, 96), 48, 64),  # blocks of 12 and of 16 columns
+    ((300, 96), 8, 64),  # too small to be coded, and coded
+    ((300, 96), 64, 8),
+  ],
+)
+def test_moments_in_8_bits_are_read_in_their_own_blocks(shape, old, new):
+  make = lambda rank: so.subspace(
+    so.SubspaceSpec(rank, only_if_smaller=False),
+    projectors.stiefel(9),
+    so.scale_by_adam8bit(rounding='nearest'),
+  )
+  params = {'w': jax.random.normal(jax.random.key(0), shape)}
+  state = make(old).init(params)
+  _, state = cases.jit(make(old).update)(params, state, params)
+  got = so.resize_rank(make(new), state, params)
+  _check_like_init(got, make(new).init(params))
+  before, after = (_eight_bit.decoded(x[1].inner).mu['w'] for x in (state, got))
+  r = min(old, new)
+  size = np.abs(before[:, :r])
+  kept = size > 1e-3 * size.max()  # the smallest may be below a block's codes
+  np.testing.assert_allclose(
+    np.where(kept, after[:, :r], 0),
+    np.where(kept, before[:, :r], 0),
+    rtol=0.045,
+  )
+  np.testing.assert_array_equal(after[:, r:], 0)

@@ -1,0 +1,202 @@
+"""Blocks of `scale_by_adam8bit`: of leaves of any shape, on any mesh."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import subspace_optax as so
+from subspace_optax import _blocks
+from subspace_optax import _codes
+
+# Primes, twice and four times primes, with a side below 128, with one of each.
+SHAPES = [
+  (10007, 64),
+  (4099, 4099),
+  (61, 67, 71),
+  (257, 257),
+  (521, 521),
+  (10006, 64),
+  (4036, 67),
+  (4, 12108),
+  (1, 4099),
+  (10007, 1),
+  (2, 2144, 100),
+  (97, 43),
+  (3, 3, 64, 64),
+]
+# Codes to an octave, and octaves.
+CODES = {'int8': (8, 15), 'uint8': (10, 25)}
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+@functools.lru_cache
+def blocks_of(shape):
+  """The number of each entry's block, and one entry of every block."""
+  counts = _blocks.counts(shape)
+  number = jnp.arange(math.prod(counts), dtype=jnp.int32).reshape(counts)
+  number = np.asarray(_blocks.Blocks(shape, counts).spread(number))
+  return number, np.unique(number, return_index=True)[1]
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_blocks_are_small_and_scales_few(shape):
+  number, first = blocks_of(shape)
+  sizes = np.bincount(number.reshape(-1))
+  assert sizes.min() >= 1 and sizes.max() <= 512
+  assert len(first) == len(sizes) == math.prod(_blocks.counts(shape))
+  # Each is a rectangle of its matrix.
+  *_, m, n = shape
+  flat = number.reshape(-1, m, n)
+  one = flat[0] == flat[0, m // 2, n // 2]
+  assert one.sum() == one.any(0).sum() * one.any(1).sum()
+  # A byte, and a scale of four for at least 80.
+  leaf = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  report = so.memory_report(so.scale_by_adam8bit(), {'w': leaf})
+  assert report.state <= 1.05 * 2 * math.prod(shape) + 4
+
+
+def test_blocks_of_any_sizes():
+  random = np.random.default_rng(0)
+  shapes = np.exp2(random.uniform(0, 14, (1000, 2))).astype(int).tolist()
+  for m, n in shapes:
+    if m * n < 4096:
+      continue
+    counts = _blocks.counts((m, n))
+    assert m * n >= 80 * math.prod(counts)
+    assert _blocks.counts((5, m, n)) == (5, *counts)
+    for size, count, cut in zip(
+      (m, n), counts, _blocks.Blocks((m, n), counts).cuts(), strict=True
+    ):
+      # What a device holds has blocks of its own, which are those of the whole.
+      assert size % cut == 0 and count % cut == 0
+      part = _blocks.Blocks((size // cut, 1), (count // cut, 1))
+      assert part.cuts() == (math.gcd(size // cut, count // cut), 1)
+
+
+@pytest.mark.parametrize('shape', [s for s in SHAPES if s != (4099, 4099)])
+def test_error_in_every_octave(shape):
+  random = np.random.default_rng(1)
+  first = blocks_of(shape)[1]
+
+  def draw(dtype):
+    octaves = random.integers(0, CODES[dtype][1], shape)
+    x = (random.uniform(0.5, 1, shape) * 2.0**-octaves).astype(np.float32)
+    x.reshape(-1)[first] = 1.0
+    return x * random.choice([-1, 1], shape) if dtype == 'int8' else x
+
+  @cases.jit
+  def coded_and_back(xs):
+    scales = jnp.zeros(_blocks.counts(shape))
+    like = {dtype: (jnp.zeros(shape, dtype), scales) for dtype in CODES}
+    at_random = np.uint32(1), jnp.int32(2)
+    return {
+      dtype: [
+        _codes.decode(*_codes.encode(x, *like[dtype], noise))
+        for noise in (None, at_random)
+      ]
+      for dtype, x in xs.items()
+    }
+
+  drawn = {dtype: draw(dtype) for dtype in CODES}
+  for dtype, found in coded_and_back(drawn).items():
+    for got, steps in zip(found, (0.5, 1.0), strict=True):
+      bound = (2 ** (steps / CODES[dtype][0]) - 1) * (1 + 1e-3)
+      error = np.abs(np.float64(got) / drawn[dtype] - 1)
+      np.testing.assert_array_less(error, bound)
+
+
+@pytest.mark.parametrize('shape', [(10007, 64), (61, 67, 71)])
+@pytest.mark.parametrize('bad', [np.nan, -np.inf, 1e30])
+def test_a_gradient_that_is_not_finite_spoils_its_block(shape, bad):
+  number, first = blocks_of(shape)
+  tx = so.scale_by_adam8bit()
+  update = cases.jit(tx.update)
+  for at in (first[-1], 5):  # in a last block, which is smaller, and elsewhere
+    gradient = np.ones(shape, np.float32)
+    gradient.reshape(-1)[at] = bad
+    first_step = {'w': jnp.asarray(gradient)}
+    _, state = update(first_step, tx.init(first_step))
+    updates, _ = update({'w': jnp.ones(shape)}, state)
+    spoiled = number == number.reshape(-1)[at]
+    np.testing.assert_array_equal(np.isfinite(updates['w']), ~spoiled)
+
+
+def test_rows_of_other_sizes_are_as_exact():
+  """Rows with gradients a million times smaller, where one scale would fail."""
+  shape = (10007, 64)
+  size = np.where(np.arange(shape[0]) < 5000, 1.0, 1e-6)[:, None]
+  gradient = {'w': normal(0, *shape) * jnp.asarray(size, jnp.float32)}
+  tx, wanted = so.scale_by_adam8bit(), optax.scale_by_adam()
+  a, b = tx.init(gradient), wanted.init(gradient)
+  for _ in range(2):
+    x, a = tx.update(gradient, a)
+    y, b = wanted.update(gradient, b)
+  off = np.abs(x['w'] / y['w'] - 1) > 0.1
+  assert off.mean() < 2 * 256 / shape[0]  # blocks that hold both
+
+
+def test_blocks_of_zeros_and_of_numbers_near_the_smallest():
+  shape = (1009, 67)
+  x = np.ones(shape, np.float32)
+  number, first = blocks_of(shape)
+  for i, value in enumerate((0.0, 1e-41, 1e-38, 1e-30, 3e38)):
+    x[number == number.reshape(-1)[first[i]]] = value
+  like = _blocks.counts(shape)
+  for dtype in CODES:
+    code = _codes.encode(x, jnp.zeros(shape, dtype), jnp.zeros(like))
+    got = _codes.decode(*code)
+    # Below 1.2e-38 a CPU takes numbers for zero.
+    small = x < 1.2e-38
+    np.testing.assert_allclose(np.where(small, 0, got), np.where(small, 0, x))
+    np.testing.assert_array_less(np.where(small, got, 0), 1.2e-38)
+
+
+PLACES = [
+  ((4036, 64), ('x', 'y'), True),  # both cut, rows in pieces of 1009
+  ((4099, 64), (None, ('x', 'y')), True),
+  ((10006, 64), ('y', 'x'), True),
+  ((3, 1009, 12), (None, None, 'x'), True),
+  ((384, 384), (('x', 'y'), None), False),  # cut in blocks of 192
+]
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('shape, spec, whole', PLACES)
+def test_on_a_mesh(shape, spec, whole, kind):
+  """The state is that of one device, and no device asks another for blocks."""
+  tx = so.scale_by_adam8bit(rounding='nearest')
+  gradient = {'w': normal(0, *shape)}
+  alone, own = cases.jit(tx.update)(gradient, tx.init(gradient))
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(kind,) * 2)
+  with jax.set_mesh(mesh):
+    place = NamedSharding(mesh, P(*spec))
+    sharded = jax.device_put(gradient, place)
+    start = tx.init(sharded)
+    program = cases.jit(tx.update).lower(sharded, start).compile()
+    got, state = program(sharded, start)
+    text = program.as_text()
+    if whole:
+      assert 'all-reduce' not in text and 'collective-permute' not in text
+    # Never the leaf.
+    assert not any(
+      'all-gather(' in line and f'[{",".join(map(str, shape))}]' in line
+      for line in text.splitlines()
+    )
+    for new, old in zip(*map(jax.tree.leaves, (state, start)), strict=True):
+      # The compiler places the scales of blocks that two devices share.
+      assert not whole or new.sharding.is_equivalent_to(old.sharding, old.ndim)
+  np.testing.assert_allclose(got['w'], alone['w'], rtol=1e-5)
+  np.testing.assert_array_equal(state.scales['mu']['w'], own.scales['mu']['w'])
+  assert np.mean(state.coded.mu['w'] != own.coded.mu['w']) < 1e-3
