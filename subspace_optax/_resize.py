@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from subspace_optax import _describe
+from subspace_optax import _eight_bit
 from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _project
@@ -49,6 +50,9 @@ def resize_rank(
 
   Of a basis in int8 or int4 the codes of the columns that stay are copied; made
   orthonormal with others, those columns turn by less than their rounding.
+  Moments in 8 bits are decoded, resized and rounded to the nearest code of the
+  new blocks; at another rank they may have no codes, or get some, since small
+  matrices keep float32.
 
   A basis that is drawn again at every step (`regenerate=True`, as in
   `apollo_adamw`, `subspace_adamw` and `subspace_muon`) is another one at
@@ -88,7 +92,45 @@ def resize_rank(
   pairs = list(_pairs(_tree.unbox(state), _tree.unbox(start)))
   leaves = _projected_leaves(pairs, start, layouts)
   arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]
-  return jax.tree.structure(start).unflatten(jax.tree.leaves(arrays))
+  wide = jax.tree.map(_decoded, start, is_leaf=_is_coded)
+  wide = jax.tree.structure(wide).unflatten(jax.tree.leaves(arrays))
+  return jax.tree.map(
+    _coded, start, _tree.unbox(state), wide, is_leaf=_is_coded
+  )
+
+
+def _is_coded(node: Any) -> bool:
+  """Whether a node is a state of moments in 8 bits."""
+  return isinstance(node, _eight_bit.EightBitState)
+
+
+def _decoded(node: Any) -> Any:
+  """Returns the moments of a state in float32, other nodes as they are."""
+  return _eight_bit.decoded(node) if _is_coded(node) else node
+
+
+def _coded(start: Any, old: Any, new: Any) -> Any:
+  """Returns a state in 8 bits with new moments; codes of old shapes stay."""
+  if not _is_coded(start):
+    return new
+  made = _eight_bit.encoded(new, start, None)
+  trees, scales = {}, {}
+  for name in start.scales:
+    codes, old_codes = (getattr(x.coded, name) for x in (made, old))
+    same = jax.tree.map(_is_like, codes, old_codes)
+    kept = lambda x, y, same=same: jax.tree.map(_second_if, same, x, y)
+    trees[name] = kept(codes, old_codes)
+    scales[name] = kept(made.scales[name], old.scales[name])
+  made = _eight_bit.EightBitState(made.coded._replace(**trees), scales)
+  return jax.tree.map(_put, made, start)
+
+
+def _is_like(x: jax.Array, y: jax.Array) -> bool:
+  return (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+def _second_if(wanted: bool, x: Any, y: Any) -> Any:
+  return y if wanted else x
 
 
 class _Leaf(NamedTuple):
@@ -104,8 +146,10 @@ def _pairs(
 ) -> Iterator[tuple[str, Any, Any]]:
   """Yields (path, old array, new array) of two states of the same form.
 
-  Or two bases in integers.
+  Or two bases in integers; moments in 8 bits are decoded.
   """
+  if _is_coded(old) and _is_coded(new):
+    old, new = _decoded(old), _decoded(new)
   old_parts, old_form = _parts(old)
   new_parts, new_form = _parts(new)
   if old_form != new_form:
