@@ -26,6 +26,7 @@ from subspace_optax._eight_bit import scale_by_adam8bit as scale_by_adam8bit
 from subspace_optax._eight_bit import scale_by_lion8bit as scale_by_lion8bit
 from subspace_optax._in_subspace import in_subspace as in_subspace
 from subspace_optax._layerwise import Layerwise as Layerwise
+from subspace_optax._layerwise import LayerwiseAuxMetrics as LayerwiseAuxMetrics
 from subspace_optax._layerwise import LayerwiseMetrics as LayerwiseMetrics
 from subspace_optax._layerwise import LayerwiseState as LayerwiseState
 from subspace_optax._layerwise import layerwise as layerwise

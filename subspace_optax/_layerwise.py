@@ -58,6 +58,14 @@ class LayerwiseMetrics(NamedTuple):
   norm: jax.Array  # shape=(), dtype=float32, of the whole gradient, not clipped
 
 
+class LayerwiseAuxMetrics(NamedTuple):
+  """What a layer-wise step with `has_aux` returns besides."""
+
+  loss: jax.Array  # shape=(), before the step
+  norm: jax.Array  # shape=(), dtype=float32, of the whole gradient, not clipped
+  aux: Any  # what `head` returned beside the loss
+
+
 @dataclasses.dataclass(frozen=True)
 class Layerwise:
   """A layer-wise training step, made by `layerwise`.
@@ -78,13 +86,15 @@ class Layerwise:
 def layerwise(
   tx: optax.GradientTransformation,
   embed: Callable[[Any, Any], Any],
-  block: Callable[[Any, Any, Any], Any],
-  head: Callable[[Any, Any, Any], jax.Array],
+  block: Callable[..., Any],
+  head: Callable[[Any, Any, Any], Any],
   *,
   stack: str = 'blocks',
   rest: optax.GradientTransformation | None = None,
   max_norm: float | None = None,
   clip: str = 'layer',
+  with_index: bool = False,
+  has_aux: bool = False,
 ) -> Layerwise:
   """Makes a training step whose backward pass updates layer by layer.
 
@@ -93,21 +103,27 @@ def layerwise(
 
   An optimizer sees one layer at a time, and all other parameters as one more.
   What looks at the whole tree, such as `optax.clip_by_global_norm` or
-  `optax.apply_if_finite`, looks at one layer here. Schedules count steps, as
-  ever; with `stagger`, matrices take turns among those of the stack. To
-  accumulate gradients, call the step for every micro-batch with
-  `so.subspace(..., every_k=k)`, which keeps them r-sized; `optax.MultiSteps`
-  works, too, but its sums are whole gradients of all layers. Under automatic or
-  explicit sharding, gradients are summed over replicas layer by layer;
-  `data_parallel_step` does not apply.
+  `optax.apply_if_finite`, looks at one layer here. Optimizers that take `value`
+  and `grad`, such as `optax.contrib.reduce_on_plateau`, get the loss and the
+  gradient of that layer; line searches, which need `value_fn`, can't work.
+  Leaves of integers, booleans or random keys have no gradient: in `x` they may
+  change from block to block; among the parameters they stay as they are, unseen
+  by the optimizer. Schedules count steps, as ever; with `stagger`, matrices
+  take turns among those of the stack. To accumulate gradients, call the step
+  for every micro-batch with `so.subspace(..., every_k=k)`, which keeps them
+  r-sized; `optax.MultiSteps` works, too, but its sums are whole gradients of
+  all layers. Under automatic or explicit sharding, gradients are summed over
+  replicas layer by layer; `data_parallel_step` does not apply.
 
   Args:
     tx: the optimizer, with learning rate and all.
     embed: (rest, batch) -> x, the first layer's input: an array or a tree.
-    block: (one layer's parameters, x, batch) -> x, of the same shapes.
-    head: (rest, x, batch) -> the loss, a scalar.
+    block: (one layer's parameters, x, batch) -> x, of the same shapes; with
+      `with_index`, (one layer's parameters, x, batch, index) -> x.
+    head: (rest, x, batch) -> the loss, a scalar; with `has_aux`, (loss, aux).
     stack: the path of the stacked blocks among the parameters, as
-      `decoder/layers`, in nested mappings.
+      `decoder/layers`, in nested mappings. `embed` and `head` get the mapping
+      without the stack, as a dict if its type is immutable.
     rest: the optimizer of all other parameters; `tx` by default, whose
       `SubspaceSpec` then needs `allow_empty`.
     max_norm: what gradients' norms are clipped to; None for no clipping.
@@ -115,15 +131,22 @@ def layerwise(
       and that of all else. 'previous': of the whole gradient one step before
       (each layer's own in the first step, and after one that was not finite).
       'two_pass': of the whole gradient, for which the backward pass runs twice.
+    with_index: whether `block` takes the number of its layer, from 0, as a
+      fourth argument. For dropout that differs by layer, put a random key into
+      the batch and use `jax.random.fold_in(batch['key'], index)`: the backward
+      pass computes the layer again with the same mask.
+    has_aux: whether `head` returns (loss, aux); `metrics.aux` is that tree.
 
   Returns:
-    The step, as `init` and `update`.
+    The step, as `init` and `update`. Parameters keep their treedef. Numbers of
+    the state may be set for all layers at once by `optax.tree.set(state,
+    learning_rate=0.01)`.
 
   Raises:
     ValueError: an unknown `clip`; at `init`, no mapping at `stack`, leaves that
-      disagree on the number of layers, or an optimizer whose state for a stack
-      is no stack of states; at `update`, a block that changes its input's
-      shapes.
+      disagree on the number of layers, or a spec that takes the axis of layers
+      for one of a matrix; at `update`, a block that changes its input's shapes,
+      or a head that returns no scalar.
 
   References:
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with
@@ -156,8 +179,13 @@ def layerwise(
   rest_tx = optax.with_extra_args_support(tx if rest is None else rest)
   keys = stack.split('/')
 
-  def init(params):
+  def parted(params):
     blocks, others = _stacks.take(params, keys)
+    _stacks.count(blocks)
+    return _stacks.split(blocks), _stacks.split(others)
+
+  def init(params):
+    (blocks, _), (others, _) = parted(params)
     state = LayerwiseState(
       _stacks.init(stack_tx, _stacks.nest(blocks, keys)),
       rest_tx.init(others),
@@ -166,11 +194,32 @@ def layerwise(
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
   def update(params, state, batch):
-    blocks, others = _stacks.take(params, keys)
-    below, back_to_embed = jax.vjp(lambda r: embed(r, batch), others)
-    run = lambda layer, x: _same_shapes(block(layer, x, batch), x)
-    top, inputs = lax.scan(lambda x, layer: (run(layer, x), x), below, blocks)
-    loss, back = jax.vjp(lambda r, x: head(r, x, batch), others, top)
+    (blocks, fixed), (others, fixed_others) = parted(params)
+    of_blocks = _stacks.nest(blocks, keys)
+    states = _stacks.with_layers(stack_tx, of_blocks, state.blocks)
+    embedded = lambda r: _stacks.split(
+      embed(_stacks.join(r, fixed_others), batch)
+    )
+    below, back_to_embed, fixed_below = jax.vjp(embedded, others, has_aux=True)
+
+    def run(i, layer, x):
+      layer = _stacks.join(layer, _stacks.layer(fixed, i))
+      x = _stacks.join(*x)
+      new = block(layer, x, batch, *((i,) if with_index else ()))
+      return _stacks.split(_same_shapes(new, x))
+
+    last = _stacks.count(blocks) - 1
+    (top, fixed_top), inputs = lax.scan(
+      lambda x, of: (run(*of, x), x),
+      (below, fixed_below),
+      (jnp.arange(last + 1), blocks),
+    )
+
+    def headed(r, x):
+      r, x = _stacks.join(r, fixed_others), _stacks.join(x, fixed_top)
+      return _loss_and_aux(head(r, x, batch), has_aux)
+
+    loss, back, aux = jax.vjp(headed, others, top, has_aux=True)
     of_head, at_top = back(jnp.ones_like(loss))
     of_rest = lambda gx: optax.tree.add(of_head, back_to_embed(gx)[0])
 
@@ -182,31 +231,56 @@ def layerwise(
 
     def step(layer, own, gradient):
       gradient, squares = clipped(gradient)
+      gradient = _stacks.nest(gradient, keys)
       updates, own = stack_tx.update(
-        _stacks.nest(gradient, keys), own, _stacks.nest(layer, keys)
+        gradient, own, _stacks.nest(layer, keys), value=loss, grad=gradient
       )
       return _stacks.take(updates, keys)[0], own, squares
 
     blocks, own, squares, gx = _backward(
-      run, step, blocks, state.blocks, inputs, at_top
+      run, step, blocks, states, inputs, at_top
     )
     gradient, more = clipped(of_rest(gx))
-    updates, rest = rest_tx.update(gradient, state.rest, others)
+    updates, rest = rest_tx.update(
+      gradient, state.rest, others, value=loss, grad=gradient
+    )
     others = optax.apply_updates(others, updates)
-    norm = jnp.sqrt(squares + more)
-    params = _stacks.put(others, keys, blocks)
-    state = LayerwiseState(own, rest, norm)
-    return params, state, LayerwiseMetrics(loss, norm)
+    params = _stacks.put(
+      params,
+      keys,
+      _stacks.join(blocks, fixed),
+      _stacks.join(others, fixed_others),
+    )
+    metrics = LayerwiseMetrics(loss, jnp.sqrt(squares + more))
+    state = LayerwiseState(own, rest, metrics.norm)
+    if has_aux:
+      metrics = LayerwiseAuxMetrics(*metrics, aux)
+    return params, state, metrics
 
   def gradients(params):
-    blocks, others = _stacks.take(params, keys)
-    return jax.eval_shape(lambda x: _stacks.layer(x, 0), blocks), others
+    (blocks, _), (others, _) = parted(params)
+    return _stacks.layer_shapes(blocks), others
 
   return Layerwise(init, update, gradients)
 
 
+def _loss_and_aux(found: Any, has_aux: bool) -> tuple[Any, Any]:
+  """Returns what `head` returned as a loss and all else."""
+  if has_aux and not (isinstance(found, tuple) and len(found) == 2):
+    raise ValueError(
+      f'head must return (loss, aux), since has_aux=True, got {found!r}.'
+    )
+  loss, aux = found if has_aux else (found, None)
+  if not jax.tree_util.all_leaves([loss]) or jnp.shape(loss):
+    more = '' if has_aux else '; (loss, aux) needs has_aux=True'
+    raise ValueError(
+      f'head must return the loss as a scalar{more}, got {loss}.'
+    )
+  return loss, aux
+
+
 def _backward(
-  run: Callable[[Any, Any], Any],
+  run: Callable[[Any, Any, Any], Any],
   step: Callable[[Any, Any, Any], Any],
   blocks: Any,
   states: Any,
@@ -227,8 +301,7 @@ def _backward(
     # the stacks then comes after the write, so that nothing need be copied.
     stacks = _stacks.put_layer(stacks, jnp.minimum(i + 1, last), new)
     layer, own = _stacks.layer(stacks, i)
-    _, back = jax.vjp(run, layer, _stacks.layer(inputs, i))
-    gradient, gx = back(gx)
+    gradient, gx = _pull(run, i, layer, _stacks.layer(inputs, i), gx)
     updates, own, more = step(layer, own, gradient)
     new = optax.apply_updates(layer, updates), own
     return stacks, new, squares + more, gx
@@ -239,19 +312,29 @@ def _backward(
   return *_stacks.put_layer(stacks, 0, new), squares, gx
 
 
+def _pull(
+  run: Callable[[Any, Any, Any], Any], i: Any, layer: Any, x: Any, gx: Any
+) -> tuple[Any, Any]:
+  """Returns the gradients of layer i and of its input."""
+  x, fixed = x
+  run_x = lambda layer, x: run(i, layer, (x, fixed))
+  _, back, _ = jax.vjp(run_x, layer, x, has_aux=True)
+  return back(gx)
+
+
 def _squares_of_stack(
-  run: Callable[[Any, Any], Any], blocks: Any, inputs: Any, gx: Any
+  run: Callable[[Any, Any, Any], Any], blocks: Any, inputs: Any, gx: Any
 ) -> tuple[jax.Array, Any]:
   """Returns the squared norm of all layers' gradients, and dL/dx below."""
 
   def body(carry, of_layer):
     squares, gx = carry
-    _, back = jax.vjp(run, *of_layer)
-    gradient, gx = back(gx)
+    gradient, gx = _pull(run, *of_layer, gx)
     return (squares + _squares(gradient), gx), None
 
   start = (jnp.zeros((), jnp.float32), gx)
-  return lax.scan(body, start, (blocks, inputs), reverse=True)[0]
+  numbers = jnp.arange(_stacks.count(blocks))
+  return lax.scan(body, start, (numbers, blocks, inputs), reverse=True)[0]
 
 
 def _clipping(
@@ -295,13 +378,12 @@ def _clipping(
 
 def _squares(tree: Any) -> jax.Array:
   """Returns the sum of squares in float32."""
-  wide = lambda x: jnp.sum(jnp.square(x.astype(jnp.float32)))
+  wide = lambda x: jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32)))
   return sum(map(wide, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
 
 
 def _same_shapes(new: Any, old: Any) -> Any:
-  shape = lambda x: (x.shape, jnp.result_type(x))
-  of = lambda tree: jax.tree.map(shape, tree)
+  of = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   if of(new) != of(old):
     raise ValueError(
       f'block must return what it is given, {of(old)}, but returned {of(new)}.'

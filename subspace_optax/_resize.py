@@ -48,10 +48,11 @@ def resize_rank(
   its defaults.) Counters, seeds and all else are copied, with the dtypes and
   shardings that `tx.init(params)` has.
 
-  Moments in 8 bits are decoded and coded again, to the nearest.
-
   Of a basis in int8 or int4 the codes of the columns that stay are copied; made
   orthonormal with others, those columns turn by less than their rounding.
+  Moments in 8 bits are decoded, resized and rounded to the nearest code of the
+  new blocks; at another rank they may have no codes, or get some, since small
+  matrices keep float32.
 
   A basis that is drawn again at every step (`regenerate=True`, as in
   `apollo_adamw`, `subspace_adamw` and `subspace_muon`) is another one at

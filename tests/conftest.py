@@ -31,9 +31,15 @@ jax.config.update('jax_num_cpu_devices', 4)
 # A (n,) added to a (m, n) is more often a mistake than meant.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-# No deadline: the first example of a property also pays for compilation.
+# No deadline, and nothing is too slow: the first example of a property also
+# pays for compilation, and other programs may be running.
 # Derandomized: the same commit gives the same result everywhere.
-hypothesis.settings.register_profile('default', deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+  'default',
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile('default')
 
 

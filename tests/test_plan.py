@@ -325,6 +325,139 @@ def test_models_of_others(make):
   assert made.activations > 0
 
 
+def linen_model(body):
+  """A class of models whose call is `body(module, x, *args, **kwargs)`."""
+
+  class Made(linen.Module):
+    @linen.compact
+    def __call__(self, tokens, *args, **kwargs):
+      return body(self, linen.Embed(64, 16)(tokens), *args, **kwargs)
+
+  return Made
+
+
+def dropped(module, x):
+  """Dropout, noise and batch statistics, all at work, and a cache."""
+  x = linen.Dropout(0.1, deterministic=False)(x)
+  x = x + jax.random.normal(module.make_rng('noise'), x.shape)
+  seen = module.variable('cache', 'seen', lambda: jnp.zeros((), jnp.int32))
+  seen.value += 1
+  module.sow('intermediates', 'x', x)
+  return linen.Dense(64)(linen.BatchNorm(use_running_average=False)(x))
+
+
+class Normed(Tiny):
+  """Dropout and batch statistics of nnx, and an auxiliary output."""
+
+  def __init__(self):
+    super().__init__()
+    self.norm = nnx.BatchNorm(16, rngs=nnx.Rngs(0))
+
+  def __call__(self, tokens):
+    x = self.norm(self.embed(tokens))
+    return self.head(self.drop(jnp.tanh(self.up(x)))), {'x': x}
+
+
+MADE = 4 * (64 * 16 + 16 * 64 + 64)
+
+
+@pytest.mark.parametrize(
+  ('make', 'size'),
+  [
+    (linen_model(dropped), MADE + 4 * 2 * 16),
+    (linen_model(lambda _, x: (linen.Dense(64)(x), {'aux': x})), MADE),
+    (linen_model(lambda _, x: {'logits': linen.Dense(64)(x)}), MADE),
+    (Normed, 4 * (64 * 16 + 16 * 256 + 256 + 256 * 64 + 64 + 2 * 16)),
+  ],
+)
+def test_models_as_they_are_trained(make, size):
+  made = plan.plan(make, 'sgd', batch=2, seq=8, param_dtype='float32')
+  assert made.weights == size
+  assert made.activations > 4 * 2 * 8 * 16
+
+
+def test_a_batch_that_is_a_mapping():
+  """A model of one's own takes any tree, and has any loss."""
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  model = plan.Model(
+    'mine',
+    {'w': shape(16, 4)},
+    lambda batch, seq: {'x': shape(batch, seq, 16), 'mask': shape(batch, seq)},
+    whole=lambda p, b: jnp.sum((b['x'] @ p['w']) ** 2 * b['mask'][..., None]),
+  )
+  made = plan.plan(model, 'sgd', batch=2, seq=8)
+  assert made.weights == 4 * 16 * 4 and made.activations >= 4 * 2 * 8 * 4
+
+
+def with_a_flag(_, x, train):
+  del train
+  return linen.Dense(64)(x)
+
+
+def with_a_name(_, x, *, deterministic):
+  del deterministic
+  return linen.Dense(64)(x)
+
+
+class Broken(nnx.Module):
+  def __init__(self):
+    raise RuntimeError('no such file')
+
+
+class Silent(nnx.Module):
+  def __init__(self):
+    self.up = nnx.Linear(16, 64, rngs=nnx.Rngs(0))
+
+
+class Frozen(linen.Module):
+  @linen.compact
+  def __call__(self, tokens):
+    return self.variable('frozen', 'w', lambda: jnp.ones((64, 64))).value[
+      tokens
+    ]
+
+
+@pytest.mark.parametrize(
+  ('make', 'words'),
+  [
+    (linen_model(with_a_flag), ("'train'", 'plan.Model')),
+    (linen_model(with_a_name), ("'deterministic'", 'plan.Model')),
+    (linen_model(lambda _, x: x['tokens']), ('tokens of shape (1, 8) alone',)),
+    (linen_model(lambda _, x: jnp.mean(x, 1)), ('made shape (1, 16)',)),
+    (linen_model(lambda _, x: None), ('made NoneType', 'return logits')),
+    (Broken, ('without arguments: RuntimeError: no such file',)),
+    (Silent, ("'Silent' object is not callable", 'plan.Model')),
+    (Frozen, ("no collection 'params'", "['frozen']")),
+    (lambda: (Tiny(), 3), ('gave tuple', 'nnx module')),
+  ],
+)
+def test_models_that_cannot_be_planned(make, words):
+  with pytest.raises(ValueError) as error:
+    plan.plan(make, 'sgd', seq=8)
+  text = str(error.value)
+  assert 'model=' in text and '\n' not in text
+  for word in words:
+    assert word in text
+
+
+@pytest.mark.parametrize(
+  ('text', 'word'),
+  [
+    ('def f(:', 'SyntaxError'),
+    ('raise RuntimeError("no GPU")', 'RuntimeError: no GPU'),
+    ('import sys; sys.exit(3)', 'SystemExit: 3'),
+    ('import nothing_like_it', 'nothing_like_it'),
+  ],
+)
+def test_files_that_do_not_import(text, word, tmp_path, monkeypatch, capsys):
+  name = tmp_path.name
+  (tmp_path / f'{name}.py').write_text(text)
+  monkeypatch.syspath_prepend(tmp_path)
+  assert plan.main(['--model', f'{name}:Model', '--seq', '8']) == 2
+  error = capsys.readouterr().err
+  assert f"model='{name}:Model' can not be imported" in error and word in error
+
+
 def test_optimizers_of_others():
   made = plan.plan(method=so.golore(1e-3, rank=8), **SMALL)
   assert made == plan.plan(method='golore', **SMALL)

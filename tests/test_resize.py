@@ -208,6 +208,71 @@ def test_training_goes_on(name):
     losses = after
 
 
+# Coordinates of (64, 256) have codes from rank 16 on, smaller ones are float32.
+@pytest.mark.parametrize('old_rank,new_rank', [(15, 16), (16, 15), (33, 48)])
+def test_moments_in_8_bits(old_rank, new_rank):
+  """Within a code's rounding what float32 moments would be."""
+  params = {'w': jnp.ones((64, 256)), 'bias': jnp.ones(5)}
+
+  def make(rank, inner):
+    return so.subspace(so.SubspaceSpec(rank), projectors.stiefel(9), inner)
+
+  def resized(inner, with_moments):
+    old, new = (make(rank, inner) for rank in (old_rank, new_rank))
+    project, own, rest = old.init(params)
+    state = project, own._replace(inner=with_moments(own.inner)), rest
+    state = so.resize_rank(new, state, params)
+    _check_like_init(state, new.init(params))
+    return state[1].inner
+
+  moments = {}
+
+  def coded(start):
+    filled = jax.tree.map(abs, _filled(_eight_bit.decoded(start)))
+    moments['old'] = _eight_bit.encoded(filled, start, None)
+    return moments['old']
+
+  got = _eight_bit.decoded(resized(so.scale_by_adam8bit(), coded))
+  wanted = resized(
+    optax.scale_by_adam(), lambda _: _eight_bit.decoded(moments['old'])
+  )
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=0.05, atol=0.01),
+    got,
+    wanted,
+  )
+  assert float(got.mu['w'][:15].min()) >= 0 and float(got.nu['w'].max()) > 3
+
+
+def test_codes_of_the_same_shape_stay():
+  params = {'w': jnp.ones((64, 256)), 'plain': jnp.ones((64, 64))}
+  make = lambda rank: so.subspace(
+    so.SubspaceSpec(rank, include='w'),
+    projectors.stiefel(9),
+    so.scale_by_adam8bit(),
+  )
+  tx = make(16)
+  rng = np.random.default_rng(0)
+  draw = lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+  grads = jax.tree.map(draw, params)
+  _, state = cases.jit(tx.update)(grads, tx.init(params), params)
+  got = so.resize_rank(make(32), state, params)
+  old, new = (x[1].inner.coded.nu['plain'] for x in (state, got))
+  np.testing.assert_array_equal(old, new)
+  assert old.dtype == new.dtype == jnp.uint8
+  again = so.resize_rank(make(16), state, params)
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_8_bits_or_not_is_no_change_of_rank():
+  params = {'w': jnp.ones((64, 256))}
+  make = lambda inner: so.subspace(
+    so.SubspaceSpec(16), projectors.stiefel(9), inner
+  )
+  state = make(so.scale_by_adam8bit()).init(params)
+  _refused(make(optax.scale_by_adam()), state, params, 'EightBitState')
+
+
 @pytest.mark.parametrize('name', DRAWN)
 def test_bases_that_are_drawn_again_have_no_moments_to_keep(name):
   params, state = _state(name)

@@ -13,8 +13,9 @@
 # limitations under the License.
 """Models of others for `plan`: nnx and linen modules, by import path too."""
 
+from collections.abc import Callable, Mapping
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen
 from flax import nnx
@@ -23,6 +24,12 @@ import jax.numpy as jnp
 
 from subspace_optax import _tree
 from subspace_optax._plan import _models
+
+_REMEDY = (
+  'It must take an integer array (batch, seq) and return logits (batch, seq, '
+  'vocabulary), alone or first in a tuple; for other arguments or another loss '
+  'give a plan.Model, with `inputs` and `whole`.'
+)
 
 
 def resolve(
@@ -43,13 +50,20 @@ def resolve(
     return made
   if isinstance(made, linen.Module):
     return _of_linen(name, made, seq, param_dtype)
-  if isinstance(made, tuple):
-    graph, params, rest = made
-    return _of_nnx(name, graph, params, rest, param_dtype)
+  if isinstance(made, _Split):
+    return _of_nnx(name, made, param_dtype)
   raise ValueError(
     f'model={name!r} gave {type(made).__name__}; expected a callable without '
     'arguments that returns an nnx module, a linen module or a plan.Model.'
   )
+
+
+class _Split(NamedTuple):
+  """An nnx module, as `nnx.split` returns it."""
+
+  graph: Any
+  params: Any
+  rest: Any
 
 
 def imported(path: str) -> Any:
@@ -59,12 +73,29 @@ def imported(path: str) -> Any:
     found: Any = importlib.import_module(module)
     for part in name.split('.'):
       found = getattr(found, part)
-  except (ImportError, AttributeError, ValueError) as error:
+  except (Exception, SystemExit) as error:  # whatever that module does
     raise ValueError(
-      f'model={path!r} can not be imported: {error}. Give '
+      f'model={path!r} can not be imported: {_said(error)}. Give '
       f'package.module:callable, or choose from {sorted(_models.NAMED)}.'
     ) from error
   return found
+
+
+def _said(error: BaseException) -> str:
+  """Returns an error's type and first line."""
+  first, *_ = [*str(error).splitlines(), '']
+  return f'{type(error).__name__}: {first.rstrip(".")}'
+
+
+def _theirs(name: str, call: Callable[..., Any], tokens: Any) -> Any:
+  """Returns what a model makes of tokens, or one sentence about its error."""
+  try:
+    return call(tokens)
+  except Exception as error:  # in code that is not ours
+    raise ValueError(
+      f'model={name!r} can not be called with tokens of shape '
+      f'{tuple(tokens.shape)} alone: {_said(error)}. {_REMEDY}'
+    ) from error
 
 
 def _made(name: str, make: Any) -> Any:
@@ -72,7 +103,7 @@ def _made(name: str, make: Any) -> Any:
   if isinstance(make, linen.Module):
     return make
   if isinstance(make, nnx.Module):
-    return nnx.split(make, nnx.Param, ...)
+    return _Split(*nnx.split(make, nnx.Param, ...))
   if not callable(make):
     return make
   plain: list[Any] = []
@@ -86,11 +117,12 @@ def _made(name: str, make: Any) -> Any:
 
   try:
     made = nnx.eval_shape(call)
-  except TypeError as error:
+  except Exception as error:  # in code that is not ours
     raise ValueError(
-      f'model={name!r} can not be called without arguments: {error}'
+      f'model={name!r} can not be called without arguments: {_said(error)}. '
+      'Give a callable that makes the model.'
     ) from error
-  return plain[0] if plain else nnx.split(made, nnx.Param, ...)
+  return plain[0] if plain else _Split(*nnx.split(made, nnx.Param, ...))
 
 
 def _cast(params: Any, dtype: Any) -> Any:
@@ -105,13 +137,13 @@ def _cast(params: Any, dtype: Any) -> Any:
   return jax.tree.map(shape, params)
 
 
-def _of_nnx(name: str, graph: Any, params: Any, rest: Any, dtype: Any) -> Any:
-  params = _cast(nnx.to_pure_dict(params), dtype)
-  rest = _zeros_like(rest)
+def _of_nnx(name: str, split: _Split, dtype: Any) -> Any:
+  params = _cast(nnx.to_pure_dict(split.params), dtype)
+  rest = _zeros_like(split.rest)
 
   def whole(params: Any, tokens: Any) -> Any:
-    made = nnx.merge(graph, nnx.State(params), rest())
-    return _models.cross_entropy(made(tokens), tokens)
+    made = nnx.merge(split.graph, nnx.State(params), rest())
+    return _cross_entropy(name, _theirs(name, made, tokens), tokens)
 
   return _models.Model(name, params, _models.tokens, whole=whole)
 
@@ -132,15 +164,48 @@ def _zeros_like(state: Any) -> Any:
 
 
 def _of_linen(name: str, made: Any, seq: int, dtype: Any) -> Any:
-  shape = _models.tokens(1, seq)
-  init = lambda x: made.init(jax.random.key(0), x)
-  variables = dict(jax.eval_shape(init, shape))
+  """Returns the model of a training step, in which nothing is frozen.
+
+  Streams of random numbers other than 'params' fall back on it.
+  """
+  rngs = lambda: {'params': jax.random.key(0)}
+  init = lambda x: made.init(rngs(), x)
+  first = lambda x: jax.eval_shape(init, x)
+  variables = dict(_theirs(name, first, _models.tokens(1, seq)))
+  if 'params' not in variables:
+    raise ValueError(
+      f"model={name!r} has no collection 'params' to be trained, only "
+      f'{sorted(variables)}.'
+    )
   params = _cast(_tree.unbox(variables.pop('params')), dtype)
   others = {k: _zeros_like(_tree.unbox(v)) for k, v in variables.items()}
 
   def whole(params: Any, tokens: Any) -> Any:
-    rest = {k: v() for k, v in others.items()}
-    logits = made.apply({'params': params, **rest}, tokens)
-    return _models.cross_entropy(logits, tokens)
+    variables = {'params': params, **{k: v() for k, v in others.items()}}
+    apply = lambda x: made.apply(variables, x, rngs=rngs(), mutable=[*others])
+    found, _ = _theirs(name, apply, tokens)
+    return _cross_entropy(name, found, tokens)
 
   return _models.Model(name, params, _models.tokens, whole=whole)
+
+
+def _cross_entropy(name: str, found: Any, tokens: Any) -> Any:
+  """Returns the loss of what a model returned."""
+  logits = _logits(found)
+  shape = getattr(logits, 'shape', None)
+  if shape is None or len(shape) != 3 or shape[:2] != tokens.shape:
+    what = type(logits).__name__ if shape is None else f'shape {tuple(shape)}'
+    raise ValueError(
+      f'model={name!r} made {what} of tokens of shape {tuple(tokens.shape)}. '
+      + _REMEDY
+    )
+  return _models.cross_entropy(logits, tokens)
+
+
+def _logits(found: Any) -> Any:
+  """Returns the logits among other outputs, as Flax's models return them."""
+  if hasattr(found, 'logits'):
+    return found.logits
+  if isinstance(found, Mapping):
+    return found.get('logits', found)
+  return found[0] if isinstance(found, tuple | list) and found else found
