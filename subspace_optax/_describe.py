@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from subspace_optax import _notices
 from subspace_optax import _spec
 from subspace_optax._projectors import _base
 
@@ -69,8 +70,9 @@ def records_of(tx: Any, params: Any) -> list[Record]:
   records: list[Record] = []
   token = _records.set(records)
   try:
-    # A new function each time: a traced one would be served from jax's cache.
-    jax.eval_shape(lambda p: tx.init(p), params)
+    with _notices.quiet(errors=True):
+      # A new function each time: jax would serve a traced one from its cache.
+      jax.eval_shape(lambda p: tx.init(p), params)
   finally:
     _records.reset(token)
   if not records:
@@ -89,8 +91,8 @@ def describe(tx_or_spec: Any, params: Any) -> str:
 
   Returns:
     A table, one line a leaf: path, shape, how many matrices of which shape,
-    rank, side that the basis spans, and the basis's dtype and shape or the
-    reason for none.
+    rank, side that the basis spans, how the matrix's axes were found (see
+    `SubspaceSpec`), and the basis's dtype and shape or the reason for none.
 
   Raises:
     ValueError: the optimizer holds no `project`.
@@ -114,7 +116,7 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   )
 
 
-_HEADER = ('path', 'shape', 'as matrices', 'rank', 'side', 'basis')
+_HEADER = ('path', 'shape', 'as matrices', 'rank', 'side', 'axes', 'basis')
 
 
 def _table(matches: Matches, spec: _spec.SubspaceSpec) -> str:
@@ -131,14 +133,13 @@ def _row(match: _spec.Match, spec: _spec.SubspaceSpec) -> tuple[str, ...]:
   shape = _shape(match.leaf.shape)
   layout = match.layout
   if layout is None:
-    return match.path, shape, '-', '-', 'plain', match.reason
-  sides = (layout.m, layout.n)
-  m, n = sides if layout.project_rows else sides[::-1]
-  count = ' x '.join(map(str, layout.batch_shape))
-  matrices = f'{count} x ({m} x {n})' if count else f'{m} x {n}'
+    how = match.how or '-'
+    return match.path, shape, '-', '-', 'plain', how, match.reason
+  matrices = _spec.as_matrices(layout)
   side = 'rows' if layout.project_rows else 'columns'
   basis = f'{jnp.dtype(spec.basis_dtype).name}{_shape(layout.basis_shape)}'
-  return match.path, shape, matrices, str(layout.rank), side, basis
+  rank = str(layout.rank)
+  return match.path, shape, matrices, rank, side, match.how, basis
 
 
 def _shape(shape: tuple[int, ...]) -> str:

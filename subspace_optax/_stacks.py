@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_optax import _describe
+from subspace_optax import _notices
 from subspace_optax import _tree
 
 
@@ -57,7 +58,8 @@ def init(tx: optax.GradientTransformation, blocks: Any) -> Any:
   )
   with _describe.unheard():
     one = jax.eval_shape(lambda x: tx.init(x), one)
-  stack = tx.init(blocks)
+  with _notices.quiet():  # the tree of one layer has told
+    stack = tx.init(blocks)
   if jax.tree.structure(one) != jax.tree.structure(stack):
     raise ValueError(
       'the optimizer makes a state of another structure for one layer than for '

@@ -72,6 +72,35 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
   return [(path_str(path), entry) for path, entry in pairs], treedef
 
 
+def axis_names(tree: Any) -> dict[str, tuple[str | None, ...]]:
+  """Returns the names of axes that boxes hold, by the path of their array."""
+  pairs, _ = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=lambda x: is_entry(x) or _names_of(x) is not None
+  )
+  found = {}
+  for path, x in pairs:
+    names = _names_of(x)
+    if names is not None:
+      inner = () if is_box(x) else jax.tree_util.tree_leaves_with_path(x)[0][0]
+      found[path_str((*path, *inner))] = tuple(names)
+  return found
+
+
+def _names_of(x: Any) -> Any:
+  """Returns the names of axes in a box of flax's, or a haliax NamedArray."""
+  if isinstance(x, nnx.Variable):
+    metadata = x.get_metadata()
+    keys = ('out_sharding', 'sharding', 'sharding_names')
+    names = next((metadata[k] for k in keys if metadata.get(k)), None)
+    return getattr(names, 'spec', names)
+  if isinstance(x, meta.AxisMetadata):
+    return getattr(x, 'names', None)
+  axes = getattr(x, 'axes', None)
+  if isinstance(axes, tuple) and hasattr(x, 'array'):
+    return [getattr(axis, 'name', None) for axis in axes]
+  return None
+
+
 def replace_entries(tree: Any, entries: Sequence[Any]) -> Any:
   """Returns `tree`, boxes and all, with its entries replaced in order."""
   return jax.tree.structure(tree, is_leaf=is_entry).unflatten(entries)

@@ -1,0 +1,420 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which axes of each leaf form its matrix, and what says so.
+
+A leaf of three axes may be a stack of layers' matrices, an attention kernel
+whose heads are axes of their own, or a convolution. What other leaves, the
+names of axes in flax's metadata, and the leaf's own name say is put together
+here; where it is not enough, the last two axes are assumed, and said to be.
+"""
+
+from collections.abc import Iterable
+import functools
+import math
+import re
+from typing import NamedTuple
+
+from subspace_optax import _names
+
+# Names of axes in flax's metadata and haliax's.
+_COUNTS = re.compile(
+  r'([a-z_]*_)?(layers?|blocks?|experts?|stages?)|exp|num_activations|qkv'
+  r'|o_groups'
+)
+_HEADS = re.compile(
+  r'((q|kv|num)_)?heads?|((q|kv)_)?head_(dim|size)|kv|q_heads_per_group'
+)
+
+
+class Leaf(NamedTuple):
+  """A leaf, and the names of its axes if a box holds them."""
+
+  path: str
+  shape: tuple[int, ...]
+  names: tuple[str | None, ...] | None = None
+
+
+class Axes(NamedTuple):
+  """A leaf's matrix, and how it was found.
+
+  Attributes:
+    rows: the axes of the rows; () for leaves without a matrix.
+    cols: the axes of the columns; all others count matrices.
+    how: 'two axes', 'named', 'metadata', 'siblings', 'name' or 'assumed'.
+    reason: why there is no matrix.
+  """
+
+  rows: tuple[int, ...]
+  cols: tuple[int, ...]
+  how: str
+  reason: str = ''
+
+
+def _without_matrix(reason: str, how: str = '') -> Axes:
+  return Axes((), (), how, reason)
+
+
+def of_form(form: str, how: str) -> Axes:
+  """Returns the axes of a form such as 'bio': `i` rows, `o` columns.
+
+  All others, `b` in a layer's own form and `l` of layers, count matrices.
+  """
+  of = lambda kind: tuple(i for i, c in enumerate(form) if c == kind)
+  return Axes(of('i'), of('o'), how)
+
+
+@functools.lru_cache(maxsize=256)
+def decide(leaves: tuple[Leaf, ...]) -> dict[str, Axes]:
+  """Returns the axes of every leaf of a tree by its path."""
+  family = family_of(leaves)
+  return {leaf.path: _decide(leaf, family) for leaf in leaves}
+
+
+@functools.lru_cache(maxsize=256)
+def family_of(leaves: tuple[Leaf, ...]) -> 'Family':
+  """Returns what the leaves of a tree tell of each other."""
+  return Family(leaves)
+
+
+@functools.lru_cache(maxsize=256)
+def plain_kinds(leaves: tuple[Leaf, ...]) -> dict[str, str]:
+  """Returns what keeps leaves plain by their names: 'a head', '' if nothing."""
+  family = family_of(leaves)
+  return {leaf.path: _plain_kind(leaf, family) for leaf in leaves}
+
+
+def _plain_kind(leaf: Leaf, family: 'Family') -> str:
+  if 'vocab' in (leaf.names or ()):
+    return 'an embedding or a head'
+  if family.is_bias_beside(leaf.path):
+    return 'a bias'
+  beside = family.in_attention(leaf.path)
+  return _names.plain_kind(leaf.path, len(leaf.shape), beside)
+
+
+def _decide(leaf: Leaf, family: 'Family') -> Axes:
+  """Asks metadata, then other leaves, then the name."""
+  ndim = len(leaf.shape)
+  if ndim < 2:
+    return _without_matrix('has fewer than two axes')
+  if 0 in leaf.shape:
+    return Axes((ndim - 2,), (ndim - 1,), 'two axes')
+  if ndim > 2 and sum(size != 1 for size in leaf.shape) < 2:
+    return _without_matrix('has fewer than two axes longer than 1')
+  found = _by_metadata(leaf)
+  if found:
+    return found
+  counted = family.counted(leaf)
+  core = [i for i in range(ndim) if i not in (counted or ())]
+  if len(core) < 2 and (ndim > 2 or not _names.is_kernel(leaf.path)):
+    sizes = ' x '.join(str(leaf.shape[i]) for i in counted or ())
+    return _without_matrix(f'is a vector in each of {sizes} layers', 'siblings')
+  if ndim == 2:
+    return Axes((0,), (1,), 'two axes')
+  if len(core) == 2:
+    return Axes((core[0],), (core[1],), 'siblings')
+  return (
+    _by_bias(leaf, counted, family)
+    or _by_name(leaf, counted)
+    or _convolution(leaf, counted, family)
+    or _assumed(leaf, counted)
+  )
+
+
+def _by_metadata(leaf: Leaf) -> Axes | None:
+  """Reads the names of axes, if they tell all sides apart."""
+  names = [str(name) for name in leaf.names or ()]
+  if len(names) != len(leaf.shape):
+    return None
+  core = [i for i, x in enumerate(names) if not _COUNTS.fullmatch(x)]
+  heads = tuple(i for i in core if _HEADS.fullmatch(names[i]))
+  others = tuple(i for i in core if i not in heads)
+  if len(core) < 2:
+    return _without_matrix('is a vector by the names of its axes', 'metadata')
+  if len(core) == 2 and len(names) > 2:
+    return Axes((core[0],), (core[1],), 'metadata')
+  if len(heads) < 2 or len(others) != 1:
+    return None
+  is_out = _names.is_attention_out(leaf.path)
+  is_in = _names.is_attention_in(leaf.path)
+  heads_first = is_out or (heads[0] == core[0] and not is_in)
+  rows, cols = (heads, others) if heads_first else (others, heads)
+  return Axes(rows, cols, 'metadata')
+
+
+def _spread(form: str, ndim: int, counted: tuple[int, ...] | None) -> list[str]:
+  """Returns a layer's form with `l` for axes of layers, where they may stand."""
+  if counted is None:
+    spread = [form, 'l' + form, form[0] + 'l' + form[1:]]
+  else:
+    axes = list(form)
+    for i in sorted(counted):
+      axes.insert(i, 'l')
+    spread = [''.join(axes)]
+  return [form for form in spread if len(form) == ndim]
+
+
+def _by_bias(
+  leaf: Leaf, counted: tuple[int, ...] | None, family: 'Family'
+) -> Axes | None:
+  """Finds the columns as the axes that the bias of a kernel has."""
+  bias = family.bias(leaf)
+  if bias is None:
+    return None
+  own = (*_names.forms(leaf.path), *_names.attention_forms(leaf.path))
+  for forms in (own, ('io', 'ioo', 'iio')):
+    spread = [x for f in forms for x in _spread(f, len(leaf.shape), counted)]
+    fits = [form for form in spread if _bias_shape(form, leaf.shape) == bias]
+    if len(fits) == 1:
+      return of_form(fits[0], 'siblings')
+  return None
+
+
+def _bias_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of a bias, whose layers stand where the kernel's do."""
+  axes = list(zip(shape, form, strict=True))
+  bias = [n for n, c in axes if c in 'bo']
+  for i, (n, c) in enumerate(axes):
+    if c == 'l':
+      bias.insert(i, n)
+  return tuple(bias)
+
+
+def _by_name(leaf: Leaf, counted: tuple[int, ...] | None) -> Axes | None:
+  """Takes what a name stands for in every library, if the sizes agree."""
+  ndim = len(leaf.shape)
+  for form in _names.forms(leaf.path):
+    if len(form) == ndim - len(counted or ()):
+      return of_form(_spread(form, ndim, counted)[0], 'name')
+  forms = _attention(leaf, counted)
+  for form in forms:
+    if _is_exact(form, leaf, counted is not None):
+      return of_form(form, 'name')
+  if not forms or counted is None:
+    return None
+  return of_form(squarest(forms, leaf.shape), 'name')
+
+
+def _attention(leaf: Leaf, counted: tuple[int, ...] | None) -> list[str]:
+  forms = _names.attention_forms(leaf.path)
+  return [x for f in forms for x in _spread(f, len(leaf.shape), counted)]
+
+
+def squarest(forms: Iterable[str], shape: tuple[int, ...]) -> str:
+  """Returns the form whose two sides are the most alike."""
+  sides = lambda form: sorted(_widths(form, shape))
+  return min(forms, key=lambda form: sides(form)[1] / sides(form)[0])
+
+
+def _widths(form: str, shape: tuple[int, ...]) -> tuple[int, int]:
+  """Returns the width of all heads, and the model's."""
+  heads = 'o' if form.count('o') > 1 else 'i'
+  size = lambda kind: math.prod(
+    n for n, c in zip(shape, form, strict=True) if c == kind
+  )
+  return size(heads), size('i' if heads == 'o' else 'o')
+
+
+def _is_exact(form: str, leaf: Leaf, is_known: bool) -> bool:
+  """Whether all heads are as wide as the model, or key's a part of that.
+
+  Heads around the model's axis may as well be layers, unless that is known.
+  """
+  heads, width = _widths(form, leaf.shape)
+  if _names.is_grouped(leaf.path) and (is_known or 'oio' not in form):
+    return width % heads == 0
+  return heads == width
+
+
+def _convolution(
+  leaf: Leaf, counted: tuple[int, ...] | None, family: 'Family'
+) -> Axes | None:
+  """Tells convolutions, which are no matrices: each author flattens another.
+
+  Flax keeps (height, width, in, out), equinox (out, in, height, width).
+  """
+  shape, bias = leaf.shape, family.bias(leaf)
+  reason = 'looks like a convolution'
+  if bias is not None and bias == shape[:1] + (1,) * (len(shape) - 2):
+    return _without_matrix(reason, 'siblings')
+  if _has_window(shape) and not counted:
+    return _without_matrix(reason, 'assumed')
+  return None
+
+
+def _assumed(leaf: Leaf, counted: tuple[int, ...] | None) -> Axes:
+  """Takes the squarest matrix for attention's kernels, or the last two axes."""
+  forms = _names.attention_forms(leaf.path)[:1]
+  if forms:
+    layers = (0,) if leaf.shape[0] <= leaf.shape[1] else (1,)
+    spread = _spread(forms[0], len(leaf.shape), counted)
+    spread += _spread('io', len(leaf.shape), counted or layers)
+    if spread:
+      return of_form(squarest(spread, leaf.shape), 'assumed')
+  core = [i for i in range(len(leaf.shape)) if i not in (counted or ())]
+  return Axes((core[-2],), (core[-1],), 'assumed')
+
+
+class Family:
+  """The leaves of a tree, and what those near each other tell together."""
+
+  def __init__(self, leaves: Iterable[Leaf]):
+    self._shapes = {leaf.path: leaf.shape for leaf in leaves}
+    self._below: dict[tuple[str, ...], list[Leaf]] = {}
+    for leaf in leaves:
+      for above in _ancestors(leaf.path):
+        self._below.setdefault(above, []).append(leaf)
+    self._known: dict[tuple[str, ...], _Told] = {}
+
+  def in_attention(self, path: str) -> bool:
+    """Whether query, key or value stand beside a leaf, or its module."""
+    parts = _parts(path)
+    above = parts[: -2 if _names.is_weight(path) else -1]
+    return any(
+      _names.is_attention_in(x.path) and len(_parts(x.path)) == len(parts)
+      for x in self._below.get(above, ())
+    )
+
+  def is_bias_beside(self, path: str) -> bool:
+    """Whether a leaf is called `b` and its weight stands beside it."""
+    *above, name = _parts(path)
+    return name == 'b' and any(
+      '/'.join([*above, weight]) in self._shapes for weight in ('w', 'weight')
+    )
+
+  def bias(self, leaf: Leaf) -> tuple[int, ...] | None:
+    """Returns the shape of a weight's bias, which has one entry per output."""
+    above, _, _ = leaf.path.rpartition('/')
+    paths = [f'{leaf.path}_bias']
+    if _names.is_weight(leaf.path):
+      paths += [f'{above}/bias' if above else 'bias']
+      paths += [f'{above}/b' if above else 'b']
+    return next((self._shapes[x] for x in paths if x in self._shapes), None)
+
+  def counted(self, leaf: Leaf) -> tuple[int, ...] | None:
+    """Returns the axes that count layers or experts; None if nothing tells.
+
+    The nearest norm tells of layers, kernels tell of experts inside of them.
+    """
+    axes: set[int] | None = None
+    for above in _ancestors(leaf.path):
+      of_norms, of_all, of_kernels = self._told(above)
+      found = of_kernels if _is_kernel(leaf) else of_all
+      if found is None:
+        continue
+      axes = (axes or set()) | set(found)
+      if of_norms:
+        break
+    return None if axes is None else tuple(sorted(axes))
+
+  def _told(self, above: tuple[str, ...]) -> '_Told':
+    if above not in self._known:
+      self._known[above] = _told(above, self._below[above])
+    return self._known[above]
+
+
+def _parts(path: str) -> tuple[str, ...]:
+  return tuple(re.split(r'[/.]', path))
+
+
+def _ancestors(path: str) -> list[tuple[str, ...]]:
+  """Returns the places above a leaf, the nearest one first."""
+  parts = _parts(path)
+  return [parts[:i] for i in range(len(parts) - 1, -1, -1)]
+
+
+class _Told(NamedTuple):
+  """The axes that count layers or experts below a place; None if unknown."""
+
+  of_norms: bool
+  of_all: tuple[int, ...] | None
+  of_kernels: tuple[int, ...] | None
+
+
+def _told(above: tuple[str, ...], leaves: list[Leaf]) -> _Told:
+  norms = [x for x in leaves if _names.is_norm(x.path)]
+  ndims = {len(x.shape) for x in norms}
+  if ndims == {1}:  # a last norm says nothing of the layers beside it
+    inside = _names.in_layer('/'.join(above))
+    return _Told(inside, () if inside else None, _of_kernels(leaves))
+  if ndims == {2} and any(len(x.shape) > 2 for x in leaves):
+    layers = _layers(leaves)
+    both = {*(layers or ()), *(_of_kernels(leaves) or ())}
+    return _Told(layers is not None, layers, tuple(sorted(both)) or None)
+  found = _of_kernels(leaves)
+  return _Told(False, None if norms else _in_all(found, leaves), found)
+
+
+def _in_all(
+  axes: tuple[int, ...] | None, leaves: list[Leaf]
+) -> tuple[int, ...] | None:
+  """Returns the axes that all leaves share, not kernels alone."""
+  return tuple(axis for axis in axes or () if _size(leaves, axis)) or None
+
+
+def _layers(leaves: list[Leaf]) -> tuple[int, ...] | None:
+  """Returns the axis that all leaves share; layers are fewer than units."""
+  axes = [axis for axis in (0, 1) if _size(leaves, axis)]
+  return (min(axes, key=lambda axis: _size(leaves, axis)),) if axes else None
+
+
+def _size(leaves: list[Leaf], axis: int) -> int | None:
+  """Returns the size of an axis, if it is the same in all leaves.
+
+  Of leaves of a single axis, which may be a number for each layer, that axis.
+  """
+  sizes = {x.shape[axis if len(x.shape) > 1 else 0] for x in leaves if x.shape}
+  return sizes.pop() if len(sizes) == 1 else None
+
+
+def _of_kernels(leaves: list[Leaf]) -> tuple[int, ...] | None:
+  """Returns shared axes of kernels whose other axes are in another order.
+
+  Such as those of (L, width, hidden) and (L, hidden, width).
+  """
+  kernels = [x for x in leaves if _is_kernel(x)]
+  axes = []
+  for axis in (0, 1):
+    rests = {x.shape[:axis] + x.shape[axis + 1 :] for x in kernels}
+    swapped = len(rests) > len({tuple(sorted(rest)) for rest in rests})
+    swapped = swapped and _size(kernels, axis) is not None
+    if swapped or (axis == 0 and _has_vectors(leaves, kernels)):
+      axes.append(axis)
+  return tuple(axes) or None
+
+
+def _is_kernel(leaf: Leaf) -> bool:
+  return len(leaf.shape) > 2 and not (
+    _names.attention_forms(leaf.path)
+    or _names.forms(leaf.path)
+    or _names.is_convolution(leaf.path)
+    or _has_window(leaf.shape)
+  )
+
+
+def _has_vectors(leaves: list[Leaf], kernels: list[Leaf]) -> bool:
+  """Whether one of a kernel's sides has a vector for each layer beside it."""
+  sides = {n for x in kernels for n in x.shape[1:]}
+  return _size(leaves, 0) is not None and any(
+    len(x.shape) == 2 and x.shape[1] in sides and not _names.is_weight(x.path)
+    for x in leaves
+  )
+
+
+def _has_window(shape: tuple[int, ...]) -> bool:
+  """Whether a convolution's height and width stand first or last."""
+  if len(shape) != 4:
+    return False
+  window = lambda m, n, out: m == n < out and m in (3, 5, 7, 9, 11)
+  return window(*shape[:2], shape[3]) or window(*shape[2:], shape[0])
