@@ -23,7 +23,7 @@ from collections.abc import Iterable
 import functools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from subspace_optax import _names
 
@@ -154,7 +154,7 @@ def _by_metadata(leaf: Leaf) -> Axes | None:
 
 
 def _spread(form: str, ndim: int, counted: tuple[int, ...] | None) -> list[str]:
-  """Returns a layer's form with `l` for axes of layers, where they may stand."""
+  """Returns a layer's form with `l` where axes of layers may stand."""
   if counted is None:
     spread = [form, 'l' + form, form[0] + 'l' + form[1:]]
   else:
@@ -275,7 +275,7 @@ class Family:
     for leaf in leaves:
       for above in _ancestors(leaf.path):
         self._below.setdefault(above, []).append(leaf)
-    self._known: dict[tuple[str, ...], _Told] = {}
+    self._known: dict[Any, tuple] = {}
 
   def in_attention(self, path: str) -> bool:
     """Whether query, key or value stand beside a leaf, or its module."""
@@ -307,21 +307,24 @@ class Family:
 
     The nearest norm tells of layers, kernels tell of experts inside of them.
     """
+    ndim = len(leaf.shape) if _is_kernel(leaf) else 0
     axes: set[int] | None = None
     for above in _ancestors(leaf.path):
-      of_norms, of_all, of_kernels = self._told(above)
-      found = of_kernels if _is_kernel(leaf) else of_all
-      if found is None:
+      by_norms, by_kernels = self._told(above, ndim)
+      if by_norms is None and by_kernels is None:
         continue
-      axes = (axes or set()) | set(found)
-      if of_norms:
+      axes = {*(axes or ()), *(by_norms or ()), *(by_kernels or ())}
+      if by_norms is not None:
         break
     return None if axes is None else tuple(sorted(axes))
 
-  def _told(self, above: tuple[str, ...]) -> '_Told':
-    if above not in self._known:
-      self._known[above] = _told(above, self._below[above])
-    return self._known[above]
+  def _told(self, above: tuple[str, ...], ndim: int) -> tuple:
+    """Returns what norms tell, and kernels of `ndim` axes, or all of them."""
+    if (above, ndim) not in self._known:
+      leaves = self._below[above]
+      of_all = _by_kernels(leaves, ndim) if ndim else _shared_by_all(leaves)
+      self._known[above, ndim] = _by_norms(above, leaves), of_all
+    return self._known[above, ndim]
 
 
 def _parts(path: str) -> tuple[str, ...]:
@@ -334,33 +337,20 @@ def _ancestors(path: str) -> list[tuple[str, ...]]:
   return [parts[:i] for i in range(len(parts) - 1, -1, -1)]
 
 
-class _Told(NamedTuple):
-  """The axes that count layers or experts below a place; None if unknown."""
+def _by_norms(
+  above: tuple[str, ...], leaves: list[Leaf]
+) -> tuple[int, ...] | None:
+  """Returns the axis of layers, () if norms of a layer have a single axis.
 
-  of_norms: bool
-  of_all: tuple[int, ...] | None
-  of_kernels: tuple[int, ...] | None
-
-
-def _told(above: tuple[str, ...], leaves: list[Leaf]) -> _Told:
+  A last norm, which stands outside of layers, tells nothing of them.
+  """
   norms = [x for x in leaves if _names.is_norm(x.path)]
   ndims = {len(x.shape) for x in norms}
-  if ndims == {1}:  # a last norm says nothing of the layers beside it
-    inside = _names.in_layer('/'.join(above))
-    return _Told(inside, () if inside else None, _of_kernels(leaves))
+  if ndims == {1} and _names.in_layer('/'.join(above)):
+    return ()
   if ndims == {2} and any(len(x.shape) > 2 for x in leaves):
-    layers = _layers(leaves)
-    both = {*(layers or ()), *(_of_kernels(leaves) or ())}
-    return _Told(layers is not None, layers, tuple(sorted(both)) or None)
-  found = _of_kernels(leaves)
-  return _Told(False, None if norms else _in_all(found, leaves), found)
-
-
-def _in_all(
-  axes: tuple[int, ...] | None, leaves: list[Leaf]
-) -> tuple[int, ...] | None:
-  """Returns the axes that all leaves share, not kernels alone."""
-  return tuple(axis for axis in axes or () if _size(leaves, axis)) or None
+    return _layers(leaves)
+  return None
 
 
 def _layers(leaves: list[Leaf]) -> tuple[int, ...] | None:
@@ -378,12 +368,12 @@ def _size(leaves: list[Leaf], axis: int) -> int | None:
   return sizes.pop() if len(sizes) == 1 else None
 
 
-def _of_kernels(leaves: list[Leaf]) -> tuple[int, ...] | None:
+def _by_kernels(leaves: list[Leaf], ndim: int) -> tuple[int, ...] | None:
   """Returns shared axes of kernels whose other axes are in another order.
 
   Such as those of (L, width, hidden) and (L, hidden, width).
   """
-  kernels = [x for x in leaves if _is_kernel(x)]
+  kernels = [x for x in leaves if len(x.shape) == ndim and _is_kernel(x)]
   axes = []
   for axis in (0, 1):
     rests = {x.shape[:axis] + x.shape[axis + 1 :] for x in kernels}
@@ -392,6 +382,16 @@ def _of_kernels(leaves: list[Leaf]) -> tuple[int, ...] | None:
     if swapped or (axis == 0 and _has_vectors(leaves, kernels)):
       axes.append(axis)
   return tuple(axes) or None
+
+
+def _shared_by_all(leaves: list[Leaf]) -> tuple[int, ...] | None:
+  """Returns the axes that kernels tell and every other leaf shares."""
+  if any(_names.is_norm(x.path) for x in leaves):
+    return None
+  ndims = {len(x.shape) for x in leaves if _is_kernel(x)}
+  told = {i for ndim in ndims for i in _by_kernels(leaves, ndim) or ()}
+  shared = [axis for axis in told if _size(leaves, axis) is not None]
+  return tuple(shared) or None
 
 
 def _is_kernel(leaf: Leaf) -> bool:
