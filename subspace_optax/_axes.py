@@ -203,7 +203,9 @@ def _by_name(leaf: Leaf, counted: tuple[int, ...] | None) -> Axes | None:
       return of_form(form, 'name')
   if not forms or counted is None:
     return None
-  return of_form(squarest(forms, leaf.shape), 'name')
+  form = squarest(forms, leaf.shape)
+  # Far from square, it is not what the name says.
+  return of_form(form, 'name') if _ratio(form, leaf.shape) <= 8 else None
 
 
 def _attention(leaf: Leaf, counted: tuple[int, ...] | None) -> list[str]:
@@ -212,9 +214,13 @@ def _attention(leaf: Leaf, counted: tuple[int, ...] | None) -> list[str]:
 
 
 def squarest(forms: Iterable[str], shape: tuple[int, ...]) -> str:
-  """Returns the form whose two sides are the most alike."""
-  sides = lambda form: sorted(_widths(form, shape))
-  return min(forms, key=lambda form: sides(form)[1] / sides(form)[0])
+  """Returns the form whose two sides differ least, the first within twice."""
+  return min(forms, key=lambda form: max(2.0, _ratio(form, shape)))
+
+
+def _ratio(form: str, shape: tuple[int, ...]) -> float:
+  short, long = sorted(_widths(form, shape))
+  return long / short
 
 
 def _widths(form: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -289,18 +295,16 @@ class Family:
   def is_bias_beside(self, path: str) -> bool:
     """Whether a leaf is called `b` and its weight stands beside it."""
     *above, name = _parts(path)
-    return name == 'b' and any(
-      '/'.join([*above, weight]) in self._shapes for weight in ('w', 'weight')
-    )
+    return name == 'b' and '/'.join([*above, 'w']) in self._shapes
 
   def bias(self, leaf: Leaf) -> tuple[int, ...] | None:
     """Returns the shape of a weight's bias, which has one entry per output."""
-    above, _, _ = leaf.path.rpartition('/')
-    paths = [f'{leaf.path}_bias']
-    if _names.is_weight(leaf.path):
-      paths += [f'{above}/bias' if above else 'bias']
-      paths += [f'{above}/b' if above else 'b']
-    return next((self._shapes[x] for x in paths if x in self._shapes), None)
+    parts = re.split(r'([/.])', leaf.path)
+    i = len(parts) - (3 if parts[-1].isdigit() and len(parts) > 2 else 1)
+    name = {'kernel': 'bias', 'weight': 'bias', 'w': 'b'}.get(parts[i])
+    if name is None:
+      return self._shapes.get(f'{leaf.path}_bias')
+    return self._shapes.get(''.join([*parts[:i], name, *parts[i + 1 :]]))
 
   def counted(self, leaf: Leaf) -> tuple[int, ...] | None:
     """Returns the axes that count layers or experts; None if nothing tells.
@@ -355,8 +359,9 @@ def _by_norms(
 
 def _layers(leaves: list[Leaf]) -> tuple[int, ...] | None:
   """Returns the axis that all leaves share; layers are fewer than units."""
-  axes = [axis for axis in (0, 1) if _size(leaves, axis)]
-  return (min(axes, key=lambda axis: _size(leaves, axis)),) if axes else None
+  sizes = [(_size(leaves, axis), axis) for axis in (0, 1)]
+  shared = [(size, axis) for size, axis in sizes if size is not None]
+  return (min(shared)[1],) if shared else None
 
 
 def _size(leaves: list[Leaf], axis: int) -> int | None:
@@ -414,7 +419,9 @@ def _has_vectors(leaves: list[Leaf], kernels: list[Leaf]) -> bool:
 
 def _has_window(shape: tuple[int, ...]) -> bool:
   """Whether a convolution's height and width stand first or last."""
-  if len(shape) != 4:
+  if len(shape) < 4:
     return False
-  window = lambda m, n, out: m == n < out and m in (3, 5, 7, 9, 11)
-  return window(*shape[:2], shape[3]) or window(*shape[2:], shape[0])
+  is_window = lambda sizes, out: (
+    len(set(sizes)) == 1 and sizes[0] < out and sizes[0] in (3, 5, 7, 9, 11)
+  )
+  return is_window(shape[:-2], shape[-1]) or is_window(shape[2:], shape[0])

@@ -100,13 +100,12 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   Example:
     >>> import jax.numpy as jnp, subspace_optax as so
     >>> tx = so.galore(1e-3, rank=4)
-    >>> print(
-    ...   so.describe(tx, {'w': jnp.ones((3, 64, 16)), 'bias': jnp.ones(16)})
-    ... )
+    >>> w = jnp.ones((3, 64, 16))
+    >>> print(so.describe(tx, {'w': w, 'bias': jnp.ones((3, 16))}))
     svd(update_proj_gap=200, method='auto')
-    path  shape      as matrices    rank  side   basis
-    bias  (16)       -              -     plain  has fewer than two axes
-    w     (3,64,16)  3 x (64 x 16)  4     rows   float32(3,64,4)
+    path  shape      as matrices    rank  side   axes      basis
+    bias  (3,16)     -              -     plain  -         is a bias by its name
+    w     (3,64,16)  3 x (64 x 16)  4     rows   siblings  float32(3,64,4)
   """
   if isinstance(tx_or_spec, _spec.SubspaceSpec):
     return _table(tx_or_spec.match(params), tx_or_spec)

@@ -85,12 +85,12 @@ def dimension_numbers_from_paths(
     >>> spec = so.SubspaceSpec(
     ...   rank=4, weight_dimension_numbers=so.dimension_numbers_from_paths
     ... )
-    >>> params = {'layers': {'query': {'kernel': jnp.ones((32, 3, 4, 16))}}}
-    >>> so.dimension_numbers_from_paths(params)['layers']['query']['kernel']
+    >>> params = {'query': {'kernel': jnp.ones((32, 3, 4, 16))}}
+    >>> so.dimension_numbers_from_paths(params)['query']['kernel']
     DimensionNumbers(reduction_axis=(0,), output_axis=(2, 3))
     >>> print(so.describe(spec, params))
-    path                 shape        as matrices    rank  side  basis
-    layers/query/kernel  (32,3,4,16)  3 x (32 x 64)  4     rows  float32(32,3,4)
+    path          shape        as matrices    rank  side  axes   basis
+    query/kernel  (32,3,4,16)  3 x (32 x 64)  4     rows  named  float32(32,3,4)
   """
   if isinstance(scan_axis, bool) or not hasattr(scan_axis, '__index__'):
     raise TypeError(f'scan_axis must be an int, got {scan_axis!r}.')

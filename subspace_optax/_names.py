@@ -22,8 +22,10 @@ import re
 
 # Leaves that are named by the module that holds them.
 _WEIGHTS = ('kernel', 'weight', 'w')
-_ONE_AXIS = ('bias', 'scale', 'gamma', 'beta', 'offset', 'sinks')
-_NORM = re.compile(r'[a-z]*norms?|ln|bn|gn')
+_ONE_AXIS = ('bias', 'biases', 'scale', 'gamma', 'beta', 'offset', 'sinks')
+_NORM = re.compile(
+  r'(layer|rms|batch|group|instance|weight|pre|post|sub|qk?|k)?norms?|ln|bn|gn'
+)
 _EMBEDDING = re.compile(r'(pos|tok|token|patch)?emb(s|ed|eds|edder|eddings?)?')
 _TABLE = re.compile(r'wte|wpe|toks?|tokens?|patch|patches')
 _MATRIX = ('proj', 'projection', 'dense', 'linear', 'fc', 'mlp', 'mapping')
@@ -101,11 +103,12 @@ def in_layer(path: str) -> bool:
 
 def is_norm(path: str) -> bool:
   """Whether a leaf is a norm's scale, one axis for each layer."""
-  leaf, name = components(path)[-1], module(path).split('_')
-  if leaf.split('_')[-1] in ('scale', 'gamma'):
+  *above, leaf = components(path)
+  name, owner = module(path).split('_'), above[-1:] or ['']
+  if leaf.split('_')[-1] in ('scale', 'gamma') or _NORM.fullmatch(name[-1]):
     return True
-  if _NORM.fullmatch(name[-1]):
-    return True
+  if _NORM.fullmatch(owner[0].split('_')[-1]):  # any of a norm's own vectors
+    return name[-1] not in _MATRIX
   starts = _NORM.fullmatch(name[0]) or name[:2] == ['layer', 'norm']
   return bool(starts) and leaf != 'kernel' and name[-1] not in _MATRIX
 
@@ -181,10 +184,11 @@ def _is_head(path: str, axes: int) -> bool:
 
 def _ends_model(name: str) -> bool:
   words = name.split('_')
-  if words[0] == 'head' or words[-1] in _OUTPUT:
+  if words[-1] in _OUTPUT:
     return True
-  is_out = words[-1] in _OUT or words[0] in (*_OUT, 'final')
-  return is_out and not any(map(_is_block, words))
+  last = words[0] in (*_OUT, 'head', 'final', 'vocab')
+  last = last and words[-1] in (*_MATRIX, 'layer')
+  return (last or words[-1] in _OUT) and not any(map(_is_block, words))
 
 
 def _is_block(word: str) -> bool:

@@ -123,15 +123,12 @@ class SubspaceSpec:
 
   Example:
     >>> import jax.numpy as jnp, subspace_optax as so
-    >>> spec = so.SubspaceSpec(rank=4, include='mlp')
-    >>> params = {
-    ...   'mlp': {'up': jnp.ones((16, 64))},
-    ...   'embed': jnp.ones((99, 16)),
-    ... }
+    >>> spec = so.SubspaceSpec(rank=4)
+    >>> params = {'up': jnp.ones((16, 64)), 'lm_head': jnp.ones((16, 99))}
     >>> print(so.describe(spec, params))
-    path    shape    as matrices  rank  side   basis
-    embed   (99,16)  -            -     plain  path matches no include='mlp'
-    mlp/up  (16,64)  16 x 64      4     rows   float32(16,4)
+    path     shape    as matrices  rank  side   axes      basis
+    lm_head  (16,99)  -            -     plain  -         is a head by its name
+    up       (16,64)  16 x 64      4     rows   two axes  float32(16,4)
   """
 
   rank: Rank

@@ -4,8 +4,6 @@ Paths and sizes are those of real models. A leaf is None, which stays plain, or
 the number of its matrices, their rows and columns.
 """
 
-import warnings
-
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -17,6 +15,9 @@ import cases
 import errors
 import subspace_optax as so
 from subspace_optax import projectors
+
+# Elsewhere what is assumed or left plain is passed over.
+pytestmark = pytest.mark.filterwarnings('error')
 
 LM1B = {
   'decoder/Embed_0/embedding': ((30000, 512), None),
@@ -382,6 +383,7 @@ def test_leaves_are_decided_as_their_authors_would(name):
     *('tokenEmbedding/w', 'emb/weight', 'tok/w', 'patch/w', 'output/w'),
     *('logits/kernel', 'classifier/kernel', 'score/kernel', 'logitdense/w'),
     *('unembed/kernel', 'mlp_head/kernel', 'decoder/out_proj/kernel'),
+    *('vocab_proj/kernel', 'final_layer/w', 'norm/b', 'blocks/ln_1/g'),
     *('encoder/posEmb/w', 'embed_out/kernel', 'value_head/w', 'ln_1/weight'),
     *('blocks/3/norm1/weight', 'model.tok_embeddings.weight', 'x/LayerNorm_2'),
   ],
@@ -400,6 +402,7 @@ def test_heads_embeddings_and_norms_stay_plain(path):
     *('blocks/head_gate/kernel', 'layers/3/output/dense/kernel'),
     *('attention/out/kernel', 'experts/score/w', 'layers_0/head/kernel'),
     *('embedder/layers_0/attn/q/kernel', 'embed_proj/kernel', 'tokenizer/w'),
+    *('lstm/output_gate/w', 'head_gate/kernel', 'denorm/w', 'bias_proj/w'),
     *('overhead/w', 'behead', 'throughput/w', 'abnormal/w', 'autoscore/w'),
   ],
 )
@@ -470,6 +473,7 @@ ASSUMED = {
   'out': ((3, 3, 64, 32), None),
   'query': ((3, 3, 32, 64), None),
   'filters': ((64, 32, 5, 5), None),
+  'value': ((3, 3, 3, 16, 32), None),
 }
 
 
@@ -549,8 +553,7 @@ def test_names_of_axes_tell(box):
   for path, (_, _, wanted) in METADATA.items():
     assert _matrices(found[path]) == wanted, path
     assert found[path].how in ('metadata', ''), path
-  with warnings.catch_warnings(action='error'):
-    so.project(spec, projectors.stiefel(2)).init(params)
+  so.project(spec, projectors.stiefel(2)).init(params)
 
 
 @jax.tree_util.register_pytree_node_class
