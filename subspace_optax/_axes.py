@@ -117,15 +117,16 @@ def _decide(leaf: Leaf, family: 'Family') -> Axes:
     return found
   counted = family.counted(leaf)
   core = [i for i in range(ndim) if i not in (counted or ())]
-  if len(core) < 2 and (ndim > 2 or not _names.is_kernel(leaf.path)):
+  if len(core) < 2:
     sizes = ' x '.join(str(leaf.shape[i]) for i in counted or ())
     return _without_matrix(f'is a vector in each of {sizes} layers', 'siblings')
   if ndim == 2:
     return Axes((0,), (1,), 'two axes')
-  if len(core) == 2:
+  found = _by_bias(leaf, counted, family) or _by_bias(leaf, None, family)
+  if len(core) == 2 and not found:
     return Axes((core[0],), (core[1],), 'siblings')
   return (
-    _by_bias(leaf, counted, family)
+    found
     or _by_name(leaf, counted)
     or _convolution(leaf, counted, family)
     or _assumed(leaf, counted)
@@ -252,7 +253,8 @@ def _convolution(
   """
   shape, bias = leaf.shape, family.bias(leaf)
   reason = 'looks like a convolution'
-  if bias is not None and bias == shape[:1] + (1,) * (len(shape) - 2):
+  of_equinox = shape[:1] + (1,) * (len(shape) - 2)
+  if bias == of_equinox or (len(shape) > 3 and bias == shape[-1:]):
     return _without_matrix(reason, 'siblings')
   if _has_window(shape) and not counted:
     return _without_matrix(reason, 'assumed')
@@ -312,9 +314,12 @@ class Family:
     The nearest norm tells of layers, kernels tell of experts inside of them.
     """
     ndim = len(leaf.shape) if _is_kernel(leaf) else 0
+    # The weight of a router may share an axis with its experts.
+    is_matrix = len(leaf.shape) == 2 and _names.is_weight(leaf.path)
     axes: set[int] | None = None
     for above in _ancestors(leaf.path):
       by_norms, by_kernels = self._told(above, ndim)
+      by_kernels = None if is_matrix else by_kernels
       if by_norms is None and by_kernels is None:
         continue
       axes = {*(axes or ()), *(by_norms or ()), *(by_kernels or ())}
@@ -384,7 +389,7 @@ def _by_kernels(leaves: list[Leaf], ndim: int) -> tuple[int, ...] | None:
     rests = {x.shape[:axis] + x.shape[axis + 1 :] for x in kernels}
     swapped = len(rests) > len({tuple(sorted(rest)) for rest in rests})
     swapped = swapped and _size(kernels, axis) is not None
-    if swapped or (axis == 0 and _has_vectors(leaves, kernels)):
+    if swapped or _has_vectors(leaves, kernels, axis):
       axes.append(axis)
   return tuple(axes) or None
 
@@ -408,11 +413,20 @@ def _is_kernel(leaf: Leaf) -> bool:
   )
 
 
-def _has_vectors(leaves: list[Leaf], kernels: list[Leaf]) -> bool:
-  """Whether one of a kernel's sides has a vector for each layer beside it."""
-  sides = {n for x in kernels for n in x.shape[1:]}
-  return _size(leaves, 0) is not None and any(
-    len(x.shape) == 2 and x.shape[1] in sides and not _names.is_weight(x.path)
+def _has_vectors(leaves: list[Leaf], kernels: list[Leaf], axis: int) -> bool:
+  """Whether one of a kernel's sides has a vector for each layer beside it.
+
+  Layers are fewer than units; along axis 1 only what is called a bias tells.
+  """
+  if _size(leaves, axis) is None:
+    return False
+  sides = {n for x in kernels for n in x.shape[:axis] + x.shape[axis + 1 :]}
+  tells = _names.is_bias if axis else lambda path: not _names.is_weight(path)
+  return any(
+    len(x.shape) == 2
+    and tells(x.path)
+    and x.shape[axis] <= x.shape[1 - axis]
+    and x.shape[1 - axis] in sides
     for x in leaves
   )
 

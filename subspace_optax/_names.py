@@ -27,7 +27,7 @@ _NORM = re.compile(
   r'(layer|rms|batch|group|instance|weight|pre|post|sub|qk?|k)?norms?|ln|bn|gn'
 )
 _EMBEDDING = re.compile(r'(pos|tok|token|patch)?emb(s|ed|eds|edder|eddings?)?')
-_TABLE = re.compile(r'wte|wpe|toks?|tokens?|patch|patches')
+_TABLE = re.compile(r'wte|wpe|toks?|tokens?|patch|patches|pos|positions?')
 _MATRIX = ('proj', 'projection', 'dense', 'linear', 'fc', 'mlp', 'mapping')
 _LAYERS = re.compile(r'[a-z]*(layers?|blocks?)|h|stack|stacked')
 _ATTENTION = re.compile(r'[a-z]*(attn|attention)|mha')
@@ -89,11 +89,6 @@ def module(path: str) -> str:
 def is_weight(path: str) -> bool:
   """Whether a leaf is called as weights of any module are."""
   return components(path)[-1] in _WEIGHTS
-
-
-def is_kernel(path: str) -> bool:
-  """Whether a leaf is called as only matrices are."""
-  return components(path)[-1] == 'kernel'
 
 
 def in_layer(path: str) -> bool:

@@ -384,8 +384,15 @@ def test_leaves_are_decided_as_their_authors_would(name):
     *('logits/kernel', 'classifier/kernel', 'score/kernel', 'logitdense/w'),
     *('unembed/kernel', 'mlp_head/kernel', 'decoder/out_proj/kernel'),
     *('vocab_proj/kernel', 'final_layer/w', 'norm/b', 'blocks/ln_1/g'),
-    *('encoder/posEmb/w', 'embed_out/kernel', 'value_head/w', 'ln_1/weight'),
-    *('blocks/3/norm1/weight', 'model.tok_embeddings.weight', 'x/LayerNorm_2'),
+    *(
+      'pos/w',
+      'encoder/posEmb/w',
+      'embed_out/kernel',
+      'value_head/w',
+      'ln_1/weight',
+    ),
+    *('blocks/3/norm1/weight', 'model.tok_embeddings.weight'),
+    *('x/LayerNorm_2', 'ln_1/weight'),
   ],
 )
 def test_heads_embeddings_and_norms_stay_plain(path):
@@ -429,9 +436,21 @@ STACKS = {
     {'h/mix': (12, 64, 96), 'h/gain': (12, 96)},
     {'h/mix': (12, 64, 96), 'h/gain': None},
   ),
+  'layers along axis 1, with biases': (
+    {'h/wi/kernel': (16, 3, 16), 'h/wi/bias': (16, 3)},
+    {'h/wi/kernel': (3, 16, 16), 'h/wi/bias': None},
+  ),
   'w and b': (
     {'h/w': (12, 64, 96), 'h/b': (12, 96)},
     {'h/w': (12, 64, 96), 'h/b': None},
+  ),
+  'a router is no vector': (
+    {'moe/router/w': (4, 64), 'moe/up': (4, 64, 96), 'moe/down': (4, 96, 64)},
+    {
+      'moe/router/w': (1, 4, 64),
+      'moe/up': (4, 64, 96),
+      'moe/down': (4, 96, 64),
+    },
   ),
   # A bias tells which axes are outputs.
   'bias of heads': (
@@ -454,8 +473,10 @@ def test_other_leaves_tell(name):
   shapes, wanted = STACKS[name]
   found = _matches(shapes)
   assert {path: _matrices(match) for path, match in found.items()} == wanted
-  hows = {match.how for match in found.values() if match.layout}
-  assert hows == {'siblings'}
+  for match in found.values():
+    assert match.layout is None or match.how == (
+      'siblings' if len(match.leaf.shape) > 2 else 'two axes'
+    )
 
 
 def _init(params, **kwargs):
