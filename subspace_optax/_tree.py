@@ -19,7 +19,7 @@ wrapper hid a leaf. Everything here sees *entries*: one array, `Projected` or
 `MaskedNode` per parameter, in tree order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -82,7 +82,10 @@ def axis_names(tree: Any) -> dict[str, tuple[str | None, ...]]:
     names = _names_of(x)
     if names is not None:
       inner = () if is_box(x) else jax.tree_util.tree_leaves_with_path(x)[0][0]
-      found[path_str((*path, *inner))] = tuple(names)
+      # Several mesh axes in a tuple are no name.
+      found[path_str((*path, *inner))] = tuple(
+        name if isinstance(name, str) else None for name in names
+      )
   return found
 
 
@@ -92,7 +95,8 @@ def _names_of(x: Any) -> Any:
     metadata = x.get_metadata()
     keys = ('out_sharding', 'sharding', 'sharding_names')
     names = next((metadata[k] for k in keys if metadata.get(k)), None)
-    return getattr(names, 'spec', names)
+    names = getattr(names, 'spec', names)
+    return names if isinstance(names, Iterable) else None
   if isinstance(x, meta.AxisMetadata):
     return getattr(x, 'names', None)
   axes = getattr(x, 'axes', None)
