@@ -23,26 +23,19 @@ from collections.abc import Iterable
 import functools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from subspace_optax import _names
+from subspace_optax import _siblings
 
 # Names of axes in flax's metadata and haliax's.
 _COUNTS = re.compile(
-  r'([a-z_]*_)?(layers?|blocks?|experts?|stages?)|exp|num_activations|qkv'
-  r'|o_groups'
+  # Not `expert` or `stage`, which are axes of meshes, too.
+  r'([a-z_]*_)?(layers?|blocks?|experts)|exp|num_activations|qkv|o_groups'
 )
 _HEADS = re.compile(
   r'((q|kv|num)_)?heads?|((q|kv)_)?head_(dim|size)|kv|q_heads_per_group'
 )
-
-
-class Leaf(NamedTuple):
-  """A leaf, and the names of its axes if a box holds them."""
-
-  path: str
-  shape: tuple[int, ...]
-  names: tuple[str | None, ...] | None = None
 
 
 class Axes(NamedTuple):
@@ -75,26 +68,20 @@ def of_form(form: str, how: str) -> Axes:
 
 
 @functools.lru_cache(maxsize=256)
-def decide(leaves: tuple[Leaf, ...]) -> dict[str, Axes]:
+def decide(leaves: tuple[_siblings.Leaf, ...]) -> dict[str, Axes]:
   """Returns the axes of every leaf of a tree by its path."""
-  family = family_of(leaves)
+  family = _siblings.family_of(leaves)
   return {leaf.path: _decide(leaf, family) for leaf in leaves}
 
 
 @functools.lru_cache(maxsize=256)
-def family_of(leaves: tuple[Leaf, ...]) -> 'Family':
-  """Returns what the leaves of a tree tell of each other."""
-  return Family(leaves)
-
-
-@functools.lru_cache(maxsize=256)
-def plain_kinds(leaves: tuple[Leaf, ...]) -> dict[str, str]:
+def plain_kinds(leaves: tuple[_siblings.Leaf, ...]) -> dict[str, str]:
   """Returns what keeps leaves plain by their names: 'a head', '' if nothing."""
-  family = family_of(leaves)
+  family = _siblings.family_of(leaves)
   return {leaf.path: _plain_kind(leaf, family) for leaf in leaves}
 
 
-def _plain_kind(leaf: Leaf, family: 'Family') -> str:
+def _plain_kind(leaf: _siblings.Leaf, family: _siblings.Family) -> str:
   if 'vocab' in (leaf.names or ()):
     return 'an embedding or a head'
   if family.is_bias_beside(leaf.path):
@@ -103,7 +90,7 @@ def _plain_kind(leaf: Leaf, family: 'Family') -> str:
   return _names.plain_kind(leaf.path, len(leaf.shape), beside)
 
 
-def _decide(leaf: Leaf, family: 'Family') -> Axes:
+def _decide(leaf: _siblings.Leaf, family: _siblings.Family) -> Axes:
   """Asks metadata, then other leaves, then the name."""
   ndim = len(leaf.shape)
   if ndim < 2:
@@ -133,7 +120,7 @@ def _decide(leaf: Leaf, family: 'Family') -> Axes:
   )
 
 
-def _by_metadata(leaf: Leaf) -> Axes | None:
+def _by_metadata(leaf: _siblings.Leaf) -> Axes | None:
   """Reads the names of axes, if they tell all sides apart."""
   names = [str(name) for name in leaf.names or ()]
   if len(names) != len(leaf.shape):
@@ -167,7 +154,9 @@ def _spread(form: str, ndim: int, counted: tuple[int, ...] | None) -> list[str]:
 
 
 def _by_bias(
-  leaf: Leaf, counted: tuple[int, ...] | None, family: 'Family'
+  leaf: _siblings.Leaf,
+  counted: tuple[int, ...] | None,
+  family: _siblings.Family,
 ) -> Axes | None:
   """Finds the columns as the axes that the bias of a kernel has."""
   bias = family.bias(leaf)
@@ -192,7 +181,9 @@ def _bias_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(bias)
 
 
-def _by_name(leaf: Leaf, counted: tuple[int, ...] | None) -> Axes | None:
+def _by_name(
+  leaf: _siblings.Leaf, counted: tuple[int, ...] | None
+) -> Axes | None:
   """Takes what a name stands for in every library, if the sizes agree."""
   ndim = len(leaf.shape)
   for form in _names.forms(leaf.path):
@@ -209,7 +200,9 @@ def _by_name(leaf: Leaf, counted: tuple[int, ...] | None) -> Axes | None:
   return of_form(form, 'name') if _ratio(form, leaf.shape) <= 8 else None
 
 
-def _attention(leaf: Leaf, counted: tuple[int, ...] | None) -> list[str]:
+def _attention(
+  leaf: _siblings.Leaf, counted: tuple[int, ...] | None
+) -> list[str]:
   forms = _names.attention_forms(leaf.path)
   return [x for f in forms for x in _spread(f, len(leaf.shape), counted)]
 
@@ -233,7 +226,7 @@ def _widths(form: str, shape: tuple[int, ...]) -> tuple[int, int]:
   return size(heads), size('i' if heads == 'o' else 'o')
 
 
-def _is_exact(form: str, leaf: Leaf, is_known: bool) -> bool:
+def _is_exact(form: str, leaf: _siblings.Leaf, is_known: bool) -> bool:
   """Whether all heads are as wide as the model, or key's a part of that.
 
   Heads around the model's axis may as well be layers, unless that is known.
@@ -245,7 +238,9 @@ def _is_exact(form: str, leaf: Leaf, is_known: bool) -> bool:
 
 
 def _convolution(
-  leaf: Leaf, counted: tuple[int, ...] | None, family: 'Family'
+  leaf: _siblings.Leaf,
+  counted: tuple[int, ...] | None,
+  family: _siblings.Family,
 ) -> Axes | None:
   """Tells convolutions, which are no matrices: each author flattens another.
 
@@ -256,12 +251,12 @@ def _convolution(
   of_equinox = shape[:1] + (1,) * (len(shape) - 2)
   if bias == of_equinox or (len(shape) > 3 and bias == shape[-1:]):
     return _without_matrix(reason, 'siblings')
-  if _has_window(shape) and not counted:
+  if _siblings.has_window(shape) and not counted:
     return _without_matrix(reason, 'assumed')
   return None
 
 
-def _assumed(leaf: Leaf, counted: tuple[int, ...] | None) -> Axes:
+def _assumed(leaf: _siblings.Leaf, counted: tuple[int, ...] | None) -> Axes:
   """Takes the squarest matrix for attention's kernels, or the last two axes."""
   forms = _names.attention_forms(leaf.path)[:1]
   if forms:
@@ -272,170 +267,3 @@ def _assumed(leaf: Leaf, counted: tuple[int, ...] | None) -> Axes:
       return of_form(squarest(spread, leaf.shape), 'assumed')
   core = [i for i in range(len(leaf.shape)) if i not in (counted or ())]
   return Axes((core[-2],), (core[-1],), 'assumed')
-
-
-class Family:
-  """The leaves of a tree, and what those near each other tell together."""
-
-  def __init__(self, leaves: Iterable[Leaf]):
-    self._shapes = {leaf.path: leaf.shape for leaf in leaves}
-    self._below: dict[tuple[str, ...], list[Leaf]] = {}
-    for leaf in leaves:
-      for above in _ancestors(leaf.path):
-        self._below.setdefault(above, []).append(leaf)
-    self._known: dict[Any, tuple] = {}
-
-  def in_attention(self, path: str) -> bool:
-    """Whether query, key or value stand beside a leaf, or its module."""
-    parts = _parts(path)
-    above = parts[: -2 if _names.is_weight(path) else -1]
-    return any(
-      _names.is_attention_in(x.path) and len(_parts(x.path)) == len(parts)
-      for x in self._below.get(above, ())
-    )
-
-  def is_bias_beside(self, path: str) -> bool:
-    """Whether a leaf is called `b` and its weight stands beside it."""
-    *above, name = _parts(path)
-    return name == 'b' and '/'.join([*above, 'w']) in self._shapes
-
-  def bias(self, leaf: Leaf) -> tuple[int, ...] | None:
-    """Returns the shape of a weight's bias, which has one entry per output."""
-    parts = re.split(r'([/.])', leaf.path)
-    i = len(parts) - (3 if parts[-1].isdigit() and len(parts) > 2 else 1)
-    name = {'kernel': 'bias', 'weight': 'bias', 'w': 'b'}.get(parts[i])
-    if name is None:
-      return self._shapes.get(f'{leaf.path}_bias')
-    return self._shapes.get(''.join([*parts[:i], name, *parts[i + 1 :]]))
-
-  def counted(self, leaf: Leaf) -> tuple[int, ...] | None:
-    """Returns the axes that count layers or experts; None if nothing tells.
-
-    The nearest norm tells of layers, kernels tell of experts inside of them.
-    """
-    ndim = len(leaf.shape) if _is_kernel(leaf) else 0
-    # The weight of a router may share an axis with its experts.
-    is_matrix = len(leaf.shape) == 2 and _names.is_weight(leaf.path)
-    axes: set[int] | None = None
-    for above in _ancestors(leaf.path):
-      by_norms, by_kernels = self._told(above, ndim)
-      by_kernels = None if is_matrix else by_kernels
-      if by_norms is None and by_kernels is None:
-        continue
-      axes = {*(axes or ()), *(by_norms or ()), *(by_kernels or ())}
-      if by_norms is not None:
-        break
-    return None if axes is None else tuple(sorted(axes))
-
-  def _told(self, above: tuple[str, ...], ndim: int) -> tuple:
-    """Returns what norms tell, and kernels of `ndim` axes, or all of them."""
-    if (above, ndim) not in self._known:
-      leaves = self._below[above]
-      of_all = _by_kernels(leaves, ndim) if ndim else _shared_by_all(leaves)
-      self._known[above, ndim] = _by_norms(above, leaves), of_all
-    return self._known[above, ndim]
-
-
-def _parts(path: str) -> tuple[str, ...]:
-  return tuple(re.split(r'[/.]', path))
-
-
-def _ancestors(path: str) -> list[tuple[str, ...]]:
-  """Returns the places above a leaf, the nearest one first."""
-  parts = _parts(path)
-  return [parts[:i] for i in range(len(parts) - 1, -1, -1)]
-
-
-def _by_norms(
-  above: tuple[str, ...], leaves: list[Leaf]
-) -> tuple[int, ...] | None:
-  """Returns the axis of layers, () if norms of a layer have a single axis.
-
-  A last norm, which stands outside of layers, tells nothing of them.
-  """
-  norms = [x for x in leaves if _names.is_norm(x.path)]
-  ndims = {len(x.shape) for x in norms}
-  if ndims == {1} and _names.in_layer('/'.join(above)):
-    return ()
-  if ndims == {2} and any(len(x.shape) > 2 for x in leaves):
-    return _layers(leaves)
-  return None
-
-
-def _layers(leaves: list[Leaf]) -> tuple[int, ...] | None:
-  """Returns the axis that all leaves share; layers are fewer than units."""
-  sizes = [(_size(leaves, axis), axis) for axis in (0, 1)]
-  shared = [(size, axis) for size, axis in sizes if size is not None]
-  return (min(shared)[1],) if shared else None
-
-
-def _size(leaves: list[Leaf], axis: int) -> int | None:
-  """Returns the size of an axis, if it is the same in all leaves.
-
-  Of leaves of a single axis, which may be a number for each layer, that axis.
-  """
-  sizes = {x.shape[axis if len(x.shape) > 1 else 0] for x in leaves if x.shape}
-  return sizes.pop() if len(sizes) == 1 else None
-
-
-def _by_kernels(leaves: list[Leaf], ndim: int) -> tuple[int, ...] | None:
-  """Returns shared axes of kernels whose other axes are in another order.
-
-  Such as those of (L, width, hidden) and (L, hidden, width).
-  """
-  kernels = [x for x in leaves if len(x.shape) == ndim and _is_kernel(x)]
-  axes = []
-  for axis in (0, 1):
-    rests = {x.shape[:axis] + x.shape[axis + 1 :] for x in kernels}
-    swapped = len(rests) > len({tuple(sorted(rest)) for rest in rests})
-    swapped = swapped and _size(kernels, axis) is not None
-    if swapped or _has_vectors(leaves, kernels, axis):
-      axes.append(axis)
-  return tuple(axes) or None
-
-
-def _shared_by_all(leaves: list[Leaf]) -> tuple[int, ...] | None:
-  """Returns the axes that kernels tell and every other leaf shares."""
-  if any(_names.is_norm(x.path) for x in leaves):
-    return None
-  ndims = {len(x.shape) for x in leaves if _is_kernel(x)}
-  told = {i for ndim in ndims for i in _by_kernels(leaves, ndim) or ()}
-  shared = [axis for axis in told if _size(leaves, axis) is not None]
-  return tuple(shared) or None
-
-
-def _is_kernel(leaf: Leaf) -> bool:
-  return len(leaf.shape) > 2 and not (
-    _names.attention_forms(leaf.path)
-    or _names.forms(leaf.path)
-    or _names.is_convolution(leaf.path)
-    or _has_window(leaf.shape)
-  )
-
-
-def _has_vectors(leaves: list[Leaf], kernels: list[Leaf], axis: int) -> bool:
-  """Whether one of a kernel's sides has a vector for each layer beside it.
-
-  Layers are fewer than units; along axis 1 only what is called a bias tells.
-  """
-  if _size(leaves, axis) is None:
-    return False
-  sides = {n for x in kernels for n in x.shape[:axis] + x.shape[axis + 1 :]}
-  tells = _names.is_bias if axis else lambda path: not _names.is_weight(path)
-  return any(
-    len(x.shape) == 2
-    and tells(x.path)
-    and x.shape[axis] <= x.shape[1 - axis]
-    and x.shape[1 - axis] in sides
-    for x in leaves
-  )
-
-
-def _has_window(shape: tuple[int, ...]) -> bool:
-  """Whether a convolution's height and width stand first or last."""
-  if len(shape) < 4:
-    return False
-  is_window = lambda sizes, out: (
-    len(set(sizes)) == 1 and sizes[0] < out and sizes[0] in (3, 5, 7, 9, 11)
-  )
-  return is_window(shape[:-2], shape[-1]) or is_window(shape[2:], shape[0])

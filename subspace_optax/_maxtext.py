@@ -22,6 +22,7 @@ import re
 from typing import Any
 
 from subspace_optax import _axes
+from subspace_optax import _siblings
 from subspace_optax import _spec
 from subspace_optax import _tree
 
@@ -98,7 +99,7 @@ def dimension_numbers_from_paths(
     raise ValueError(f'scan_axis must not be negative, got {scan_axis}.')
   pairs, treedef = _tree.flatten(params)
   leaves = tuple(
-    _axes.Leaf(path, tuple(leaf.shape))
+    _siblings.Leaf(path, tuple(leaf.shape))
     for path, leaf in pairs
     if not _tree.is_masked(leaf)
   )
@@ -113,7 +114,7 @@ def dimension_numbers_from_paths(
 
 
 def _stays_plain(
-  leaves: tuple[_axes.Leaf, ...], path: str, exclude: str | None
+  leaves: tuple[_siblings.Leaf, ...], path: str, exclude: str | None
 ) -> bool:
   if exclude == _spec.AUTO:
     return bool(_axes.plain_kinds(leaves)[path])
@@ -121,7 +122,7 @@ def _stays_plain(
 
 
 def _numbers(
-  leaves: tuple[_axes.Leaf, ...], leaf: _axes.Leaf, scan_axis: int
+  leaves: tuple[_siblings.Leaf, ...], leaf: _siblings.Leaf, scan_axis: int
 ) -> _spec.DimensionNumbers | None:
   """Returns the dimension numbers of a leaf, None if it is no kernel."""
   path, shape = leaf.path, leaf.shape
@@ -135,7 +136,7 @@ def _numbers(
     if len(form) + 1 == len(shape) and scan_axis <= len(form)
   ]
   if alone and scanned and alone != scanned:
-    counted = _axes.family_of(leaves).counted(leaf)
+    counted = _siblings.family_of(leaves).counted(leaf)
     if counted is None:
       return _of_axes(_by_sizes(path, shape, scan_axis, alone + scanned))
     alone, scanned = (scanned, []) if scan_axis in counted else (alone, [])

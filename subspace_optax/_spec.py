@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from subspace_optax import _axes
 from subspace_optax import _layout
 from subspace_optax import _notices
+from subspace_optax import _siblings
 from subspace_optax import _tree
 
 AUTO = 'auto'
@@ -169,7 +170,7 @@ class SubspaceSpec:
     numbers_of = self._dimension_numbers(params, pairs, treedef)
     names = _tree.axis_names(params)
     leaves = tuple(
-      _axes.Leaf(path, tuple(leaf.shape), names.get(path))
+      _siblings.Leaf(path, tuple(leaf.shape), names.get(path))
       for path, leaf in pairs
       if not _tree.is_masked(leaf)
     )
@@ -182,7 +183,7 @@ class SubspaceSpec:
     return matches
 
   def _match_leaf(
-    self, leaves: tuple[_axes.Leaf, ...], path: str, leaf: Any, dims: Any
+    self, leaves: tuple[_siblings.Leaf, ...], path: str, leaf: Any, dims: Any
   ) -> Match:
     reason = self._exclusion(leaves, path, leaf, dims)
     if reason:
@@ -216,7 +217,7 @@ class SubspaceSpec:
     return basis + moments < 2 * m * n * jnp.dtype(dtype).itemsize
 
   def _exclusion(
-    self, leaves: tuple[_axes.Leaf, ...], path: str, leaf: Any, dims: Any
+    self, leaves: tuple[_siblings.Leaf, ...], path: str, leaf: Any, dims: Any
   ) -> str:
     if self.include is not None and not re.search(self.include, path):
       return f'path matches no include={self.include!r}'
