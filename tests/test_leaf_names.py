@@ -4,6 +4,8 @@ Paths and sizes are those of real models. A leaf is None, which stays plain, or
 the number of its matrices, their rows and columns.
 """
 
+import random
+
 from flax import linen as nn
 from flax import nnx
 import jax
@@ -477,6 +479,84 @@ def test_other_leaves_tell(name):
     assert match.layout is None or match.how == (
       'siblings' if len(match.leaf.shape) > 2 else 'two axes'
     )
+
+
+def _layer(rng, D, F, heads, grouped, head_dim, experts, bias, norms):
+  """Returns shapes of a layer, and `i`, `o`, `b` for each axis of matrices."""
+  q, k, out = rng.choice(
+    [('query', 'key', 'out'), ('q_proj', 'k_proj', 'o_proj')]
+  )
+  H, K, S = heads, grouped, head_dim
+  if rng.random() < 0.5:
+    leaves = {q: ((D, H, S), 'ioo'), k: ((D, K, S), 'ioo')}
+    leaves[out] = ((H, S, D), 'iio')
+  else:
+    leaves = {q: ((D, H * S), 'io'), k: ((D, K * S), 'io')}
+    leaves[out] = ((H * S, D), 'io')
+  layer = {f'attention/{name}/kernel': x for name, x in leaves.items()}
+  if experts:
+    layer['moe/router/kernel'] = ((D, experts), 'io')
+    layer['moe/up'] = ((experts, D, F), 'bio')
+    layer['moe/down'] = ((experts, F, D), 'bio')
+  else:
+    layer['mlp/up/kernel'] = ((D, F), 'io')
+    layer['mlp/down/kernel'] = ((F, D), 'io')
+  if bias:
+    for path, (shape, form) in list(layer.items()):
+      if path.endswith('kernel'):
+        outputs = tuple(n for n, c in zip(shape, form, strict=True) if c == 'o')
+        layer[path.replace('kernel', 'bias')] = (outputs, '')
+  return layer | ({'ln_1/scale': ((D,), '')} if norms else {})
+
+
+def _model(rng):
+  """Returns a transformer, its layers apart or stacked along some axis."""
+  S, H = rng.choice([16, 64, 128]), rng.choice([2, 4, 12, 32])
+  D = H * S * rng.choice([1, 1, 2])
+  layer = _layer(
+    *(rng, D, rng.choice([D * 2, D * 8 // 3]), H, rng.choice([1, 2, H]), S),
+    experts=rng.choice([0, 0, 4, 64]),
+    bias=rng.random() < 0.4,
+    norms=rng.random() < 0.8,
+  )
+  axis, L = rng.choice([None, 0, 1]), rng.choice([2, 6, 12, 32])
+  model = {'embed/embedding': ((999, D), ''), 'final_norm/scale': ((D,), '')}
+  for path, (shape, form) in layer.items():
+    if axis is None:
+      model[f'layers_0/{path}'] = shape, form
+    else:
+      shape = shape[:axis] + (L,) + shape[axis:]
+      form = form and form[:axis] + 'b' + form[axis:]
+      model[f'layers/{path}'] = shape, form
+  return model
+
+
+def _sides(leaf, form):
+  """Returns the sizes of the rows' and of the columns' axes, longer than 1."""
+  axes = list(zip(leaf.shape, form, strict=False))  # no form: no matrix
+  side = lambda kind: [n for n, c in axes if c == kind and n > 1]
+  return side('i'), side('o')
+
+
+def test_what_is_not_assumed_is_right_in_random_transformers():
+  decided, assumed = 0, 0
+  for seed in range(200):
+    model = _model(random.Random(seed))
+    found = _matches({path: shape for path, (shape, _) in model.items()})
+    for path, (shape, form) in model.items():
+      if found[path].how == 'assumed':
+        assumed += 1
+        continue
+      decided += 1
+      layout, got = found[path].layout, ''
+      if layout:
+        got = ''.join(
+          'i' if i in layout.rows else 'o' if i in layout.cols else 'b'
+          for i in range(len(shape))
+        )
+      leaf = found[path].leaf
+      assert _sides(leaf, got) == _sides(leaf, form), (seed, path, shape, got)
+  assert decided > 50 * assumed > 0
 
 
 def _init(params, **kwargs):
