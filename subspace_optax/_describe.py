@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from subspace_optax import _notices
 from subspace_optax import _spec
 from subspace_optax._projectors import _base
 
@@ -69,8 +70,9 @@ def records_of(tx: Any, params: Any) -> list[Record]:
   records: list[Record] = []
   token = _records.set(records)
   try:
-    # A new function each time: a traced one would be served from jax's cache.
-    jax.eval_shape(lambda p: tx.init(p), params)
+    with _notices.quiet(errors=True):
+      # A new function each time: jax would serve a traced one from its cache.
+      jax.eval_shape(lambda p: tx.init(p), params)
   finally:
     _records.reset(token)
   if not records:
@@ -89,8 +91,8 @@ def describe(tx_or_spec: Any, params: Any) -> str:
 
   Returns:
     A table, one line a leaf: path, shape, how many matrices of which shape,
-    rank, side that the basis spans, and the basis's dtype and shape or the
-    reason for none.
+    rank, side that the basis spans, how the matrix's axes were found (see
+    `SubspaceSpec`), and the basis's dtype and shape or the reason for none.
 
   Raises:
     ValueError: the optimizer holds no `project`.
@@ -98,13 +100,12 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   Example:
     >>> import jax.numpy as jnp, subspace_optax as so
     >>> tx = so.galore(1e-3, rank=4)
-    >>> print(
-    ...   so.describe(tx, {'w': jnp.ones((3, 64, 16)), 'bias': jnp.ones(16)})
-    ... )
+    >>> w = jnp.ones((3, 64, 16))
+    >>> print(so.describe(tx, {'w': w, 'bias': jnp.ones((3, 16))}))
     svd(update_proj_gap=200, method='auto')
-    path  shape      as matrices    rank  side   basis
-    bias  (16)       -              -     plain  has fewer than two axes
-    w     (3,64,16)  3 x (64 x 16)  4     rows   float32(3,64,4)
+    path  shape      as matrices    rank  side   axes      basis
+    bias  (3,16)     -              -     plain  -         is a bias by its name
+    w     (3,64,16)  3 x (64 x 16)  4     rows   siblings  float32(3,64,4)
   """
   if isinstance(tx_or_spec, _spec.SubspaceSpec):
     return _table(tx_or_spec.match(params), tx_or_spec)
@@ -114,7 +115,7 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   )
 
 
-_HEADER = ('path', 'shape', 'as matrices', 'rank', 'side', 'basis')
+_HEADER = ('path', 'shape', 'as matrices', 'rank', 'side', 'axes', 'basis')
 
 
 def _table(matches: Matches, spec: _spec.SubspaceSpec) -> str:
@@ -131,14 +132,13 @@ def _row(match: _spec.Match, spec: _spec.SubspaceSpec) -> tuple[str, ...]:
   shape = _shape(match.leaf.shape)
   layout = match.layout
   if layout is None:
-    return match.path, shape, '-', '-', 'plain', match.reason
-  sides = (layout.m, layout.n)
-  m, n = sides if layout.project_rows else sides[::-1]
-  count = ' x '.join(map(str, layout.batch_shape))
-  matrices = f'{count} x ({m} x {n})' if count else f'{m} x {n}'
+    how = match.how or '-'
+    return match.path, shape, '-', '-', 'plain', how, match.reason
+  matrices = _spec.as_matrices(layout)
   side = 'rows' if layout.project_rows else 'columns'
   basis = f'{jnp.dtype(spec.basis_dtype).name}{_shape(layout.basis_shape)}'
-  return match.path, shape, matrices, str(layout.rank), side, basis
+  rank = str(layout.rank)
+  return match.path, shape, matrices, rank, side, match.how, basis
 
 
 def _shape(shape: tuple[int, ...]) -> str:

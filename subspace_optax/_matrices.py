@@ -195,5 +195,6 @@ def _check_made(
     shape = tuple(match.leaf.shape) if match else 'masked'
     raise ValueError(
       f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, '
-      f'but init made {found}; give update the tree that init was given.'
+      f'but init made {found}; give update the tree that init was given, in '
+      'the same boxes.'
     )

@@ -21,19 +21,20 @@ import operator
 import re
 from typing import Any
 
+from subspace_optax import _axes
+from subspace_optax import _siblings
 from subspace_optax import _spec
 from subspace_optax import _tree
-
-# Leaves that are no matrices, whatever their shapes, or vocabulary-sized.
-_EXCLUDE = _spec.DEFAULT_EXCLUDE + '|logits_dense|conv'
 
 # Axes of one layer's leaf: `i` of the rows, `o` of the columns, `b` counts
 # matrices. The first pattern that is found decides. `wi` has an axis of
 # activations if they are fused: with three axes the one in the middle may as
-# well be of layers, which count matrices, too.
+# well be of layers, which count matrices, too. `out` has no heads behind linear
+# attention.
 _KERNELS = (
-  (r'(^|/)(query|key|value|wq_b|wkv_b)/kernel$', ('ioo',)),
-  (r'(^|/)out/kernel$', ('iio',)),
+  (r'(^|/)(query|key|value|wq_b|wkv_b|wkv)/kernel$', ('ioo',)),
+  (r'(^|/)(out|o_proj)/kernel$', ('iio', 'io')),
+  (r'(^|/)o_a_proj/kernel$', ('bio',)),
   (r'(^|/)qkv_proj/kernel$', ('iboo',)),
   (r'(^|/)wi/kernel$', ('io', 'ibo')),
   (r'(^|/)(wi|wi_\d+|wo)$', ('bio',)),  # experts have no `kernel` below them
@@ -42,7 +43,7 @@ _KERNELS = (
 
 
 def dimension_numbers_from_paths(
-  params: Any, *, scan_axis: int = 1, exclude: str | None = _EXCLUDE
+  params: Any, *, scan_axis: int = 1, exclude: str | None = _spec.AUTO
 ) -> Any:
   """Returns the dimension numbers of parameters laid out as MaxText's are.
 
@@ -51,8 +52,10 @@ def dimension_numbers_from_paths(
   its path a leaf is, L being there for layers that are scanned:
 
   ========================================  ==============================
-  `query|key|value|wq_b|wkv_b/kernel`       (embed, L, heads, head_dim)
-  `out/kernel`                              (heads, L, head_dim, embed)
+  `query|key|value|wq_b|wkv_b|wkv/kernel`   (embed, L, heads, head_dim)
+  `out|o_proj/kernel`                       (heads, L, head_dim, embed)
+  the same without heads                    (rows, L, columns)
+  `o_a_proj/kernel`                         (groups, L, rows, columns)
   `qkv_proj/kernel`                         (embed, L, 3, heads, head_dim)
   `wi/kernel`, activations fused            (embed, L, 2, mlp)
   `wi`, `wi_0`, `wi_1`, `wo`, of experts    (experts, L, rows, columns)
@@ -60,14 +63,15 @@ def dimension_numbers_from_paths(
   ========================================  ==============================
 
   where layers, experts and what is fused count matrices. Everything else, such
-  as biases, stays plain.
+  as biases, stays plain. Where two lines give a leaf its number of axes, norms
+  beside it tell whether layers are scanned, or else the sizes do.
 
   Args:
     params: the parameters, boxed or not; only paths and shapes are looked at.
     scan_axis: where L stands.
-    exclude: regular expression of paths that stay plain: by default those of
-      embeddings, `logits_dense`, norms, biases and convolutions; None for
-      nothing.
+    exclude: regular expression of paths that stay plain; 'auto' for the names
+      of embeddings, heads, norms, biases and convolutions, as in
+      `SubspaceSpec`; None for nothing.
 
   Returns:
     A tree of `DimensionNumbers`, None for leaves that stay plain.
@@ -82,56 +86,81 @@ def dimension_numbers_from_paths(
     >>> spec = so.SubspaceSpec(
     ...   rank=4, weight_dimension_numbers=so.dimension_numbers_from_paths
     ... )
-    >>> params = {'layers': {'query': {'kernel': jnp.ones((32, 3, 4, 16))}}}
-    >>> so.dimension_numbers_from_paths(params)['layers']['query']['kernel']
+    >>> params = {'query': {'kernel': jnp.ones((32, 3, 4, 16))}}
+    >>> so.dimension_numbers_from_paths(params)['query']['kernel']
     DimensionNumbers(reduction_axis=(0,), output_axis=(2, 3))
     >>> print(so.describe(spec, params))
-    path                 shape        as matrices    rank  side  basis
-    layers/query/kernel  (32,3,4,16)  3 x (32 x 64)  4     rows  float32(32,3,4)
+    path          shape        as matrices    rank  side  axes   basis
+    query/kernel  (32,3,4,16)  3 x (32 x 64)  4     rows  named  float32(32,3,4)
   """
   if isinstance(scan_axis, bool) or not hasattr(scan_axis, '__index__'):
     raise TypeError(f'scan_axis must be an int, got {scan_axis!r}.')
   if scan_axis < 0:
     raise ValueError(f'scan_axis must not be negative, got {scan_axis}.')
   pairs, treedef = _tree.flatten(params)
-  return treedef.unflatten(
-    [
-      None
-      if _tree.is_masked(leaf) or _stays_plain(path, exclude)
-      else _numbers(path, tuple(leaf.shape), operator.index(scan_axis))
-      for path, leaf in pairs
-    ]
+  leaves = tuple(
+    _siblings.Leaf(path, tuple(leaf.shape))
+    for path, leaf in pairs
+    if not _tree.is_masked(leaf)
   )
+  scan_axis = operator.index(scan_axis)
+  found = {
+    leaf.path: None
+    if _stays_plain(leaves, leaf.path, exclude)
+    else _numbers(leaves, leaf, scan_axis)
+    for leaf in leaves
+  }
+  return treedef.unflatten([found.get(path) for path, _ in pairs])
 
 
-def _stays_plain(path: str, exclude: str | None) -> bool:
+def _stays_plain(
+  leaves: tuple[_siblings.Leaf, ...], path: str, exclude: str | None
+) -> bool:
+  if exclude == _spec.AUTO:
+    return bool(_axes.plain_kinds(leaves)[path])
   return exclude is not None and re.search(exclude, path) is not None
 
 
 def _numbers(
-  path: str, shape: tuple[int, ...], scan_axis: int
+  leaves: tuple[_siblings.Leaf, ...], leaf: _siblings.Leaf, scan_axis: int
 ) -> _spec.DimensionNumbers | None:
   """Returns the dimension numbers of a leaf, None if it is no kernel."""
+  path, shape = leaf.path, leaf.shape
   forms = _forms(path)
   if not forms:
     return None
-  if len(forms) > 1 and len(shape) == len(forms[1]) and scan_axis != 1:
-    raise ValueError(
-      f'leaf {path!r} has shape {shape}, which may be fused or, at scan_axis='
-      f'{scan_axis}, scanned; match it with `exclude`, or give '
-      'weight_dimension_numbers of your own.'
-    )
-  for form in forms:
-    if len(shape) == len(form):
-      return _of_axes(form)
-    if len(shape) == len(form) + 1 and scan_axis <= len(form):
-      return _of_axes(form[:scan_axis] + 'b' + form[scan_axis:])
+  alone = [form for form in forms if len(form) == len(shape)]
+  scanned = [
+    form[:scan_axis] + 'b' + form[scan_axis:]
+    for form in forms
+    if len(form) + 1 == len(shape) and scan_axis <= len(form)
+  ]
+  if alone and scanned and alone != scanned:
+    counted = _siblings.family_of(leaves).counted(leaf)
+    if counted is None:
+      return _of_axes(_by_sizes(path, shape, scan_axis, alone + scanned))
+    alone, scanned = (scanned, []) if scan_axis in counted else (alone, [])
+  if alone + scanned:
+    return _of_axes((alone + scanned)[0])
   counts = ' or '.join(str(len(form)) for form in forms)
   raise ValueError(
     f'leaf {path!r} has shape {shape}, but by its name it has {counts} axes, '
     f'and one more at scan_axis={scan_axis} for scanned layers; match it with '
     '`exclude`, or give weight_dimension_numbers of your own.'
   )
+
+
+def _by_sizes(
+  path: str, shape: tuple[int, ...], scan_axis: int, forms: list[str]
+) -> str:
+  """Returns which of two forms attention's sizes speak for."""
+  if not any('ii' in form for form in forms):
+    raise ValueError(
+      f'leaf {path!r} has shape {shape}, which may be fused or, at scan_axis='
+      f'{scan_axis}, scanned; match it with `exclude`, or give '
+      'weight_dimension_numbers of your own.'
+    )
+  return _axes.squarest(forms, shape)
 
 
 def _forms(path: str) -> tuple[str, ...]:
@@ -142,5 +171,5 @@ def _forms(path: str) -> tuple[str, ...]:
 
 
 def _of_axes(axes: str) -> _spec.DimensionNumbers:
-  of = lambda name: tuple(i for i, c in enumerate(axes) if c == name)
-  return _spec.DimensionNumbers(of('i'), of('o'))
+  found = _axes.of_form(axes, 'name')
+  return _spec.DimensionNumbers(found.rows, found.cols)

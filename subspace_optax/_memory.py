@@ -20,6 +20,7 @@ import jax
 import optax
 
 from subspace_optax import _layerwise
+from subspace_optax import _notices
 from subspace_optax import _spec
 from subspace_optax._rso import _compressed
 from subspace_optax._rso import _subproblems
@@ -80,7 +81,8 @@ def memory_report(
     adam instead    344.00 MiB
     state / adam         0.037
   """
-  state = jax.eval_shape(tx.init, params)
+  with _notices.quiet():
+    state = jax.eval_shape(tx.init, params)
   adam = jax.eval_shape(optax.adam(1.0).init, params)
   gradients = params
   if isinstance(tx, _subproblems.Subproblems):

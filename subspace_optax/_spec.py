@@ -15,6 +15,7 @@
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import functools
 import math
 import numbers
 import operator
@@ -24,18 +25,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from subspace_optax import _axes
 from subspace_optax import _layout
+from subspace_optax import _notices
+from subspace_optax import _siblings
 from subspace_optax import _tree
 
-DEFAULT_EXCLUDE = r'embed|wte|wpe|lm_head|head(/kernel)?$|norm|scale|bias'
+AUTO = 'auto'
 SIDES = ('short', 'long', 'in', 'out')
 FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
 BASIS_DTYPES = (*FLOATS, 'int8', 'int4')
-
-# Attention kernels of three axes, (d, heads, head_dim) and back; axes before
-# those three are batch axes.
-_ATTENTION_IN = re.compile(r'(^|/)(query|key|value)(/|$)')
-_ATTENTION_OUT = re.compile(r'(^|/)(out|o_proj)(/|$)')
 
 
 class DimensionNumbers(NamedTuple):
@@ -67,6 +66,7 @@ class Match(NamedTuple):
     layout: how it is projected, None if it stays plain.
     selected: whether the spec's rules chose it, small though it may be.
     reason: why it stays plain.
+    how: how its matrix was found, see `SubspaceSpec`; '' if it has none.
   """
 
   path: str
@@ -74,6 +74,7 @@ class Match(NamedTuple):
   layout: _layout.Layout | None
   selected: bool = True
   reason: str = ''
+  how: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +86,22 @@ class SubspaceSpec:
       of (path, leaf) that returns either. Clipped to the short side.
     include: regular expression; only leaves whose path it finds are projected.
       Paths look like `blocks/mlp/up`. None for all.
-    exclude: regular expression; leaves whose path it finds stay plain. The
-      default keeps embeddings, heads, norms and biases out; None for nothing.
-      A tree of `weight_dimension_numbers` goes before it.
+    exclude: regular expression; leaves whose path it finds stay plain. 'auto'
+      keeps embeddings, heads, norms, biases and convolutions out, by the names
+      of the usual libraries in whole components of a path: `head/kernel` is a
+      head, `head_gate` in a layer is not. None for nothing. A tree of
+      `weight_dimension_numbers` goes before it.
     side: the side the basis spans: 'short' (the papers), 'long'
       (`optax.contrib.galore`), 'in' (rows) or 'out' (columns).
     weight_dimension_numbers: the axes that form each matrix: a
       `DimensionNumbers` for every leaf, a tree of them with None for leaves
-      that stay plain, or a callable from the parameters to such a tree. None
-      takes the last two axes, except under `query|key|value` and `out|o_proj`,
-      where kernels of three axes are (d, heads, head_dim) and back: name the
-      axes of such kernels if they are stacked matrices.
+      that stay plain, or a callable from the parameters to such a tree. With
+      None, leaves of two axes are matrices. Of others, names of axes in flax's
+      metadata tell ('metadata'), or else leaves beside them ('siblings'): a
+      norm of (layers, width) that layers are stacked, a bias of (heads,
+      head_dim) which axes are outputs. Or else the leaf's name and sizes
+      ('name'), as of query, key, value and out. Otherwise the last two axes
+      are the matrix ('assumed'), and `init` warns. `describe` shows which.
     only_if_smaller: keep leaves plain whose basis and two moments would take
       no fewer bytes than Adam's two moments.
     allow_empty: accept trees in which no leaf is matched.
@@ -121,20 +127,17 @@ class SubspaceSpec:
 
   Example:
     >>> import jax.numpy as jnp, subspace_optax as so
-    >>> spec = so.SubspaceSpec(rank=4, include='mlp')
-    >>> params = {
-    ...   'mlp': {'up': jnp.ones((16, 64))},
-    ...   'embed': jnp.ones((99, 16)),
-    ... }
+    >>> spec = so.SubspaceSpec(rank=4)
+    >>> params = {'up': jnp.ones((16, 64)), 'lm_head': jnp.ones((16, 99))}
     >>> print(so.describe(spec, params))
-    path    shape    as matrices  rank  side   basis
-    embed   (99,16)  -            -     plain  path matches no include='mlp'
-    mlp/up  (16,64)  16 x 64      4     rows   float32(16,4)
+    path     shape    as matrices  rank  side   axes      basis
+    lm_head  (16,99)  -            -     plain  -         is a head by its name
+    up       (16,64)  16 x 64      4     rows   two axes  float32(16,4)
   """
 
   rank: Rank
   include: str | None = None
-  exclude: str | None = DEFAULT_EXCLUDE
+  exclude: str | None = AUTO
   side: str = 'short'
   weight_dimension_numbers: Any = None
   only_if_smaller: bool = True
@@ -173,31 +176,46 @@ class SubspaceSpec:
     _tree.check_arrays(pairs)
     _check_distinct([path for path, _ in pairs])
     numbers_of = self._dimension_numbers(params, pairs, treedef)
+    names = _tree.axis_names(params)
+    leaves = tuple(
+      _siblings.Leaf(path, tuple(leaf.shape), names.get(path))
+      for path, leaf in pairs
+      if not _tree.is_masked(leaf)
+    )
+    match = functools.partial(self._match_leaf, leaves)
     matches = [
-      None if _tree.is_masked(leaf) else self._match_leaf(path, leaf, dims)
+      None if _tree.is_masked(leaf) else match(path, leaf, dims)
       for (path, leaf), dims in zip(pairs, numbers_of, strict=True)
     ]
     self._check_any(matches)
     return matches
 
-  def _match_leaf(self, path: str, leaf: Any, dims: Any) -> Match:
-    reason = self._exclusion(path, leaf, dims)
+  def _match_leaf(
+    self, leaves: tuple[_siblings.Leaf, ...], path: str, leaf: Any, dims: Any
+  ) -> Match:
+    reason = self._exclusion(leaves, path, leaf, dims)
     if reason:
       return Match(path, leaf, None, False, reason)
+    if dims is None:
+      axes = _axes.decide(leaves)[path]
+    else:
+      axes = _axes.Axes(*_named_axes(path, leaf, dims), 'named')
+    if axes.reason:
+      return Match(path, leaf, None, False, axes.reason, axes.how)
     if _dtype_name(leaf.dtype) not in FLOATS:
       raise TypeError(
         f'leaf {path!r} of dtype {leaf.dtype} is selected for projection, '
         f'which needs one of {FLOATS}; name it in `exclude`.'
       )
-    rows, cols = _axes_of(path, leaf, dims)
-    layout = self._layout(path, leaf, rows, cols)
+    layout = self._layout(path, leaf, axes.rows, axes.cols)
+    plain = functools.partial(Match, path, leaf, None, how=axes.how)
     if 0 in leaf.shape:
-      return Match(path, leaf, None, reason='has no elements')
+      return plain(selected=False, reason='has no elements')
     if self.only_if_smaller and not self._is_smaller(layout, leaf.dtype):
       r, m, n = layout.rank, layout.m, layout.n
       reason = f'rank {r} of {m} x {n} would take as much state as Adam'
-      return Match(path, leaf, None, reason=reason)
-    return Match(path, leaf, layout)
+      return plain(selected=min(m, n) > 1, reason=reason)
+    return Match(path, leaf, layout, how=axes.how)
 
   def dtype_of_moments(self, dtype: Any) -> Any:
     """Returns the dtype of a leaf's moments, given that of the leaf."""
@@ -217,7 +235,9 @@ class SubspaceSpec:
     moments = 2 * n * r * self.dtype_of_moments(dtype).itemsize
     return basis + moments < 2 * m * n * self.dtype_of_moments(dtype).itemsize
 
-  def _exclusion(self, path: str, leaf: Any, dims: Any) -> str:
+  def _exclusion(
+    self, leaves: tuple[_siblings.Leaf, ...], path: str, leaf: Any, dims: Any
+  ) -> str:
     if self.include is not None and not re.search(self.include, path):
       return f'path matches no include={self.include!r}'
     given = self.weight_dimension_numbers
@@ -225,6 +245,9 @@ class SubspaceSpec:
       return '' if dims is not None else 'has no weight_dimension_numbers'
     if len(leaf.shape) < 2:
       return 'has fewer than two axes'
+    if self.exclude == AUTO:
+      kind = _axes.plain_kinds(leaves)[path]
+      return f'is {kind} by its name' if kind else ''
     found = re.search(self.exclude, path) if self.exclude is not None else None
     return f'path matches exclude ({found.group()!r})' if found else ''
 
@@ -274,6 +297,61 @@ class SubspaceSpec:
         f'exclude={self.exclude!r}) matches no leaf. Nearest paths:\n'
         + '\n'.join(lines)
       )
+
+
+def check_init(spec: SubspaceSpec, matches: Iterable[Match | None]) -> None:
+  """Raises if nothing is left to project; warns of what is not as asked for.
+
+  Called once for an optimizer, by the piece that owns the bases.
+  """
+  known = [match for match in matches if match is not None]
+  wanted = [match for match in known if match.selected]
+  small = [match for match in wanted if match.layout is None]
+  if wanted and len(small) == len(wanted):
+    _notices.refuse(
+      f'SubspaceSpec(rank={spec.rank!r}) leaves no matrix to project:\n'
+      f'{_lines(small)}\n{_SMALLER}'
+    )
+    return
+  guessed = [match for match in known if match.how == 'assumed']
+  notices = []
+  if small:
+    notices.append(
+      f'SubspaceSpec(rank={spec.rank!r}) leaves these matrices plain:\n'
+      f'{_lines(small)}\n{_SMALLER}'
+    )
+  if guessed:
+    notices.append(
+      'neither other leaves nor metadata tell the matrices of these leaves; '
+      f'assumed are\n{_guesses(guessed)}\nSay which axes they have in '
+      'weight_dimension_numbers, or name the leaves in `exclude`.'
+    )
+  for notice in notices:
+    _notices.warn(notice)
+
+
+_SMALLER = (
+  'Take a smaller rank, pass only_if_smaller=False, or name them in `exclude`.'
+)
+
+
+def _lines(matches: list[Match]) -> str:
+  return '\n'.join(f'  {match.path}: {match.reason}' for match in matches)
+
+
+def _guesses(matches: list[Match]) -> str:
+  lines = []
+  for match in matches:
+    what = as_matrices(match.layout) if match.layout else match.reason
+    lines.append(f'  {match.path} {tuple(match.leaf.shape)}: {what}')
+  return '\n'.join(lines)
+
+
+def as_matrices(layout: _layout.Layout) -> str:
+  """Returns a layout as `3 x (64 x 16)`, inputs by outputs."""
+  count = ' x '.join(map(str, layout.batch_shape))
+  matrix = f'{layout.inputs} x {layout.outputs}'
+  return f'{count} x ({matrix})' if count else matrix
 
 
 def is_quantized(spec: SubspaceSpec) -> bool:
@@ -341,10 +419,8 @@ def _check_rank(rank: Any, path: str) -> int | float:
   raise TypeError(f'rank{where} must be an int or a fraction, got {rank!r}.')
 
 
-def _axes_of(path: str, leaf: Any, dims: Any):
-  """Returns the axes of the rows and of the columns."""
-  if dims is None:
-    dims = _default_dimension_numbers(path, len(leaf.shape))
+def _named_axes(path: str, leaf: Any, dims: Any):
+  """Returns the axes of the rows and of the columns, as they are named."""
   rows = _normalize(path, leaf, 'reduction_axis', dims.reduction_axis)
   cols = _normalize(path, leaf, 'output_axis', dims.output_axis)
   both = rows + cols
@@ -366,11 +442,3 @@ def _normalize(path: str, leaf: Any, name: str, axis: Any) -> tuple[int, ...]:
       f'{tuple(leaf.shape)} does not have.'
     )
   return tuple(i % ndim for i in axes)
-
-
-def _default_dimension_numbers(path: str, ndim: int) -> DimensionNumbers:
-  if ndim >= 3 and _ATTENTION_IN.search(path):
-    return DimensionNumbers(-3, (-2, -1))
-  if ndim >= 3 and _ATTENTION_OUT.search(path):
-    return DimensionNumbers((-3, -2), -1)
-  return DimensionNumbers()

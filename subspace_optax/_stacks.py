@@ -16,7 +16,6 @@
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 import contextlib
 from typing import Any
-import warnings
 
 import jax
 from jax import lax
@@ -25,6 +24,7 @@ from jax.sharding import NamedSharding
 import optax
 
 from subspace_optax import _describe
+from subspace_optax import _notices
 from subspace_optax import _sharding
 from subspace_optax import _tree
 
@@ -105,7 +105,15 @@ def init(tx: optax.GradientTransformation, blocks: Any) -> Any:
        same in every layer.
   """
   layers = count(blocks)
-  one = _trial(tx, layer_shapes(blocks))
+  one = _trial(tx, layer_shapes(blocks))  # which tells what it assumes
+  with _notices.quiet():
+    return _as_one_layer(tx, blocks, one, layers)
+
+
+def _as_one_layer(
+  tx: optax.GradientTransformation, blocks: Any, one: Any, layers: int
+) -> Any:
+  """Returns a stack of states whose shapes are those of one layer's."""
   problem = ''
   for alone in (_nothing, _is_vector, _everything):
     if alone is _everything and _holds_project(tx, blocks):
@@ -164,8 +172,7 @@ def _everything(x: Any) -> bool:
 
 def _trial(tx: optax.GradientTransformation, params: Any) -> Any:
   """Returns the shapes of a state that is not made."""
-  with _describe.unheard(), warnings.catch_warnings():
-    warnings.simplefilter('ignore')
+  with _describe.unheard():
     return jax.eval_shape(lambda x: tx.init(x), params)
 
 

@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
+from subspace_optax import _notices
 from subspace_optax import _sharding
 from subspace_optax import _tree
 from subspace_optax._rso import _subproblems
@@ -86,7 +87,7 @@ def state_sharding(
   if mesh is None:
     return _on_one_device(tx, params)
   twin = _twin(mesh, replicated)
-  with jax.sharding.use_abstract_mesh(twin.abstract_mesh):
+  with _notices.quiet(), jax.sharding.use_abstract_mesh(twin.abstract_mesh):
     state = jax.eval_shape(tx.init, _shapes(params, twin))
 
   def on_mesh(x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -175,4 +176,6 @@ def _on_one_device(tx: Any, params: Any) -> Any:
       'state_sharding under jax.set_mesh(mesh).'
     )
   sharding = alone.pop()
-  return jax.tree.map(lambda _: sharding, jax.eval_shape(tx.init, params))
+  with _notices.quiet():
+    state = jax.eval_shape(tx.init, params)
+  return jax.tree.map(lambda _: sharding, state)

@@ -19,7 +19,7 @@ wrapper hid a leaf. Everything here sees *entries*: one array, `Projected` or
 `MaskedNode` per parameter, in tree order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -82,6 +82,39 @@ def check_arrays(pairs: Sequence[tuple[str, Any]]) -> None:
         'is no parameter out of the tree, as eqx.filter(model, '
         'eqx.is_inexact_array) and nnx.state(model, nnx.Param) do.'
       )
+
+
+def axis_names(tree: Any) -> dict[str, tuple[str | None, ...]]:
+  """Returns the names of axes that boxes hold, by the path of their array."""
+  pairs, _ = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=lambda x: is_entry(x) or _names_of(x) is not None
+  )
+  found = {}
+  for path, x in pairs:
+    names = _names_of(x)
+    if names is not None:
+      inner = () if is_box(x) else jax.tree_util.tree_leaves_with_path(x)[0][0]
+      # Several mesh axes in a tuple are no name.
+      found[path_str((*path, *inner))] = tuple(
+        name if isinstance(name, str) else None for name in names
+      )
+  return found
+
+
+def _names_of(x: Any) -> Any:
+  """Returns the names of axes in a box of flax's, or a haliax NamedArray."""
+  if isinstance(x, nnx.Variable):
+    metadata = x.get_metadata()
+    keys = ('out_sharding', 'sharding', 'sharding_names')
+    names = next((metadata[k] for k in keys if metadata.get(k)), None)
+    names = getattr(names, 'spec', names)
+    return names if isinstance(names, Iterable) else None
+  if isinstance(x, meta.AxisMetadata):
+    return getattr(x, 'names', None)
+  axes = getattr(x, 'axes', None)
+  if isinstance(axes, tuple) and hasattr(x, 'array'):
+    return [getattr(axis, 'name', None) for axis in axes]
+  return None
 
 
 def replace_entries(tree: Any, entries: Sequence[Any]) -> Any:

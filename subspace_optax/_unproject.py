@@ -76,7 +76,8 @@ def unproject(
       f'residual {residual.name!r} changes the gradients that are projected, '
       'which `unproject` comes too late for; use `subspace_optax.subspace`.'
     )
-  return unproject_any(scale, residual, spec, allow_empty=False)
+  allow_empty = isinstance(spec, _spec.SubspaceSpec) and spec.allow_empty
+  return unproject_any(scale, residual, spec, allow_empty=allow_empty)
 
 
 def unproject_any(

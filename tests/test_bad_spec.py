@@ -190,8 +190,9 @@ def test_tree_without_matrices_matches_no_leaf():
     _project().init({'bias': PARAMS['bias']})
 
 
-def test_selected_but_small_leaves_are_no_mistake():
-  _project(so.SubspaceSpec(rank=100)).init(PARAMS)
+def test_a_rank_that_leaves_nothing_to_project():
+  with errors.raises(ValueError, 'rank=100', 'mlp/up', 'mlp/down', '8 x 12'):
+    _project(so.SubspaceSpec(rank=100)).init(PARAMS)
 
 
 @pytest.mark.parametrize(

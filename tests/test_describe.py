@@ -23,22 +23,37 @@ PARAMS = {
   'bias': jnp.ones(12),
 }
 
-# Path, shape, matrices, rank, side, basis.
+# Path, shape, matrices, rank, side, axes, basis.
 TABLE = {
-  'blocks/up': ('(3,8,12)', '3 x (8 x 12)', '3', 'rows', 'float32(3,8,3)'),
-  'blocks/down': ('(3,12,8)', '3 x (12 x 8)', '3', 'columns', 'float32(3,8,3)'),
-  'query': ('(16,2,8)', '16 x 16', '3', 'rows', 'float32(16,3)'),
-  'embed': ('(99,8)', '-', '-', 'plain', "path matches exclude ('embed')"),
+  'blocks/up': (
+    '(3,8,12)',
+    '3 x (8 x 12)',
+    '3',
+    'rows',
+    'siblings',
+    'float32(3,8,3)',
+  ),
+  'blocks/down': (
+    '(3,12,8)',
+    '3 x (12 x 8)',
+    '3',
+    'columns',
+    'siblings',
+    'float32(3,8,3)',
+  ),
+  'query': ('(16,2,8)', '16 x 16', '3', 'rows', 'name', 'float32(16,3)'),
+  'embed': ('(99,8)', '-', '-', 'plain', '-', 'is an embedding by its name'),
   'thin': (
     '(3,12)',
     '-',
     '-',
     'plain',
+    'two axes',
     'rank 3 of 3 x 12 would take as much state as Adam',
   ),
-  'empty': ('(0,12)', '-', '-', 'plain', 'has no elements'),
-  'scalar': ('()', '-', '-', 'plain', 'has fewer than two axes'),
-  'bias': ('(12)', '-', '-', 'plain', 'has fewer than two axes'),
+  'empty': ('(0,12)', '-', '-', 'plain', 'two axes', 'has no elements'),
+  'scalar': ('()', '-', '-', 'plain', '-', 'has fewer than two axes'),
+  'bias': ('(12)', '-', '-', 'plain', '-', 'has fewer than two axes'),
 }
 
 
@@ -124,7 +139,7 @@ def test_each_part_of_a_partition_is_described():
   assert _table(first)[0].keys() == {'blocks/up', 'blocks/down', 'query'}
   found = _table('online_pca' + second)[0]
   assert found.keys() == PARAMS.keys() - {'blocks', 'query'}
-  assert found['embed'][3] == 'columns'
+  assert found['embed'][3:5] == ('columns', 'two axes')
 
 
 def test_projectors_and_dtypes_are_named():
@@ -177,6 +192,15 @@ def test_flax_states_and_boxes_show_plain_paths():
     table, _ = _table(so.describe(tx, boxed))
     assert table.keys() == {'kernel', 'bias'}
     assert table['kernel'][-1] == 'float32(8,3)'
+
+
+def test_what_is_assumed_or_named_shows():
+  params = {'w': jnp.ones((5, 8, 12)), 'filters': jnp.ones((3, 3, 16, 32))}
+  table, _ = _table(so.describe(_spec(), params))
+  assert table['w'][-2:] == ('assumed', 'float32(5,8,3)')
+  assert table['filters'][-2:] == ('assumed', 'looks like a convolution')
+  spec = _spec(weight_dimension_numbers=so.DimensionNumbers())
+  assert _table(so.describe(spec, params))[0]['w'][-2] == 'named'
 
 
 def test_describing_leaves_no_trace():

@@ -43,6 +43,10 @@ OTHERS = {
   # Of multi-head latent attention.
   'self_attention/wq_b/kernel': ((D, L, H, K), (0,), (2, 3)),
   'self_attention/wkv_a/kernel': ((D, L, 12), (0,), (2,)),
+  # Linear attention, whose heads are one axis with what each of them holds.
+  'linear_attention/out/kernel': ((H * K, L, D), (0,), (2,)),
+  'self_attention/o_proj/kernel': ((H, L, K, D), (0, 2), (3,)),
+  'self_attention/o_a_proj/kernel': ((E, L, F, D), (2,), (3,)),
   # Fused.
   'self_attention/qkv_proj/kernel': ((D, L, 3, H, K), (0,), (3, 4)),
   'mlp/wi/kernel': ((D, L, 2, F), (0,), (3,)),
@@ -77,6 +81,8 @@ def _without_layers(shape, rows, cols):
 
 def test_numbers_of_every_kernel():
   leaves = dict(LEAVES)
+  norm = 'pre_self_attention_layer_norm/scale'
+  leaves[PREFIX + norm] = cases.Leaf((D,), jnp.float32)
   for path, of in (SCANNED | OTHERS).items():
     leaves[STACK + path] = _leaf(*of)
     leaves[PREFIX + path] = _without_layers(*of)
@@ -89,7 +95,7 @@ def test_numbers_of_every_kernel():
   found = cases.flat(so.dimension_numbers_from_paths(shapes))
   assert found.keys() == leaves.keys()
   for path, leaf in leaves.items():
-    if path in PLAIN:
+    if not leaf.rows:
       assert found[path] is None, path
     else:
       assert found[path] == so.DimensionNumbers(leaf.rows, leaf.cols), path
@@ -300,6 +306,47 @@ def test_moments_have_the_structure_of_the_parameters(make):
           assert moment.shape == leaf.shape
         else:  # the matrix's projected side is of length 2
           assert moment.size < np.prod(leaf.shape) and 2 in moment.shape
+
+
+@pytest.mark.parametrize(
+  'path,shape,rows,cols',
+  [
+    ('o_proj/kernel', (4, 16, 64), (0, 1), (2,)),
+    ('o_proj/kernel', (64, 4, 64), (0,), (2,)),
+    ('o_proj/kernel', (4, 3, 16, 64), (0, 2), (3,)),
+    ('o_a_proj/kernel', (8, 512, 128), (1,), (2,)),
+    ('out/kernel', (4096, 12, 2048), (0,), (2,)),
+    ('out/kernel', (16, 256, 3072), (0, 1), (2,)),  # wider than the model
+  ],
+)
+def test_sizes_tell_of_a_leaf_alone(path, shape, rows, cols):
+  params = {'self_attention': {path: jax.ShapeDtypeStruct(shape, jnp.float32)}}
+  found = so.dimension_numbers_from_paths(params)['self_attention'][path]
+  assert found == so.DimensionNumbers(rows, cols)
+
+
+def test_names_are_whole_and_those_of_a_spec():
+  kernel = jax.ShapeDtypeStruct((D, F), jnp.float32)
+  names = ('norm_proj', 'scaled_mlp', 'lm_head', 'conv1d', 'token_embed')
+  params = {name: {'kernel': kernel} for name in names}
+  found = so.dimension_numbers_from_paths(params)
+  kept = [name for name in names if found[name]['kernel'] is not None]
+  assert kept == ['norm_proj', 'scaled_mlp']
+  found = so.dimension_numbers_from_paths(params, exclude=None)
+  assert None not in [found[name]['kernel'] for name in names]
+
+
+def test_fused_or_scanned_is_told_by_norms():
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  numbers = functools.partial(so.dimension_numbers_from_paths, scan_axis=0)
+  layer = {'norm': {'scale': leaf(4, D)}, 'wi': {'kernel': leaf(4, D, F)}}
+  assert numbers({'layers': layer})['layers']['wi']['kernel'] == (
+    so.DimensionNumbers((1,), (2,))
+  )
+  layer = {'norm': {'scale': leaf(D)}, 'wi': {'kernel': leaf(D, 2, F)}}
+  assert numbers({'layers_0': layer})['layers_0']['wi']['kernel'] == (
+    so.DimensionNumbers((0,), (2,))
+  )
 
 
 def test_fused_or_scanned_is_asked():

@@ -413,7 +413,9 @@ def test_another_side_and_a_leaf_that_turns_plain_are_refused():
   params, state = _state('golore')
   tx = so.golore(0.1, spec=_spec(3, side='long'))
   _refused(tx, state, params, 'side', 'basis/')
-  _refused(MAKE['golore'](11), state, params, 'same leaves', 'nothing')
+  rank = lambda path, leaf: 11 if path == 'tall' else 3
+  _refused(MAKE['golore'](rank), state, params, 'same leaves', 'nothing')
+  _refused(MAKE['golore'](11), state, params, 'leaves no matrix')
 
 
 def test_matrices_of_rank_by_rank_are_refused():

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import cases
+import errors
 import measure
 import subspace_optax as so
 from subspace_optax import projectors
@@ -122,38 +123,54 @@ def test_rank_as_int_fraction_or_callable(rank, wanted):
 
 
 @pytest.mark.parametrize('rank', [8, 9, 100, 1.0])
-def test_rank_above_the_short_side_is_clipped_or_plain(rank):
+def test_rank_above_the_short_side_is_clipped_or_refused(rank):
   clipped = so.SubspaceSpec(rank, only_if_smaller=False)
   assert _basis((8, 12), clipped) == (8, 8)
-  assert _basis((8, 12), so.SubspaceSpec(rank)) is None
+  with errors.raises(ValueError, f'rank={rank}', '8 x 12', 'only_if_smaller'):
+    _basis((8, 12), so.SubspaceSpec(rank))
 
 
 def test_leaves_that_would_save_nothing_stay_plain():
   # m r + 2 n r < 2 m n: 32 r < 192 for 8 x 12.
   assert _basis((8, 12), so.SubspaceSpec(rank=5)) == (8, 5)
-  assert _basis((8, 12), so.SubspaceSpec(rank=6)) is None
+  with errors.raises(ValueError, 'rank 6 of 8 x 12'):
+    _basis((8, 12), so.SubspaceSpec(rank=6))
   params = _shapes({'w': (8, 12), 'thin': (4, 12)})
-  assert _bases(so.SubspaceSpec(rank=5), params) == {'w': (8, 5)}
+  with pytest.warns(UserWarning, match='thin: rank 4 of 4 x 12'):
+    assert _bases(so.SubspaceSpec(rank=5), params) == {'w': (8, 5)}
 
 
 @pytest.mark.parametrize(
   'path, shape, basis',
   [
-    ('query', (16, 2, 6), (2, 6, 3)),  # 16 x (2 x 6): columns are shorter
-    ('key/kernel', (10, 2, 6), (10, 3)),
-    ('attn/value', (5, 16, 2, 6), (5, 2, 6, 3)),  # stacked
-    ('out', (2, 6, 16), (2, 6, 3)),
-    ('attn/o_proj', (5, 2, 6, 10), (5, 10, 3)),
+    ('query', (12, 2, 6), (12, 3)),
+    ('key/kernel', (24, 2, 6), (2, 6, 3)),  # 24 x (2 x 6)
+    ('attn/value', (5, 24, 2, 6), (5, 2, 6, 3)),  # stacked
+    ('out', (2, 6, 12), (2, 6, 3)),
+    ('attn/o_proj', (5, 2, 6, 12), (5, 2, 6, 3)),
     ('query', (16, 12), (12, 3)),  # 2-D: nothing to merge
+  ],
+)
+def test_axes_by_name(path, shape, basis):
+  spec = so.SubspaceSpec(rank=3, only_if_smaller=False)
+  assert _basis(shape, spec, path) == basis
+
+
+@pytest.mark.parametrize(
+  'path, shape, basis',
+  [
+    ('query', (16, 2, 6), (2, 6, 3)),  # heads are not as wide as the model
+    ('attn/o_proj', (5, 2, 6, 10), (5, 10, 3)),
     ('queryish', (9, 16, 12), (9, 12, 3)),  # not the word
     ('output', (9, 16, 12), (9, 12, 3)),
     ('mlp', (9, 16, 12), (9, 12, 3)),
     ('moe', (4, 2, 16, 12), (4, 2, 12, 3)),  # experts and layers
   ],
 )
-def test_default_axes(path, shape, basis):
+def test_axes_that_are_assumed(path, shape, basis):
   spec = so.SubspaceSpec(rank=3, only_if_smaller=False)
-  assert _basis(shape, spec, path) == basis
+  with pytest.warns(UserWarning, match=path):
+    assert _basis(shape, spec, path) == basis
 
 
 class OptaxDimensionNumbers(NamedTuple):
@@ -257,6 +274,7 @@ _names = st.sampled_from(
   only_if_smaller=st.booleans(),
 )
 @hypothesis.settings(max_examples=60)
+@pytest.mark.filterwarnings('ignore::UserWarning')  # nothing tells their axes
 def test_any_tree_gives_bases_updates_and_a_state_that_saves(
   shapes, rank, side, only_if_smaller
 ):
@@ -264,12 +282,20 @@ def test_any_tree_gives_bases_updates_and_a_state_that_saves(
     rank, side=side, only_if_smaller=only_if_smaller, allow_empty=True
   )
   params = _shapes(shapes)
+  matches = {match.path: match for match in spec.match(params)}
+  wanted = [match for match in matches.values() if match.selected]
+  if wanted and not any(match.layout for match in wanted):
+    assert only_if_smaller
+    with pytest.raises(ValueError, match='leaves no matrix'):
+      _bases(spec, params)
+    return
   found = _bases(spec, params)
   for path, shape in shapes.items():
     if len(shape) < 2 or re.search('embed|norm|bias', path):
       assert path not in found
     elif path not in found:
-      assert only_if_smaller
+      assert only_if_smaller or not matches[path].selected
+      assert matches[path].reason
     else:
       *axes, r = found[path]
       assert math.prod(shape) % math.prod(axes) == 0

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from subspace_optax import _notices
 from subspace_optax import _spec
 from subspace_optax._plan import _methods
 from subspace_optax._plan import _planner
@@ -91,7 +92,9 @@ def _largest_rank(
       <= size
     )
 
-  return _most(fits, max(min(x.shape[-2:]) for x in matrices(model.params)))
+  limit = max(min(x.shape[-2:]) for x in matrices(model.params))
+  with _notices.quiet(errors=True):  # ranks are tried that leave nothing
+    return _most(fits, limit)
 
 
 def matrices(params: Any) -> list[Any]:

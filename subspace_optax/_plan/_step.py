@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from subspace_optax import _notices
 from subspace_optax import _tree
 from subspace_optax._plan import _liveness
 from subspace_optax._plan import _models
@@ -133,7 +134,8 @@ def update_workspace(tx: Any, params: Any) -> int:
     leaf: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
     for part in reversed(_tree.path_str(path).split('/')):
       leaf = {part: leaf}
-    state = jax.eval_shape(tx.init, leaf)
+    with _notices.quiet(errors=True):
+      state = jax.eval_shape(tx.init, leaf)
     # Leaves of the same shape and the same state are worked on alike.
     key = tuple((x.shape, x.dtype) for x in jax.tree.leaves((leaf, state)))
     if key not in found:

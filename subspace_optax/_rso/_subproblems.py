@@ -165,6 +165,7 @@ def subproblems(
 
   def init(params):
     matches = spec.match(params)
+    _spec.check_init(spec, matches)
     _merge.check(rounding, [m for m in matches if _is_lifted(m)])
     _, treedef = _tree.flatten(params)
     make = functools.partial(_matrices.per_matrix, matches, treedef)

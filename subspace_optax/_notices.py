@@ -1,0 +1,64 @@
+# Copyright 2026 The subspace_optax Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Warnings that an optimizer gives once, when a user initialises it."""
+
+from collections.abc import Iterator
+import contextlib
+import contextvars
+import inspect
+import types
+import warnings
+
+# What is not said: '', 'warnings' or 'errors', which stands for both.
+_quiet: contextvars.ContextVar[str] = contextvars.ContextVar(
+  'quiet', default=''
+)
+_INSIDE = ('subspace_optax.', 'optax.', 'jax.', 'flax.', 'contextlib.')
+
+
+@contextlib.contextmanager
+def quiet(errors: bool = False) -> Iterator[None]:
+  """A context in which `init` is only traced for what it would make.
+
+  With `errors` not even a tree without anything to project is refused.
+  """
+  token = _quiet.set('errors' if errors else 'warnings')
+  try:
+    yield
+  finally:
+    _quiet.reset(token)
+
+
+def refuse(message: str) -> None:
+  """Raises a ValueError, if errors are to be said."""
+  if _quiet.get() != 'errors':
+    raise ValueError(message)
+
+
+def warn(message: str) -> None:
+  """Warns at the line of the user's that called for it."""
+  if not _quiet.get():
+    warnings.warn(message, UserWarning, stacklevel=_levels_to_user())
+
+
+def _levels_to_user() -> int:
+  """Returns the `stacklevel` of the nearest frame outside of libraries."""
+  level, frame = 0, inspect.currentframe()
+  while frame and frame.f_back and _is_inside(frame):
+    level, frame = level + 1, frame.f_back
+  return level
+
+
+def _is_inside(frame: types.FrameType) -> bool:
+  return f'{frame.f_globals.get("__name__")}.'.startswith(_INSIDE)
