@@ -240,3 +240,20 @@ def test_linen_boxes_give_the_steps_of_bare_arrays():
   )
   updates, _ = jax.eval_shape(tx.update, boxed, shapes, boxed)
   assert jax.tree.structure(updates) == jax.tree.structure(boxed)
+
+
+@pytest.mark.parametrize('box', [nn.Partitioned, nn.LogicallyPartitioned])
+def test_axes_that_boxes_name_are_known_without_boxes(box):
+  """`nnx.Optimizer` gives `init` boxes, and takes them off for `update`."""
+  bare = {'stacked': jnp.ones((16, 3, 12)), 'odd': jnp.ones((6, 2, 12))}
+  named = {
+    'stacked': box(bare['stacked'], ('embed', 'layers', 'mlp')),
+    'odd': box(bare['odd'], ('kv', 'heads', 'embed')),
+  }
+  tx = so.golore(1e-3, rank=2)
+  state = tx.init(named)
+  bases = measure.bases(state)
+  assert bases['stacked'].shape == (3, 12, 2)
+  assert bases['odd'].shape == (6, 2, 2)
+  updates, _ = tx.update(bare, state, bare)
+  assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, bare)
