@@ -270,6 +270,7 @@ def _loss_and_aux(found: Any, has_aux: bool) -> tuple[Any, Any]:
     raise ValueError(
       f'head must return (loss, aux), since has_aux=True, got {found!r}.'
     )
+  loss: Any
   loss, aux = found if has_aux else (found, None)
   if not jax.tree_util.all_leaves([loss]) or jnp.shape(loss):
     more = '' if has_aux else '; (loss, aux) needs has_aux=True'
@@ -329,7 +330,8 @@ def _squares_of_stack(
 
   def body(carry, of_layer):
     squares, gx = carry
-    gradient, gx = _pull(run, *of_layer, gx)
+    i, layer, x = of_layer
+    gradient, gx = _pull(run, i, layer, x, gx)
     return (squares + _squares(gradient), gx), None
 
   start = (jnp.zeros((), jnp.float32), gx)

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import optax
@@ -242,7 +243,7 @@ def _placed_like(params: Any, state: Any) -> Any:
 
 
 def _is_concrete(x: Any) -> bool:
-  return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+  return isinstance(x, jax.Array) and not isinstance(x, Tracer)
 
 
 def _parameter_of(path: str, params: Any) -> tuple[str, Any]:
