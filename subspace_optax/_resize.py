@@ -15,6 +15,7 @@
 
 from collections.abc import Iterator
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -92,11 +93,21 @@ def resize_rank(
   pairs = list(_pairs(_tree.unbox(state), _tree.unbox(start)))
   leaves = _projected_leaves(pairs, start, layouts)
   arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]
-  wide = jax.tree.map(_decoded, start, is_leaf=_is_coded)
-  wide = jax.tree.structure(wide).unflatten(jax.tree.leaves(arrays))
-  return jax.tree.map(
-    _coded, start, _tree.unbox(state), wide, is_leaf=_is_coded
-  )
+  return _rebuilt(start, state, jax.tree.leaves(arrays))
+
+
+def _rebuilt(start: Any, old: Any, leaves: list[Any]) -> Any:
+  """Returns a state like `start` of these leaves, moments in 8 bits coded."""
+  nodes, treedef = jax.tree.flatten(start, is_leaf=_is_coded)
+  old_nodes = jax.tree.leaves(_tree.unbox(old), is_leaf=_is_coded)
+  left = iter(leaves)
+
+  def taken(node: Any) -> Any:
+    form = jax.tree.structure(_decoded(node))
+    return form.unflatten(itertools.islice(left, form.num_leaves))
+
+  pairs = zip(nodes, old_nodes, strict=True)
+  return treedef.unflatten([_coded(x, y, taken(x)) for x, y in pairs])
 
 
 def _is_coded(node: Any) -> bool:
