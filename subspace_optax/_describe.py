@@ -101,7 +101,7 @@ def describe(tx_or_spec: Any, params: Any) -> str:
     >>> print(
     ...   so.describe(tx, {'w': jnp.ones((3, 64, 16)), 'bias': jnp.ones(16)})
     ... )
-    svd(update_proj_gap=200, method='auto')
+    svd(update_proj_gap=200, method='auto') [exact; on meshes, TPUs randomized]
     path  shape      as matrices    rank  side   basis
     bias  (16)       -              -     plain  has fewer than two axes
     w     (3,64,16)  3 x (64 x 16)  4     rows   float32(3,64,4)
