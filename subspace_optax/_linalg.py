@@ -41,7 +41,7 @@ FEW_SHIFTS = (1e-6, 0.0, 0.0)
 ROUGH = (1e-6,)
 _NONE = (0.0, 0.0)
 
-# Each of r (r - 1) / 2 plane rotations; of matrices up to 1024 x 1024 whatever
+# Of r (r - 1) / 2 plane rotations each; of matrices up to 512 x 512, whatever
 # their spectrum, as many leave nothing in float32.
 _SWEEPS = 9
 
@@ -342,7 +342,7 @@ def _jacobi(square: jax.Array) -> jax.Array:
 
   a, rows = lax.fori_loop(0, _SWEEPS * (2 * k - 1), one_round, (a, rows))
   rows = rows[:n, :n][jnp.argsort(-jnp.diagonal(a)[:n])]
-  # The rounding of so many rotations, off.
+  # One step of Newton's and Schulz's, against the rounding of so many.
   return 1.5 * rows.T - 0.5 * matmul(rows.T, matmul(rows, rows.T))
 
 
