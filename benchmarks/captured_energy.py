@@ -57,11 +57,11 @@ def rules(gap: int) -> dict[str, projectors.Projector]:
   adam = optax.adam(5e-3)
   return {
     'svd exact': projectors.svd(gap, 'exact'),
-    'svd randomized': projectors.svd(gap, 'randomized'),
+    'svd randomized': projectors.svd(gap, 'randomized', power_iterations=1),
     'svd randomized, 2 rounds': projectors.svd(
       gap, 'randomized', power_iterations=2
     ),
-    'svd warm': projectors.svd(gap, 'warm'),
+    'svd warm': projectors.svd(gap, 'warm', power_iterations=1),
     'importance_svd': projectors.importance_svd(gap),
     'power_iteration': projectors.power_iteration(1),
     'power_iteration, momentum 0.9': projectors.power_iteration(1, 0.9),

@@ -59,11 +59,11 @@ class Args:
 RULES: dict[str, Callable[[], _base.Projector]] = {
   'svd exact': lambda: projectors.svd(1, 'exact'),
   'svd gram': lambda: projectors.svd(1, 'gram'),
-  'svd randomized': lambda: projectors.svd(1, 'randomized'),
+  'svd randomized': lambda: projectors.svd(1, 'randomized', power_iterations=1),
   'svd randomized, 2 rounds': lambda: projectors.svd(
     1, 'randomized', power_iterations=2
   ),
-  'svd warm': lambda: projectors.svd(1, 'warm'),
+  'svd warm': lambda: projectors.svd(1, 'warm', power_iterations=1),
   'importance_svd gram': lambda: projectors.importance_svd(1, 'gram'),
   'power_iteration': lambda: projectors.power_iteration(1),
   'online_pca sgd': lambda: projectors.online_pca(optax.sgd(0.1)),

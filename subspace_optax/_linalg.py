@@ -41,6 +41,10 @@ FEW_SHIFTS = (1e-6, 0.0, 0.0)
 ROUGH = (1e-6,)
 _NONE = (0.0, 0.0)
 
+# Of r (r - 1) / 2 plane rotations each; of matrices up to 512 x 512, whatever
+# their spectrum, as many leave nothing in float32.
+_SWEEPS = 9
+
 # Of Muon's quintic iteration.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -269,6 +273,96 @@ def _right_solve(x: jax.Array, squares: jax.Array) -> jax.Array:
     return solve(solve(x.T), transpose_a=True).T
 
   return each(one, x, squares)
+
+
+def order(
+  layout: _layout.Layout, basis: jax.Array, coords: jax.Array
+) -> jax.Array:
+  """Returns P V, where V holds the eigenvectors of R R^T.
+
+  For orthonormal P and R = P^T G these are the singular vectors of P P^T G, the
+  leading one first. The sign of each is that of a weighted sum of its entries:
+  with weights that follow no pattern, rounding does not decide it.
+
+  Args:
+    layout: of the leaf.
+    basis: P.
+    coords: R, scaled so that its squares can't overflow.
+
+  Returns:
+    The same shape, spanning the same space.
+  """
+  gram = layout.gram_coords(coords, coords)
+  # LAPACK may never return from what is not finite.
+  turn = each(_eigenvectors, jnp.where(jnp.isfinite(gram), gram, 0.0))
+  weights = _weights(layout, basis)
+  sums = matmul(layout.gram(weights, basis), turn)
+  return layout.mix_basis(basis, jnp.where(sums < 0, -turn, turn))
+
+
+def _weights(layout: _layout.Layout, basis: jax.Array) -> jax.Array:
+  """Returns numbers in [1, 2] that follow no pattern, as bases of rank 1."""
+  # The fractional parts of the multiples of the golden ratio, exactly.
+  bits = jnp.arange(layout.m, dtype=jnp.uint32) * jnp.uint32(2654435769)
+  column = 1.0 + bits.astype(basis.dtype) * 2.0**-32
+  shape = (*layout.batch_shape, layout.m, 1)
+  return layout.from_matrix(jnp.broadcast_to(column[:, None], shape))
+
+
+def _eigenvectors(square: jax.Array) -> jax.Array:
+  """Returns the eigenvectors of a symmetric matrix, the leading one first."""
+  return lax.platform_dependent(
+    square,
+    # XLA takes minutes to compile jax's own of 512 x 512 for a TPU.
+    tpu=_jacobi,
+    default=lambda square: jnp.linalg.eigh(square)[1][:, ::-1],
+  )
+
+
+def _jacobi(square: jax.Array) -> jax.Array:
+  """Returns the same by Jacobi's method, in elementwise operations.
+
+  Rows i and i + k of 2k are rotated so that their entry becomes zero, for all i
+  at once; then all but the first move on by one seat, as in a round-robin
+  tournament, and are back when each has met every other.
+
+  References:
+    Brent and Luk, `The solution of singular-value and symmetric eigenvalue
+    problems on multiprocessor arrays <https://doi.org/10.1137/0906007>`_, 1985
+  """
+  n = square.shape[-1]
+  k = max((n + 1) // 2, 2)
+  a = jnp.pad(square, (0, 2 * k - n))
+  rows = jnp.eye(2 * k, dtype=a.dtype)  # the eigenvectors
+
+  def one_round(_: Any, state: tuple[jax.Array, jax.Array]):
+    a, rows = state
+    rotate = functools.partial(_rotate, *_rotations(a))
+    return rotate(rotate(a).T), rotate(rows)
+
+  a, rows = lax.fori_loop(0, _SWEEPS * (2 * k - 1), one_round, (a, rows))
+  rows = rows[:n, :n][jnp.argsort(-jnp.diagonal(a)[:n])]
+  # One step of Newton's and Schulz's, against the rounding of so many.
+  return 1.5 * rows.T - 0.5 * matmul(rows.T, matmul(rows, rows.T))
+
+
+def _rotations(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the cosines and sines that make A's entries (i, i + k) zero."""
+  k = a.shape[-1] // 2
+  twice = 2.0 * jnp.diagonal(a[:k, k:])
+  gap = jnp.diagonal(a)[k:] - jnp.diagonal(a)[:k]
+  size = jnp.abs(gap) + jnp.hypot(gap, twice)
+  tan = twice * jnp.where(gap < 0, -1.0, 1.0) / jnp.where(size > 0, size, 1.0)
+  cos = 1.0 / jnp.hypot(1.0, tan)
+  return cos[:, None], (cos * tan)[:, None]
+
+
+def _rotate(cos: jax.Array, sin: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns rows rotated in pairs (i, i + k) and one seat on."""
+  k = x.shape[-2] // 2
+  top = cos * x[:k] - sin * x[k:]
+  low = sin * x[:k] + cos * x[k:]
+  return jnp.concatenate([top[:1], low[:1], top[1:-1], low[1:], top[-1:]])
 
 
 def newton_schulz(

@@ -43,6 +43,16 @@ class Window(NamedTuple):
   last: jax.Array  # shape=(), dtype=bool: bases may be tracked, the step ends
 
 
+class Refreshed(NamedTuple):
+  """What a refresh makes of a state; trees like those in it."""
+
+  old_basis: Any  # before the refresh
+  subspaces: _base.Subspaces  # after it
+  moves: Any  # from one to the other; None if the rule makes none
+  own: Any  # the projector's own state
+  stored: Any  # the basis as it is kept
+
+
 class ProjectState(NamedTuple):
   """State of `project`; trees have the parameters' structure, without boxes."""
 
@@ -161,6 +171,7 @@ def project(
     window=None,
     coordinates_axis_name=None,
     coordinates=False,
+    refreshed=None,  # by paths, what `compressed_step` has refreshed already
     **extra_args,
   ):
     del extra_args
@@ -192,8 +203,10 @@ def project(
     yes = jnp.array(True)
     window = Window(yes, yes) if window is None else window
 
-    refreshed = _refresh(spec, projector, state, window, matrices, sources)
-    old_basis, subspaces, before, own, stored = refreshed
+    found = (refreshed or {}).get(paths(state))
+    if found is None:
+      found = _refresh(spec, projector, state, window.first, matrices, sources)
+    old_basis, subspaces, before, own, stored = found
     basis = subspaces.basis
     if not coordinates:
       coords = jax.tree.map(_coords, basis, matrices)
@@ -236,30 +249,33 @@ def project(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def next_bases(
+def paths(state: ProjectState) -> tuple[str, ...]:
+  """Returns the paths of the leaves that a state has bases for."""
+  pairs, _ = _tree.flatten(state.seed)
+  return tuple(path for path, seed in pairs if not _tree.is_masked(seed))
+
+
+def refresh_without_gradient(
   spec: _spec.SubspaceSpec,
   projector: _base.Projector,
   params: Any,
   state: ProjectState,
-) -> Any:
-  """Returns the bases of the next step, if they depend on no gradient."""
+  first: jax.Array,
+) -> Refreshed:
+  """Returns what the next step refreshes, if that depends on no gradient."""
   _, matrices = _matrices.of_gradients(spec, state, None, False, params)
-  window = Window(jnp.array(True), jnp.array(True))
-  _, subspaces, _, _, _ = _refresh(
-    spec, projector, state, window, matrices, matrices
-  )
-  return subspaces.basis
+  return _refresh(spec, projector, state, first, matrices, matrices)
 
 
 def _refresh(
   spec: _spec.SubspaceSpec,
   projector: _base.Projector,
   state: ProjectState,
-  window: Window,
+  active: jax.Array,
   matrices: Any,
   sources: Any,
-) -> tuple[Any, _base.Subspaces, Any, Any, Any]:
-  """Returns the bases as they were and are now, moves, state, and codes."""
+) -> Refreshed:
+  """Refreshes the bases that are due, if `active`."""
   subspaces = state.subspaces
   stored = subspaces.basis
   read = functools.partial(_quantized_basis.read, projector.orthonormal)
@@ -271,7 +287,7 @@ def _refresh(
   else:
     basis = jax.tree.map(read, matrices, stored)
   subspaces = subspaces._replace(basis=basis)
-  context = _base.Context(state.count, window.first)
+  context = _base.Context(state.count, active)
   subspaces, moves, own = projector.refresh(
     context, sources, subspaces, state.projector
   )
@@ -279,7 +295,7 @@ def _refresh(
     subspaces, moves, stored = _store(
       projector, matrices, stored, basis, subspaces, moves
     )
-  return basis, subspaces, moves, own, stored
+  return Refreshed(basis, subspaces, moves, own, stored)
 
 
 def _store(

@@ -243,6 +243,39 @@ def test_no_gradient_has_the_size_of_a_kernel():
   assert not of_kernels(rso.compressed_step)
 
 
+def _work(text):
+  """Returns the branches and the Cholesky factorisations of a program."""
+  return len(re.findall(r' conditional\(', text)), text.count('potrf')
+
+
+_TWO_PARTS = {
+  'some': so.golore(1e-3, 3, spec=_spec()),
+  'others': _subspace(so.projectors.gaussian(3), transport='both'),
+}
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    so.golore(1e-3, spec=_spec()),
+    _subspace(so.projectors.stiefel(5), transport='both'),
+    _subspace(so.projectors.stiefel(5), every_k=2),
+    optax.partition(
+      _TWO_PARTS, {'up': 'some', 'down': 'others', 'bias': 'some'}
+    ),
+  ],
+  ids=['golore', 'transported', 'every_k', 'partition'],
+)
+def test_bases_are_refreshed_once(tx):
+  problem = _small_problem()
+  whole, compressed = (
+    _work(_program(problem, make, tx, problem.params, _inputs(0)))
+    for make in (_whole_step, rso.compressed_step)
+  )
+  assert whole[0] and whole[1]
+  assert compressed == whole
+
+
 def test_data_parallelism_moves_coordinates_only():
   problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
   mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))

@@ -91,6 +91,9 @@ def test_finds_the_leading_subspace_of_a_constant_gradient(momentum):
     for g, p in zip(v.matrices(grads[k]), found[k], strict=True):
       best = ref.projection(ref.svd_basis(g, ref.RANK))
       np.testing.assert_allclose(ref.projection(p), best, rtol=0, atol=1e-5)
+      # In order, without an eigenproblem.
+      aligned = np.abs(ref.svd_basis(g, ref.RANK).T @ p)
+      np.testing.assert_allclose(aligned, np.eye(ref.RANK), rtol=0, atol=1e-3)
 
 
 def test_keeps_a_full_basis_of_a_gradient_of_rank_one():

@@ -63,6 +63,10 @@ def power_iteration(
   step is that of a mean of the gradient and the mean of past coordinates,
   which follow the basis (C = P_n^T P_o).
 
+  The columns are those of the Q factor. Step by step they turn towards the
+  singular vectors in order, so that no eigenproblem is solved; from the same
+  start they are the same on any mesh, up to rounding.
+
   Args:
     update_proj_gap: T, steps between power steps, or a `LazyGap`.
     momentum: rho, the weight of past coordinates and the decay of their mean,

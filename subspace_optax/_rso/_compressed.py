@@ -22,7 +22,7 @@ that B is 0 whenever a gradient is taken, and costs no products.
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_optax import _describe
+from subspace_optax import _every_k
 from subspace_optax import _project
 from subspace_optax import _spec
 from subspace_optax import _tree
@@ -106,9 +107,14 @@ def compressed_step(
       return optax.apply_updates(params, updates), state, value
 
     def compressed(state):
-      matches, bases = _bases(found, params)
+      refreshed = [_refresh(one, params) for one in found]
+      matches, bases = _bases(found, refreshed, params)
       f, at = _trees.split(loss, matches, params, bases, None)
-      return take(f, at, state, coordinates=True)
+      # Not to be made twice.
+      known = {
+        one.paths: new for one, new in zip(found, refreshed, strict=True)
+      }
+      return take(f, at, state, coordinates=True, refreshed=known)
 
     if needs is False:
       return compressed(state)
@@ -131,36 +137,49 @@ def gradients_like(tx: Any, params: Any) -> Any:
   return _tree.replace_entries(params, entries)
 
 
-_Found = list[tuple[_describe.Record, _project.ProjectState]]
+class _Found(NamedTuple):
+  """A `project` in the optimizer."""
+
+  record: _describe.Record  # what it was made with
+  paths: tuple[str, ...]  # of its leaves
+  state: _project.ProjectState
+  first: jax.Array  # shape=(), dtype=bool: whether it may refresh now
 
 
-def _projections(tx: Any, params: Any, state: Any) -> _Found:
-  """Returns what every `project` in `tx` was made with, and its state."""
-  is_ours = lambda x: isinstance(x, _project.ProjectState)
-  leaves = jax.tree.leaves(state, is_leaf=is_ours)
-  states = {_paths(x): x for x in filter(is_ours, leaves)}
+def _projections(tx: Any, params: Any, state: Any) -> list[_Found]:
+  """Returns every `project` in `tx` that has leaves, with its state."""
+  states = {_project.paths(x): (x, first) for x, first in _states(state)}
   found = []
   for record in _describe.records_of(tx, params):
-    paths = frozenset(m.path for m in record.matches if m and m.layout)
+    paths = tuple(m.path for m in record.matches if m and m.layout)
+    if not paths:
+      continue
     if paths not in states:
       raise ValueError(
         f'state has no bases for {sorted(paths)}; it must be that of `tx.init`.'
       )
-    found.append((record, states[paths]))
+    found.append(_Found(record, paths, *states[paths]))
   return found
 
 
-def _paths(state: _project.ProjectState) -> frozenset[str]:
-  """Returns the paths of the leaves that a state has seeds for."""
-  pairs, _ = _tree.flatten(state.seed)
-  return frozenset(path for path, seed in pairs if not _tree.is_masked(seed))
+def _states(state: Any) -> list[tuple[_project.ProjectState, jax.Array]]:
+  """Returns the states of all `project`s, and whether they may refresh."""
+  windows = (_project.ProjectState, _every_k.EveryKState)
+  leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, windows))
+  return [
+    (x.project, x.micro_step == 0)
+    if isinstance(x, _every_k.EveryKState)
+    else (x, jnp.array(True))
+    for x in leaves
+    if isinstance(x, windows)
+  ]
 
 
-def _needs_gradient(found: _Found) -> Any:
+def _needs_gradient(found: list[_Found]) -> Any:
   """Returns whether the coming step looks at gradients: False, or traced."""
   needs: Any = False
-  for record, state in found:
-    context = _base.Context(state.count, jnp.array(True))
+  for record, _, state, first in found:
+    context = _base.Context(state.count, first)
     of_one = record.projector.needs_gradient(context, state.projector)
     if of_one is True or record.keep_gradient:
       who = 'the residual rule' if record.keep_gradient else ''
@@ -172,22 +191,33 @@ def _needs_gradient(found: _Found) -> Any:
   return needs
 
 
-def _bases(found: _Found, params: Any) -> tuple[list[_spec.Match | None], Any]:
+def _refresh(one: _Found, params: Any) -> _project.Refreshed:
+  """Returns what one `project` refreshes in the coming step."""
+  pairs, _ = _tree.flatten(params)
+  mine = [
+    x if match else optax.MaskedNode()
+    for match, (_, x) in zip(one.record.matches, pairs, strict=True)
+  ]
+  return _project.refresh_without_gradient(
+    one.record.spec,
+    one.record.projector,
+    _tree.replace_entries(params, mine),
+    one.state,
+    one.first,
+  )
+
+
+def _bases(
+  found: list[_Found], refreshed: list[_project.Refreshed], params: Any
+) -> tuple[list[_spec.Match | None], Any]:
   """Returns the matches and bases of all leaves in the coming step."""
   pairs, treedef = _tree.flatten(params)
   matches: list[Any] = [None] * len(pairs)
   bases: list[Any] = [optax.MaskedNode()] * len(pairs)
-  for record, state in found:
-    mine = _tree.replace_entries(
-      params,
-      [
-        x if match else optax.MaskedNode()
-        for match, (_, x) in zip(record.matches, pairs, strict=True)
-      ],
-    )
-    drawn = _project.next_bases(record.spec, record.projector, mine, state)
+  for one, new in zip(found, refreshed, strict=True):
+    drawn, _ = _tree.flatten(new.subspaces.basis)
     for i, (match, (_, basis)) in enumerate(
-      zip(record.matches, _tree.flatten(drawn)[0], strict=True)
+      zip(one.record.matches, drawn, strict=True)
     ):
       if not _tree.is_masked(basis):
         matches[i], bases[i] = match, basis

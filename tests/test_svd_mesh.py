@@ -1,0 +1,216 @@
+"""`projectors.svd`: iterated bases are ordered, and the same on any mesh."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import llama
+import references as ref
+import subspace_optax as so
+from subspace_optax import _layout
+from subspace_optax import _linalg
+
+RULES = {
+  'gram': so.projectors.svd(1, 'gram'),
+  'randomized': so.projectors.svd(1, 'randomized', power_iterations=4),
+  'warm': so.projectors.svd(1, 'warm', power_iterations=4),
+}
+
+
+@functools.cache
+def made(method):
+  tx = so.project(so.SubspaceSpec(ref.RANK), RULES[method])
+  return tx.init, ref.jit(tx.update)
+
+
+def bases_of(method, grads):
+  """Returns those of the fourth refresh, of which warm starts have need."""
+  init, update = made(method)
+  state = init(grads)
+  for _ in range(4):
+    _, state = update(grads, state)
+  return ref.bases(state)
+
+
+def matrices_and_bases(view, grad, rule, rank):
+  """Returns them, in float64, of a leaf alone."""
+  tx = so.project(so.SubspaceSpec(rank), rule)
+  _, state = ref.jit(tx.update)({'w': grad}, tx.init({'w': grad}))
+  [p] = ref.bases(state).values()
+  return list(zip(view.matrices(grad), view.bases(p), strict=True))
+
+
+def signs(p):
+  """The documented sums, whose signs are to be positive."""
+  bits = (np.arange(len(p)) * 2654435769) % 2**32
+  return (1 + bits / 2**32) @ p
+
+
+@pytest.mark.parametrize('method', RULES)
+def test_columns_are_singular_vectors_in_order(method):
+  grads = {k: ref.decaying(0, v, 0.3) for k, v in ref.KERNELS.items()}
+  found = bases_of(method, grads)
+  for k, v in ref.KERNELS.items():
+    for g, p in zip(v.matrices(grads[k]), v.bases(found[k]), strict=True):
+      u = ref.svd_basis(g, ref.RANK)
+      np.testing.assert_allclose(np.abs(u.T @ p), np.eye(ref.RANK), atol=1e-4)
+      assert (signs(p) > 0).all()
+
+
+@pytest.mark.parametrize('method', RULES)
+def test_signs_depend_on_nothing_but_the_vectors(method):
+  """Of -G and of a small G they are those of G."""
+  grads = {k: ref.decaying(1, v, 0.3) for k, v in ref.KERNELS.items()}
+  wanted = bases_of(method, grads)
+  for factor in -1.0, 1e-6:
+    found = bases_of(method, {k: factor * g for k, g in grads.items()})
+    for k in wanted:
+      np.testing.assert_allclose(found[k], wanted[k], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize('method', ['randomized', 'warm'])
+def test_many_rounds_lose_no_direction(method):
+  """Of a steep spectrum, whose weak directions fade from round to round."""
+  view = ref.view((24, 32))
+  grad = ref.decaying(0, view, spectrum=0.2 ** np.arange(24))
+  rule = so.projectors.svd(1, method, power_iterations=8)
+  [(g, p)] = matrices_and_bases(view, grad, rule, 12)
+  np.testing.assert_allclose(p.T @ p, np.eye(12), rtol=0, atol=3e-6)
+  u = ref.svd_basis(g, 4)
+  np.testing.assert_allclose(p @ (p.T @ u), u, rtol=0, atol=1e-3)
+
+
+def test_captures_as_much_as_the_exact_basis():
+  """To 0.5 %, with as many rounds as it has by itself; spectra as of layers."""
+  view = ref.view((6, 48, 64))
+  grad = ref.decaying(0, view, spectrum=1 / np.arange(1, 49))
+  rule = so.projectors.svd(1, 'randomized')
+  for g, p in matrices_and_bases(view, grad, rule, 12):
+    np.testing.assert_allclose(ref.captured(p, g), 1.0, rtol=0, atol=5e-3)
+
+
+def squares(n, spectrum):
+  q = np.linalg.qr(np.random.default_rng(n).normal(size=(n, n)))[0]
+  return (q * spectrum) @ q.T
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 24, 37])
+def test_eigenvectors_without_lapack(n):
+  """Jacobi's method, which TPUs run: also of equal and of zero eigenvalues."""
+  jacobi = ref.jit(jax.vmap(_linalg._jacobi))
+  spectra = {
+    'falling': 1 / np.arange(1, n + 1) ** 2,
+    'equal': np.ones(n),
+    'low': np.arange(n) < 1,
+    'zero': np.zeros(n),
+  }
+  stack = np.stack([squares(n, s) for s in spectra.values()])
+  found = np.asarray(jacobi(jnp.asarray(stack, jnp.float32)), np.float64)
+  for v, s, values in zip(found, stack, spectra.values(), strict=True):
+    np.testing.assert_allclose(v.T @ v, np.eye(n), rtol=0, atol=3e-6)
+    np.testing.assert_allclose(v.T @ s @ v, np.diag(values), rtol=0, atol=3e-6)
+
+
+def test_nothing_to_order():
+  """A basis stays orthonormal where coordinates are zero or NaN."""
+  layout = _layout.Layout((2, 8, 12), (1,), (2,), True, 3)
+  q = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 8, 3)))[0]
+  coords = jnp.zeros((2, 3, 12)).at[1].set(np.nan)
+  order = ref.jit(functools.partial(_linalg.order, layout))
+  p = np.asarray(order(jnp.asarray(q, jnp.float32), coords))
+  eye = np.broadcast_to(np.eye(3), (2, 3, 3))
+  np.testing.assert_allclose(p.swapaxes(1, 2) @ p, eye, rtol=0, atol=2e-6)
+
+
+# A small LLaMA.
+
+CONFIG = llama.named('llama_test', vocab=16)
+STEPS = 100
+PLACES = {
+  'rows': ((4,), ('x', None)),
+  'both': ((2, 2), ('x', 'y')),
+}
+
+
+@functools.cache
+def model():
+  create = lambda: llama.Llama(CONFIG, nnx.Rngs(0))
+  graphdef, _ = nnx.split(nnx.eval_shape(create))
+  return graphdef, jax.jit(lambda: nnx.to_pure_dict(nnx.state(create())))()
+
+
+def loss(params, tokens, whole):
+  if whole is not None:
+    params = jax.tree.map(lambda x: jax.reshard(x, whole), params)
+  graphdef, _ = model()
+  logits = nnx.merge(graphdef, params)(tokens[:, :-1])
+  picked = jax.nn.one_hot(tokens[:, 1:], CONFIG.vocab)
+  return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * picked, axis=-1))
+
+
+def losses(tx, params, whole=None):
+  """Of predicting a sum of the last two tokens."""
+
+  def step(carry, key):
+    params, state = carry
+    tokens = jax.random.randint(key, (4, 9), 0, CONFIG.vocab)
+    tokens = tokens.at[:, 2::2].set((tokens[:, :-2:2] + tokens[:, 1:-1:2]) % 16)
+    value, grads = jax.value_and_grad(loss)(params, tokens, whole)
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), value
+
+  step, carry = cases.jit(step), (params, tx.init(params))
+  values = []
+  for t in range(STEPS):
+    carry, value = step(carry, jax.random.key(t))
+    values.append(float(value))
+  return np.array(values)
+
+
+def optimizer(method):
+  spec = so.SubspaceSpec(4, side='long', only_if_smaller=False)
+  return so.subspace(
+    spec,
+    so.projectors.svd(30, method),
+    optax.scale_by_adam(),
+    scale=0.25,
+    after=optax.scale_by_learning_rate(4e-3),
+  )
+
+
+@functools.cache
+def losses_alone():
+  return losses(optimizer('randomized'), model()[1])
+
+
+@pytest.mark.parametrize(
+  ('place', 'kind'),
+  [('both', 'Auto'), ('rows', 'Explicit')],
+)
+def test_the_same_losses_on_any_mesh(place, kind):
+  """Over three refreshes, with `auto` where `randomized` runs on one device."""
+  shape, axes = PLACES[place]
+  types = (getattr(AxisType, kind),) * len(shape)
+  mesh = jax.make_mesh(shape, ('x', 'y')[: len(shape)], axis_types=types)
+
+  def put(x):
+    is_matrix = x.ndim > 1 and min(x.shape[-2:]) > 2
+    entries = axes if is_matrix else ()
+    spec = P(*[None] * (x.ndim - len(entries)), *entries)
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  with jax.set_mesh(mesh):
+    params = jax.tree.map(put, model()[1])
+    whole = NamedSharding(mesh, P()) if kind == 'Explicit' else None
+    found = losses(optimizer('auto'), params, whole)
+  np.testing.assert_allclose(found, losses_alone(), rtol=1e-3)
+  assert found[-10:].mean() < 0.99 * found[:10].mean()
