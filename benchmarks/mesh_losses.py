@@ -3,8 +3,8 @@
   python benchmarks/mesh_losses.py
 
 A small LLaMA (`llama_1m`) takes 100 steps after one refresh, on docstrings:
-with the bases of an exact SVD and of `randomized` on one device, and with `auto`
-on virtual devices, with rows, columns or both of every kernel cut, under
+with the bases of an exact SVD and of `randomized` on one device, and with
+`auto` on virtual devices, with rows, columns or both of every kernel cut, under
 automatic and explicit sharding. Losses are compared step by step.
 """
 
