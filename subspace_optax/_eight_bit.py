@@ -32,11 +32,11 @@ import optax
 
 from subspace_optax import _blocks
 from subspace_optax import _codes
+from subspace_optax import _names
 from subspace_optax import _noise
 from subspace_optax import _sharding
 from subspace_optax import _tree
 
-DEFAULT_EXCLUDE = r'norm|scale|bias'
 ROUNDING = ('stochastic', 'nearest')
 
 # Smaller matrices stay float32: what they would save is nothing.
@@ -64,7 +64,7 @@ def scale_by_adam8bit(
   *,
   nesterov: bool = False,
   rounding: str = 'stochastic',
-  exclude: str | None = DEFAULT_EXCLUDE,
+  exclude: str | None = 'auto',
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_adam` with both moments in 8 bits.
@@ -88,10 +88,11 @@ def scale_by_adam8bit(
     rounding: 'stochastic' is right in the mean, so that moments move by less
       than a code at a step; 'nearest' is not, and slower than half a code's
       4 % they don't move.
-    exclude: regular expression; leaves whose path it finds are not coded, None
-      for no path. Complex leaves are not, nor are those of fewer than two axes
-      or with less than 4,096 numbers in the last two: an attention kernel of
-      (768, 12, 64) is not. Their moments are optax's, float32 or wider.
+    exclude: regular expression; leaves whose path it finds are not coded. None
+      for no path; 'auto' for norms and biases by their names. Complex leaves
+      are not coded either, nor are those of fewer than two axes or with less
+      than 4,096 numbers in the last two, such as an attention kernel of
+      (768, 12, 64). Their moments are optax's, float32 or wider.
     seed: of the rounding.
 
   Returns:
@@ -124,7 +125,7 @@ def scale_by_lion8bit(
   b2: Any = 0.99,
   *,
   rounding: str = 'stochastic',
-  exclude: str | None = DEFAULT_EXCLUDE,
+  exclude: str | None = 'auto',
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_lion` with its moment in 8 bits.
@@ -172,7 +173,7 @@ def _eight_bit(
   def init(params):
     params = _tree.unbox(params)
     coded = jax.tree.map_with_path(
-      lambda path, x: _is_large(x) and not _found(exclude, path), params
+      lambda path, x: _is_large(x) and not _is_excluded(exclude, path), params
     )
     trees = {
       name: jax.tree.map(lambda x, c, t=t: _zeros(x, c, t), params, coded)
@@ -275,8 +276,11 @@ def _is_large(leaf: Any) -> bool:
   )
 
 
-def _found(pattern: str | None, path: Any) -> bool:
-  return pattern is not None and bool(re.search(pattern, _tree.path_str(path)))
+def _is_excluded(exclude: str | None, path: Any) -> bool:
+  name = _tree.path_str(path)
+  if exclude == 'auto':
+    return _names.is_norm(name) or _names.is_bias(name)
+  return exclude is not None and bool(re.search(exclude, name))
 
 
 def _zeros(leaf: Any, coded: bool, dtype: Any) -> jax.Array:

@@ -26,7 +26,8 @@ parameters and optimizer states are changed in place:
 It costs what recomputing layers costs: one more forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -101,8 +102,10 @@ def layerwise(
   The model is head(rest, block(... block(embed(rest)))), with one function for
   all blocks, whose parameters are stacked along their first axes.
 
-  An optimizer sees one layer at a time, and all other parameters as one more.
-  What looks at the whole tree, such as `optax.clip_by_global_norm` or
+  An optimizer sees one layer at a time, at the path of the stack and without
+  the axis of layers, and all other parameters as one more tree. Masks and
+  labels must be functions of such trees: of `{'blocks': {'w': ...}}`, and of
+  the rest. What looks at the whole tree, such as `optax.clip_by_global_norm` or
   `optax.apply_if_finite`, looks at one layer here. Optimizers that take `value`
   and `grad`, such as `optax.contrib.reduce_on_plateau`, get the loss and the
   gradient of that layer; line searches, which need `value_fn`, can't work.
@@ -186,17 +189,19 @@ def layerwise(
 
   def init(params):
     (blocks, _), (others, _) = parted(params)
-    state = LayerwiseState(
-      _stacks.init(stack_tx, _stacks.nest(blocks, keys)),
-      rest_tx.init(others),
-      jnp.zeros((), jnp.float32),
-    )
+    with _note_of_trees(stack):
+      state = LayerwiseState(
+        _stacks.init(stack_tx, _stacks.nest(blocks, keys)),
+        rest_tx.init(others),
+        jnp.zeros((), jnp.float32),
+      )
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
   def update(params, state, batch):
     (blocks, fixed), (others, fixed_others) = parted(params)
     of_blocks = _stacks.nest(blocks, keys)
     states = _stacks.with_layers(stack_tx, of_blocks, state.blocks)
+    _stacks.check_rest(rest_tx, others, state.rest)
     embedded = lambda r: _stacks.split(
       embed(_stacks.join(r, fixed_others), batch)
     )
@@ -277,7 +282,26 @@ def _loss_and_aux(found: Any, has_aux: bool) -> tuple[Any, Any]:
     raise ValueError(
       f'head must return the loss as a scalar{more}, got {loss}.'
     )
+  if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+    raise ValueError(
+      f'head must return a real loss, got {jnp.result_type(loss)}, through '
+      'which no gradient flows.'
+    )
   return loss, aux
+
+
+@contextlib.contextmanager
+def _note_of_trees(stack: str) -> Iterator[None]:
+  """Adds to errors of an optimizer's `init` which trees it is given."""
+  try:
+    yield
+  except Exception as error:
+    error.add_note(
+      f'`layerwise` gives the optimizer one layer at the path {stack!r}, and '
+      'all other parameters apart: masks and labels must be functions of such '
+      'trees.'
+    )
+    raise
 
 
 def _backward(

@@ -161,15 +161,54 @@ def _match_as_at_init(
         'gradients must have the tree of the parameters at init, where leaf '
         f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
       )
+  first, *others = [spec.match(updates, names) for names in _named(updates)]
+  for matches in (first, *others):
+    if _misfit(matches, state) is None:
+      return matches
+  raise ValueError(_misfit(first, state))
+
+
+# By the paths and shapes of a tree, the names of axes at its inits, the latest
+# first. `nnx.Optimizer` gives `init` boxes and `update` bare arrays, which must
+# be the same matrices, and names are no arrays that a state could hold.
+_names_at_init: dict[Any, list[_tree.AxisNames]] = {}
+
+
+def remember_names(params: Any) -> None:
+  """Keeps the names of axes that `init` sees for `update`."""
+  names, known = _tree.axis_names(params), _names_at_init
+  known[_shapes(params)] = [
+    names,
+    *(x for x in known.get(_shapes(params), []) if x != names),
+  ]
+
+
+def _named(updates: Any) -> list[_tree.AxisNames]:
+  """Returns the names of axes in boxes, or those that the tree may have had."""
+  names = _tree.axis_names(updates)
+  return [names] if names else _names_at_init.get(_shapes(updates), [names])
+
+
+def _shapes(tree: Any) -> tuple[tuple[str, Any], ...]:
+  pairs, _ = _tree.flatten(tree)
+  return tuple((path, getattr(x, 'shape', None)) for path, x in pairs)
+
+
+def _misfit(matches: list[_spec.Match | None], state: Any) -> str | None:
+  """Returns an error for the first leaf that `init` made other arrays for."""
   bases = dict(_tree.flatten(state.subspaces.basis)[0])
-  matches = spec.match(updates)
-  for match, (path, seed) in zip(matches, known, strict=True):
+  for match, (path, seed) in zip(
+    matches, _tree.flatten(state.seed)[0], strict=True
+  ):
     layout = match.layout if match else None
-    _check_made(match, path, seed, layout and layout.batch_shape, 'seeds')
+    made = [('seeds', seed, layout and layout.batch_shape)]
     if path in bases:
-      basis, shape = bases[path], layout and layout.basis_shape
-      _check_made(match, path, basis, shape, 'a basis')
-  return matches
+      made.append(('a basis', bases[path], layout and layout.basis_shape))
+    for what, array, expected in made:
+      found = None if _tree.is_masked(array) else array.shape
+      if expected != found:
+        return _not_made(match, path, what, expected, found)
+  return None
 
 
 def check_shapes(updates: Any, others: Any, name: str) -> None:
@@ -186,15 +225,12 @@ def check_shapes(updates: Any, others: Any, name: str) -> None:
       )
 
 
-def _check_made(
-  match: _spec.Match | None, path: str, array: Any, expected: Any, what: str
-) -> None:
-  """Raises unless `init` made an array for the leaf as it is now."""
-  found = None if _tree.is_masked(array) else array.shape
-  if expected != found:
-    shape = tuple(match.leaf.shape) if match else 'masked'
-    raise ValueError(
-      f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, '
-      f'but init made {found}; give update the tree that init was given, in '
-      'the same boxes.'
-    )
+def _not_made(
+  match: _spec.Match | None, path: str, what: str, expected: Any, found: Any
+) -> str:
+  shape = tuple(match.leaf.shape) if match else 'masked'
+  return (
+    f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, but '
+    f'init made {found}; give update the tree that init was given, in the same '
+    'boxes.'
+  )

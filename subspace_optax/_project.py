@@ -140,6 +140,7 @@ def project(
   def init(params):
     matches = spec.match(params)
     _spec.check_init(spec, matches)
+    _matrices.remember_names(params)
     _quantized_basis.check(spec, projector)
     _describe.record(spec, matches, projector, keep_gradient)
     _, treedef = _tree.flatten(params)

@@ -163,8 +163,14 @@ class SubspaceSpec:
           f'{name} must be a regular expression or None, got {pattern!r}.'
         )
 
-  def match(self, params: Any) -> list[Match | None]:
+  def match(
+    self, params: Any, axis_names: _tree.AxisNames | None = None
+  ) -> list[Match | None]:
     """Returns a `Match` for every entry of the tree, None for masked ones.
+
+    Args:
+      params: the tree, boxed or not.
+      axis_names: names of axes by path; None for those in the tree's boxes.
 
     Raises:
       ValueError: no leaf of a non-empty tree is matched; dimension numbers
@@ -176,7 +182,7 @@ class SubspaceSpec:
     _tree.check_arrays(pairs)
     _check_distinct([path for path, _ in pairs])
     numbers_of = self._dimension_numbers(params, pairs, treedef)
-    names = _tree.axis_names(params)
+    names = _tree.axis_names(params) if axis_names is None else axis_names
     leaves = tuple(
       _siblings.Leaf(path, tuple(leaf.shape), names.get(path))
       for path, leaf in pairs

@@ -135,21 +135,37 @@ def with_layers(
   `optax.tree.set` leaves one number where each layer had its own.
   """
   layers = count(blocks)
-  if all(_shape(x)[:1] == (layers,) for x in jax.tree.leaves(state)):
-    return state
 
   def of_all_layers(path: Any, x: Any, like: Any) -> Any:
     if _shape(x) == like.shape:
       return x
     if _shape(x) != like.shape[1:]:
       raise ValueError(
-        f'state {_tree.path_str(path)!r} of {layers} layers has shape '
+        f'state.blocks {_tree.path_str(path)!r} of {layers} layers has shape '
         f'{_shape(x)}; give it {like.shape}, or {like.shape[1:]} for them all.'
       )
     return jnp.broadcast_to(jnp.asarray(x, like.dtype), like.shape)
 
-  like = jax.eval_shape(lambda x: init(tx, x), blocks)
+  with _notices.quiet():
+    like = jax.eval_shape(lambda x: init(tx, x), blocks)
   return jax.tree.map_with_path(of_all_layers, state, like)
+
+
+def check_rest(
+  tx: optax.GradientTransformation, params: Any, state: Any
+) -> None:
+  """Raises if a number that was set has the shape of one for each layer."""
+
+  def check(path: Any, x: Any, like: Any) -> None:
+    if _shape(x) != like.shape:
+      raise ValueError(
+        f'state.rest {_tree.path_str(path)!r} has shape {_shape(x)}, but must '
+        f'have {like.shape}; what differs by layer belongs into state.blocks.'
+      )
+
+  with _notices.quiet(), _describe.unheard():
+    like = jax.eval_shape(lambda x: tx.init(x), params)
+  jax.tree.map_with_path(check, state, like)
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -278,7 +294,10 @@ def take(tree: Any, keys: Sequence[str]) -> tuple[Any, Any]:
   key, *more = keys
   if not isinstance(tree, Mapping) or key not in tree:
     found = sorted(map(str, tree)) if isinstance(tree, Mapping) else type(tree)
-    raise ValueError(f'stack: no {key!r} among the parameters, only {found}.')
+    raise ValueError(
+      f'stack: no {key!r} among the parameters, only {found}; put them into a '
+      'mapping in which that key holds the stacked blocks.'
+    )
   if not more:
     return tree[key], _without(tree, key)
   found, below = take(tree[key], more)

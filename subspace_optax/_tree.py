@@ -84,25 +84,11 @@ def check_arrays(pairs: Sequence[tuple[str, Any]]) -> None:
       )
 
 
-# By the paths and shapes of a tree, the names of axes that its boxes held.
-_named: dict[Any, dict[str, tuple[str | None, ...]]] = {}
+AxisNames = dict[str, tuple[str | None, ...]]
 
 
-def axis_names(tree: Any) -> dict[str, tuple[str | None, ...]]:
-  """Returns the names of axes that boxes hold, by the path of their array.
-
-  Of a tree without boxes, those that it had in boxes before: `nnx.Optimizer`
-  gives `init` boxes and `update` arrays, which must be the same matrices.
-  """
-  pairs, _ = flatten(tree)
-  key = tuple((path, getattr(x, 'shape', None)) for path, x in pairs)
-  found = _axis_names_in(tree)
-  if found:
-    _named[key] = found
-  return _named.get(key, found)
-
-
-def _axis_names_in(tree: Any) -> dict[str, tuple[str | None, ...]]:
+def axis_names(tree: Any) -> AxisNames:
+  """Returns the names of axes that boxes hold, by the path of their array."""
   pairs, _ = jax.tree_util.tree_flatten_with_path(
     tree, is_leaf=lambda x: is_entry(x) or _names_of(x) is not None
   )

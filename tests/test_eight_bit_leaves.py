@@ -200,3 +200,13 @@ def test_states_keep_their_types(name):
     before = types(state)
     new, _ = jax.jit(run, donate_argnums=0)(state)
     assert types(new) == before
+
+
+def test_norms_and_biases_are_told_by_whole_names():
+  shape = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+  coded = ('upscale/kernel', 'normal_proj/kernel', 'scaled_attn/w')
+  plain = ('ln_1/weight', 'attention_norm/scale', 'proj/bias', 'LayerNorm_0/g')
+  params = {path: shape for path in (*coded, *plain)}
+  state = jax.eval_shape(so.scale_by_adam8bit().init, params)
+  found = {path for path, x in state.coded.mu.items() if x.dtype == jnp.int8}
+  assert found == set(coded)

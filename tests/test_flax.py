@@ -257,3 +257,26 @@ def test_axes_that_boxes_name_are_known_without_boxes(box):
   assert bases['odd'].shape == (6, 2, 2)
   updates, _ = tx.update(bare, state, bare)
   assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, bare)
+
+
+def test_boxes_of_another_init_decide_nothing():
+  bare = {'w': jnp.ones((3, 16, 24))}
+  boxed = {'w': nn.Partitioned(bare['w'], ('heads', 'head_dim', 'embed'))}
+  tx = so.golore(1e-3, rank=2)
+  before, state = so.describe(tx, bare), tx.init(bare)
+  _, other = tx.update(bare, tx.init(boxed), bare)  # 48 x 24
+  assert measure.bases(other)['w'].shape == (24, 2)
+  assert so.describe(tx, bare) == before
+  updates, state = tx.update(bare, state, bare)  # 3 x (16 x 24)
+  assert measure.bases(state)['w'].shape == (3, 16, 2)
+
+
+def test_two_models_whose_boxes_differ():
+  bare = {'w': jnp.ones((8, 8, 12))}
+  box = lambda *names: {'w': nn.Partitioned(bare['w'], names)}
+  tx = so.golore(1e-3, rank=2)
+  stack = tx.init(box('layers', 'embed', 'mlp'))
+  kernel = tx.init(box('embed', 'heads', 'kv'))
+  for state, shape in [(kernel, (8, 2)), (stack, (8, 8, 2))]:
+    _, state = tx.update(bare, state, bare)
+    assert measure.bases(state)['w'].shape == shape

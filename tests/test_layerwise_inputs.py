@@ -503,3 +503,39 @@ def test_rates_of_each_layer_and_of_too_many():
   assert_close(params['blocks']['w'] - got['blocks']['w'], wanted)
   with pytest.raises(ValueError, match=r"learning_rate'.* has shape \(4,\)"):
     step.update(params, rates(jnp.ones(4)), BATCH)
+  for wrong in (jnp.ones((3, 1)), jnp.ones((3, 12))):
+    with pytest.raises(ValueError, match=r'state\.blocks .*learning_rate'):
+      step.update(params, rates(wrong), BATCH)
+  with pytest.raises(ValueError, match=r'state\.rest .*learning_rate'):
+    step.update(
+      params, optax.tree.set(state, learning_rate=jnp.ones(LAYERS)), BATCH
+    )
+
+
+@pytest.mark.parametrize('dtype', [jnp.int32, jnp.complex64])
+def test_a_loss_that_is_not_real(dtype):
+  params = make_params()
+  my_head = lambda *args: head(*args).astype(dtype)
+  step = so.layerwise(optax.sgd(0.1), embed, block, my_head)
+  with pytest.raises(ValueError, match='real loss, got'):
+    jax.eval_shape(step.update, params, step.init(params), BATCH)
+
+
+def test_masks_of_the_whole_tree_are_told_of_its_parts():
+  params = make_params()
+  mask = jax.tree.map(lambda x: x.ndim > 1, params)
+  step = so.layerwise(
+    optax.masked(optax.scale_by_adam(), mask), embed, block, head
+  )
+  with pytest.raises(Exception) as error:
+    step.init(params)
+  assert 'must be functions of such trees' in error.value.__notes__[0]
+  step = so.layerwise(
+    optax.masked(
+      optax.scale_by_adam(), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+    ),
+    embed,
+    block,
+    head,
+  )
+  step.init(params)

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from subspace_optax import _memory
+from subspace_optax import _names
 from subspace_optax import _tree
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -61,7 +62,7 @@ def rows(mesh: Mapping[str, int], batch: int) -> int:
 
 
 def _spec(path: str, x: Any, mesh: Mapping[str, int]) -> PartitionSpec:
-  if x.ndim < 2 or re.search('norm|scale|bias', path):
+  if x.ndim < 2 or _names.is_norm(path) or _names.is_bias(path):
     return PartitionSpec()
   names = ('fsdp', 'tensor')
   if _ROWS_BY_TENSOR.search(path):

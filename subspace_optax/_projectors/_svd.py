@@ -61,7 +61,8 @@ def svd(
   of their entries; so they are the same on any mesh, up to rounding. Directions
   of nearly equal strength remain a matter of chance, and so two methods, or an
   optimizer under 'auto' on one device and on a mesh, agree in their losses to
-  about 1e-3, until a refresh that finds moments in directions of other signs.
+  about 1e-3 on average, until a refresh that finds moments in directions of
+  other signs.
 
   Args:
     update_proj_gap: T, steps between refreshes, or a `LazyGap`.
