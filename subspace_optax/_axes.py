@@ -186,9 +186,11 @@ def _by_name(
 ) -> Axes | None:
   """Takes what a name stands for in every library, if the sizes agree."""
   ndim = len(leaf.shape)
-  for form in _names.forms(leaf.path):
-    if len(form) == ndim - len(counted or ()):
-      return of_form(_spread(form, ndim, counted)[0], 'name')
+  of_layer = ndim - len(counted or ())
+  forms = [x for x in _names.forms(leaf.path) if len(x) == of_layer]
+  if forms:
+    spread = [_spread(form, ndim, counted)[0] for form in forms]
+    return of_form(squarest(spread, leaf.shape), 'name')
   forms = _attention(leaf, counted)
   for form in forms:
     if _is_exact(form, leaf, counted is not None):

@@ -57,8 +57,8 @@ _FORMS = {
   'gating_einsum': ('bio',),
   'wq_b': ('ioo',),
   'wkv_b': ('ioo',),
-  'qkv_proj': ('iboo',),
-  'c_attn': ('iboo',),
+  'qkv_proj': ('iboo', 'bioo'),
+  'c_attn': ('iboo', 'bioo'),
   'o_a_proj': ('bio',),
 }
 

@@ -326,6 +326,13 @@ KERAS_GEMMA = {
   'decoder_block_0/ffw_gating/kernel': ((2048, 16384), (1, 2048, 16384)),
 }
 
+AXLEARN = {
+  'emb/token_emb/weight': ((32000, 1024), None),
+  'h/norm/scale': ((24, 1024), None),
+  'h/qkv_proj/w': ((24, 3, 1024, 16, 64), (72, 1024, 1024)),
+  'apart/qkv_proj/w': ((3, 1024, 16, 64), (3, 1024, 1024)),
+}
+
 LIBRARIES = {
   'lm1b': LM1B,
   'nanodo': NANODO,
@@ -347,6 +354,7 @@ LIBRARIES = {
   'levanter': LEVANTER,
   'levanter_gpt2': LEVANTER_GPT_2,
   'keras_gemma': KERAS_GEMMA,
+  'axlearn': AXLEARN,
 }
 
 
