@@ -828,6 +828,24 @@ def test_matrices_that_stay_plain_are_named():
   _init(params, exclude='thin')
 
 
+@pytest.mark.parametrize('rank', [128, 65, lambda path, leaf: 999])
+def test_ranks_clipped_to_the_full_side_are_named(rank):
+  params = {'up': jnp.ones((64, 256)), 'a': {'w': jnp.ones((3, 256, 64))}}
+  words = ['full rank', 'up: rank 64 of 64 x 256', 'exclude']
+  words += [r'a/w: rank 64 of 3 x \(256 x 64\)']
+  words += [] if callable(rank) else [f'rank={rank}']
+  numbers = so.DimensionNumbers()
+  tx = so.galore(1e-3, rank=rank, weight_dimension_numbers=numbers)
+  with _warns(*words):
+    jax.eval_shape(tx.init, params)
+
+
+@pytest.mark.parametrize('rank', [8, 64, 1.0])
+def test_ranks_up_to_the_full_side_are_as_asked_for(rank):
+  tx = so.galore(1e-3, rank=rank)
+  jax.eval_shape(tx.init, {'up': jnp.ones((64, 256))})
+
+
 def test_trees_without_a_matrix_need_allow_empty():
   with errors.raises(ValueError, 'matches no leaf', 'bias'):
     _init({'bias': jnp.ones(8)})
