@@ -36,7 +36,7 @@ _NO_MATRIX = re.compile(
   r'([a-z]+_)*(inv_freqs?|freqs|sin|cos|mask)'
 )
 # Biases for short; `B_re` and `wq_b` are matrices.
-_B = re.compile(r'b_?\d+|b[qkvoQKVO]|b_\w+|(?![wW])\w+_b')
+_B = re.compile(r'b_?\d+|b[qkvoQKVO]|b_\w+|(?![wW])\w+_b\d*')
 _EMBEDDING = re.compile(r'(pos|tok|token|patch)?emb(s|ed|eds|edder|eddings?)?')
 _TABLE = re.compile(
   r'wte|wpe|toks?|tokens?|patch|patches|pos|positions?|rel_pos(_[hw])?|'
@@ -216,11 +216,14 @@ def _is_embedding(path: str) -> bool:
   if names[-1] in ('embedding', 'embeddings') or _is_table(path):
     return True
   # An embedder that has layers has matrices in them.
-  counted = enumerate(zip(names, _numbered(path), strict=False))
-  layers = [i for i, (name, n) in counted if n or _is_layers(name)]
+  flags = zip(_numbered(path), map(_is_layers, names[:-1]), strict=False)
+  layers = [
+    i for i, (has_number, named) in enumerate(flags) if has_number or named
+  ]
   names = names[layers[-1] + 1 if layers else 0 :]
-  return any(map(_embeds, names)) and not any(
-    name in ('linear', 'dense', 'mlp', 'fc') for name in names
+  embeds = [i for i, name in enumerate(names) if _embeds(name)]
+  return bool(embeds) and not any(
+    name in ('linear', 'dense', 'mlp', 'fc') for name in names[embeds[-1] + 1 :]
   )
 
 
@@ -240,23 +243,29 @@ def _embeds(name: str) -> bool:
   return bool(starts) and not any(word in _NO_TABLE for word in words)
 
 
-def may_be_model(part: str) -> bool:
-  """Whether a component is called a head or an embedder, which hold layers."""
+def may_be_model(part: str, path: str) -> bool:
+  """Whether a component of a path is a head or an embedder by its name.
+
+  These may hold layers; an embedder may as well hold tables, whose leaves are
+  not called `kernel`.
+  """
   name = _snake(part)
-  return _embeds(name) or _ends_model(name) and not _HEAD.fullmatch(name)
+  if _embeds(name):
+    return components(path)[-1] == 'kernel'
+  return _ends_model(name) and not _HEAD.fullmatch(name)
 
 
 def _numbered(path: str) -> list[bool]:
-  """Whether each name above a module is a layer's by its number.
+  """Whether each name is a layer's by its number, of those above a module.
 
   As of `encoder/3`, `cell_2`, `stage1/unit2`; not of `gpt2`, which is a model,
   of Flax's `Transformer_0`, or of one of several heads.
   """
-  parts = [part for part in _parts(path) if part not in ('params', 'model')]
-  skipped = len(_parts(path)) - len(parts)
-  found = [_is_number(part, not i) for i, part in enumerate(parts)]
-  of_module = 2 if _snake(parts[-1]) in _WEIGHTS else 1
-  return [False] * skipped + found[: max(0, len(found) - of_module)]
+  parts, names = _parts(path), components(path)
+  above = parts[: -2 if _snake(parts[-1]) in _WEIGHTS else -1]
+  first = sum(part in ('params', 'model') for part in parts[:2])
+  found = [_is_number(part, i <= first) for i, part in enumerate(above)]
+  return found + [False] * (len(names) - len(found))
 
 
 def _is_number(part: str, is_first: bool) -> bool:
@@ -285,8 +294,8 @@ def _is_head(path: str, axes: int) -> bool:
     return True
   if names[-1] == 'decoder' and 'predictions' in names:
     return True
-  numbered = [*_numbered(path), *[False] * len(names)]
-  layered = [x or _in_layers(n) for x, n in zip(numbered, names, strict=False)]
+  numbered = zip(_numbered(path), names, strict=False)
+  layered = [has_number or _in_layers(name) for has_number, name in numbered]
   for i, name in enumerate(names):
     others = layered[:i] + layered[i + 1 :]
     if _HEAD.fullmatch(name) and not any(layered[i + 1 :]):

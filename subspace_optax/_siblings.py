@@ -73,7 +73,7 @@ class Family:
     parts = _parts(path)
     kept = [
       '~'
-      if _names.may_be_model(part) and self._is_model(parts[: i + 1])
+      if _names.may_be_model(part, path) and self._is_model(parts[: i + 1])
       else part
       for i, part in enumerate(parts)
     ]

@@ -458,6 +458,12 @@ def test_heads_with_several_layers_are_models():
   assert not found['classifier/out/kernel'].layout
 
 
+def test_embedders_with_several_tables_are_no_models():
+  shapes = {f'embedder/{name}/w': (99, 64) for name in ('word', 'position')}
+  found = _matches(shapes | {'mlp/pos_embed/w': (99, 64)})
+  assert not any(match.layout for match in found.values())
+
+
 def test_pairs_of_low_rank_are_no_biases():
   found = _matches({'q_a': (64, 8), 'q_b': (8, 64), 'k_b': (8, 64)})
   assert found['q_a'].layout and found['q_b'].layout
