@@ -292,7 +292,7 @@ def _is_head(path: str, axes: int) -> bool:
     names = names[:-1]
   if _parts(path)[-1] == 'W_U' and not in_layer(path):
     return True
-  if names[-1] == 'decoder' and 'predictions' in names:
+  if module(path) == 'decoder' and 'predictions' in names:
     return True
   numbered = zip(_numbered(path), names, strict=False)
   layered = [has_number or _in_layers(name) for has_number, name in numbered]
@@ -307,11 +307,10 @@ def _is_head(path: str, axes: int) -> bool:
 
 def _ends_model(name: str) -> bool:
   words = name.split('_')
-  if words[-1] in _OUTPUT:
+  of_head = words[0] == 'head' and words[-1] not in _OF_HEADS
+  if of_head or words[-1] in _OUTPUT:
     return True
-  if words[0] == 'head' and words[-1] not in _OF_HEADS:
-    return True
-  last = words[0] in (*_OUT, 'head', 'final', 'vocab')
+  last = words[0] in (*_OUT, 'final', 'vocab')
   last = last and words[-1] in (*_MATRIX, 'layer')
   return (last or words[-1] in _OUT) and not any(map(_is_block, words))
 

@@ -99,7 +99,8 @@ class SubspaceSpec:
     weight_dimension_numbers: the axes that form each matrix: a
       `DimensionNumbers` for every leaf, a tree of them with None for leaves
       that stay plain, or a callable from the parameters to such a tree. With
-      None, leaves of two axes are matrices. Of others, names of axes in flax's
+      None, leaves of two axes are matrices; beside stacks that share one of
+      them, only those called weights are. Of others, names of axes in flax's
       metadata tell ('metadata'), or else leaves beside them ('siblings'): a
       norm of (layers, width) that layers are stacked, a bias of (heads,
       head_dim) which axes are outputs. Or else the leaf's name and sizes
