@@ -84,10 +84,11 @@ def plain_kinds(leaves: tuple[_siblings.Leaf, ...]) -> dict[str, str]:
 def _plain_kind(leaf: _siblings.Leaf, family: _siblings.Family) -> str:
   if 'vocab' in (leaf.names or ()):
     return 'an embedding or a head'
-  if family.is_bias_beside(leaf.path):
+  if family.is_bias(leaf.path):
     return 'a bias'
   beside = family.in_attention(leaf.path)
-  return _names.plain_kind(leaf.path, len(leaf.shape), beside)
+  path = family.without_models(leaf.path)
+  return _names.plain_kind(path, len(leaf.shape), beside)
 
 
 def _decide(leaf: _siblings.Leaf, family: _siblings.Family) -> Axes:
@@ -104,20 +105,33 @@ def _decide(leaf: _siblings.Leaf, family: _siblings.Family) -> Axes:
     return found
   counted = family.counted(leaf)
   core = [i for i in range(ndim) if i not in (counted or ())]
-  if len(core) < 2:
-    sizes = ' x '.join(str(leaf.shape[i]) for i in counted or ())
-    return _without_matrix(f'is a vector in each of {sizes} layers', 'siblings')
   if ndim == 2:
-    return Axes((0,), (1,), 'two axes')
+    return _two_axes(leaf, counted)
+  if len(core) < 2:  # the layers are as many as the units
+    return _assumed(leaf, (0,))
   found = _by_bias(leaf, counted, family) or _by_bias(leaf, None, family)
   if len(core) == 2 and not found:
-    return Axes((core[0],), (core[1],), 'siblings')
+    how = 'assumed' if _names.may_be_vector(leaf.path) else 'siblings'
+    return Axes((core[0],), (core[1],), how)
   return (
     found
     or _by_name(leaf, counted)
     or _convolution(leaf, counted, family)
     or _assumed(leaf, counted)
   )
+
+
+def _two_axes(leaf: _siblings.Leaf, counted: tuple[int, ...] | None) -> Axes:
+  """Takes a leaf for a matrix, or for a vector in each layer, by its name.
+
+  If other leaves are stacked along one of its axes, it may be either.
+  """
+  if not counted:
+    return Axes((0,), (1,), 'two axes')
+  if _names.is_weight(leaf.path):
+    return Axes((0,), (1,), 'assumed')
+  layers = ' x '.join(str(leaf.shape[i]) for i in counted)
+  return _without_matrix(f'is a vector in each of {layers} layers', 'assumed')
 
 
 def _by_metadata(leaf: _siblings.Leaf) -> Axes | None:
@@ -186,13 +200,18 @@ def _by_name(
 ) -> Axes | None:
   """Takes what a name stands for in every library, if the sizes agree."""
   ndim = len(leaf.shape)
-  for form in _names.forms(leaf.path):
-    if len(form) == ndim - len(counted or ()):
-      return of_form(_spread(form, ndim, counted)[0], 'name')
+  own = ndim - len(counted or ())
+  forms = [x for x in _names.forms(leaf.path) if len(x) == own]
+  if forms:
+    spread = [_spread(form, ndim, counted)[0] for form in forms]
+    return of_form(squarest(spread, leaf.shape), 'name')
   forms = _attention(leaf, counted)
-  for form in forms:
-    if _is_exact(form, leaf, counted is not None):
-      return of_form(form, 'name')
+  exact = [x for x in forms if _is_exact(x, leaf, counted is not None)]
+  if exact:
+    # Where layers are as many as units, they may stand on either side.
+    of_layer = [x.replace('l', '') for x in exact]
+    is_sure = of_layer.count(of_layer[0]) == 1
+    return of_form(exact[0], 'name' if is_sure else 'assumed')
   if not forms or counted is None:
     return None
   form = squarest(forms, leaf.shape)

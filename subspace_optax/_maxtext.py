@@ -30,9 +30,10 @@ from subspace_optax import _tree
 # matrices. The first pattern that is found decides. `wi` has an axis of
 # activations if they are fused: with three axes the one in the middle may as
 # well be of layers, which count matrices, too. `out` has no heads behind linear
-# attention.
+# attention, and none of the four in T5X.
 _KERNELS = (
-  (r'(^|/)(query|key|value|wq_b|wkv_b|wkv)/kernel$', ('ioo',)),
+  (r'(^|/)(query|key|value)/kernel$', ('ioo', 'io')),
+  (r'(^|/)(wq_b|wkv_b|wkv)/kernel$', ('ioo',)),
   (r'(^|/)(out|o_proj)/kernel$', ('iio', 'io')),
   (r'(^|/)o_a_proj/kernel$', ('bio',)),
   (r'(^|/)qkv_proj/kernel$', ('iboo',)),
@@ -52,9 +53,10 @@ def dimension_numbers_from_paths(
   its path a leaf is, L being there for layers that are scanned:
 
   ========================================  ==============================
-  `query|key|value|wq_b|wkv_b|wkv/kernel`   (embed, L, heads, head_dim)
+  `query|key|value/kernel`                  (embed, L, heads, head_dim)
   `out|o_proj/kernel`                       (heads, L, head_dim, embed)
-  the same without heads                    (rows, L, columns)
+  these five without heads                  (rows, L, columns)
+  `wq_b|wkv_b|wkv/kernel`                   (embed, L, heads, head_dim)
   `o_a_proj/kernel`                         (groups, L, rows, columns)
   `qkv_proj/kernel`                         (embed, L, 3, heads, head_dim)
   `wi/kernel`, activations fused            (embed, L, 2, mlp)
@@ -154,7 +156,7 @@ def _by_sizes(
   path: str, shape: tuple[int, ...], scan_axis: int, forms: list[str]
 ) -> str:
   """Returns which of two forms attention's sizes speak for."""
-  if not any('ii' in form for form in forms):
+  if not any('ii' in form or 'oo' in form for form in forms):
     raise ValueError(
       f'leaf {path!r} has shape {shape}, which may be fused or, at scan_axis='
       f'{scan_axis}, scanned; match it with `exclude`, or give '

@@ -22,22 +22,44 @@ import re
 
 # Leaves that are named by the module that holds them.
 _WEIGHTS = ('kernel', 'weight', 'w')
-_ONE_AXIS = ('bias', 'biases', 'scale', 'gamma', 'beta', 'offset', 'sinks')
-_NORM = re.compile(
-  r'(layer|rms|batch|group|instance|weight|pre|post|sub|qk?|k)?norms?|ln|bn|gn'
+_ONE_AXIS = re.compile(
+  r'bias(es)?|scales?|gammas?|betas?|offsets?|sinks|slopes'
 )
+_NORM = re.compile(
+  r'(layer|rms|batch|group|instance|weight|pre|post|sub|qk?|k)?norms?|lnf?|bn|'
+  r'gn|rms'
+)
+# Vectors of state space models and of RWKV, and buffers.
+_NO_MATRIX = re.compile(
+  r'a_log|log_(a|alpha|delta|dt|lambda|sigma|std|step)|r_k|k_[ak]|'
+  r'time_(decay|faaaa|first|mix(_[a-z])?)|'
+  r'([a-z]+_)*(inv_freqs?|freqs|sin|cos|mask)'
+)
+# Biases for short; `B_re` and `wq_b` are matrices.
+_B = re.compile(r'b_?\d+|b[qkvoQKVO]|b_\w+|(?![wW])\w+_b\d*')
 _EMBEDDING = re.compile(r'(pos|tok|token|patch)?emb(s|ed|eds|edder|eddings?)?')
-_TABLE = re.compile(r'wte|wpe|toks?|tokens?|patch|patches|pos|positions?')
+_TABLE = re.compile(
+  r'wte|wpe|toks?|tokens?|patch|patches|pos|positions?|rel_pos(_[hw])?|'
+  r'codebooks?'
+)
+# Tables of embeddings, by the end of a leaf's name.
+_ROWS = re.compile(
+  r'([a-z]+_)*(tokens?|prompts?|codebooks?)|(?!w_)[a-z]+_queries'
+)
 _MATRIX = ('proj', 'projection', 'dense', 'linear', 'fc', 'mlp', 'mapping')
+_NO_TABLE = (*_MATRIX, 'gate', 'hidden', 'project', 'projector', 'transform')
 _LAYERS = re.compile(r'[a-z]*(layers?|blocks?)|h|stack|stacked')
 _ATTENTION = re.compile(r'[a-z]*(attn|attention)|mha')
 _FEED_FORWARD = re.compile(r'mlp|ffn?|moe|experts?')
 _CONVOLUTION = re.compile(r'[a-z]*conv(\dd|s|olution)?')
+_POINTWISE = re.compile(r'(pw|pointwise)_?conv')
 # Heads wherever they stand, and names that are heads outside of layers only.
 _HEAD = re.compile(
-  r'(lm|mlm|vocab)_head|([a-z]+_)?logits?(_[a-z]+)?|logitdense|un_?embed[a-z]*'
+  r'(lm|mlm|vocab)_?head|logitdense|un_?embed[a-z]*|'
+  r'([a-z]+_)?logits?(_(dense|fc|head|kernel|layer|linear|out|output|proj))?'
 )
-_OUTPUT = ('head', 'heads', 'classifier', 'score', 'readout')
+_OUTPUT = ('head', 'heads', 'classifier', 'score', 'readout', 'prediction')
+_OF_HEADS = ('gate', 'gates', 'mix', 'mixer', 'mixing', 'dim')
 _OUT = ('out', 'output', 'outputs')
 _ATTENTION_IN = re.compile(
   r'query|key|value|[qkv]|(q|k|v|query|key|value)_proj|w[qkv]|to_[qkv]'
@@ -57,21 +79,34 @@ _FORMS = {
   'gating_einsum': ('bio',),
   'wq_b': ('ioo',),
   'wkv_b': ('ioo',),
-  'qkv_proj': ('iboo',),
-  'c_attn': ('iboo',),
+  'qkv_proj': ('iboo', 'bioo'),
+  'c_attn': ('iboo', 'bioo'),
   'o_a_proj': ('bio',),
 }
 
 
 @functools.lru_cache(maxsize=4096)
 def components(path: str) -> tuple[str, ...]:
-  """Returns the names in a path; wrappers of arrays are left out."""
-  names = [_snake(part) for part in re.split(r'[/.]', path)]
-  names = [name for name in names if name not in ('', '~')]
-  if len(names) > 1 and (names[-1] == 'array' or names[-1].isdigit()):
-    if names[-2] in _WEIGHTS + _ONE_AXIS:
-      names.pop()
-  return tuple(names) or ('',)
+  """Returns the names in a path; wrappers of arrays are left out.
+
+  A leaf called `ln_w` is taken for `ln/w`.
+  """
+  names = [_snake(part) for part in _parts(path)]
+  words = names[-1].split('_')
+  if len(words) > 1 and words[-1] in _WEIGHTS:
+    names[-1:] = ['_'.join(words[:-1]), words[-1]]
+  return tuple(names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(path: str) -> tuple[str, ...]:
+  """Returns the components of a path as they are spelt."""
+  parts = [part for part in re.split(r'[/.]', path) if part.strip('_~')]
+  if len(parts) > 1 and (_snake(parts[-1]) == 'array' or parts[-1].isdigit()):
+    name = _snake(parts[-2])
+    if name in _WEIGHTS or _ONE_AXIS.fullmatch(name):
+      parts.pop()
+  return tuple(parts) or ('',)
 
 
 def _snake(part: str) -> str:
@@ -91,18 +126,30 @@ def is_weight(path: str) -> bool:
   return components(path)[-1] in _WEIGHTS
 
 
+def may_be_vector(path: str) -> bool:
+  """Whether a leaf of two axes may be one vector for each head, as RWKV's u."""
+  return components(path)[-1] == 'u'
+
+
 def in_layer(path: str) -> bool:
   """Whether a path leads into a layer: `layers/0`, `encoderblock_3/mlp`."""
   return any(map(_in_layers, components(path)))
 
 
+def _words(name: str) -> list[str]:
+  """Returns the words of a name without their numbers: ln and g of `ln1_g`."""
+  return [re.sub(r'(?<=[a-z])\d+$', '', word) for word in name.split('_')]
+
+
 def is_norm(path: str) -> bool:
   """Whether a leaf is a norm's scale, one axis for each layer."""
   *above, leaf = components(path)
-  name, owner = module(path).split('_'), above[-1:] or ['']
+  name, owner = _words(module(path)), above[-1:] or ['']
+  if len(name) > 1 and name[-1] in ('g', 'b', 'gain'):
+    name.pop()
   if leaf.split('_')[-1] in ('scale', 'gamma') or _NORM.fullmatch(name[-1]):
     return True
-  if _NORM.fullmatch(owner[0].split('_')[-1]):  # any of a norm's own vectors
+  if _NORM.fullmatch(_words(owner[0])[-1]):  # any of a norm's own vectors
     return name[-1] not in _MATRIX
   starts = _NORM.fullmatch(name[0]) or name[:2] == ['layer', 'norm']
   return bool(starts) and leaf != 'kernel' and name[-1] not in _MATRIX
@@ -111,9 +158,21 @@ def is_norm(path: str) -> bool:
 def is_bias(path: str) -> bool:
   """Whether a leaf is a bias, or another vector of no matrix."""
   leaf, name = components(path)[-1], module(path).split('_')
-  return leaf.split('_')[-1] in _ONE_AXIS or (
-    leaf != 'kernel' and name[-1] in _ONE_AXIS
-  )
+  words = leaf.split('_')
+  if 'bias' in words and words[-1] not in _MATRIX:
+    return True
+  if _ONE_AXIS.fullmatch(words[-1]) or _NO_MATRIX.fullmatch(leaf):
+    return True
+  return leaf != 'kernel' and bool(_ONE_AXIS.fullmatch(name[-1]))
+
+
+def shortens_bias(path: str) -> bool:
+  """Whether a leaf is called as a bias is for short: `b1`, `b_q`, `attn_b`."""
+  leaf = _parts(path)[-1]
+  words = _snake(leaf).split('_')
+  if 'lora' in words or words[-1] in _MATRIX:
+    return False
+  return bool(_B.fullmatch(leaf))
 
 
 def plain_kind(path: str, axes: int, in_attention: bool) -> str:
@@ -132,29 +191,92 @@ def plain_kind(path: str, axes: int, in_attention: bool) -> str:
     return 'an embedding'
   if _is_head(path, axes) and not in_attention:
     return 'a head'
-  return 'a convolution' if is_convolution(path) else ''
+  called = is_convolution(path) if axes > 2 else _has_window(path)
+  return 'a convolution' if called else ''
 
 
 def is_convolution(path: str) -> bool:
   """Whether a leaf is called a convolution."""
-  return any(map(_CONVOLUTION.fullmatch, module(path).split('_')))
+  words = module(path).split('_')
+  return words[-1] == 'filter' or any(map(_CONVOLUTION.fullmatch, words))
+
+
+def _has_window(path: str) -> bool:
+  """Whether a leaf of two axes is called a convolution along one of them.
+
+  Those over a single point are matrices, as are `conv_ffn_in`'s.
+  """
+  name = module(path)
+  last = _CONVOLUTION.fullmatch(name.split('_')[-1])
+  return bool(last) and not _POINTWISE.search(name)
 
 
 def _is_embedding(path: str) -> bool:
   names = components(path)
-  if names[-1] in ('embedding', 'embeddings'):
+  if names[-1] in ('embedding', 'embeddings') or _is_table(path):
     return True
   # An embedder that has layers has matrices in them.
-  layers = [i for i, name in enumerate(names) if _is_layers(name)]
-  return any(map(_embeds, names[layers[-1] + 1 if layers else 0 :]))
+  flags = zip(_numbered(path), map(_is_layers, names[:-1]), strict=False)
+  layers = [
+    i for i, (has_number, named) in enumerate(flags) if has_number or named
+  ]
+  names = names[layers[-1] + 1 if layers else 0 :]
+  embeds = [i for i, name in enumerate(names) if _embeds(name)]
+  return bool(embeds) and not any(
+    name in ('linear', 'dense', 'mlp', 'fc') for name in names[embeds[-1] + 1 :]
+  )
+
+
+def _is_table(path: str) -> bool:
+  """Whether a leaf itself is called a table of tokens, queries or words."""
+  leaf = _parts(path)[-1]
+  return leaf in ('W_E', 'W_pos') or bool(_ROWS.fullmatch(_snake(leaf)))
 
 
 def _embeds(name: str) -> bool:
   words = name.split('_')
   if _TABLE.fullmatch(name):
     return True
-  ends = map(_EMBEDDING.fullmatch, (words[0], words[-1]))
-  return words[-1] not in _MATRIX and any(ends)
+  if _EMBEDDING.fullmatch(words[-1]):
+    return True
+  starts = _EMBEDDING.fullmatch(words[0])
+  return bool(starts) and not any(word in _NO_TABLE for word in words)
+
+
+def may_be_model(part: str, path: str) -> bool:
+  """Whether a component of a path is a head or an embedder by its name.
+
+  These may hold layers; an embedder may as well hold tables, whose leaves are
+  not called `kernel`.
+  """
+  name = _snake(part)
+  if _embeds(name):
+    return components(path)[-1] == 'kernel'
+  return _ends_model(name) and not _HEAD.fullmatch(name)
+
+
+def _numbered(path: str) -> list[bool]:
+  """Whether each name is a layer's by its number, of those above a module.
+
+  As of `encoder/3`, `cell_2`, `stage1/unit2`; not of `gpt2`, which is a model,
+  of Flax's `Transformer_0`, or of one of several heads.
+  """
+  parts, names = _parts(path), components(path)
+  above = parts[: -2 if _snake(parts[-1]) in _WEIGHTS else -1]
+  first = sum(part in ('params', 'model') for part in parts[:2])
+  found = [_is_number(part, i <= first) for i, part in enumerate(above)]
+  return found + [False] * (len(names) - len(found))
+
+
+def _is_number(part: str, is_first: bool) -> bool:
+  name = _snake(part)
+  if part.isdigit():
+    return True
+  if name.split('_')[-1] in _MATRIX or _embeds(name) or _ends_model(name):
+    return False
+  if re.match(r'[A-Z].*_0$', part):
+    return False
+  return bool(re.search(r'_\d+$' if is_first else r'\d$', part))
 
 
 def _is_layers(name: str) -> bool:
@@ -168,20 +290,27 @@ def _is_head(path: str, axes: int) -> bool:
   names = components(path)
   if names[-1] in _WEIGHTS and len(names) > 1:
     names = names[:-1]
+  if _parts(path)[-1] == 'W_U' and not in_layer(path):
+    return True
+  if module(path) == 'decoder' and 'predictions' in names:
+    return True
+  numbered = zip(_numbered(path), names, strict=False)
+  layered = [has_number or _in_layers(name) for has_number, name in numbered]
   for i, name in enumerate(names):
-    others = names[:i] + names[i + 1 :]
-    if _HEAD.fullmatch(name) and not any(map(_in_layers, names[i + 1 :])):
+    others = layered[:i] + layered[i + 1 :]
+    if _HEAD.fullmatch(name) and not any(layered[i + 1 :]):
       return True
-    if axes == 2 and _ends_model(name) and not any(map(_in_layers, others)):
+    if axes == 2 and _ends_model(name) and not any(others):
       return True
   return False
 
 
 def _ends_model(name: str) -> bool:
   words = name.split('_')
-  if words[-1] in _OUTPUT:
+  of_head = words[0] == 'head' and words[-1] not in _OF_HEADS
+  if of_head or words[-1] in _OUTPUT:
     return True
-  last = words[0] in (*_OUT, 'head', 'final', 'vocab')
+  last = words[0] in (*_OUT, 'final', 'vocab')
   last = last and words[-1] in (*_MATRIX, 'layer')
   return (last or words[-1] in _OUT) and not any(map(_is_block, words))
 

@@ -48,16 +48,42 @@ class Family:
   def in_attention(self, path: str) -> bool:
     """Whether query, key or value stand beside a leaf, or its module."""
     parts = _parts(path)
-    above = parts[: -2 if _names.is_weight(path) else -1]
+    is_inside = _names.is_weight(path) and '_' not in parts[-1]
+    above = parts[: -2 if is_inside else -1]
     return any(
       _names.is_attention_in(x.path) and len(_parts(x.path)) == len(parts)
       for x in self._below.get(above, ())
     )
 
-  def is_bias_beside(self, path: str) -> bool:
-    """Whether a leaf is called `b` and its weight stands beside it."""
+  def is_bias(self, path: str) -> bool:
+    """Whether a leaf is a bias called `b`, and not the half of a pair a, b."""
     *above, name = _parts(path)
-    return name == 'b' and '/'.join([*above, 'w']) in self._shapes
+    has = lambda other: '/'.join([*above, other]) in self._shapes
+    if name == 'b':
+      return has('w')
+    other = re.sub(r'(?<![A-Za-z])b(?![A-Za-z])', 'a', name)
+    is_half = other != name and has(other)
+    return _names.shortens_bias(path) and not is_half
+
+  def without_models(self, path: str) -> str:
+    """Returns a path without heads and embedders that hold several weights.
+
+    Such as `classifier` with layers below it, which are matrices.
+    """
+    parts = _parts(path)
+    kept = [
+      '~'
+      if _names.may_be_model(part, path) and self._is_model(parts[: i + 1])
+      else part
+      for i, part in enumerate(parts)
+    ]
+    return '/'.join(kept)
+
+  def _is_model(self, above: tuple[str, ...]) -> bool:
+    """Whether several weights stand below a component."""
+    leaves = [x for x in self._below.get(above, ()) if len(x.shape) > 1]
+    weights = [x for x in leaves if _names.is_weight(x.path)]
+    return sum(not _names.is_norm(x.path) for x in weights) > 1
 
   def bias(self, leaf: Leaf) -> tuple[int, ...] | None:
     """Returns the shape of a weight's bias, which has one entry per output."""
@@ -129,9 +155,14 @@ def _by_norms(
 
 
 def _layers(leaves: list[Leaf]) -> tuple[int, ...] | None:
-  """Returns the axis that all leaves share; layers are fewer than units."""
+  """Returns the axis that all leaves share; layers are fewer than units.
+
+  If they are as many, nothing tells.
+  """
   sizes = [(_size(leaves, axis), axis) for axis in (0, 1)]
   shared = [(size, axis) for size, axis in sizes if size is not None]
+  if len({size for size, _ in shared}) < len(shared):
+    return None
   return (min(shared)[1],) if shared else None
 
 

@@ -67,6 +67,7 @@ class Match(NamedTuple):
     selected: whether the spec's rules chose it, small though it may be.
     reason: why it stays plain.
     how: how its matrix was found, see `SubspaceSpec`; '' if it has none.
+    is_clipped: whether a larger rank was asked for than its short side.
   """
 
   path: str
@@ -75,6 +76,7 @@ class Match(NamedTuple):
   selected: bool = True
   reason: str = ''
   how: str = ''
+  is_clipped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,8 @@ class SubspaceSpec:
 
   Attributes:
     rank: r, as an int, a fraction of the short side in (0, 1], or a callable
-      of (path, leaf) that returns either. Clipped to the short side.
+      of (path, leaf) that returns either. Clipped to the short side, of which
+      `init` warns.
     include: regular expression; only leaves whose path it finds are projected.
       Paths look like `blocks/mlp/up`. None for all.
     exclude: regular expression; leaves whose path it finds stay plain. 'auto'
@@ -96,7 +99,8 @@ class SubspaceSpec:
     weight_dimension_numbers: the axes that form each matrix: a
       `DimensionNumbers` for every leaf, a tree of them with None for leaves
       that stay plain, or a callable from the parameters to such a tree. With
-      None, leaves of two axes are matrices. Of others, names of axes in flax's
+      None, leaves of two axes are matrices; beside stacks that share one of
+      them, only those called weights are. Of others, names of axes in flax's
       metadata tell ('metadata'), or else leaves beside them ('siblings'): a
       norm of (layers, width) that layers are stacked, a bias of (heads,
       head_dim) which axes are outputs. Or else the leaf's name and sizes
@@ -213,7 +217,7 @@ class SubspaceSpec:
         f'leaf {path!r} of dtype {leaf.dtype} is selected for projection, '
         f'which needs one of {FLOATS}; name it in `exclude`.'
       )
-    layout = self._layout(path, leaf, axes.rows, axes.cols)
+    layout, is_clipped = self._layout(path, leaf, axes.rows, axes.cols)
     plain = functools.partial(Match, path, leaf, None, how=axes.how)
     if 0 in leaf.shape:
       return plain(selected=False, reason='has no elements')
@@ -221,7 +225,7 @@ class SubspaceSpec:
       r, m, n = layout.rank, layout.m, layout.n
       reason = f'rank {r} of {m} x {n} would take as much state as Adam'
       return plain(selected=min(m, n) > 1, reason=reason)
-    return Match(path, leaf, layout, how=axes.how)
+    return Match(path, leaf, layout, how=axes.how, is_clipped=is_clipped)
 
   def dtype_of_moments(self, dtype: Any) -> Any:
     """Returns the dtype of a leaf's moments, given that of the leaf."""
@@ -257,7 +261,10 @@ class SubspaceSpec:
     found = re.search(self.exclude, path) if self.exclude is not None else None
     return f'path matches exclude ({found.group()!r})' if found else ''
 
-  def _layout(self, path: str, leaf: Any, rows, cols) -> _layout.Layout:
+  def _layout(
+    self, path: str, leaf: Any, rows, cols
+  ) -> tuple[_layout.Layout, bool]:
+    """Returns the layout, and whether the rank was clipped for it."""
     m = math.prod(leaf.shape[i] for i in rows)
     n = math.prod(leaf.shape[i] for i in cols)
     project_rows = {
@@ -270,8 +277,9 @@ class SubspaceSpec:
     rank = _check_rank(rank, path)
     if isinstance(rank, float):
       rank = max(1, round(rank * min(m, n)))
-    rank = min(rank, m, n)
-    return _layout.Layout(tuple(leaf.shape), rows, cols, project_rows, rank)
+    shape, clipped = tuple(leaf.shape), min(rank, m, n)
+    layout = _layout.Layout(shape, rows, cols, project_rows, clipped)
+    return layout, clipped < rank
 
   def _dimension_numbers(self, params, pairs, treedef) -> list[Any]:
     given = self.weight_dimension_numbers
@@ -319,12 +327,19 @@ def check_init(spec: SubspaceSpec, matches: Iterable[Match | None]) -> None:
       f'{_lines(small)}\n{_SMALLER}'
     )
     return
+  clipped = [match for match in wanted if match.is_clipped]
   guessed = [match for match in known if match.how == 'assumed']
   notices = []
   if small:
     notices.append(
       f'SubspaceSpec(rank={spec.rank!r}) leaves these matrices plain:\n'
       f'{_lines(small)}\n{_SMALLER}'
+    )
+  if clipped:
+    notices.append(
+      f'SubspaceSpec(rank={spec.rank!r}) projects these matrices at their full '
+      f'rank, which may take more state than Adam:\n{_full_ranks(clipped)}\n'
+      'Take a smaller rank, or name them in `exclude`.'
     )
   if guessed:
     notices.append(
@@ -343,6 +358,15 @@ _SMALLER = (
 
 def _lines(matches: list[Match]) -> str:
   return '\n'.join(f'  {match.path}: {match.reason}' for match in matches)
+
+
+def _full_ranks(matches: list[Match]) -> str:
+  lines = [
+    f'  {match.path}: rank {match.layout.rank} of {as_matrices(match.layout)}'
+    for match in matches
+    if match.layout
+  ]
+  return '\n'.join(lines)
 
 
 def _guesses(matches: list[Match]) -> str:

@@ -326,6 +326,13 @@ KERAS_GEMMA = {
   'decoder_block_0/ffw_gating/kernel': ((2048, 16384), (1, 2048, 16384)),
 }
 
+AXLEARN = {
+  'emb/token_emb/weight': ((32000, 1024), None),
+  'h/norm/scale': ((24, 1024), None),
+  'h/qkv_proj/w': ((24, 3, 1024, 16, 64), (72, 1024, 1024)),
+  'apart/qkv_proj/w': ((3, 1024, 16, 64), (3, 1024, 1024)),
+}
+
 LIBRARIES = {
   'lm1b': LM1B,
   'nanodo': NANODO,
@@ -347,6 +354,7 @@ LIBRARIES = {
   'levanter': LEVANTER,
   'levanter_gpt2': LEVANTER_GPT_2,
   'keras_gemma': KERAS_GEMMA,
+  'axlearn': AXLEARN,
 }
 
 
@@ -394,7 +402,21 @@ def test_leaves_are_decided_as_their_authors_would(name):
       'ln_1/weight',
     ),
     *('blocks/3/norm1/weight', 'model.tok_embeddings.weight'),
-    *('x/LayerNorm_2', 'ln_1/weight'),
+    *('x/LayerNorm_2', 'ln_1/weight', 'layers/ln1_w', 'attn/ln_g', 'rms/w'),
+    # Flat names, biases for short and of heads.
+    *('ln1_g', 'lnf_g', 'head_w', 'attn_b', 'mlp_b', 'b1', 'b_qkv', 'betas'),
+    *('attn/b_Q', 'attn/q_b', 'attn/bq', 'attn/pos_bias_u', 'attn/bias_q'),
+    # Vectors of other models, and buffers.
+    *('mixer/A_log', 'log_step', 'attn/alibi_slopes', 'att/time_faaaa'),
+    *('att/r_k', 'relative_position_bias_table', 'rope/freqs', 'rope/sin'),
+    *('causal_mask', 'attn/rel_pos_h'),
+    # Tables.
+    *('codebook', 'cls_token', 'query_tokens', 'object_queries', 'W_pos'),
+    *('soft_prompt', 'W_E', 'vq/codebook/w'),
+    # Heads.
+    *('lmhead/w', 'predictions/decoder/kernel', 'dense_prediction/kernel'),
+    *('head_a/kernel', 'W_U', 'logits_proj/w', 'gpt2/head/kernel'),
+    *('Transformer_0/output/kernel', 'head_1/kernel', 'classifier/1/kernel'),
   ],
 )
 def test_heads_embeddings_and_norms_stay_plain(path):
@@ -413,10 +435,39 @@ def test_heads_embeddings_and_norms_stay_plain(path):
     *('embedder/layers_0/attn/q/kernel', 'embed_proj/kernel', 'tokenizer/w'),
     *('lstm/output_gate/w', 'head_gate/kernel', 'denorm/w', 'bias_proj/w'),
     *('overhead/w', 'behead', 'throughput/w', 'abnormal/w', 'autoscore/w'),
+    *('mlp/pwconv1/kernel', 'conv_ffn_in/w', 'embeddings_project/kernel'),
+    *('embedding_hidden_mapping_in/kernel', 'embed_to_hidden', 'emb_gate/w'),
+    *('timestep_embedder/linear_1/kernel', 'logit_lens', 'logits_gate/w'),
+    *('encoder/3/output/kernel', 'gpt/transformer/5/out/w', 'mixer_3/output/w'),
+    *('stage1/unit2/output/kernel', 'cell_2/out_proj/w', 'queries', 'mask/w'),
+    *('res_block_1/logits_gate/w', 'lora_b', 'ssm/B_re', 'b_proj', 'attn/wq_b'),
   ],
 )
 def test_names_that_only_hold_such_words_are_matrices(path):
   assert _matrices(_matches({path: (64, 32)})[path]) == (1, 64, 32)
+
+
+def test_heads_with_several_layers_are_models():
+  dense = {'Dense_0/kernel': (784, 128), 'Dense_1/kernel': (128, 10)}
+  for name in ('classifier', 'Classifier_0', 'embedder', 'value_head'):
+    found = _matches({f'{name}/{path}': s for path, s in dense.items()})
+    assert all(match.layout for match in found.values()), name
+  head = {'classifier/dense/kernel': (64, 64), 'classifier/out/kernel': (64, 3)}
+  found = _matches(head)
+  assert found['classifier/dense/kernel'].layout
+  assert not found['classifier/out/kernel'].layout
+
+
+def test_embedders_with_several_tables_are_no_models():
+  shapes = {f'embedder/{name}/w': (99, 64) for name in ('word', 'position')}
+  found = _matches(shapes | {'mlp/pos_embed/w': (99, 64)})
+  assert not any(match.layout for match in found.values())
+
+
+def test_pairs_of_low_rank_are_no_biases():
+  found = _matches({'q_a': (64, 8), 'q_b': (8, 64), 'k_b': (8, 64)})
+  assert found['q_a'].layout and found['q_b'].layout
+  assert not found['k_b'].layout
 
 
 STACKS = {
@@ -462,6 +513,32 @@ STACKS = {
   'bias of the width': (
     {'mixer/kernel': (4, 24, 64), 'mixer/bias': (64,)},
     {'mixer/kernel': (1, 96, 64), 'mixer/bias': None},
+  ),
+  'biases of heads, RWKV, AlphaFold': (
+    {
+      'h/ln/scale': (6, 64),
+      'h/attn/q_b': (6, 4, 16),
+      'h/attn/pos_bias_u': (6, 4, 16),
+      'h/attn/gating_b': (6, 4, 16),
+      'h/att/time_faaaa': (6, 4, 16),
+      'h/mixer/A_log': (6, 64, 16),
+      'h/short_filter/w': (6, 3, 64),
+      'h/up': (6, 64, 96),
+    },
+    {
+      'h/ln/scale': None,
+      'h/attn/q_b': None,
+      'h/attn/pos_bias_u': None,
+      'h/attn/gating_b': None,
+      'h/att/time_faaaa': None,
+      'h/mixer/A_log': None,
+      'h/short_filter/w': None,
+      'h/up': (6, 64, 96),
+    },
+  ),
+  'weights of two axes': (
+    {'base_weight': (64, 64), 'up': (8, 64, 96), 'down': (8, 96, 64)},
+    {'base_weight': (1, 64, 64), 'up': (8, 64, 96), 'down': (8, 96, 64)},
   ),
   'bias of experts': (
     {'moe/gate_up': (4, 64, 96), 'moe/gate_up_bias': (4, 96)},
@@ -589,6 +666,50 @@ def test_what_nothing_tells_is_assumed_with_a_warning(path):
     _init(params)
 
 
+LAYERS = {'h/up': (12, 64, 96), 'h/down': (12, 96, 64), 'h/ln/scale': (12, 64)}
+SQUARE = {'h/up/kernel': (64, 64, 64), 'h/up/bias': (64, 64)}
+EITHER = {
+  'a weight as long as layers are many': (
+    {'in_proj/kernel': (12, 64)} | LAYERS,
+    {'in_proj/kernel': (1, 12, 64)},
+  ),
+  'a vector of no usual name': (
+    {'h/shift': (12, 64)} | LAYERS,
+    {'h/shift': None},
+  ),
+  'a router of no usual name': (
+    {'moe/assign': (8, 64), 'moe/w1': (8, 64, 256), 'moe/w2': (8, 256, 64)},
+    {'moe/assign': None},
+  ),
+  "RWKV's u": ({'h/attn/u': (12, 4, 16)} | LAYERS, {'h/attn/u': (12, 4, 16)}),
+  'layers as many as units': (SQUARE, {'h/up/kernel': (64, 64, 64)}),
+  'and norms': (
+    SQUARE | {'h/ln/scale': (64, 64)},
+    {'h/up/kernel': (64, 64, 64)},
+  ),
+  'and heads': (
+    {'query/kernel': (64, 64, 8, 8)},
+    {'query/kernel': (64, 64, 64)},
+  ),
+  'and heads, norms': (
+    {'h/query/kernel': (64, 64, 8, 8), 'h/ln/scale': (64, 64)},
+    {'h/query/kernel': (64, 64, 64)},
+  ),
+}
+
+
+@pytest.mark.parametrize('name', EITHER)
+def test_what_may_be_either_is_warned_of(name):
+  shapes, wanted = EITHER[name]
+  found = _matches(shapes)
+  for path, matrices in wanted.items():
+    assert _matrices(found[path]) == matrices
+    assert found[path].how == 'assumed'
+  params = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in shapes.items()}
+  with _warns(*wanted, 'weight_dimension_numbers'):
+    _init(cases.nest(params))
+
+
 def _warns(*words):
   return pytest.warns(UserWarning, match='(?s)' + _all(words))
 
@@ -711,6 +832,24 @@ def test_matrices_that_stay_plain_are_named():
   with _warns('a/thin', 'rank 2 of 2 x 24', 'only_if_smaller', 'exclude'):
     _init(params | {'column': jnp.ones((16, 1))})
   _init(params, exclude='thin')
+
+
+@pytest.mark.parametrize('rank', [128, 65, lambda path, leaf: 999])
+def test_ranks_clipped_to_the_full_side_are_named(rank):
+  params = {'up': jnp.ones((64, 256)), 'a': {'w': jnp.ones((3, 256, 64))}}
+  words = ['full rank', 'up: rank 64 of 64 x 256', 'exclude']
+  words += [r'a/w: rank 64 of 3 x \(256 x 64\)']
+  words += [] if callable(rank) else [f'rank={rank}']
+  numbers = so.DimensionNumbers()
+  tx = so.galore(1e-3, rank=rank, weight_dimension_numbers=numbers)
+  with _warns(*words):
+    jax.eval_shape(tx.init, params)
+
+
+@pytest.mark.parametrize('rank', [8, 64, 1.0])
+def test_ranks_up_to_the_full_side_are_as_asked_for(rank):
+  tx = so.galore(1e-3, rank=rank)
+  jax.eval_shape(tx.init, {'up': jnp.ones((64, 256))})
 
 
 def test_trees_without_a_matrix_need_allow_empty():

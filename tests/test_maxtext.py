@@ -138,7 +138,7 @@ def test_boxes_and_masked_leaves():
 @pytest.mark.parametrize(
   'path,shape,scan_axis,words',
   [
-    ('a/query/kernel', (D, D), 1, ('a/query/kernel', (D, D), 3, 'exclude')),
+    ('a/wkv/kernel', (D, D), 1, ('a/wkv/kernel', (D, D), 3, 'exclude')),
     ('a/mlp/kernel', (2, L, D, F), 1, ('a/mlp/kernel', (2, L, D, F))),
     ('a/mlp/kernel', (D, F, L), 3, ('a/mlp/kernel', 'scan_axis=3')),
   ],
@@ -317,6 +317,11 @@ def test_moments_have_the_structure_of_the_parameters(make):
     ('o_a_proj/kernel', (8, 512, 128), (1,), (2,)),
     ('out/kernel', (4096, 12, 2048), (0,), (2,)),
     ('out/kernel', (16, 256, 3072), (0, 1), (2,)),  # wider than the model
+    ('query/kernel', (512, 6, 384), (0,), (2,)),
+    ('query/kernel', (4096, 32, 128), (0,), (1, 2)),
+    ('key/kernel', (4096, 8, 128), (0,), (1, 2)),
+    ('key/kernel', (2048, 1, 256), (0,), (1, 2)),
+    ('query/kernel', (512, 512), (0,), (1,)),
   ],
 )
 def test_sizes_tell_of_a_leaf_alone(path, shape, rows, cols):
@@ -334,6 +339,24 @@ def test_names_are_whole_and_those_of_a_spec():
   assert kept == ['norm_proj', 'scaled_mlp']
   found = so.dimension_numbers_from_paths(params, exclude=None)
   assert None not in [found[name]['kernel'] for name in names]
+
+
+@pytest.mark.parametrize(
+  'kernels,norm,scanned',
+  [
+    ({'query': (512, 6, 384), 'out': (384, 6, 512)}, (512, 6), True),
+    ({'query': (64, 8, 128), 'key': (64, 8, 32)}, (64, 8), True),
+    ({'query': (64, 8, 128), 'key': (64, 8, 32)}, (64,), False),
+  ],
+)
+def test_attention_without_heads_is_told_by_norms(kernels, norm, scanned):
+  leaf = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  layer = {name: {'kernel': leaf(shape)} for name, shape in kernels.items()}
+  params = {'layers_0': layer | {'norm': {'scale': leaf(norm)}}}
+  found = so.dimension_numbers_from_paths(params)['layers_0']
+  cols = (2,) if scanned else (1, 2)
+  for name in kernels:
+    assert found[name]['kernel'] == so.DimensionNumbers((0,), cols), name
 
 
 def test_fused_or_scanned_is_told_by_norms():
