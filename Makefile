@@ -16,8 +16,8 @@ ARGS ?=
 
 BIN = $(VENV)/bin/python
 
-# Tests that share compiled programs stay in one process: see tests/conftest.py.
-PARALLEL = -n 2 --dist loadgroup
+# The tests of a file share compiled programs, and so stay in one process.
+PARALLEL = -n 2 --dist loadfile
 
 # Modules must come from VENV, whatever the caller's shell has set.
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONSTARTUP

@@ -11,7 +11,6 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = os.environ['PJRT_NPROC'] = '32'
 
 import hypothesis
-import pytest
 
 # Most of the time of the tests is XLA's. These options take a third of it; the
 # last one is gone from jaxlib 0.11 on, which stops at an option unknown to it.
@@ -49,15 +48,3 @@ def pytest_addoption(parser):
     action='store_true',
     help='test every point of the grid, not only a cover of all pairs',
   )
-
-
-# Files whose tests share the compiled runs of `measure.run`.
-_ONE_GROUP = ('test_keys', 'test_properties', 'test_subspace_metrics')
-
-
-def pytest_collection_modifyitems(items):
-  """Keeps what shares compiled programs in one process."""
-  for item in items:
-    file = item.path.stem
-    group = 'runs' if file in _ONE_GROUP else file
-    item.add_marker(pytest.mark.xdist_group(group))

@@ -86,8 +86,11 @@ def run(name: str) -> Run:
     case.inner(), optax.scale_by_learning_rate(cases.LEARNING_RATE)
   )
   of = cases.projected(name, cases.LEAVES)
+  # Moments are float32, and so is the arithmetic on plain leaves.
   only_plain = lambda x: {
-    p: leaf for p, leaf in cases.flat(x).items() if p not in of
+    p: leaf.astype(jnp.float32)
+    for p, leaf in cases.flat(x).items()
+    if p not in of
   }
 
   @functools.partial(cases.jit, donate_argnums=(0, 1))

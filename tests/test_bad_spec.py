@@ -95,14 +95,15 @@ def test_traced_integers_are_named_with_the_call_that_is_right(
   factory, arguments
 ):
   names = tuple(arguments)
+  params = {'w': jax.ShapeDtypeStruct((256, 320), jnp.float32)}
   make = optax.inject_hyperparams(factory)
   call = f'inject_hyperparams(so.{factory.__name__}, static_args={names})'
   with errors.raises(TypeError, *names, call):
     make(learning_rate=1e-3, **arguments).init(PARAMS)
   with errors.raises(TypeError, *names, call):
-    jax.eval_shape(make(learning_rate=1e-3, **arguments).init, PARAMS)
+    jax.eval_shape(make(learning_rate=1e-3, **arguments).init, params)
   make = optax.inject_hyperparams(factory, static_args=names)
-  jax.eval_shape(make(learning_rate=1e-3, **arguments).init, PARAMS)
+  jax.eval_shape(make(learning_rate=1e-3, **arguments).init, params)
 
 
 @every_factory

@@ -249,7 +249,7 @@ def _work(text):
 
 
 _TWO_PARTS = {
-  'some': so.golore(1e-3, 3, spec=_spec()),
+  'some': so.golore(1e-3, update_proj_gap=3, spec=_spec()),
   'others': _subspace(so.projectors.gaussian(3), transport='both'),
 }
 

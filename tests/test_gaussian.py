@@ -324,7 +324,10 @@ def test_key_group_shares_bases():
   group = lambda path: 'attention/qkv' if path[-1] in 'qkv' else path
   shapes = {'q': (2, 8, 12), 'k': (2, 8, 12), 'v': (2, 8, 9), 'o': (2, 8, 12)}
   grads = {'attention': {k: ref.normal(1, s) for k, s in shapes.items()}}
-  spec = so.SubspaceSpec(ref.RANK, key_group=group)
+  dims = so.DimensionNumbers()
+  spec = so.SubspaceSpec(
+    ref.RANK, weight_dimension_numbers=dims, key_group=group
+  )
   tx = so.project(spec, P.gaussian(2))
   update, found = ref.jit(tx.update), [tx.init(grads)]
   for _ in range(3):

@@ -154,7 +154,10 @@ def test_plain_leaves_get_what_the_inner_optimizer_gives(name):
     for path in plain:
       got = np.asarray(cases.flat(update)[path], np.float32)
       wanted = np.asarray(alone[path], np.float32)
-      np.testing.assert_allclose(got, wanted, rtol=1e-6, err_msg=path)
+      # Pieces are rounded to bfloat16 twice, behind the learning rate again.
+      narrow = cases.LEAVES[path].dtype == jnp.bfloat16
+      rtol = 2**-7 if narrow else 1e-6
+      np.testing.assert_allclose(got, wanted, rtol, err_msg=path)
 
 
 # The other cases use these projectors and transports, too.

@@ -232,12 +232,13 @@ def test_derivatives_are_finite_where_gradients_are_zero(name):
 )
 def test_decay_rates_in_bfloat16_are_warned_of(name, rates):
   params = {'w': PARAMS['w'].astype(jnp.bfloat16)}
-  make = functools.partial(optax.inject_hyperparams, getattr(so, name))
+  optimizer = functools.partial(getattr(so, name), spec=SPEC)
+  make = functools.partial(optax.inject_hyperparams, optimizer)
   with pytest.warns(UserWarning, match=f'{rates}.*hyperparam_dtype=jnp.float'):
     jax.eval_shape(make()(learning_rate=0.1).init, params)
   wide = make(hyperparam_dtype=jnp.float32)(learning_rate=0.1)
   jax.eval_shape(wide.init, params)
-  getattr(so, name)(0.1).init(params)
+  optimizer(0.1).init(params)
 
 
 def test_muon_refuses_a_bad_decay():

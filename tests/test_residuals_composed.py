@@ -163,8 +163,8 @@ def test_any_dtypes_of_parameters_and_gradients(name, of_params, of_gradients):
     updates, after = jax.eval_shape(
       tx.update, cast(of_gradients), state, params
     )
-    # Optax's own part may let the dtype of the plain leaf change.
-    assert updates['up'].dtype == of_params
+    found = {x.dtype.name for x in jax.tree.leaves(updates)}
+    assert found == {of_gradients}
     assert measure.types(after) == measure.types(state)
 
 

@@ -156,7 +156,7 @@ OPTIMIZERS = {
       optax.adamw(1.0, weight_decay=0.1),
       params='coordinates',
       per_matrix=True,
-      plain=optax.scale_by_lion(),
+      plain=optax.lion(1.0),
     )
   ),
   'sign': Case(
