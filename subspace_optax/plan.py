@@ -71,7 +71,7 @@ def _flags() -> argparse.ArgumentParser:
   add('--card', default='', help=', '.join(_planner.CARDS) + ', or GB')
   add('--param-dtype', default='bfloat16')
   add('--dtype', help="of activations; by default the parameters'")
-  add('--moment-dtype', help="by default the parameters'")
+  add('--moment-dtype', help="by default float32; of optax's own, parameters'")
   add('--basis-dtype', help='float32, or bfloat16 with 8bit; int8, int4')
   text = 'queries whose scores are in memory at a time, 0 for all'
   add('--attention-chunk', type=int, default=512, help=text)
