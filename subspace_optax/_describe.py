@@ -102,7 +102,7 @@ def describe(tx_or_spec: Any, params: Any) -> str:
     >>> tx = so.galore(1e-3, rank=4)
     >>> w = jnp.ones((3, 64, 16))
     >>> print(so.describe(tx, {'w': w, 'bias': jnp.ones((3, 16))}))
-    svd(update_proj_gap=200, method='auto') [exact; on meshes, TPUs randomized]
+    svd(update_proj_gap=200, method='auto') [exact; on a mesh or TPU randomized]
     path  shape      as matrices    rank  side   axes      basis
     bias  (3,16)     -              -     plain  -         is a bias by its name
     w     (3,64,16)  3 x (64 x 16)  4     rows   siblings  float32(3,64,4)

@@ -52,7 +52,8 @@ def in_subspace(
 
   The inner optimizer sees one tree: coordinates in place of projected leaves,
   everything else as it is. Its state has the dtype that `spec.moment_dtype`
-  says, float32 or wider by default, and so has its arithmetic.
+  says, float32 or wider by default. Its arithmetic on coordinates is float32 or
+  wider, and on other leaves that of the gradient and the moments.
 
   Args:
     inner: any optax transformation.

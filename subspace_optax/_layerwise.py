@@ -36,6 +36,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _notices
 from subspace_optax import _sharding
 from subspace_optax import _stacks
 
@@ -190,11 +191,10 @@ def layerwise(
   def init(params):
     (blocks, _), (others, _) = parted(params)
     with _note_of_trees(stack):
-      state = LayerwiseState(
-        _stacks.init(stack_tx, _stacks.nest(blocks, keys)),
-        rest_tx.init(others),
-        jnp.zeros((), jnp.float32),
-      )
+      own = _stacks.init(stack_tx, _stacks.nest(blocks, keys))
+      with _notices.lenient():
+        of_rest = rest_tx.init(others)
+    state = LayerwiseState(own, of_rest, jnp.zeros((), jnp.float32))
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
   def update(params, state, batch):

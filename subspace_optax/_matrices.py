@@ -161,22 +161,38 @@ def _match_as_at_init(
         'gradients must have the tree of the parameters at init, where leaf '
         f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
       )
-  first, *others = [spec.match(updates, names) for names in _named(updates)]
-  for matches in (first, *others):
-    if _misfit(matches, state) is None:
-      return matches
-  raise ValueError(_misfit(first, state))
+  readings = [spec.match(updates, names) for names in _named(updates)]
+  fits = [x for x in readings if _misfit(x, state) is None]
+  if not fits:
+    raise ValueError(_misfit(readings[0], state))
+  _check_alike(fits)
+  return fits[0]
+
+
+def _check_alike(readings: list[list[_spec.Match | None]]) -> None:
+  """Raises if a leaf may be two matrices, by the boxes of different inits."""
+  for matches in zip(*readings, strict=True):
+    layouts = {match.layout for match in matches if match}
+    if len(layouts) > 1:
+      raise ValueError(
+        f'gradient {matches[0].path!r} came without the box that named its '
+        'axes at init, and trees like this one had different names; say which '
+        'axes it has in `weight_dimension_numbers` of SubspaceSpec.'
+      )
 
 
 # By the paths and shapes of a tree, the names of axes at its inits, the latest
 # first. `nnx.Optimizer` gives `init` boxes and `update` bare arrays, which must
 # be the same matrices, and names are no arrays that a state could hold.
 _names_at_init: dict[Any, list[_tree.AxisNames]] = {}
+_MOST_TREES = 256
 
 
 def remember_names(params: Any) -> None:
   """Keeps the names of axes that `init` sees for `update`."""
   names, known = _tree.axis_names(params), _names_at_init
+  if len(known) > _MOST_TREES:
+    del known[next(iter(known))]
   known[_shapes(params)] = [
     names,
     *(x for x in known.get(_shapes(params), []) if x != names),
@@ -232,5 +248,5 @@ def _not_made(
   return (
     f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, but '
     f'init made {found}; give update the tree that init was given, in the same '
-    'boxes.'
+    'boxes, or call init once in this process.'
   )

@@ -20,11 +20,25 @@ import inspect
 import types
 import warnings
 
-# What is not said: '', 'warnings' or 'errors', which stands for both.
+# What is not said: '' for all is, 'refusals' for errors become warnings,
+# 'warnings' for none is given, 'errors' for neither is.
 _quiet: contextvars.ContextVar[str] = contextvars.ContextVar(
   'quiet', default=''
 )
 _INSIDE = ('subspace_optax.', 'optax.', 'jax.', 'flax.', 'contextlib.')
+
+
+@contextlib.contextmanager
+def lenient() -> Iterator[None]:
+  """A context in which a part of a tree without anything to project is told of.
+
+  As the parameters outside of a stack, which alone may hold a small matrix.
+  """
+  token = _quiet.set(_quiet.get() or 'refusals')
+  try:
+    yield
+  finally:
+    _quiet.reset(token)
 
 
 @contextlib.contextmanager
@@ -41,14 +55,16 @@ def quiet(errors: bool = False) -> Iterator[None]:
 
 
 def refuse(message: str) -> None:
-  """Raises a ValueError, if errors are to be said."""
-  if _quiet.get() != 'errors':
+  """Raises a ValueError, or warns of a part of a tree."""
+  if _quiet.get() == 'refusals':
+    warn(message)
+  elif _quiet.get() != 'errors':
     raise ValueError(message)
 
 
 def warn(message: str) -> None:
   """Warns at the line of the user's that called for it."""
-  if not _quiet.get():
+  if _quiet.get() in ('', 'refusals'):
     warnings.warn(message, UserWarning, stacklevel=_levels_to_user())
 
 

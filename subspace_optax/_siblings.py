@@ -46,14 +46,19 @@ class Family:
     self._known: dict[Any, tuple] = {}
 
   def in_attention(self, path: str) -> bool:
-    """Whether query, key or value stand beside a leaf, or its module."""
+    """Whether two of query, key and value stand beside a leaf, or its module.
+
+    One alone may be the value of a policy.
+    """
     parts = _parts(path)
     is_inside = _names.is_weight(path) and '_' not in parts[-1]
     above = parts[: -2 if is_inside else -1]
-    return any(
-      _names.is_attention_in(x.path) and len(_parts(x.path)) == len(parts)
+    beside = {
+      _names.module(x.path)
       for x in self._below.get(above, ())
-    )
+      if _names.is_attention_in(x.path) and len(_parts(x.path)) == len(parts)
+    }
+    return len(beside) > 1
 
   def is_bias(self, path: str) -> bool:
     """Whether a leaf is a bias called `b`, and not the half of a pair a, b."""

@@ -35,7 +35,8 @@ _MOST_STEPS = 32
 def sign_of(optimizer: Any, *, with_params: bool = True) -> int:
   """Returns 1 for steps along the gradient, -1 against it, 0 if unknown.
 
-  That is the sign of the first update of a constant gradient that is not zero.
+  That is the sign of the first update that a constant gradient changes: of the
+  difference between the updates of g and of -g, so that noise does not decide.
   It is unknown where hyperparameters are traced or `update` takes more
   arguments.
 
@@ -51,13 +52,16 @@ def sign_of(optimizer: Any, *, with_params: bool = True) -> int:
 
 
 def _first_sign(optimizer: Any, with_params: bool) -> int:
-  gradient, zeros = {'x': jnp.ones((1, 1))}, {'x': jnp.zeros((1, 1))}
-  state = optimizer.init(zeros)
+  zeros = {'x': jnp.zeros((1, 1))}
+  states = [optimizer.init(zeros)] * 2
   for _ in range(_MOST_STEPS):
-    updates, state = optimizer.update(
-      gradient, state, zeros if with_params else None
-    )
-    sign = int(jnp.sign(updates['x'][0, 0]))
+    moved = []
+    for i, g in enumerate((1.0, -1.0)):
+      updates, states[i] = optimizer.update(
+        {'x': jnp.full((1, 1), g)}, states[i], zeros if with_params else None
+      )
+      moved.append(updates['x'][0, 0])
+    sign = int(jnp.sign(moved[0] - moved[1]))
     if sign:
       return sign
   return 0
@@ -100,6 +104,17 @@ def like(plain: Any, inner: Any, *, with_params: bool) -> Any:
     'inner and plain step to different sides of the gradient, so that one of '
     'them climbs. Pass optax.scale_by_adam() and the like for both, or '
     'optax.adam(...) and the like.',
+  )
+
+
+def turned_once(inner: Any, after: Any, *, with_params: bool) -> Any:
+  """Returns `inner`, whose `init` raises if `after` turns its steps uphill."""
+  return _checked(
+    inner,
+    lambda: sign_of(inner, with_params=with_params) >= 0 or sign_of(after) >= 0,
+    'inner and `after` both turn steps against the gradient, so that the loss '
+    'would grow. Pass optax.scale_by_adam() in the place of optax.adam(...), '
+    'or leave the learning rate out of `after`.',
   )
 
 

@@ -98,14 +98,16 @@ class SubspaceSpec:
       (`optax.contrib.galore`), 'in' (rows) or 'out' (columns).
     weight_dimension_numbers: the axes that form each matrix: a
       `DimensionNumbers` for every leaf, a tree of them with None for leaves
-      that stay plain, or a callable from the parameters to such a tree. With
-      None, leaves of two axes are matrices; beside stacks that share one of
-      them, only those called weights are. Of others, names of axes in flax's
-      metadata tell ('metadata'), or else leaves beside them ('siblings'): a
-      norm of (layers, width) that layers are stacked, a bias of (heads,
-      head_dim) which axes are outputs. Or else the leaf's name and sizes
-      ('name'), as of query, key, value and out. Otherwise the last two axes
-      are the matrix ('assumed'), and `init` warns. `describe` shows which.
+      that stay plain, or a callable from the parameters to such a tree
+      ('named' in the column `axes` of `describe`). With None, the axes are
+      decided by the first of these that tells:
+      1. A leaf of two axes is a matrix ('two axes'), unless it may be a stack
+         of vectors beside stacks of matrices.
+      2. Flax's metadata names the axes ('metadata').
+      3. Other leaves tell ('siblings'): a norm of (layers, width) shows that
+         layers are stacked, a bias of (heads, head_dim) shows the outputs.
+      4. The leaf's name and sizes tell ('name'), as of query, key and out.
+      5. The last two axes are taken ('assumed'), and `init` warns.
     only_if_smaller: keep leaves plain whose basis and two moments would take
       no fewer bytes than Adam's two moments.
     allow_empty: accept trees in which no leaf is matched.
@@ -212,7 +214,7 @@ class SubspaceSpec:
       axes = _axes.Axes(*_named_axes(path, leaf, dims), 'named')
     if axes.reason:
       return Match(path, leaf, None, False, axes.reason, axes.how)
-    if _dtype_name(leaf.dtype) not in FLOATS:
+    if not is_float(leaf.dtype):
       raise TypeError(
         f'leaf {path!r} of dtype {leaf.dtype} is selected for projection, '
         f'which needs one of {FLOATS}; name it in `exclude`.'
@@ -229,14 +231,16 @@ class SubspaceSpec:
 
   def dtype_of_moments(self, dtype: Any) -> Any:
     """Returns the dtype of a leaf's moments, given that of the leaf."""
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not is_float(dtype) or self._moments_as_parameters:
       return dtype
     if self.moment_dtype is None:
       return jnp.promote_types(dtype, jnp.float32)
-    if isinstance(self.moment_dtype, str) and self.moment_dtype == 'parameter':
-      return dtype
     return jnp.dtype(self.moment_dtype)
+
+  @property
+  def _moments_as_parameters(self) -> bool:
+    wanted = self.moment_dtype
+    return isinstance(wanted, str) and wanted == 'parameter'
 
   def _is_smaller(self, layout: _layout.Layout, dtype: Any) -> bool:
     """Whether a basis and two moments of it take fewer bytes than Adam's."""
@@ -343,7 +347,8 @@ def check_init(spec: SubspaceSpec, matches: Iterable[Match | None]) -> None:
     )
   if guessed:
     notices.append(
-      'neither other leaves nor metadata tell the matrices of these leaves; '
+      'no metadata and no other leaf tells which axes of these leaves form '
+      'matrices; '
       f'assumed are\n{_guesses(guessed)}\nSay which axes they have in '
       'weight_dimension_numbers, or name the leaves in `exclude`.'
     )
@@ -382,6 +387,11 @@ def as_matrices(layout: _layout.Layout) -> str:
   count = ' x '.join(map(str, layout.batch_shape))
   matrix = f'{layout.inputs} x {layout.outputs}'
   return f'{count} x ({matrix})' if count else matrix
+
+
+def is_float(dtype: Any) -> bool:
+  """Whether a dtype is one of those that are projected and widened."""
+  return _dtype_name(dtype) in FLOATS
 
 
 def is_quantized(spec: SubspaceSpec) -> bool:

@@ -108,6 +108,8 @@ def subspace(
   if residual is not None:
     name = f'inner beside residual {residual.name!r}'
     inner = _sign.along(inner, name, with_params=with_params)
+  if after is not None:
+    inner = _sign.turned_once(inner, after, with_params=with_params)
   project = _project.project(
     spec, projector, keep_gradient=residual is not None
   )

@@ -408,3 +408,20 @@ def test_metrics_of_a_state_without_project():
     so.subspace_metrics(optax.adam(1e-3).init(PARAMS))
   with errors.raises(ValueError, 'project'):
     so.subspace_metrics(cases.tree(cases.SMALL))
+
+
+def test_noise_does_not_decide_on_which_side_an_optimizer_steps():
+  for seed in range(4):
+    noisy = optax.chain(optax.add_noise(1.0, 0.55, seed), optax.scale_by_adam())
+    so.golore(0.1, rank=2, base_optimizer=noisy).init({'w': jnp.ones((8, 12))})
+
+
+def test_a_learning_rate_in_inner_and_another_after():
+  tx = so.subspace(
+    so.SubspaceSpec(2),
+    projectors.stiefel(3),
+    optax.adam(0.1),
+    after=optax.scale_by_learning_rate(0.5),
+  )
+  with errors.raises(ValueError, 'inner', '`after`', 'scale_by_adam'):
+    tx.init({'w': jnp.ones((8, 12))})

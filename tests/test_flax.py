@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import errors
 import measure
 import subspace_optax as so
 
@@ -280,3 +281,6 @@ def test_two_models_whose_boxes_differ():
   for state, shape in [(kernel, (8, 2)), (stack, (8, 8, 2))]:
     _, state = tx.update(bare, state, bare)
     assert measure.bases(state)['w'].shape == shape
+  tx.init(box('embed', 'layers', 'mlp'))  # bases of the same shape
+  with errors.raises(ValueError, "'w'", 'weight_dimension_numbers'):
+    tx.update(bare, stack, bare)

@@ -58,7 +58,10 @@ def test_bases_are_the_same_in_another_process(tmp_path):
   )
   found = tmp_path / 'crc32'
   subprocess.run(
-    [sys.executable, '-c', _FRESH_PROCESS, str(found)], env=env, check=True
+    [sys.executable, '-c', _FRESH_PROCESS, str(found)],
+    env=env,
+    check=True,
+    timeout=900,  # no measure of speed: a guard against waiting for ever
   )
   state = so.golore(1e-3, rank=3).init({'blocks': {'up': jnp.ones((3, 8, 12))}})
   own = measure.project_state(state)

@@ -529,7 +529,8 @@ def test_masks_of_the_whole_tree_are_told_of_its_parts():
   )
   with pytest.raises(Exception) as error:
     step.init(params)
-  assert 'must be functions of such trees' in error.value.__notes__[0]
+  notes = ' '.join(error.value.__notes__)
+  assert 'must be functions of such trees' in notes
   step = so.layerwise(
     optax.masked(
       optax.scale_by_adam(), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
@@ -539,3 +540,10 @@ def test_masks_of_the_whole_tree_are_told_of_its_parts():
     head,
   )
   step.init(params)
+
+
+def test_a_small_matrix_outside_of_the_stack_is_told_of():
+  params = make_params() | {'small': jnp.ones((2, 3))}
+  step = so.layerwise(so.golore(0.1, rank=4), embed, block, head)
+  with pytest.warns(UserWarning, match='leaves no matrix to project'):
+    step.init(params)

@@ -874,3 +874,15 @@ def test_unproject_honours_allow_empty():
   params = {'bias': jnp.ones(8)}
   updates, _ = tx.update(params, tx.init(params), params)
   assert updates['bias'].shape == (8,)
+
+
+def test_the_value_of_a_policy_is_no_attention():
+  dense = lambda *shape: {'kernel': jax.ShapeDtypeStruct(shape, jnp.float32)}
+  params = {
+    'hidden': dense(3136, 512),
+    'logits': dense(512, 6),
+    'value': dense(512, 1),
+    'lm_head': dense(512, 999),
+  }
+  matches = so.SubspaceSpec(4).match(params)
+  assert [m.path for m in matches if m.layout] == ['hidden/kernel']

@@ -15,12 +15,12 @@
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
-import warnings
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _notices
 from subspace_optax import _sign
 from subspace_optax import _spec
 
@@ -128,12 +128,11 @@ def warn_of_narrow_decay(**rates: Any) -> None:
     if isinstance(rate, jax.Array) and rate.dtype in (jnp.bfloat16, jnp.float16)
   ]
   if narrow:
-    warnings.warn(
+    _notices.warn(
       f'{", ".join(narrow)}: optax.inject_hyperparams casts hyperparameters '
       'to the dtype of the parameters. 0.999 is 1 in bfloat16, and Adam with '
       'b2 = 1 divides by zero; pass hyperparam_dtype=jnp.float32 to '
-      'optax.inject_hyperparams.',
-      stacklevel=3,
+      'optax.inject_hyperparams.'
     )
 
 

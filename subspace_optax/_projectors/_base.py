@@ -128,12 +128,6 @@ class Projector(NamedTuple):
   small_steps: bool = False
 
 
-def no_refresh(context, matrices, subspaces, state):
-  """A `refresh` that leaves the bases where they are."""
-  del context, matrices
-  return subspaces, None, state
-
-
 def no_track(context, matrices, coords, subspaces, state):
   """A `track` that leaves the bases where they are."""
   del context, matrices, coords

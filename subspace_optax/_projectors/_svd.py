@@ -117,7 +117,7 @@ def svd(
     stagger=stagger,
   )
   if method == 'auto':
-    name += ' [exact; on meshes, TPUs randomized]'
+    name += ' [exact; on a mesh or TPU randomized]'
   return _periodic.periodic(name, rule, update_proj_gap, stagger=stagger)
 
 
