@@ -72,7 +72,9 @@ def losses(
   tx, mesh = galore(method), mesh_of(cut, mode) if cut else None
 
   def loss(params: Any, rows: jax.Array) -> jax.Array:
-    if mode == 'explicit':  # the model is not written for explicit axes
+    if (
+      mesh and mode == 'explicit'
+    ):  # the model is not written for explicit axes
       whole = NamedSharding(mesh, P())
       params = jax.tree.map(lambda x: jax.reshard(x, whole), params)
     logits = nnx.merge(graphdef, params)(rows[:, :-1]).astype(jnp.float32)

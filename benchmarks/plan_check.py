@@ -88,7 +88,9 @@ ROWS = (
 PAPERS = {('adamw', 'remat'): '58', ('galore8bit', 'layerwise'): '22'}
 
 # The papers count moments in the parameters' dtype.
-MOMENT_DTYPES = dict.fromkeys(('galore', 'subspace_adamw'), 'bfloat16')
+MOMENT_DTYPES: dict[str, str] = dict.fromkeys(
+  ('galore', 'subspace_adamw'), 'bfloat16'
+)
 
 # Queries whose scores are in memory at a time, of a step layer by layer.
 CHUNK = 512
