@@ -141,8 +141,10 @@ def test_compensated_rounding_is_float32_to_the_bit(name):
   np.testing.assert_array_equal(params['w'], _rounding.nearest(wide, BF16))
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-@each
+@pytest.mark.parametrize(
+  'name, dtype',
+  [*((name, jnp.float16) for name in NAMES), ('ldadamw', BF16)],
+)
 def test_small_gradients_make_the_steps_of_float32(name, dtype):
   """Of 1e-5 to 1e-3, whose squares are nothing in float16; and of zero."""
   tx = _make(name)
