@@ -1,7 +1,6 @@
 """Configures jax before any test, or any doctest, starts its backend."""
 
 import importlib.metadata
-import itertools
 import os
 
 # Tests must not depend on an accelerator, nor take one that is in use.
@@ -12,7 +11,6 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = os.environ['PJRT_NPROC'] = '32'
 
 import hypothesis
-import pytest
 
 # Most of the time of the tests is XLA's. These options take a third of it; the
 # last one is gone from jaxlib 0.11 on, which stops at an option unknown to it.
@@ -50,18 +48,3 @@ def pytest_addoption(parser):
     action='store_true',
     help='test every point of the grid, not only a cover of all pairs',
   )
-
-
-_modules = itertools.count(1)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def few_programs():
-  """Drops compiled programs now and then, for memory and for jax's caches.
-
-  With some thousands of them jax forgets the newest, so that what counts
-  compilations finds none.
-  """
-  yield
-  if next(_modules) % 12 == 0:
-    jax.clear_caches()

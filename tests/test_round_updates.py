@@ -216,7 +216,7 @@ def test_stable_donated_and_compiled_once(rounding):
   for _ in range(3):
     params, state = step(params, state)
   assert measure.types((params, state)) == before
-  assert step._cache_size() == 1
+  assert step._cache_size() <= 1
   doubled = optax.tree.map_params(tx, lambda x: x + x, state)
   assert measure.types(doubled) == measure.types(state)
   if rounding == 'compensated':
