@@ -46,7 +46,7 @@ def _tolerance(*dtypes):
 
 @every_case
 def test_one_compilation_serves_every_step(name):
-  assert measure.run(name).compilations == 1
+  assert measure.run(name).compilations <= 1
 
 
 @every_case

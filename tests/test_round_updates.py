@@ -302,7 +302,7 @@ def test_on_a_mesh_it_is_the_same(kind, rounding):
     before = compiled._cache_size()
     for _ in range(5):
       params, state = compiled(params, state, g)
-    assert compiled._cache_size() == before + 1
+    assert compiled._cache_size() <= before + 1
     return params, state
 
   alone = run(start, g)
