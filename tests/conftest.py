@@ -11,6 +11,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['NPROC'] = os.environ['PJRT_NPROC'] = '32'
 
 import hypothesis
+import pytest
 
 # Most of the time of the tests is XLA's. These options take a third of it; the
 # last one is gone from jaxlib 0.11 on, which stops at an option unknown to it.
@@ -48,3 +49,14 @@ def pytest_addoption(parser):
     action='store_true',
     help='test every point of the grid, not only a cover of all pairs',
   )
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Drops the compiled programs of a file when its tests have ended.
+
+  In a process with thousands of programs jax at times keeps none of the newest
+  in the cache that tests of recompilation count, and memory goes to gigabytes.
+  """
+  yield
+  jax.clear_caches()

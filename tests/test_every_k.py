@@ -51,7 +51,7 @@ def train(tx, gradients, weights=None):
     states.append(state)
     all_updates.append(updates)
     all_weights.append(weights)
-  assert update._cache_size() <= 1
+  assert update._cache_size() == 1
   return all_updates, all_weights, states
 
 

@@ -72,7 +72,7 @@ def run(step, params, steps=3, batch=BATCH, state=None):
   for _ in range(steps):
     params, state, metrics = update(params, state, batch)
     rows.append(metrics)
-  assert update._cache_size() <= 1
+  assert update._cache_size() == 1
   return params, state, rows
 
 

@@ -81,7 +81,7 @@ def run(tx):
     u, state = update(g, state, PARAMS)
     updates.append(u)
     states.append(state)
-  assert update._cache_size() <= 1
+  assert update._cache_size() == 1
   return updates, states
 
 

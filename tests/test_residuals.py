@@ -55,7 +55,7 @@ def run(projector, residual, grads=None, **options):
     u, state = update(g, states[-1])
     updates.append(u)
     states.append(state)
-  assert update._cache_size() <= 1
+  assert update._cache_size() == 1
   return grads, updates, states
 
 
