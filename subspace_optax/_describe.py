@@ -134,11 +134,10 @@ def _row(match: _spec.Match, spec: _spec.SubspaceSpec) -> tuple[str, ...]:
   if layout is None:
     how = match.how or '-'
     return match.path, shape, '-', '-', 'plain', how, match.reason
-  matrices = _spec.as_matrices(layout)
   side = 'rows' if layout.project_rows else 'columns'
   basis = f'{jnp.dtype(spec.basis_dtype).name}{_shape(layout.basis_shape)}'
   rank = str(layout.rank)
-  return match.path, shape, matrices, rank, side, match.how, basis
+  return match.path, shape, match.matrices, rank, side, match.how, basis
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -26,6 +26,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from subspace_optax import _jacobi
 from subspace_optax import _layout
 from subspace_optax import _sharding
 
@@ -40,10 +41,6 @@ SHIFTS = (1e-6, 1e-6, 0.0, 0.0)
 FEW_SHIFTS = (1e-6, 0.0, 0.0)
 ROUGH = (1e-6,)
 _NONE = (0.0, 0.0)
-
-# Of r (r - 1) / 2 plane rotations each; of matrices up to 512 x 512, whatever
-# their spectrum, as many leave nothing in float32.
-_SWEEPS = 9
 
 # Of Muon's quintic iteration.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -275,7 +272,7 @@ def _right_solve(x: jax.Array, squares: jax.Array) -> jax.Array:
   return each(one, x, squares)
 
 
-def order(
+def order_basis(
   layout: _layout.Layout, basis: jax.Array, coords: jax.Array
 ) -> jax.Array:
   """Returns P V, where V holds the eigenvectors of R R^T.
@@ -314,55 +311,9 @@ def _eigenvectors(square: jax.Array) -> jax.Array:
   return lax.platform_dependent(
     square,
     # XLA takes minutes to compile jax's own of 512 x 512 for a TPU.
-    tpu=_jacobi,
+    tpu=_jacobi.eigenvectors,
     default=lambda square: jnp.linalg.eigh(square)[1][:, ::-1],
   )
-
-
-def _jacobi(square: jax.Array) -> jax.Array:
-  """Returns the same by Jacobi's method, in elementwise operations.
-
-  Rows i and i + k of 2k are rotated so that their entry becomes zero, for all i
-  at once; then all but the first move on by one seat, as in a round-robin
-  tournament, and are back when each has met every other.
-
-  References:
-    Brent and Luk, `The solution of singular-value and symmetric eigenvalue
-    problems on multiprocessor arrays <https://doi.org/10.1137/0906007>`_, 1985
-  """
-  n = square.shape[-1]
-  k = max((n + 1) // 2, 2)
-  a = jnp.pad(square, (0, 2 * k - n))
-  rows = jnp.eye(2 * k, dtype=a.dtype)  # the eigenvectors
-
-  def one_round(_: Any, state: tuple[jax.Array, jax.Array]):
-    a, rows = state
-    rotate = functools.partial(_rotate, *_rotations(a))
-    return rotate(rotate(a).T), rotate(rows)
-
-  a, rows = lax.fori_loop(0, _SWEEPS * (2 * k - 1), one_round, (a, rows))
-  rows = rows[:n, :n][jnp.argsort(-jnp.diagonal(a)[:n])]
-  # One step of Newton's and Schulz's, against the rounding of so many.
-  return 1.5 * rows.T - 0.5 * matmul(rows.T, matmul(rows, rows.T))
-
-
-def _rotations(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the cosines and sines that make A's entries (i, i + k) zero."""
-  k = a.shape[-1] // 2
-  twice = 2.0 * jnp.diagonal(a[:k, k:])
-  gap = jnp.diagonal(a)[k:] - jnp.diagonal(a)[:k]
-  size = jnp.abs(gap) + jnp.hypot(gap, twice)
-  tan = twice * jnp.where(gap < 0, -1.0, 1.0) / jnp.where(size > 0, size, 1.0)
-  cos = 1.0 / jnp.hypot(1.0, tan)
-  return cos[:, None], (cos * tan)[:, None]
-
-
-def _rotate(cos: jax.Array, sin: jax.Array, x: jax.Array) -> jax.Array:
-  """Returns rows rotated in pairs (i, i + k) and one seat on."""
-  k = x.shape[-2] // 2
-  top = cos * x[:k] - sin * x[k:]
-  low = sin * x[:k] + cos * x[k:]
-  return jnp.concatenate([top[:1], low[:1], top[1:-1], low[1:], top[-1:]])
 
 
 def newton_schulz(
@@ -381,7 +332,7 @@ def newton_schulz(
   x = layout.split_long_side(x)
   largest = layout.largest(x)  # the squares of what is left can't overflow
   x = x / layout.along_leaf(jnp.where(largest > 0, largest, 1.0))
-  norm = jnp.maximum(root(layout.energy(x)), 1.0)
+  norm = jnp.maximum(safe_sqrt(layout.energy(x)), 1.0)
 
   def step(_: Any, x: jax.Array) -> jax.Array:
     gram = layout.gram_leaf(x)
@@ -392,7 +343,7 @@ def newton_schulz(
   return _sharding.like(x, original)
 
 
-def root(squares: jax.Array) -> jax.Array:
+def safe_sqrt(squares: jax.Array) -> jax.Array:
   """Returns square roots whose derivative is 0 at 0, where it is infinite."""
   zero = squares == 0
   return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squares)))

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from subspace_optax import _check_matches
 from subspace_optax import _describe
 from subspace_optax import _layout
 from subspace_optax import _linalg
@@ -139,7 +140,7 @@ def project(
 
   def init(params):
     matches = spec.match(params)
-    _spec.check_init(spec, matches)
+    _check_matches.check_matches(spec, matches)
     _matrices.remember_names(params)
     _quantized_basis.check(spec, projector)
     _describe.record(spec, matches, projector, keep_gradient)

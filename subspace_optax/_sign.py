@@ -67,7 +67,9 @@ def _first_sign(optimizer: Any, with_params: bool) -> int:
   return 0
 
 
-def along(optimizer: Any, name: str, *, with_params: bool = True) -> Any:
+def require_along(
+  optimizer: Any, name: str, *, with_params: bool = True
+) -> Any:
   """Returns an optimizer whose `init` raises if it steps against gradients.
 
   Args:
@@ -84,7 +86,7 @@ def along(optimizer: Any, name: str, *, with_params: bool = True) -> Any:
   )
 
 
-def against(optimizer: Any, name: str) -> Any:
+def require_against(optimizer: Any, name: str) -> Any:
   """Returns an optimizer whose `init` raises if it steps along gradients."""
   return _checked(
     optimizer,
@@ -96,7 +98,7 @@ def against(optimizer: Any, name: str) -> Any:
   )
 
 
-def like(plain: Any, inner: Any, *, with_params: bool) -> Any:
+def require_same_side(plain: Any, inner: Any, *, with_params: bool) -> Any:
   """Returns `plain`, whose `init` raises if one of the two would climb."""
   return _checked(
     plain,
@@ -107,7 +109,7 @@ def like(plain: Any, inner: Any, *, with_params: bool) -> Any:
   )
 
 
-def turned_once(inner: Any, after: Any, *, with_params: bool) -> Any:
+def require_one_turn(inner: Any, after: Any, *, with_params: bool) -> Any:
   """Returns `inner`, whose `init` raises if `after` turns its steps uphill."""
   return _checked(
     inner,

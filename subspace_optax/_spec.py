@@ -27,7 +27,6 @@ import jax.numpy as jnp
 
 from subspace_optax import _axes
 from subspace_optax import _layout
-from subspace_optax import _notices
 from subspace_optax import _siblings
 from subspace_optax import _tree
 
@@ -77,6 +76,15 @@ class Match(NamedTuple):
   reason: str = ''
   how: str = ''
   is_clipped: bool = False
+
+  @property
+  def matrices(self) -> str:
+    """The leaf as `3 x (64 x 16)`, inputs by outputs, or why it is none."""
+    if self.layout is None:
+      return self.reason
+    count = ' x '.join(map(str, self.layout.batch_shape))
+    matrix = f'{self.layout.inputs} x {self.layout.outputs}'
+    return f'{count} x ({matrix})' if count else matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,78 +323,6 @@ class SubspaceSpec:
         f'exclude={self.exclude!r}) matches no leaf. Nearest paths:\n'
         + '\n'.join(lines)
       )
-
-
-def check_init(spec: SubspaceSpec, matches: Iterable[Match | None]) -> None:
-  """Raises if nothing is left to project; warns of what is not as asked for.
-
-  Called once for an optimizer, by the piece that owns the bases.
-  """
-  known = [match for match in matches if match is not None]
-  wanted = [match for match in known if match.selected]
-  small = [match for match in wanted if match.layout is None]
-  if wanted and len(small) == len(wanted):
-    _notices.refuse(
-      f'SubspaceSpec(rank={spec.rank!r}) leaves no matrix to project:\n'
-      f'{_lines(small)}\n{_SMALLER}'
-    )
-    return
-  clipped = [match for match in wanted if match.is_clipped]
-  guessed = [match for match in known if match.how == 'assumed']
-  notices = []
-  if small:
-    notices.append(
-      f'SubspaceSpec(rank={spec.rank!r}) leaves these matrices plain:\n'
-      f'{_lines(small)}\n{_SMALLER}'
-    )
-  if clipped:
-    notices.append(
-      f'SubspaceSpec(rank={spec.rank!r}) projects these matrices at their full '
-      f'rank, which may take more state than Adam:\n{_full_ranks(clipped)}\n'
-      'Take a smaller rank, or name them in `exclude`.'
-    )
-  if guessed:
-    notices.append(
-      'no metadata and no other leaf tells which axes of these leaves form '
-      'matrices; '
-      f'assumed are\n{_guesses(guessed)}\nSay which axes they have in '
-      'weight_dimension_numbers, or name the leaves in `exclude`.'
-    )
-  for notice in notices:
-    _notices.warn(notice)
-
-
-_SMALLER = (
-  'Take a smaller rank, pass only_if_smaller=False, or name them in `exclude`.'
-)
-
-
-def _lines(matches: list[Match]) -> str:
-  return '\n'.join(f'  {match.path}: {match.reason}' for match in matches)
-
-
-def _full_ranks(matches: list[Match]) -> str:
-  lines = [
-    f'  {match.path}: rank {match.layout.rank} of {as_matrices(match.layout)}'
-    for match in matches
-    if match.layout
-  ]
-  return '\n'.join(lines)
-
-
-def _guesses(matches: list[Match]) -> str:
-  lines = []
-  for match in matches:
-    what = as_matrices(match.layout) if match.layout else match.reason
-    lines.append(f'  {match.path} {tuple(match.leaf.shape)}: {what}')
-  return '\n'.join(lines)
-
-
-def as_matrices(layout: _layout.Layout) -> str:
-  """Returns a layout as `3 x (64 x 16)`, inputs by outputs."""
-  count = ' x '.join(map(str, layout.batch_shape))
-  matrix = f'{layout.inputs} x {layout.outputs}'
-  return f'{count} x ({matrix})' if count else matrix
 
 
 def is_float(dtype: Any) -> bool:

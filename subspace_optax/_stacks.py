@@ -136,19 +136,20 @@ def with_layers(
   """
   layers = count(blocks)
 
-  def of_all_layers(path: Any, x: Any, like: Any) -> Any:
-    if _shape(x) == like.shape:
+  def of_all_layers(path: Any, x: Any, one: Any) -> Any:
+    shape = (layers, *one.shape)
+    if _shape(x) == shape:
       return x
-    if _shape(x) != like.shape[1:]:
+    if _shape(x) != one.shape:
       raise ValueError(
         f'state.blocks {_tree.path_str(path)!r} of {layers} layers has shape '
-        f'{_shape(x)}; give it {like.shape}, or {like.shape[1:]} for them all.'
+        f'{_shape(x)}; give it {shape}, or {one.shape} for them all.'
       )
-    return jnp.broadcast_to(jnp.asarray(x, like.dtype), like.shape)
+    return jnp.broadcast_to(jnp.asarray(x, one.dtype), shape)
 
   with _notices.quiet():
-    like = jax.eval_shape(lambda x: init(tx, x), blocks)
-  return jax.tree.map_with_path(of_all_layers, state, like)
+    one = _trial(tx, layer_shapes(blocks))
+  return jax.tree.map_with_path(of_all_layers, state, one)
 
 
 def check_rest(
@@ -163,8 +164,8 @@ def check_rest(
         f'have {like.shape}; what differs by layer belongs into state.blocks.'
       )
 
-  with _notices.quiet(), _describe.unheard():
-    like = jax.eval_shape(lambda x: tx.init(x), params)
+  with _notices.quiet():
+    like = _trial(tx, params)
   jax.tree.map_with_path(check, state, like)
 
 

@@ -104,12 +104,12 @@ def subspace(
     )
   with_params = params is not None
   if plain is not None:
-    plain = _sign.like(plain, inner, with_params=with_params)
+    plain = _sign.require_same_side(plain, inner, with_params=with_params)
   if residual is not None:
     name = f'inner beside residual {residual.name!r}'
-    inner = _sign.along(inner, name, with_params=with_params)
+    inner = _sign.require_along(inner, name, with_params=with_params)
   if after is not None:
-    inner = _sign.turned_once(inner, after, with_params=with_params)
+    inner = _sign.require_one_turn(inner, after, with_params=with_params)
   project = _project.project(
     spec, projector, keep_gradient=residual is not None
   )

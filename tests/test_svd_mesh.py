@@ -16,6 +16,7 @@ import cases
 import llama
 import references as ref
 import subspace_optax as so
+from subspace_optax import _jacobi
 from subspace_optax import _layout
 from subspace_optax import _linalg
 
@@ -106,7 +107,7 @@ def squares(n, spectrum):
 @pytest.mark.parametrize('n', [1, 2, 3, 24, 37])
 def test_eigenvectors_without_lapack(n):
   """Jacobi's method, which TPUs run: also of equal and of zero eigenvalues."""
-  jacobi = ref.jit(jax.vmap(_linalg._jacobi))
+  jacobi = ref.jit(jax.vmap(_jacobi.eigenvectors))
   spectra = {
     'falling': 1 / np.arange(1, n + 1) ** 2,
     'equal': np.ones(n),
@@ -125,7 +126,7 @@ def test_nothing_to_order():
   layout = _layout.Layout((2, 8, 12), (1,), (2,), True, 3)
   q = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 8, 3)))[0]
   coords = jnp.zeros((2, 3, 12)).at[1].set(np.nan)
-  order = ref.jit(functools.partial(_linalg.order, layout))
+  order = ref.jit(functools.partial(_linalg.order_basis, layout))
   p = np.asarray(order(jnp.asarray(q, jnp.float32), coords))
   eye = np.broadcast_to(np.eye(3), (2, 3, 3))
   np.testing.assert_allclose(p.swapaxes(1, 2) @ p, eye, rtol=0, atol=2e-6)

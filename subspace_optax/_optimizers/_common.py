@@ -109,7 +109,7 @@ def adam_or(
   """Returns the optimizer of directions called `name`, by default Adam."""
   if optimizer is None:
     return optax.scale_by_adam()
-  return _sign.along(optimizer, name, with_params=name == 'plain')
+  return _sign.require_along(optimizer, name, with_params=name == 'plain')
 
 
 def adam(

@@ -103,7 +103,7 @@ def online_pca(
   """
   if not hasattr(optimizer, 'init') or not hasattr(optimizer, 'update'):
     raise TypeError(f'optimizer must be an optax optimizer, got {optimizer!r}.')
-  optimizer = _sign.against(optimizer, 'optimizer')
+  optimizer = _sign.require_against(optimizer, 'optimizer')
   if init not in ('random', 'svd'):
     raise ValueError(f"init must be 'random' or 'svd', got {init!r}.")
   if not isinstance(orthogonality, jax.Array) and orthogonality < 0:

@@ -142,7 +142,9 @@ def _ordered(rule: _periodic.Draw) -> _periodic.Draw:
     p = rule(matrix, basis, period)
     layout = matrix.layout
     scale = layout.along_coords(lax.rsqrt(matrix.energy))
-    return _linalg.order(layout, p, layout.project(matrix.gradient, p) * scale)
+    return _linalg.order_basis(
+      layout, p, layout.project(matrix.gradient, p) * scale
+    )
 
   return draw
 

@@ -84,7 +84,7 @@ def apollo(
     if granularity == 'tensor':
       energies = [layout.along_columns(layout.sum_columns(x)) for x in energies]
     s = _base.ratio(*energies, eps)
-    norm = _linalg.root(layout.sum_columns(s * s * layout.columns(g * g)))
+    norm = _linalg.safe_sqrt(layout.sum_columns(s * s * layout.columns(g * g)))
     factor, last = _base.limit_growth(norm, last, limiter)
     s = scale * s * layout.along_columns(factor)
     return layout.columns_to_leaf(s) * g, last

@@ -78,7 +78,7 @@ def _as_sum(
 
 def ratio(numerator: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
   """Returns |a| / (|b| + eps), given the squares of both norms."""
-  return _linalg.root(numerator) / (_linalg.root(denominator) + eps)
+  return _linalg.safe_sqrt(numerator) / (_linalg.safe_sqrt(denominator) + eps)
 
 
 def limit_growth(

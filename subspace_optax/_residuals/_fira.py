@@ -87,7 +87,7 @@ def fira(
       2.0 - share
     ) * layout.coords_columns(r * inside)
     outside = jnp.maximum(outside, 0.0)  # a difference of rounded sums
-    norm = _linalg.root(layout.sum_columns(phi * phi * outside))
+    norm = _linalg.safe_sqrt(layout.sum_columns(phi * phi * outside))
     raw = 1.0 if official_betas is None else _bias(official_betas, count)
     factor, last = _base.limit_growth(raw * norm, last, limiter)
     phi = phi * layout.along_columns(factor)

@@ -32,6 +32,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _check_matches
 from subspace_optax import _dtypes
 from subspace_optax import _in_subspace
 from subspace_optax import _layout
@@ -154,8 +155,8 @@ def subproblems(
     64.0 128.0 (2, 16)
   """
   _check(spec, update_proj_gap, sample, rounding)
-  inner = _sign.against(inner, 'inner')
-  plain = None if plain is None else _sign.against(plain, 'plain')
+  inner = _sign.require_against(inner, 'inner')
+  plain = None if plain is None else _sign.require_against(plain, 'plain')
   directions = _in_subspace.in_subspace(
     inner, spec, transport=transport, plain=plain
   )
@@ -165,7 +166,7 @@ def subproblems(
 
   def init(params):
     matches = spec.match(params)
-    _spec.check_init(spec, matches)
+    _check_matches.check_matches(spec, matches)
     _merge.check(rounding, [m for m in matches if _is_lifted(m)])
     _, treedef = _tree.flatten(params)
     make = functools.partial(_matrices.per_matrix, matches, treedef)
