@@ -33,6 +33,8 @@ _COUNTS = re.compile(
   # Not `expert` or `stage`, which are axes of meshes, too.
   r'([a-z_]*_)?(layers?|blocks?|experts)|exp|num_activations|qkv|o_groups'
 )
+# As the last axis, a router's outputs.
+_EXPERTS = re.compile(r'([a-z_]*_)?experts|exp')
 _HEADS = re.compile(
   r'((q|kv|num)_)?heads?|((q|kv)_)?head_(dim|size)|kv|q_heads_per_group'
 )
@@ -67,18 +69,32 @@ def of_form(form: str, how: str) -> Axes:
   return Axes(of('i'), of('o'), how)
 
 
-@functools.lru_cache(maxsize=256)
-def decide(leaves: tuple[_siblings.Leaf, ...]) -> dict[str, Axes]:
-  """Returns the axes of every leaf of a tree by its path."""
-  family = _siblings.family_of(leaves)
-  return {leaf.path: _decide(leaf, family) for leaf in leaves}
+class Decisions:
+  """What is decided of the leaves of a tree, by path, when it is asked for."""
+
+  def __init__(self, leaves: Iterable[_siblings.Leaf]):
+    self._leaves = tuple(leaves)
+
+  @functools.cached_property
+  def family(self) -> _siblings.Family:
+    """The leaves, and what those near each other tell together."""
+    return _siblings.Family(self._leaves)
+
+  @functools.cached_property
+  def axes(self) -> dict[str, Axes]:
+    """The axes of every leaf."""
+    return {leaf.path: _decide(leaf, self.family) for leaf in self._leaves}
+
+  @functools.cached_property
+  def plain_kinds(self) -> dict[str, str]:
+    """What keeps leaves plain by their names: 'a head', '' if nothing."""
+    return {leaf.path: _plain_kind(leaf, self.family) for leaf in self._leaves}
 
 
 @functools.lru_cache(maxsize=256)
-def plain_kinds(leaves: tuple[_siblings.Leaf, ...]) -> dict[str, str]:
-  """Returns what keeps leaves plain by their names: 'a head', '' if nothing."""
-  family = _siblings.family_of(leaves)
-  return {leaf.path: _plain_kind(leaf, family) for leaf in leaves}
+def decisions_of(leaves: tuple[_siblings.Leaf, ...]) -> Decisions:
+  """Returns the decisions on a tree, which every `update` asks for again."""
+  return Decisions(leaves)
 
 
 def _plain_kind(leaf: _siblings.Leaf, family: _siblings.Family) -> str:
@@ -140,6 +156,8 @@ def _by_metadata(leaf: _siblings.Leaf) -> Axes | None:
   if len(names) != len(leaf.shape):
     return None
   core = [i for i, x in enumerate(names) if not _COUNTS.fullmatch(x)]
+  if _EXPERTS.fullmatch(names[-1]):
+    core.append(len(names) - 1)
   heads = tuple(i for i in core if _HEADS.fullmatch(names[i]))
   others = tuple(i for i in core if i not in heads)
   if len(core) < 2:

@@ -166,6 +166,11 @@ class Blocks:
     self._whole, self._counts = tuple(whole), tuple(counts)
     self._axes = [*map(_axis, self._whole, self._counts, units)]
 
+  @property
+  def split_axes(self) -> int:
+    """How many axes have blocks of more than one number."""
+    return len(self._split()[1])
+
   def cuts(self) -> tuple[int, ...]:
     """Returns in how many parts each axis can fall without cutting a block."""
     return tuple(map(math.gcd, self._whole, self._counts))

@@ -65,7 +65,7 @@ def encode(
       the nearest in proportion.
   """
   blocks = _blocks.Blocks(codes.shape, scales.shape)
-  if _sharding.cuts_fit(codes, blocks.cuts()):
+  if _keeps_shardings(blocks, codes):
     return _encode(x, codes, scales, noise)
   return _sharding.automatic(_encode, (codes, scales), x, codes, scales, noise)
 
@@ -73,9 +73,19 @@ def encode(
 def decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
   """Returns float32 numbers."""
   blocks = _blocks.Blocks(codes.shape, scales.shape)
-  if _sharding.cuts_fit(codes, blocks.cuts()):
+  if _keeps_shardings(blocks, codes):
     return _decode(codes, scales)
   return _sharding.automatic(_decode, codes, codes, scales)
+
+
+def _keeps_shardings(blocks: _blocks.Blocks, codes: jax.Array) -> bool:
+  """Whether jax can tell how arrays are sharded that are taken into blocks.
+
+  Under explicit sharding it can for no reshape that splits two axes at once.
+  """
+  return _sharding.cuts_fit(codes, blocks.cuts()) and (
+    blocks.split_axes < 2 or not _sharding.explicit(codes)
+  )
 
 
 def is_coded(x: jax.Array) -> bool:

@@ -34,9 +34,11 @@ Transformation = optax.GradientTransformationExtraArgs
 
 def widen(spec: _spec.SubspaceSpec, gradient: Any) -> Any:
   """Returns a plain leaf's gradient in the dtype of its moments, or wider."""
-  if _tree.is_masked(gradient) or not _spec.is_float(gradient.dtype):
+  if _tree.is_masked(gradient) or not _spec.is_real(gradient.dtype):
     return gradient
   moments = spec.dtype_of_moments(gradient.dtype)
+  if not _spec.is_float(gradient.dtype):
+    return gradient.astype(moments)
   return gradient.astype(jnp.promote_types(gradient.dtype, moments))
 
 

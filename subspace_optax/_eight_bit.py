@@ -171,6 +171,7 @@ def _eight_bit(
     raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
 
   def init(params):
+    _tree.check_arrays(_tree.flatten(params)[0])
     params = _tree.unbox(params)
     coded = jax.tree.map_with_path(
       lambda path, x: _is_large(x) and not _is_excluded(exclude, path), params

@@ -106,25 +106,26 @@ def dimension_numbers_from_paths(
     if not _tree.is_masked(leaf)
   )
   scan_axis = operator.index(scan_axis)
+  decisions = _axes.decisions_of(leaves)
   found = {
     leaf.path: None
-    if _stays_plain(leaves, leaf.path, exclude)
-    else _numbers(leaves, leaf, scan_axis)
+    if _stays_plain(decisions, leaf.path, exclude)
+    else _numbers(decisions, leaf, scan_axis)
     for leaf in leaves
   }
   return treedef.unflatten([found.get(path) for path, _ in pairs])
 
 
 def _stays_plain(
-  leaves: tuple[_siblings.Leaf, ...], path: str, exclude: str | None
+  decisions: _axes.Decisions, path: str, exclude: str | None
 ) -> bool:
   if exclude == _spec.AUTO:
-    return bool(_axes.plain_kinds(leaves)[path])
+    return bool(decisions.plain_kinds[path])
   return exclude is not None and re.search(exclude, path) is not None
 
 
 def _numbers(
-  leaves: tuple[_siblings.Leaf, ...], leaf: _siblings.Leaf, scan_axis: int
+  decisions: _axes.Decisions, leaf: _siblings.Leaf, scan_axis: int
 ) -> _spec.DimensionNumbers | None:
   """Returns the dimension numbers of a leaf, None if it is no kernel."""
   path, shape = leaf.path, leaf.shape
@@ -138,7 +139,7 @@ def _numbers(
     if len(form) + 1 == len(shape) and scan_axis <= len(form)
   ]
   if alone and scanned and alone != scanned:
-    counted = _siblings.family_of(leaves).counted(leaf)
+    counted = decisions.family.counted(leaf)
     if counted is None:
       return _of_axes(_by_sizes(path, shape, scan_axis, alone + scanned))
     alone, scanned = (scanned, []) if scan_axis in counted else (alone, [])

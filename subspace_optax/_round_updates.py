@@ -65,13 +65,12 @@ def round_updates(
     seed: of the stochastic rounding.
 
   Returns:
-    A transformation that needs params. Updates of narrow weights are float32;
-    so must gradients be for an `optax.apply_if_finite` around it, or put that
-    before it in the chain.
+    A transformation that needs params. Updates keep their dtypes.
 
   Raises:
     ValueError: another rounding; at `init`, a narrow dtype that is not rounded
-      like this; at `update`, no params, or updates that are still projected.
+      like this; at `update`, no params, a parameter without an update, or
+      updates that are still projected.
 
   References:
     Zamirai et al., `Revisiting BFloat16 Training
@@ -158,7 +157,9 @@ def _compensated() -> optax.GradientTransformationExtraArgs:
 
 def _leaves(rounding: str, params: Any) -> list[Any]:
   """Returns the leaves, if all of them can be rounded like this."""
-  pairs = [x for x in _tree.flatten(params)[0] if not _tree.is_masked(x[1])]
+  pairs, _ = _tree.flatten(params)
+  _tree.check_arrays(pairs)
+  pairs = [(path, leaf) for path, leaf in pairs if not _tree.is_masked(leaf)]
   for path, leaf in pairs:
     _rounding.check(rounding, path, leaf.dtype)
   return [leaf for _, leaf in pairs]
@@ -179,7 +180,7 @@ def _zip(updates: Any, params: Any) -> list[tuple[str, Any, Any]]:
   """Returns path, update and parameter of every leaf.
 
   Raises:
-    ValueError: no params, or updates that are projected.
+    ValueError: no params, updates that are projected, or other paths.
   """
   if params is None:
     raise ValueError(
@@ -194,4 +195,11 @@ def _zip(updates: Any, params: Any) -> list[tuple[str, Any, Any]]:
         '`unproject` and the learning rate.'
       )
   ps, _ = _tree.flatten(params)
+  known = dict(pairs)
+  for path, _ in ps:
+    if path not in known:
+      raise ValueError(
+        f'parameter {path!r} has no update; give it one of zeros, or hide it '
+        'with optax.masked.'
+      )
   return [(path, u, p) for (path, u), (_, p) in zip(pairs, ps, strict=True)]

@@ -19,7 +19,6 @@ kernels of an MLP differ in the order of their two sides.
 """
 
 from collections.abc import Iterable
-import functools
 import re
 from typing import Any, NamedTuple
 
@@ -125,12 +124,6 @@ class Family:
       of_all = _by_kernels(leaves, ndim) if ndim else _shared_by_all(leaves)
       self._known[above, ndim] = _by_norms(above, leaves), of_all
     return self._known[above, ndim]
-
-
-@functools.lru_cache(maxsize=256)
-def family_of(leaves: tuple[Leaf, ...]) -> Family:
-  """Returns what the leaves of a tree tell of each other."""
-  return Family(leaves)
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -202,22 +202,24 @@ class SubspaceSpec:
       for path, leaf in pairs
       if not _tree.is_masked(leaf)
     )
-    match = functools.partial(self._match_leaf, leaves)
+    decisions = _axes.decisions_of(leaves)
     matches = [
-      None if _tree.is_masked(leaf) else match(path, leaf, dims)
+      None
+      if _tree.is_masked(leaf)
+      else self._match_leaf(decisions, path, leaf, dims)
       for (path, leaf), dims in zip(pairs, numbers_of, strict=True)
     ]
     self._check_any(matches)
     return matches
 
   def _match_leaf(
-    self, leaves: tuple[_siblings.Leaf, ...], path: str, leaf: Any, dims: Any
+    self, decisions: _axes.Decisions, path: str, leaf: Any, dims: Any
   ) -> Match:
-    reason = self._exclusion(leaves, path, leaf, dims)
+    reason = self._exclusion(decisions, path, leaf, dims)
     if reason:
       return Match(path, leaf, None, False, reason)
     if dims is None:
-      axes = _axes.decide(leaves)[path]
+      axes = decisions.axes[path]
     else:
       axes = _axes.Axes(*_named_axes(path, leaf, dims), 'named')
     if axes.reason:
@@ -239,8 +241,10 @@ class SubspaceSpec:
 
   def dtype_of_moments(self, dtype: Any) -> Any:
     """Returns the dtype of a leaf's moments, given that of the leaf."""
-    if not is_float(dtype) or self._moments_as_parameters:
+    if self._moments_as_parameters:
       return dtype
+    if not is_float(dtype):  # jax promotes none of those with 8 bits
+      return jnp.dtype('float32') if is_real(dtype) else dtype
     if self.moment_dtype is None:
       return jnp.promote_types(dtype, jnp.float32)
     return jnp.dtype(self.moment_dtype)
@@ -258,7 +262,7 @@ class SubspaceSpec:
     return basis + moments < 2 * m * n * self.dtype_of_moments(dtype).itemsize
 
   def _exclusion(
-    self, leaves: tuple[_siblings.Leaf, ...], path: str, leaf: Any, dims: Any
+    self, decisions: _axes.Decisions, path: str, leaf: Any, dims: Any
   ) -> str:
     if self.include is not None and not re.search(self.include, path):
       return f'path matches no include={self.include!r}'
@@ -268,7 +272,7 @@ class SubspaceSpec:
     if len(leaf.shape) < 2:
       return 'has fewer than two axes'
     if self.exclude == AUTO:
-      kind = _axes.plain_kinds(leaves)[path]
+      kind = decisions.plain_kinds[path]
       return f'is {kind} by its name' if kind else ''
     found = re.search(self.exclude, path) if self.exclude is not None else None
     return f'path matches exclude ({found.group()!r})' if found else ''
@@ -328,6 +332,11 @@ class SubspaceSpec:
 def is_float(dtype: Any) -> bool:
   """Whether a dtype is one of those that are projected and widened."""
   return _dtype_name(dtype) in FLOATS
+
+
+def is_real(dtype: Any) -> bool:
+  """Whether a dtype is that of real numbers, of 8 bits, too."""
+  return jnp.issubdtype(dtype, jnp.floating)
 
 
 def is_quantized(spec: SubspaceSpec) -> bool:

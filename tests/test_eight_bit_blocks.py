@@ -168,6 +168,9 @@ PLACES = [
   ((4099, 64), (None, ('x', 'y')), True),
   ((10006, 64), ('y', 'x'), True),
   ((3, 1009, 12), (None, None, 'x'), True),
+  ((260, 64), ('x', None), True),  # tiles of 13 x 16
+  ((260, 64), (None, ('x', 'y')), True),
+  ((8, 260, 64), ('x', 'y', None), True),
   ((384, 384), (('x', 'y'), None), False),  # cut in blocks of 192
 ]
 

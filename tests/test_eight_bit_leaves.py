@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import cases
+import errors
 import subspace_optax as so
 
 PAIRS = {
@@ -54,6 +55,12 @@ def test_leaves_that_are_not_coded_are_optax_s(name, shape, dtype):
     np.testing.assert_array_equal(x['w'], y['w'])
     assert x['w'].dtype == y['w'].dtype
     assert types(a) == before
+
+
+@pytest.mark.parametrize('name', PAIRS)
+def test_numbers_that_are_no_arrays_are_refused(name):
+  with errors.raises(TypeError, "'w'", 'array', '2.0'):
+    PAIRS[name][0]().init({'w': 2.0})
 
 
 @pytest.mark.parametrize('dtype', [jnp.int32, jnp.bool_])

@@ -303,7 +303,10 @@ METADATA = {
   'mixer/v': ((16, 12, 24), ('embed', 'layers', 'mlp'), (12, 16, 24)),
   'mixer/back': ((2, 8, 16), ('heads', 'head_dim', 'embed'), (1, 16, 16)),
   'moe/w': ((4, 16, 24), ('exp', 'fsdp', 'tensor'), (4, 16, 24)),
+  'moe/gate_1': ((4, 16, 8), ('layers', 'embed', 'experts'), (4, 16, 8)),
+  'moe/gate_2': ((16, 4, 8), ('embed', 'layers', 'exp'), (4, 16, 8)),
   'h/vector': ((12, 16), ('layers', 'embed'), None),
+  'h/vectors': ((12, 8, 16), ('layers', 'exp', 'embed'), None),
   'table': ((16, 99), ('embed', 'vocab'), None),
 }
 
@@ -319,6 +322,12 @@ def test_names_of_axes_tell(box):
     assert model_trees.matrices_of(found[path]) == wanted, path
     assert found[path].how in ('metadata', ''), path
   jax.eval_shape(so.project(spec, projectors.stiefel(2)).init, params)
+
+
+def test_routers_are_matrices_in_boxes_as_without():
+  kernel = _partitioned((64, 8), ('embed', 'exp'))
+  (match,) = so.SubspaceSpec(1).match({'router': {'kernel': kernel}})
+  assert model_trees.matrices_of(match) == (1, 64, 8)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -286,3 +286,17 @@ def test_plain_leaves_of_other_dtypes_are_left_to_the_inner_optimizer(dtype):
   )
   updates, _ = jax.eval_shape(tx.update, params, tx.init(params), params)
   assert updates['table'].dtype == dtype
+
+
+@pytest.mark.parametrize('dtype', [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_plain_leaves_of_8_bits_step_as_in_float32(dtype):
+  tx = so.galore(1.0, rank=4)
+  updates = []
+  for own in (dtype, jnp.float32):
+    params = {'w': jnp.ones((16, 32)), 'b': jnp.full(4, 0.5, own)}
+    state = tx.init(params)
+    for _ in range(3):
+      step, state = cases.jit(tx.update)(params, state, params)
+    assert step['b'].dtype == own
+    updates.append(np.float32(step['b']))
+  np.testing.assert_allclose(*updates, rtol=2**-3)

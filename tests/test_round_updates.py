@@ -387,7 +387,17 @@ def test_training_of_bfloat16_weights():
     assert _loss_after_training(rounding, BF16) < wide + spread < plain / 100
 
 
+@pytest.mark.parametrize('rounding', ['stochastic', 'compensated'])
+def test_every_parameter_needs_an_update(rounding):
+  params = {'w': jnp.ones(4, BF16), 'b': jnp.ones(4, BF16)}
+  tx = so.round_updates(rounding)
+  with errors.raises(ValueError, "'b'", 'no update', 'masked'):
+    tx.update({'w': params['w'], 'b': None}, tx.init(params), params)
+
+
 def test_what_it_refuses():
+  with errors.raises(TypeError, "'w'", 'array', '2.0'):
+    so.round_updates('compensated').init({'w': 2.0})
   half = {'a': {'w': jnp.ones(4, jnp.float16)}}
   with errors.raises(ValueError, "'stochastic'", "'a/w'", 'float16', 'compens'):
     so.round_updates().init(half)
