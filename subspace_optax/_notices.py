@@ -20,10 +20,13 @@ import inspect
 import types
 import warnings
 
-# What is not said: '' for all is, 'refusals' for errors become warnings,
-# 'warnings' for none is given, 'errors' for neither is.
-_quiet: contextvars.ContextVar[str] = contextvars.ContextVar(
-  'quiet', default=''
+# What becomes of a refusal; of contexts around each other the loosest holds.
+_RAISED, _WARNED_OF, _IGNORED = range(3)
+_refusals: contextvars.ContextVar[int] = contextvars.ContextVar(
+  'refusals', default=_RAISED
+)
+_silent: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  'silent', default=False
 )
 _INSIDE = ('subspace_optax.', 'optax.', 'jax.', 'flax.', 'contextlib.')
 
@@ -34,11 +37,8 @@ def lenient() -> Iterator[None]:
 
   As the parameters outside of a stack, which alone may hold a small matrix.
   """
-  token = _quiet.set(_quiet.get() or 'refusals')
-  try:
+  with _loosened(_WARNED_OF, _silent.get()):
     yield
-  finally:
-    _quiet.reset(token)
 
 
 @contextlib.contextmanager
@@ -47,24 +47,35 @@ def quiet(errors: bool = False) -> Iterator[None]:
 
   With `errors` not even a tree without anything to project is refused.
   """
-  token = _quiet.set('errors' if errors else 'warnings')
+  with _loosened(_IGNORED if errors else _RAISED, True):
+    yield
+
+
+@contextlib.contextmanager
+def _loosened(refusals: int, silent: bool) -> Iterator[None]:
+  """A context that is at least as loose as the one that it is in."""
+  tokens = (
+    _refusals.set(max(refusals, _refusals.get())),
+    _silent.set(silent),
+  )
   try:
     yield
   finally:
-    _quiet.reset(token)
+    _refusals.reset(tokens[0])
+    _silent.reset(tokens[1])
 
 
 def refuse(message: str) -> None:
   """Raises a ValueError, or warns of a part of a tree."""
-  if _quiet.get() == 'refusals':
-    warn(message)
-  elif _quiet.get() != 'errors':
+  if _refusals.get() == _RAISED:
     raise ValueError(message)
+  if _refusals.get() == _WARNED_OF:
+    warn(message)
 
 
 def warn(message: str) -> None:
   """Warns at the line of the user's that called for it."""
-  if _quiet.get() in ('', 'refusals'):
+  if not _silent.get():
     warnings.warn(message, UserWarning, stacklevel=_levels_to_user())
 
 

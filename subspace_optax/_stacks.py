@@ -51,10 +51,14 @@ def layer_shapes(stack: Any) -> Any:
 
 def count(blocks: Any) -> int:
   """Returns the number of layers."""
-  pairs, _ = jax.tree_util.tree_flatten_with_path(blocks)
+  pairs = [
+    (_tree.path_str(path), x)
+    for path, x in jax.tree_util.tree_leaves_with_path(blocks)
+  ]
+  _tree.check_arrays(pairs)
   counts = {x.shape[0] if x.ndim else 0 for _, x in pairs}
   if len(counts) != 1 or 0 in counts:
-    found = [f'{_tree.path_str(path)} {tuple(x.shape)}' for path, x in pairs]
+    found = [f'{path} {tuple(x.shape)}' for path, x in pairs]
     raise ValueError(
       'stacked blocks need one number of layers as the first size of every '
       f'leaf, got {", ".join(found) or "no leaves"}.'
@@ -164,7 +168,7 @@ def check_rest(
         f'have {like.shape}; what differs by layer belongs into state.blocks.'
       )
 
-  with _notices.quiet():
+  with _notices.lenient(), _notices.quiet():  # refuses no more than `init`
     like = _trial(tx, params)
   jax.tree.map_with_path(check, state, like)
 

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import cases
+import errors
 import subspace_optax as so
 
 LAYERS, WIDTH = 3, 8
@@ -546,4 +547,29 @@ def test_a_small_matrix_outside_of_the_stack_is_told_of():
   params = make_params() | {'small': jnp.ones((2, 3))}
   step = so.layerwise(so.golore(0.1, rank=4), embed, block, head)
   with pytest.warns(UserWarning, match='leaves no matrix to project'):
+    step.init(params)
+
+
+def test_a_small_matrix_outside_of_the_stack_is_trained():
+  """What only `init` tells of is in the way of nothing else."""
+  params = make_params() | {'proj': normal(5, WIDTH, 2)}
+  head = lambda rest, x, batch: jnp.mean((x @ rest['proj'] - 1.0) ** 2)
+  step = so.layerwise(so.golore(0.01, rank=4), embed, block, head)
+  with pytest.warns(UserWarning, match='leaves no matrix to project'):
+    state = step.init(params)
+  assert so.memory_report(step, params).state == sum(
+    x.nbytes for x in jax.tree.leaves(state)
+  )
+  so.state_sharding(step, params)
+  trained, _, rows = run(step, params, state=state)
+  assert rows[-1].loss < rows[0].loss
+  assert jnp.abs(trained['proj'] - params['proj']).max() > 0
+
+
+@pytest.mark.parametrize('leaf', [0.5, 'gelu'])
+def test_a_leaf_of_the_stack_that_is_no_array(leaf):
+  params = make_params()
+  params['blocks']['s'] = leaf
+  step = so.layerwise(SGD, embed, block, head)
+  with errors.raises(TypeError, "'s'", 'must be an array', repr(leaf)):
     step.init(params)

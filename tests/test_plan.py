@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import cases
+import errors
 import llama
 import subspace_optax as so
 from subspace_optax import plan
@@ -313,6 +314,16 @@ def test_largest_is_the_largest():
   assert plan.largest(card=1, **fixed | {'method': 'adamw'}).rank is None
 
 
+@pytest.mark.usefixtures('untraced')
+def test_the_largest_rank_projects_something():
+  kind = {'model': 'llama_1m', 'method': 'golore', 'seq': 8}
+  rank = plan.largest(card=24, rank=8, **kind).rank
+  assert rank is not None
+  plan.plan(rank=rank, **kind)
+  with errors.raises(ValueError, f'rank={rank + 1}', 'leaves no matrix'):
+    plan.plan(rank=rank + 1, **kind)
+
+
 @pytest.mark.parametrize('make', [Tiny, Dense, lambda: Tiny(), Tiny()])
 def test_models_of_others(make):
   if make is Dense:
@@ -481,6 +492,13 @@ def test_it_prints_the_parts(capsys):
   assert f'largest rank at batch 1: {found.rank}' in text
   assert f'largest batch at rank 8: {found.batch}' in text
   assert '0.001 (0.001 GB): fits' in text
+
+
+@pytest.mark.usefixtures('untraced')
+def test_layer_by_layer_it_prints_the_largest_rank(capsys):
+  flags = [*FLAGS, '--optimizer', 'golore', '--layerwise', '--card', '1']
+  assert plan.main(flags) == 0
+  assert 'largest rank at batch 1: ' in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures('untraced')

@@ -85,15 +85,14 @@ def _largest_rank(
 
   def fits(rank: int) -> bool:
     now = s._replace(rank=rank)
-    return (
-      _planner.join(
-        model, now, count, _planner.optimizer(model, method, now)
-      ).total
-      <= size
-    )
+    try:
+      of = _planner.optimizer(model, method, now)
+    except ValueError:  # a rank that leaves nothing to project
+      return False
+    return _planner.join(model, now, count, of).total <= size
 
   limit = max(min(x.shape[-2:]) for x in matrices(model.params))
-  with _notices.quiet(errors=True):  # ranks are tried that leave nothing
+  with _notices.quiet():  # of ranks that are only tried
     return _most(fits, limit)
 
 
