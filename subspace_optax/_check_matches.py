@@ -40,7 +40,11 @@ def check_matches(
     )
     return
   clipped = [match for match in wanted if match.is_clipped]
-  guessed = [match for match in known if match.how == 'assumed']
+  guessed = [
+    match
+    for match in known
+    if match.how == 'assumed' and (match.layout or not match.selected)
+  ]
   if small:
     _notices.warn(
       f'{ranked} leaves these matrices plain:\n{_reasons(small)}\n{_SMALLER}'

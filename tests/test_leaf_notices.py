@@ -146,6 +146,13 @@ def test_matrices_that_stay_plain_are_named():
   _init(params, exclude='thin')
 
 
+def test_what_is_assumed_and_stays_plain_is_named_once():
+  params = {'w': jnp.ones((64, 64)), 'x': jnp.ones((4, 5, 6))}
+  with _warns('x: rank 5 of 5 x 6', 'exclude') as found:
+    so.golore(1e-3, rank=8).init(params)
+  assert len(found) == 1
+
+
 @pytest.mark.parametrize('rank', [128, 65, lambda path, leaf: 999])
 def test_ranks_clipped_to_the_full_side_are_named(rank):
   params = {'up': jnp.ones((64, 256)), 'a': {'w': jnp.ones((3, 256, 64))}}
