@@ -28,6 +28,7 @@ from subspace_optax import _linalg
 from subspace_optax import _per_matrix
 from subspace_optax import _projected
 from subspace_optax import _sharding
+from subspace_optax import _sign
 from subspace_optax import _spec
 from subspace_optax import _transport
 from subspace_optax import _tree
@@ -81,6 +82,7 @@ def in_subspace(
       that needs params without them or keeps a copy of them, or one whose
       moments `transport` does not know; at `update`, gradients that `project`
       has not seen, or params that are missing.
+    TypeError: `inner` or `plain` is no optimizer.
 
   References:
     He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024; Robert et
@@ -101,6 +103,9 @@ def in_subspace(
   _transport.check_policy(transport)
   if params not in (None, 'coordinates'):
     raise ValueError(f"params must be None or 'coordinates', got {params!r}.")
+  _sign.require_optimizer(inner, 'inner')
+  if plain is not None:
+    _sign.require_optimizer(plain, 'plain')
   inner = optax.with_extra_args_support(inner)
   each = per_matrix or transport == 'reset'
   takes_params = params is not None

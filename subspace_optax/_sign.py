@@ -67,6 +67,12 @@ def _first_sign(optimizer: Any, with_params: bool) -> int:
   return 0
 
 
+def require_optimizer(optimizer: Any, name: str) -> None:
+  """Raises unless an argument is an optimizer, as `optax.adam` is not."""
+  if not hasattr(optimizer, 'init') or not hasattr(optimizer, 'update'):
+    raise TypeError(f'{name} must be an optax optimizer, got {optimizer!r}.')
+
+
 def require_along(
   optimizer: Any, name: str, *, with_params: bool = True
 ) -> Any:
@@ -77,6 +83,7 @@ def require_along(
     name: of the argument.
     with_params: whether the optimizer is given params where it runs.
   """
+  require_optimizer(optimizer, name)
   return _checked(
     optimizer,
     lambda: sign_of(optimizer, with_params=with_params) >= 0,
@@ -88,6 +95,7 @@ def require_along(
 
 def require_against(optimizer: Any, name: str) -> Any:
   """Returns an optimizer whose `init` raises if it steps along gradients."""
+  require_optimizer(optimizer, name)
   return _checked(
     optimizer,
     lambda: sign_of(optimizer) <= 0,
@@ -100,6 +108,8 @@ def require_against(optimizer: Any, name: str) -> Any:
 
 def require_same_side(plain: Any, inner: Any, *, with_params: bool) -> Any:
   """Returns `plain`, whose `init` raises if one of the two would climb."""
+  require_optimizer(plain, 'plain')
+  require_optimizer(inner, 'inner')
   return _checked(
     plain,
     lambda: sign_of(plain) * sign_of(inner, with_params=with_params) >= 0,
@@ -111,6 +121,8 @@ def require_same_side(plain: Any, inner: Any, *, with_params: bool) -> Any:
 
 def require_one_turn(inner: Any, after: Any, *, with_params: bool) -> Any:
   """Returns `inner`, whose `init` raises if `after` turns its steps uphill."""
+  require_optimizer(inner, 'inner')
+  require_optimizer(after, 'after')
   return _checked(
     inner,
     lambda: sign_of(inner, with_params=with_params) >= 0 or sign_of(after) >= 0,

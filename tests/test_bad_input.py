@@ -1,5 +1,6 @@
 """Bad input: a ValueError or TypeError that names argument, value and leaf."""
 
+import functools
 import itertools
 import re
 
@@ -238,6 +239,49 @@ def test_complete_optimizers_that_would_climb(kind):
   }.items():
     with errors.raises(ValueError, name, 'optax.adam(1e-3)'):
       jax.eval_shape(loop.init, PARAMS)
+
+
+def test_a_basis_optimizer_that_would_climb():
+  against = functools.partial(so.online_subspace_descent, 0.5, rank=2)
+  tx = against(basis_optimizer=optax.scale_by_adam())
+  with errors.raises(ValueError, 'basis_optimizer steps along', '1e-3'):
+    jax.eval_shape(tx.init, PARAMS)
+  for alpha in (-1.0, float('nan')):
+    with errors.raises(ValueError, 'alpha must not be negative', alpha):
+      against(alpha=alpha)
+
+
+def _with(name, optimizer):
+  """A call in which an optimizer is passed as the argument `name`."""
+  adam, spec = optax.scale_by_adam(), so.SubspaceSpec(2, side='in')
+  subspace = functools.partial(so.subspace, SPEC, projectors.stiefel(2))
+  return {
+    'base_optimizer': lambda f: so.galore(1e-3, rank=2, base_optimizer=f),
+    'basis_optimizer': lambda f: so.online_subspace_descent(
+      1e-3, basis_optimizer=f
+    ),
+    'inner': subspace,
+    'plain': lambda f: subspace(adam, plain=f),
+    'after': lambda f: subspace(adam, after=f),
+    'inner beside': lambda f: subspace(f, residual=so.residuals.fira()),
+    'inner of rso': lambda f: so.rso.subproblems(spec, f),
+    'optimizer': projectors.online_pca,
+  }[name](optimizer)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('base_optimizer', 'basis_optimizer', 'inner', 'plain', 'after'),
+    *('inner beside', 'inner of rso', 'optimizer'),
+  ],
+)
+def test_a_function_in_the_place_of_an_optimizer(name):
+  argument = name.removesuffix(' of rso')
+  with pytest.raises(
+    TypeError, match=f'^{argument}.* must be an optax opt.*adam'
+  ):
+    _with(name, optax.adam)
 
 
 def test_signs_are_asked_for_no_sooner_than_at_init():

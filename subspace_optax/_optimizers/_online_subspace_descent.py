@@ -20,8 +20,10 @@ Liang et al., `Memory-Efficient LLM Training with Online Subspace Descent
 import functools
 from typing import Any
 
+import jax
 import optax
 
+from subspace_optax import _sign
 from subspace_optax import _spec
 from subspace_optax import _subspace
 from subspace_optax import projectors
@@ -73,8 +75,9 @@ def online_subspace_descent(
     mr + 2nr with SGD on the bases.
 
   Raises:
-    ValueError: see `SubspaceSpec` and `projectors.online_pca`; at `init`, a
-      `base_optimizer` that steps against the gradient.
+    ValueError: a negative `alpha`; see `SubspaceSpec` and
+      `projectors.online_pca`; at `init`, a `base_optimizer` that steps against
+      the gradient.
     TypeError: likewise.
 
   References:
@@ -88,12 +91,16 @@ def online_subspace_descent(
   _common.check_static(
     'online_subspace_descent', rank=rank, seed=seed, every_k=every_k
   )
+  if not isinstance(alpha, jax.Array) and not alpha >= 0:
+    raise ValueError(f'alpha must not be negative, got {alpha}.')
   if basis_optimizer is None:
     basis_optimizer = optax.adam(_common.times(alpha, learning_rate))
   make = functools.partial(
     _subspace.subspace,
     _common.spec_or(spec, {'rank': rank, 'seed': seed}),
-    projectors.online_pca(basis_optimizer, orthogonality),
+    projectors.online_pca(
+      _sign.require_against(basis_optimizer, 'basis_optimizer'), orthogonality
+    ),
     _common.adam_or(base_optimizer, 'base_optimizer'),
     scale=scale,
   )

@@ -101,8 +101,6 @@ def online_pca(
     ...   optax.scale_by_adam(),
     ... )
   """
-  if not hasattr(optimizer, 'init') or not hasattr(optimizer, 'update'):
-    raise TypeError(f'optimizer must be an optax optimizer, got {optimizer!r}.')
   optimizer = _sign.require_against(optimizer, 'optimizer')
   if init not in ('random', 'svd'):
     raise ValueError(f"init must be 'random' or 'svd', got {init!r}.")
