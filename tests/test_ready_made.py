@@ -223,22 +223,34 @@ def test_derivatives_are_finite_where_gradients_are_zero(name):
 @pytest.mark.parametrize(
   'name, rates',
   [
-    ('fira_adamw', 'b1 in bfloat16, b2 in bfloat16'),
-    ('apollo_adamw', 'b2 in bfloat16'),
-    ('ldadamw', 'b2 in bfloat16'),
-    ('subspace_adamw', 'b2 in bfloat16'),
-    ('subspace_muon', 'b in bfloat16'),
+    ('fira_adamw', {'b2': 0.999}),
+    ('apollo_adamw', {'b2': 0.999}),
+    ('subspace_adamw', {'b2': 0.999}),
+    ('subspace_muon', {'b': 0.999}),
   ],
 )
-def test_decay_rates_in_bfloat16_are_warned_of(name, rates):
-  params = {'w': PARAMS['w'].astype(jnp.bfloat16)}
+def test_decay_rates_that_are_one_in_bfloat16_are_warned_of(name, rates):
+  params = {'w': PARAMS['w'][0].astype(jnp.bfloat16)}
   optimizer = functools.partial(getattr(so, name), spec=SPEC)
   make = functools.partial(optax.inject_hyperparams, optimizer)
-  with pytest.warns(UserWarning, match=f'{rates}.*hyperparam_dtype=jnp.float'):
-    jax.eval_shape(make()(learning_rate=0.1).init, params)
-  wide = make(hyperparam_dtype=jnp.float32)(learning_rate=0.1)
-  jax.eval_shape(wide.init, params)
-  optimizer(0.1).init(params)
+  tx = make()(learning_rate=0.1, **rates)
+  with pytest.warns(UserWarning) as found:
+    tx.update(params, tx.init(params), params)  # which makes it again
+  message, (rate,) = str(found[0].message), rates
+  assert len(found) == 1 and 'hyperparam_dtype=jnp.float32' in message
+  assert f'{rate} is 1 in bfloat16' in message and f'1 - {rate}:' in message
+  wide = make(hyperparam_dtype=jnp.float32)(learning_rate=0.1, **rates)
+  wide.init(params)
+  optimizer(0.1, **rates).init(params)
+
+
+@pytest.mark.parametrize('name', ['ldadamw', 'subspace_muon'])
+def test_decay_rates_that_are_below_one_in_bfloat16_are_taken(name):
+  params = {'w': PARAMS['w'][0].astype(jnp.bfloat16)}
+  optimizer = functools.partial(getattr(so, name), spec=SPEC)
+  tx = optax.inject_hyperparams(optimizer)(learning_rate=0.1)
+  updates, _ = tx.update(params, tx.init(params), params)
+  assert np.isfinite(updates['w'].astype(jnp.float32)).all()
 
 
 def test_muon_refuses_a_bad_decay():

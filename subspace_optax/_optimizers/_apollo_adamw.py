@@ -98,8 +98,9 @@ def apollo_adamw(
     projectors.gaussian(
       _common.value(update_proj_gap), stagger=stagger, regenerate=True
     ),
-    _common.adam(b1, b2, eps, eps_root),
+    optax.scale_by_adam(b1, b2, eps, eps_root),
     residual=residuals.apollo(granularity, limiter),
     scale=scale,
   )
-  return _common.with_decay(make, learning_rate, weight_decay, mask)
+  tx = _common.with_decay(make, learning_rate, weight_decay, mask)
+  return _common.warning_of_ones(tx, b1=b1, b2=b2)

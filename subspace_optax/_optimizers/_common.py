@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
@@ -112,28 +113,31 @@ def adam_or(
   return _sign.require_along(optimizer, name, with_params=name == 'plain')
 
 
-def adam(
-  b1: Any, b2: Any, eps: Any, eps_root: Any, make: Any = optax.scale_by_adam
-) -> optax.GradientTransformation:
-  """Returns Adam's directions; warns of decay rates that are too coarse."""
-  warn_of_narrow_decay(b1=b1, b2=b2)
-  return make(b1, b2, eps, eps_root)
+def warning_of_ones(tx: Transformation, **rates: Any) -> Transformation:
+  """Returns an optimizer whose `init` warns of decay rates rounded to 1.
+
+  At `init`, since `optax.inject_hyperparams` makes the optimizer again in every
+  update. Nothing is known of traced rates.
+  """
+
+  def init(params: Any) -> Any:
+    for name, rate in rates.items():
+      if _is_rounded_to_one(rate):
+        _notices.warn(
+          f'{name} is 1 in {rate.dtype.name}, and steps divide by 1 - {name}: '
+          'optax.inject_hyperparams casts hyperparameters to the dtype of the '
+          'parameters. Pass hyperparam_dtype=jnp.float32 to '
+          'optax.inject_hyperparams.'
+        )
+    return tx.init(params)
+
+  return tx._replace(init=init)
 
 
-def warn_of_narrow_decay(**rates: Any) -> None:
-  """Warns of decay rates in a dtype in which 0.999 may be 1."""
-  narrow = [
-    f'{name} in {rate.dtype.name}'
-    for name, rate in rates.items()
-    if isinstance(rate, jax.Array) and rate.dtype in (jnp.bfloat16, jnp.float16)
-  ]
-  if narrow:
-    _notices.warn(
-      f'{", ".join(narrow)}: optax.inject_hyperparams casts hyperparameters '
-      'to the dtype of the parameters. 0.999 is 1 in bfloat16, and Adam with '
-      'b2 = 1 divides by zero; pass hyperparam_dtype=jnp.float32 to '
-      'optax.inject_hyperparams.'
-    )
+def _is_rounded_to_one(rate: Any) -> bool:
+  if not isinstance(rate, jax.Array) or isinstance(rate, Tracer):
+    return False
+  return rate.dtype in (jnp.bfloat16, jnp.float16) and bool((rate == 1).any())
 
 
 def times(alpha: Any, learning_rate: Any) -> Any:

@@ -86,8 +86,9 @@ def fira_adamw(
     _subspace.subspace,
     _common.spec_or(spec, {'rank': rank, 'seed': seed}),
     projectors.svd(_common.value(update_proj_gap), stagger=stagger),
-    _common.adam(b1, b2, eps, eps_root),
+    optax.scale_by_adam(b1, b2, eps, eps_root),
     residual=residuals.fira(limiter),
     scale=scale,
   )
-  return _common.with_decay(make, learning_rate, weight_decay, mask)
+  tx = _common.with_decay(make, learning_rate, weight_decay, mask)
+  return _common.warning_of_ones(tx, b1=b1, b2=b2)

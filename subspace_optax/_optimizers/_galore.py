@@ -62,7 +62,10 @@ def galore(
     base_optimizer: what runs in the subspace and on plain leaves,
       `optax.scale_by_adam()` by default. It returns directions along the
       gradient. `optax.adam(...)` steps against it, so that with `learning_rate`
-      behind the loss would grow: an error here, contrib runs it.
+      behind the loss would grow: an error here, contrib runs it. A b2 that
+      `optax.inject_hyperparams` gives it needs `hyperparam_dtype=jnp.float32`
+      beside bfloat16 parameters, in whose dtype 0.999 is 1: unseen from here,
+      Adam would divide by zero.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.

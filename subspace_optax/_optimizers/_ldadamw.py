@@ -67,8 +67,9 @@ def ldadamw(
     spec: takes the place of `rank` and `seed`; beside them it is an error.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: mr + 3nr, one nr of
-    it in float32, and mn for error feedback.
+    An optimizer. State per m x n matrix, m the short side: mr + 3nr, and mn
+    for error feedback; all of it in float32, of narrower parameters, too,
+    unless `spec` says otherwise.
 
   Raises:
     ValueError: see `SubspaceSpec`, `projectors.power_iteration` and
@@ -87,9 +88,10 @@ def ldadamw(
     _subspace.subspace,
     _common.spec_or(spec, {'rank': rank, 'seed': seed}),
     projectors.power_iteration(momentum=momentum),
-    _common.adam(b1, b2, eps, eps_root),
+    optax.scale_by_adam(b1, b2, eps, eps_root),
     transport='both',
     residual=residuals.error_feedback(b1) if error_feedback else None,
     scale=scale,
   )
-  return _common.with_decay(make, learning_rate, weight_decay, mask)
+  tx = _common.with_decay(make, learning_rate, weight_decay, mask)
+  return _common.warning_of_ones(tx, b1=b1, b2=b2)

@@ -100,9 +100,10 @@ def subspace_adamw(
     projectors.stiefel(
       _common.value(update_proj_gap), stagger=stagger, regenerate=True
     ),
-    _common.adam(b1, b2, eps, eps_root, adam),
+    adam(b1, b2, eps, eps_root),
     transport='first',
     residual=residuals.fira(limiter),
     scale=scale,
   )
-  return _common.with_decay(make, learning_rate, weight_decay, mask)
+  tx = _common.with_decay(make, learning_rate, weight_decay, mask)
+  return _common.warning_of_ones(tx, b1=b1, b2=b2)

@@ -93,7 +93,6 @@ def subspace_muon(
   _common.check_static(
     'subspace_muon', rank=rank, update_proj_gap=update_proj_gap, seed=seed
   )
-  _common.warn_of_narrow_decay(b=b)
   make = functools.partial(
     _subspace.subspace,
     _common.spec_or(spec, {'rank': rank, 'seed': seed}),
@@ -106,4 +105,5 @@ def subspace_muon(
     residual=residuals.orthogonal(1.0 / (1.0 - b)),
     scale=scale,
   )
-  return _common.with_decay(make, learning_rate, weight_decay, mask)
+  tx = _common.with_decay(make, learning_rate, weight_decay, mask)
+  return _common.warning_of_ones(tx, b=b)
