@@ -186,7 +186,8 @@ def plain_kind(path: str, axes: int, in_attention: bool) -> str:
   if is_norm(path):
     return 'a norm'
   if is_bias(path):
-    return 'a bias'
+    other = _NO_MATRIX.fullmatch(components(path)[-1])
+    return 'a vector or buffer' if other else 'a bias'
   if _is_embedding(path):
     return 'an embedding'
   if _is_head(path, axes) and not in_attention:

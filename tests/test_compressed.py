@@ -448,6 +448,11 @@ def test_wrappers_that_hide_what_they_wrap_are_named():
   step = rso.compressed_step(_matrix_loss, tx)
   with errors.raises(ValueError, 'extra arguments', 'every_k'):
     step(params, tx.init(params), x)
+  tx = tx.gradient_transformation()
+  step = rso.compressed_step(_matrix_loss, tx)
+  with errors.raises(ValueError, 'extra arguments', 'every_k') as error:
+    step(params, tx.init(params), x)
+  assert 'gradient_transformation' not in str(error.value)
 
 
 def test_a_part_without_parameters():

@@ -57,6 +57,23 @@ TABLE = {
 }
 
 
+@pytest.mark.parametrize(
+  ('path', 'kind'),
+  [
+    ('A_log', 'a vector or buffer'),
+    ('r_k', 'a vector or buffer'),
+    ('mask', 'a vector or buffer'),
+    ('attn/rope_freqs', 'a vector or buffer'),
+    ('bias', 'a bias'),
+    ('b_qkv', 'a bias'),
+  ],
+)
+def test_vectors_are_called_what_they_are(path, kind):
+  params = {path: jnp.ones((64, 16)), 'w': jnp.ones((64, 16))}
+  text = so.describe(so.SubspaceSpec(2), params)
+  assert f'is {kind} by its name' in text
+
+
 def _table(text):
   """Returns the rows of a description by path, and the lines above it."""
   lines = text.splitlines()

@@ -97,8 +97,8 @@ def compressed_step(
     needs = _needs_gradient(found)
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
       raise ValueError(
-        'tx must take extra arguments, which tell it of coordinates; of '
-        '`optax.MultiSteps` take `gradient_transformation()`, or `every_k`.'
+        'tx must take extra arguments, which tell it of coordinates; in place '
+        'of `optax.MultiSteps` take `every_k`.'
       )
 
     def take(f, at, state, **kwargs):
