@@ -60,6 +60,11 @@ def unheard() -> Iterator[None]:
     _records.reset(token)
 
 
+def is_asked() -> bool:
+  """Whether `init` is only traced for its records."""
+  return _records.get() is not None
+
+
 def _of_shape(match: _spec.Match) -> _spec.Match:
   shape = jax.ShapeDtypeStruct(match.leaf.shape, match.leaf.dtype)
   return match._replace(leaf=shape)

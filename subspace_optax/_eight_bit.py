@@ -34,6 +34,7 @@ from subspace_optax import _blocks
 from subspace_optax import _codes
 from subspace_optax import _names
 from subspace_optax import _noise
+from subspace_optax import _notices
 from subspace_optax import _sharding
 from subspace_optax import _tree
 
@@ -117,7 +118,8 @@ def scale_by_adam8bit(
   inner = optax.scale_by_adam(b1, b2, eps, eps_root, nesterov=nesterov)
   moments = {'mu': jnp.int8, 'nu': jnp.uint8}
   make = optax.ScaleByAdamState
-  return _eight_bit(inner, make, moments, rounding, exclude, seed)
+  tx = _eight_bit(inner, make, moments, rounding, exclude, seed)
+  return _notices.warning_of_ones(tx, b1=b1, b2=b2)
 
 
 def scale_by_lion8bit(

@@ -175,9 +175,10 @@ def _check_alike(readings: list[list[_spec.Match | None]]) -> None:
     layouts = {match.layout for match in matches if match}
     if len(layouts) > 1:
       raise ValueError(
-        f'gradient {matches[0].path!r} came without the box that named its '
-        'axes at init, and trees like this one had different names; say which '
-        'axes it has in `weight_dimension_numbers` of SubspaceSpec.'
+        f'gradient {matches[0].path!r} came without a box that names its axes, '
+        'and trees like this one had different names at init, or some had '
+        'none; say which axes it has in `weight_dimension_numbers` of '
+        'SubspaceSpec.'
       )
 
 
@@ -189,20 +190,26 @@ _MOST_TREES = 256
 
 
 def remember_names(params: Any) -> None:
-  """Keeps the names of axes that `init` sees for `update`."""
-  names, known = _tree.axis_names(params), _names_at_init
-  if len(known) > _MOST_TREES:
-    del known[next(iter(known))]
-  known[_shapes(params)] = [
-    names,
-    *(x for x in known.get(_shapes(params), []) if x != names),
-  ]
+  """Keeps the names of axes that `init` sees for `update`.
+
+  Of trees without names only where others like them had some.
+  """
+  names, shapes = _tree.axis_names(params), _shapes(params)
+  if not (names or shapes in _names_at_init):
+    return
+  before = _names_at_init.pop(shapes, [])
+  _names_at_init[shapes] = [names, *(x for x in before if x != names)]
+  if len(_names_at_init) > _MOST_TREES:
+    del _names_at_init[next(iter(_names_at_init))]
 
 
 def _named(updates: Any) -> list[_tree.AxisNames]:
   """Returns the names of axes in boxes, or those that the tree may have had."""
   names = _tree.axis_names(updates)
-  return [names] if names else _names_at_init.get(_shapes(updates), [names])
+  if names:
+    return [names]
+  known = _names_at_init.get(_shapes(updates), [])
+  return known if names in known else [*known, names]
 
 
 def _shapes(tree: Any) -> tuple[tuple[str, Any], ...]:

@@ -18,7 +18,12 @@ import contextlib
 import contextvars
 import inspect
 import types
+from typing import Any
 import warnings
+
+import jax
+from jax.core import Tracer
+import jax.numpy as jnp
 
 # What becomes of a refusal; of contexts around each other the loosest holds.
 _RAISED, _WARNED_OF, _IGNORED = range(3)
@@ -77,6 +82,33 @@ def warn(message: str) -> None:
   """Warns at the line of the user's that called for it."""
   if not _silent.get():
     warnings.warn(message, UserWarning, stacklevel=_levels_to_user())
+
+
+def warning_of_ones(tx: Any, **rates: Any) -> Any:
+  """Returns an optimizer whose `init` warns of decay rates rounded to 1.
+
+  At `init`, since `optax.inject_hyperparams` makes the optimizer again in every
+  update. Nothing is known of traced rates.
+  """
+
+  def init(params: Any) -> Any:
+    for name, rate in rates.items():
+      if _is_rounded_to_one(rate):
+        warn(
+          f'{name} is 1 in {rate.dtype.name}, and steps divide by 1 - {name}: '
+          'optax.inject_hyperparams casts hyperparameters to the dtype of the '
+          'parameters. Pass hyperparam_dtype=jnp.float32 to '
+          'optax.inject_hyperparams.'
+        )
+    return tx.init(params)
+
+  return tx._replace(init=init)
+
+
+def _is_rounded_to_one(rate: Any) -> bool:
+  if not isinstance(rate, jax.Array) or isinstance(rate, Tracer):
+    return False
+  return rate.dtype in (jnp.bfloat16, jnp.float16) and bool((rate == 1).any())
 
 
 def _levels_to_user() -> int:

@@ -141,7 +141,8 @@ def project(
   def init(params):
     matches = spec.match(params)
     _check_matches.check_matches(spec, matches)
-    _matrices.remember_names(params)
+    if not _describe.is_asked():
+      _matrices.remember_names(params)
     _quantized_basis.check(spec, projector)
     _describe.record(spec, matches, projector, keep_gradient)
     _, treedef = _tree.flatten(params)

@@ -63,6 +63,12 @@ def test_numbers_that_are_no_arrays_are_refused(name):
     PAIRS[name][0]().init({'w': 2.0})
 
 
+def test_decay_rates_that_are_1_in_narrow_parameters_are_warned_of():
+  tx = optax.inject_hyperparams(so.scale_by_adam8bit)(b2=0.999)
+  with pytest.warns(UserWarning, match='b2 is 1 in bfloat16'):
+    tx.init({'w': normal(0, 64, 64, dtype=jnp.bfloat16)})
+
+
 @pytest.mark.parametrize('dtype', [jnp.int32, jnp.bool_])
 def test_whole_numbers_get_updates_in_float32(dtype):
   """optax's second moments of such leaves are rounded to whole numbers."""

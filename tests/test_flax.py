@@ -272,6 +272,27 @@ def test_boxes_of_another_init_decide_nothing():
   assert measure.bases(state)['w'].shape == (3, 16, 2)
 
 
+@pytest.mark.parametrize('shape', [(8, 3, 12), (8, 8, 8)])
+def test_boxes_that_are_only_described_decide_nothing(shape):
+  bare = {'w': jnp.ones(shape)}
+  boxed = {'w': nn.Partitioned(bare['w'], ('embed', 'layers', 'mlp'))}
+  tx = so.golore(1e-3, rank=2)
+  so.describe(tx, boxed)
+  state = tx.init(bare)
+  tx.update(bare, state, bare)
+
+
+def test_names_of_axes_are_kept_however_many_trees_there_are():
+  bare = {'w': jnp.ones((24, 8, 16))}
+  boxed = {'w': nn.Partitioned(bare['w'], ('embed', 'layers', 'mlp'))}
+  tx = so.golore(1e-3, rank=2)
+  state = tx.init(boxed)
+  for n in range(300):
+    jax.eval_shape(tx.init, {'w': jnp.ones((24, 8, 17 + n))})
+  _, state = jax.eval_shape(tx.update, bare, state, bare)
+  assert measure.bases(state)['w'].shape == (8, 16, 2)
+
+
 def test_two_models_whose_boxes_differ():
   bare = {'w': jnp.ones((8, 8, 12))}
   box = lambda *names: {'w': nn.Partitioned(bare['w'], names)}

@@ -17,11 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
-from jax.core import Tracer
-import jax.numpy as jnp
 import optax
 
-from subspace_optax import _notices
 from subspace_optax import _sign
 from subspace_optax import _spec
 
@@ -111,33 +108,6 @@ def adam_or(
   if optimizer is None:
     return optax.scale_by_adam()
   return _sign.require_along(optimizer, name, with_params=name == 'plain')
-
-
-def warning_of_ones(tx: Transformation, **rates: Any) -> Transformation:
-  """Returns an optimizer whose `init` warns of decay rates rounded to 1.
-
-  At `init`, since `optax.inject_hyperparams` makes the optimizer again in every
-  update. Nothing is known of traced rates.
-  """
-
-  def init(params: Any) -> Any:
-    for name, rate in rates.items():
-      if _is_rounded_to_one(rate):
-        _notices.warn(
-          f'{name} is 1 in {rate.dtype.name}, and steps divide by 1 - {name}: '
-          'optax.inject_hyperparams casts hyperparameters to the dtype of the '
-          'parameters. Pass hyperparam_dtype=jnp.float32 to '
-          'optax.inject_hyperparams.'
-        )
-    return tx.init(params)
-
-  return tx._replace(init=init)
-
-
-def _is_rounded_to_one(rate: Any) -> bool:
-  if not isinstance(rate, jax.Array) or isinstance(rate, Tracer):
-    return False
-  return rate.dtype in (jnp.bfloat16, jnp.float16) and bool((rate == 1).any())
 
 
 def times(alpha: Any, learning_rate: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 
 import optax
 
+from subspace_optax import _notices
 from subspace_optax import _spec
 from subspace_optax import _subspace
 from subspace_optax import projectors
@@ -94,4 +95,4 @@ def ldadamw(
     scale=scale,
   )
   tx = _common.with_decay(make, learning_rate, weight_decay, mask)
-  return _common.warning_of_ones(tx, b1=b1, b2=b2)
+  return _notices.warning_of_ones(tx, b1=b1, b2=b2)

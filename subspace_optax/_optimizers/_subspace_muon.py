@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import optax
 
+from subspace_optax import _notices
 from subspace_optax import _spec
 from subspace_optax import _subspace
 from subspace_optax import projectors
@@ -106,4 +107,4 @@ def subspace_muon(
     scale=scale,
   )
   tx = _common.with_decay(make, learning_rate, weight_decay, mask)
-  return _common.warning_of_ones(tx, b=b)
+  return _notices.warning_of_ones(tx, b=b)
