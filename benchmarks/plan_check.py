@@ -87,7 +87,8 @@ ROWS = (
 # GB of LLaMA-7B with batch 1 and 2,048 tokens, https://arxiv.org/abs/2403.03507.
 PAPERS = {('adamw', 'remat'): '58', ('galore8bit', 'layerwise'): '22'}
 
-# The papers count moments in the parameters' dtype.
+# The papers count moments in the parameters' dtype, and so do the page's
+# commands, by `--moment-dtype bfloat16`; ours are float32 unless told.
 MOMENT_DTYPES: dict[str, str] = dict.fromkeys(
   ('galore', 'subspace_adamw'), 'bfloat16'
 )
@@ -261,6 +262,7 @@ def measured(args: Args, row: Row) -> dict[str, Any]:
 
 def with_plan(row: dict[str, Any]) -> dict[str, Any]:
   """A row with the plan's parts, and how far they are off."""
+  moment_dtype = MOMENT_DTYPES.get(row['method'])
   made = plan.plan(
     row['model'],
     row['method'],
@@ -268,7 +270,7 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
     seq=row['seq'],
     mesh=f'fsdp={row["fsdp"]}',
     rank=row['rank'] or 0.25,
-    moment_dtype=MOMENT_DTYPES.get(row['method']),
+    moment_dtype=moment_dtype,
     remat=row['layers'] == 'remat',
     layerwise=row['layers'] == 'layerwise',
     attention_chunk=row['attention_chunk'],
@@ -277,6 +279,7 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
   arguments, temporaries = row['argument_bytes'], made.total - kept
   off = lambda mine, theirs: round(mine / theirs - 1, 4)
   return row | {
+    'moment_dtype': moment_dtype,
     'plan': made._asdict() | {'total': made.total},
     'error': off(made.total, row['peak_bytes']),
     'error_arguments': off(kept, arguments),

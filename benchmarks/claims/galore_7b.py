@@ -48,6 +48,7 @@ def plan_of(row: dict[str, Any]) -> Any:
     batch=row['batch'],
     seq=row['seq'],
     rank=row['rank'] or 0.25,
+    moment_dtype=row['moment_dtype'],
     remat=row['layers'] == 'remat',
     layerwise=row['layers'] == 'layerwise',
     attention_chunk=row['attention_chunk'],
