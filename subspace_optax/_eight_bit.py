@@ -26,7 +26,6 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -37,6 +36,7 @@ from subspace_optax import _noise
 from subspace_optax import _notices
 from subspace_optax import _sharding
 from subspace_optax import _tree
+from subspace_optax import _varying
 
 ROUNDING = ('stochastic', 'nearest')
 
@@ -261,7 +261,7 @@ def through(
 
   Rounded to the nearest: this is rare, and no mean is to be kept.
   """
-  return lax.cond(
+  return _varying.cond(
     wanted, lambda: encoded(f(decoded(state)), state, None), lambda: state
   )
 

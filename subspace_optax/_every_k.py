@@ -23,7 +23,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -32,6 +31,7 @@ from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _spec
 from subspace_optax import _tree
+from subspace_optax import _varying
 
 
 class EveryKState(NamedTuple):
@@ -95,10 +95,10 @@ def every_k(
       return full, jax.tree.map(_sharding.like, new, rest_state)
 
     def wait(rest_state):
-      shapes, _ = jax.eval_shape(finish, rest_state)
-      return jax.tree.map(_sharding.zeros, shapes), rest_state
+      kinds, _ = _sharding.result_types(finish, rest_state)
+      return jax.tree.map(_sharding.zeros, kinds), rest_state
 
-    updates, rest_state = lax.cond(window.last, finish, wait, state.rest)
+    updates, rest_state = _varying.cond(window.last, finish, wait, state.rest)
     mean = jax.tree.structure(state.mean, is_leaf=_tree.is_masked)
     return updates, EveryKState(
       (state.micro_step + 1) % k,

@@ -19,7 +19,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -32,6 +31,7 @@ from subspace_optax import _sign
 from subspace_optax import _spec
 from subspace_optax import _transport
 from subspace_optax import _tree
+from subspace_optax import _varying
 
 
 class InSubspaceState(NamedTuple):
@@ -165,7 +165,9 @@ def in_subspace(
     if hold is None:
       directions, new = run(own)
     else:
-      directions, new = lax.cond(hold, functools.partial(_rest, run), run, own)
+      directions, new = _varying.cond(
+        hold, functools.partial(_rest, run), run, own
+      )
     new = carry(new, coords, after, extra_args)
     entries = [
       _with_direction(entry, direction, old_means.get(path), means.get(path))
@@ -194,11 +196,11 @@ def in_subspace(
           extra_args,
         )
         moved = [jnp.any(move.moved) for _, move in moves.values()]
-        shapes = jax.eval_shape(rates)
-        decayed = lax.cond(
+        kinds = _sharding.result_types(rates)
+        decayed = _varying.cond(
           jnp.any(jnp.stack(moved)),
           rates,
-          lambda: jax.tree.map(_sharding.zeros, shapes),
+          lambda: jax.tree.map(_sharding.zeros, kinds),
         )
       own = _transport.carry(
         own, moves, both=both, decayed=decayed, per_matrix=each
@@ -255,7 +257,7 @@ def _split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
 
 def _rest(run: Any, own: Any) -> tuple[Any, Any]:
   """Returns zeros in place of directions, and the state as it is."""
-  directions, _ = jax.eval_shape(run, own)
+  directions, _ = _sharding.result_types(run, own)
   return jax.tree.map(_sharding.zeros, directions), own
 
 

@@ -25,6 +25,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from subspace_optax import _varying
+
 # A sweep rotates every pair of rows once. Of matrices up to 512 x 512, whatever
 # their spectrum, nine leave nothing beside the diagonal that float32 can tell.
 _SWEEPS = 9
@@ -51,7 +53,7 @@ def eigenvectors(square: jax.Array) -> jax.Array:
     rotate = functools.partial(_rotate, *_rotations(a))
     return rotate(rotate(a).T), rotate(rows)
 
-  a, rows = lax.fori_loop(0, _SWEEPS * (2 * k - 1), one_round, (a, rows))
+  a, rows = _varying.fori_loop(0, _SWEEPS * (2 * k - 1), one_round, (a, rows))
   rows = rows[:n, :n][jnp.argsort(-jnp.diagonal(a)[:n])]
   # One step of Newton and Schulz's iteration takes off the rounding of so many.
   multiply = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)

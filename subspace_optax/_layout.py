@@ -35,6 +35,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax import _sharding
+from subspace_optax import _varying
 
 _AXES = 'abcdefghijklmnopqrstuvw'
 _COPIES = (_AXES, 'ABCDEFGHIJKLM', 'NOPQRSTUVWXYZ')  # of axes in a Gram matrix
@@ -265,7 +266,7 @@ class Layout:
       even = n - n % r
       y = g[..., even:] * w[..., even:]
       y = jnp.pad(y, [(0, 0)] * (g.ndim - 1) + [(0, even + r - n)])
-      y = lax.fori_loop(
+      y = _varying.fori_loop(
         0, n // r, lambda k, y: y + block(g, k) * block(w, k), y
       )
       return self.mean(y)

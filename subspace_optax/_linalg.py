@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from subspace_optax import _jacobi
 from subspace_optax import _layout
 from subspace_optax import _sharding
+from subspace_optax import _varying
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -76,25 +77,32 @@ def gaussian(
   def draw(key: jax.Array) -> jax.Array:
     return jax.random.normal(key, (layout.m, layout.rank), jnp.float32)
 
-  flat = jax.vmap(draw)(_keys(seeds, period))
+  flat = _draw_each(draw, seeds, period)
   shape = (*layout.batch_shape, layout.m, layout.rank)
   return layout.from_matrix(flat.reshape(shape))
 
 
 def gumbel(size: int, seeds: jax.Array, period: jax.Array | int) -> jax.Array:
   """Returns `size` standard Gumbel numbers for every matrix, (*batch, size)."""
-  draw = jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))
-  return draw(_keys(seeds, period)).reshape(*seeds.shape, size)
+  draw = lambda key: jax.random.gumbel(key, (size,), jnp.float32)
+  return _draw_each(draw, seeds, period).reshape(*seeds.shape, size)
 
 
-def _keys(seeds: jax.Array, period: jax.Array | int) -> jax.Array:
-  """Returns a key for every matrix, in one row."""
+def _draw_each(
+  draw: Callable[[jax.Array], jax.Array],
+  seeds: jax.Array,
+  period: jax.Array | int,
+) -> jax.Array:
+  """Returns what `draw` makes of a key for every matrix, in one row."""
   seeds = _sharding.replicate(seeds)
   if isinstance(period, jax.Array):
     period = _sharding.replicate(period)
   period = jnp.broadcast_to(period, seeds.shape).reshape(-1)
-  fold_in = lambda seed, k: jax.random.fold_in(_key(seed), k)
-  return jax.vmap(fold_in)(seeds.reshape(-1), period)
+  seeds = seeds.reshape(-1)
+  one = lambda seed, k: draw(jax.random.fold_in(_key(seed), k))
+  if len(seeds) == 1:  # XLA compiles the same numbers without a map in half
+    return one(seeds[0], period[0])[None]  # of the time
+  return jax.vmap(one)(seeds, period)
 
 
 def seeds(
@@ -132,10 +140,9 @@ def sketch(
   Returns:
     (*batch and projected axes, r), float32 or wider.
   """
-  signs = jax.vmap(
-    lambda key: jax.random.rademacher(key, (layout.n,), jnp.float32)
-  )
-  flat = signs(_keys(seeds, period)).reshape(*layout.batch_shape, layout.n)
+  signs = lambda key: jax.random.rademacher(key, (layout.n,), jnp.float32)
+  flat = _draw_each(signs, seeds, period)
+  flat = flat.reshape(*layout.batch_shape, layout.n)
   return layout.fold(leaf, flat)
 
 
@@ -163,15 +170,18 @@ def orthonormalize(
   for shift in shifts:
     gram = layout.gram(q, q)
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    inverse = each(_inverse_factor, gram + shift * trace * identity_like(gram))
+    eye = identity_like(gram)
+    inverse = each(_inverse_factor, gram + shift * trace * eye, eye)
     q = layout.mix_basis(q, jnp.swapaxes(inverse, -1, -2))
   return q
 
 
-def _inverse_factor(square: jax.Array) -> jax.Array:
-  """Returns L^-1 of a matrix L L^T."""
+def _inverse_factor(square: jax.Array, eye: jax.Array) -> jax.Array:
+  """Returns L^-1 of a matrix L L^T, given the identity.
+
+  Under a map over a stack that is sharded, both must be sharded alike.
+  """
   chol = jnp.linalg.cholesky(square)
-  eye = jnp.eye(chol.shape[-1], dtype=chol.dtype)
   return lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
 
 
@@ -199,12 +209,12 @@ def each(f: Callable[..., Any], *stacks: jax.Array) -> Any:
     return batched(*stacks)
 
   def in_turn(*stacks: jax.Array) -> Any:
-    wanted = jax.eval_shape(together, *stacks)
+    wanted = _sharding.result_types(together, *stacks)
     rows = [_sharding.replicate(x) for x in stacks]
     rows = [x.reshape(-1, *x.shape[-2:]) for x in rows]
     found = lax.map(lambda row: f(*row), tuple(rows))
     return jax.tree.map(
-      lambda x, like: _sharding.move(x.reshape(like.shape), like), found, wanted
+      lambda x, kind: _sharding.move(x.reshape(kind.shape), kind), found, wanted
     )
 
   if math.prod(batch_shape) == 1:
@@ -339,7 +349,7 @@ def newton_schulz(
     poly = b * gram + c * layout.multiply_grams(gram, gram)
     return _sharding.like(a * x + layout.mix_leaf(poly, x), x)
 
-  x = lax.fori_loop(0, steps, step, x / layout.along_leaf(norm))
+  x = _varying.fori_loop(0, steps, step, x / layout.along_leaf(norm))
   return _sharding.like(x, original)
 
 

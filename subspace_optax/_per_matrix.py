@@ -23,12 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
 from subspace_optax import _sharding
 from subspace_optax import _tree
+from subspace_optax import _varying
 
 _AXES = 'abcdefghijklmnopqrstuvw'
 
@@ -114,7 +114,7 @@ def restart(
       after = tuple(range(move.moved.ndim, old.ndim))
       return jnp.where(jnp.expand_dims(move.moved, after), new, old)
 
-    return lax.cond(
+    return _varying.cond(
       jnp.any(move.moved),
       lambda: jax.tree.map(choose, fresh, row),
       lambda: row,
@@ -152,7 +152,9 @@ def _init_leaf(
       "or use transport='keep' or 'first' without per_matrix."
     )
   row = tuple(jax.tree.leaves(state))
-  return tuple(_for_each(x, leaf, axes) for x in row) if axes else row
+  if not axes:
+    return _varying.vary_as_any(row, leaf)
+  return tuple(_for_each(x, leaf, axes) for x in row)
 
 
 def _one_matrix(leaf: Any, axes: tuple[int, ...]) -> jax.Array:

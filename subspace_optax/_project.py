@@ -34,6 +34,7 @@ from subspace_optax import _quantized_basis
 from subspace_optax import _sharding
 from subspace_optax import _spec
 from subspace_optax import _tree
+from subspace_optax import _varying
 from subspace_optax._projectors import _base
 
 
@@ -157,8 +158,10 @@ def project(
       count=jnp.zeros((), jnp.int32),
       seed=make(functools.partial(seeds_of, spec)),
       subspaces=subspaces,
-      projector=projector.init(
-        subspaces, functools.partial(make, _zero_coords)
+      # Whether a basis moves may depend on the gradient, and so what counts it.
+      projector=_varying.vary_as_any(
+        projector.init(subspaces, functools.partial(make, _zero_coords)),
+        [m.leaf for m in matches if m],
       ),
     )
     if projector.rebuild:
@@ -246,6 +249,7 @@ def project(
       subspaces = subspaces._replace(basis=())
     if _spec.is_quantized(spec):
       subspaces = subspaces._replace(basis=stored)
+    own = jax.tree.map(_varying.vary_as, own, state.projector)
     new_state = ProjectState(count, state.seed, subspaces, own)
     return _tree.replace_entries(updates, entries), new_state
 

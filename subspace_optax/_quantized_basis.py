@@ -27,7 +27,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax import _layout
@@ -35,6 +34,7 @@ from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _spec
+from subspace_optax import _varying
 from subspace_optax._projectors import _base
 
 QuantizedBasis = _projected.QuantizedBasis
@@ -172,7 +172,7 @@ def store(
     return jax.tree.map(_sharding.like, found, still)
 
   still = Stored(stored, old, error, drift, move.transition)
-  return lax.cond(jnp.any(move.moved), again, lambda: still)
+  return _varying.cond(jnp.any(move.moved), again, lambda: still)
 
 
 def _where(

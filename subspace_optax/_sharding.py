@@ -33,6 +33,8 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from subspace_optax import _varying
+
 Spec = tuple[Any, ...]
 
 # Subscripts of rank axes.
@@ -110,6 +112,7 @@ def explicit(x: jax.Array) -> NamedSharding | None:
 def like(x: jax.Array, reference: jax.Array) -> jax.Array:
   """Returns `x` with `reference`'s dtype and, if explicit, its sharding."""
   x = x if x.dtype == reference.dtype else x.astype(reference.dtype)
+  x = _varying.vary_as(x, reference)
   if _explicit_spec(reference) is None:
     return x
   return jax.reshard(x, jax.typeof(reference).sharding)
@@ -141,17 +144,25 @@ def regroup(
   return jax.reshard(x, NamedSharding(mesh, spec))
 
 
-def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
-  """Returns zeros of a shape and dtype and, if explicit, sharding."""
-  return move(jnp.zeros(shape.shape, shape.dtype), shape)
+def result_types(f: Callable[..., Any], *args: Any) -> Any:
+  """Returns the types of what `f` returns, explicit shardings included.
+
+  `jax.eval_shape` drops these on a mesh that has automatic axes, too.
+  """
+  program, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+  return jax.tree.unflatten(jax.tree.structure(shapes), program.out_avals)
 
 
-def move(x: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-  """Returns `x` with the sharding of a shape, if that is explicit."""
-  sharding = shape.sharding
-  if not isinstance(sharding, NamedSharding) or not sharding.mesh.explicit_axes:
+def zeros(kind: Any) -> jax.Array:
+  """Returns zeros of a type."""
+  return move(jnp.zeros(kind.shape, kind.dtype), kind)
+
+
+def move(x: jax.Array, kind: Any) -> jax.Array:
+  """Returns `x` with the sharding of a type, if that is explicit."""
+  if not kind.sharding.mesh.explicit_axes:
     return x
-  return jax.reshard(x, sharding)
+  return jax.reshard(x, kind.sharding)
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -241,7 +252,7 @@ def place(
   """
   sharding = _leaf_sharding(leaf)
   if sharding is None:
-    return make(*static, *args)
+    return _varying.vary_as(make(*static, *args), leaf)
   shape = jax.eval_shape(functools.partial(make, *static), *args).shape
   spec = _derived_spec(sharding, leaf_axes, axes, shape)
   target = NamedSharding(sharding.mesh, spec)
@@ -258,7 +269,7 @@ def zeros_along(leaf: Any, counts: tuple[int, ...]) -> jax.Array:
   axes = ascii_lowercase[: len(counts)]
   sharding = _leaf_sharding(leaf)
   if sharding is None:
-    return jnp.zeros(counts, jnp.float32)
+    return _varying.vary_as(jnp.zeros(counts, jnp.float32), leaf)
   sizes = sharding.mesh.shape
   entries = _pad(sharding.spec, len(counts))
   whole = ''.join(
@@ -345,8 +356,8 @@ def _derived_spec(
   kept = {name for names in spec for name in names}
   of_rest = [k for axis in leaf_axes for k in of_leaf[axis]]
   # Those of the rest of the leaf, then those that the leaf does not use.
-  left = dict.fromkeys([*of_rest, *sharding.mesh.axis_names])
-  left = [name for name in left if name not in kept]
+  usable = [k for k in _rank_axes(sharding.mesh) if k not in kept]
+  left = dict.fromkeys([k for k in of_rest if k in usable] + usable)
   if shape is not None and RANK[0] in axes and RANK[1] not in axes:
     i, sizes = axes.index(RANK[0]), sharding.mesh.shape
     for name in left:
@@ -356,13 +367,25 @@ def _derived_spec(
   return as_jit_spells(PartitionSpec(*entries), sharding.mesh)
 
 
+def _rank_axes(mesh: Any) -> tuple[str, ...]:
+  """Returns the mesh axes that may split a rank.
+
+  On a mesh of both types the compiler decides about automatic axes: what it
+  makes of an entry that mixes both would change the type of the state.
+  """
+  return mesh.explicit_axes or mesh.axis_names
+
+
 def as_jit_spells(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
   """Returns a spec in the form that jit gives its results.
 
   P('x') and P('x', None) are one placement, but two keys of jit's cache.
   """
   entries = list(spec)
-  while entries and entries[-1] is None and not mesh.explicit_axes:
+  used = {name for entry in entries for name in names(entry)}
+  if mesh.explicit_axes and used <= set(mesh.explicit_axes):
+    return spec
+  while entries and entries[-1] is None:
     entries.pop()
   return PartitionSpec(*entries)
 

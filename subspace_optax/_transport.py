@@ -39,6 +39,7 @@ from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _tree
+from subspace_optax import _varying
 
 POLICIES = ('keep', 'first', 'both', 'reset')
 
@@ -368,7 +369,7 @@ def _map(
       new = jnp.moveaxis(new, batch, first) if per_matrix else new
       return _sharding.like(new, moment)
 
-    return lax.cond(jnp.any(move.moved), moved, lambda: moment)
+    return _varying.cond(jnp.any(move.moved), moved, lambda: moment)
 
   leaves = [
     one(*pair, *others) for pair, *others in zip(pairs, *rest, strict=True)

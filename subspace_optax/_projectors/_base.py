@@ -25,13 +25,13 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax import _sharding
+from subspace_optax import _varying
 
 
 class Subspaces(NamedTuple):
@@ -171,7 +171,7 @@ def resting(track: Callable[..., Any]) -> Callable[..., Any]:
     return subspaces, moves, state
 
   def maybe(context, matrices, coords, subspaces, state):
-    return lax.cond(
+    return _varying.cond(
       context.active,
       functools.partial(track, context, matrices, coords),
       functools.partial(rest, context, matrices, coords),

@@ -39,6 +39,7 @@ from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _sign
 from subspace_optax import _tree
+from subspace_optax import _varying
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _gap
 from subspace_optax._projectors import _svd
@@ -157,7 +158,7 @@ def online_pca(
     if orthonormalize_every is not None:
       # The last of the steps, so that it acts on steps that were taken.
       due = (context.count + update_every) % orthonormalize_every == 0
-      new = lax.cond(
+      new = _varying.cond(
         due & context.active,
         lambda new: jax.tree.map(_orthonormal, new, matrices, learns),
         lambda new: new,

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import core
-from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax import _layout
@@ -37,6 +36,7 @@ from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _tree
+from subspace_optax import _varying
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _gap
 
@@ -225,7 +225,7 @@ def _refresh(
     return _move(matrix.layout, candidate, wanted, orthonormal, state)
 
   if whole:
-    return lax.cond(
+    return _varying.cond(
       jnp.any(wanted),
       lambda: move(matrix, wanted, period, state),
       lambda: state,
@@ -252,7 +252,7 @@ def _refresh(
     put = lambda x, axes, part: layout.put(x, axes, i, part)
     return _Bases(*map(put, state, axes, part))
 
-  return lax.fori_loop(0, jnp.sum(wanted, dtype=jnp.int32), turn, state)
+  return _varying.fori_loop(0, jnp.sum(wanted, dtype=jnp.int32), turn, state)
 
 
 def _only(wanted: jax.Array, matrix: _base.Matrix) -> _base.Matrix:

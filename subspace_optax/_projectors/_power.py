@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from subspace_optax import _linalg
 from subspace_optax import _projected
 from subspace_optax import _sharding
+from subspace_optax import _varying
 from subspace_optax._projectors import _base
 from subspace_optax._projectors import _periodic
 
@@ -170,7 +171,7 @@ def _carry(
   matrix: _base.Matrix, mean: jax.Array, move: _projected.Move
 ) -> jax.Array:
   """Returns the mean in the new basis."""
-  return lax.cond(
+  return _varying.cond(
     jnp.any(move.moved),
     lambda: _sharding.like(
       matrix.layout.mix_coords(move.transition, mean), mean

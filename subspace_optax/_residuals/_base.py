@@ -22,12 +22,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _projected
+from subspace_optax import _varying
 
 
 class Residual(NamedTuple):
@@ -140,4 +140,4 @@ def moved(node: _projected.Projected, f: Callable, x: jax.Array) -> jax.Array:
   """Returns f(x) if any basis of the leaf moved before its coordinates."""
   if node.before is None:
     return x
-  return lax.cond(jnp.any(node.before.moved), f, lambda x: x, x)
+  return _varying.cond(jnp.any(node.before.moved), f, lambda x: x, x)

@@ -25,7 +25,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -34,6 +33,7 @@ from subspace_optax import _every_k
 from subspace_optax import _project
 from subspace_optax import _spec
 from subspace_optax import _tree
+from subspace_optax import _varying
 from subspace_optax._projectors import _base
 from subspace_optax._rso import _trees
 
@@ -119,7 +119,7 @@ def compressed_step(
     if needs is False:
       return compressed(state)
     whole = functools.partial(take, loss, params)
-    return lax.cond(needs, whole, compressed, state)
+    return _varying.cond(needs, whole, compressed, state)
 
   return step
 

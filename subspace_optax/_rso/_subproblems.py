@@ -28,7 +28,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -44,6 +43,7 @@ from subspace_optax import _sharding
 from subspace_optax import _sign
 from subspace_optax import _spec
 from subspace_optax import _tree
+from subspace_optax import _varying
 from subspace_optax._projectors import _gap
 from subspace_optax._rso import _merge
 from subspace_optax._rso import _trees
@@ -210,7 +210,7 @@ def subproblems(
     params, coords = _step(spec, factor, params, nodes, state.coords)
     count = jnp.asarray(optax.safe_increment(state.count))
     merge = functools.partial(_merge_all, spec, rule, nodes, state.seed, count)
-    params, coords, lost = lax.cond(
+    params, coords, lost = _varying.cond(
       count % update_proj_gap == 0,
       merge,
       lambda *args: args,
@@ -331,7 +331,7 @@ class _Rule:
       return _sharding.like(_linalg.transition(layout, p, old), same)
 
     if self.transport in ('first', 'both'):
-      same = lax.cond(first, transition, lambda: same)
+      same = _varying.cond(first, transition, lambda: same)
     return _projected.Move(jnp.broadcast_to(first, layout.batch_shape), same)
 
 

@@ -1,0 +1,240 @@
+"""Optimizers on meshes of mixed axis types, and inside of `jax.shard_map`."""
+
+import functools
+import inspect
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import references as ref
+import subspace_optax as so
+from subspace_optax import projectors
+from subspace_optax import residuals
+
+STEPS = 3
+SPEC = so.SubspaceSpec(2)
+
+
+def ready_made(name, **kwargs):
+  make = getattr(so, name)
+  if 'update_proj_gap' in inspect.signature(make).parameters:
+    kwargs = {'update_proj_gap': 2} | kwargs
+  return make(0.1, rank=2, **kwargs)
+
+
+MADE = {
+  name: functools.partial(ready_made, name)
+  for name in (
+    'galore',
+    'golore',
+    'online_subspace_descent',
+    'fira_adamw',
+    'apollo_adamw',
+    'ldadamw',
+    'subspace_adamw',
+    'subspace_muon',
+  )
+}
+# Each other place with a branch or a loop.
+PIECES = {
+  'both': lambda: so.subspace(
+    SPEC, projectors.svd(2), optax.scale_by_adam(), transport='both'
+  ),
+  'reset': lambda: so.subspace(
+    SPEC, projectors.gaussian(2), optax.scale_by_adam(), transport='reset'
+  ),
+  'error_feedback': lambda: so.subspace(
+    SPEC,
+    projectors.power_iteration(2),
+    optax.ema(0.9),
+    residual=residuals.error_feedback(),
+  ),
+  'int8': lambda: so.subspace(
+    so.SubspaceSpec(2, basis_dtype='int8'),
+    projectors.svd(2, stagger=True),
+    so.scale_by_adam8bit(),
+  ),
+  'tracking': lambda: so.subspace(
+    SPEC, projectors.grassmann_tracking(2), optax.scale_by_adam()
+  ),
+  'rotated': lambda: so.subspace(
+    SPEC, projectors.svd(2, 'randomized'), optax.scale_by_adam()
+  ),
+  'online_pca': lambda: so.subspace(
+    SPEC,
+    projectors.online_pca(optax.sgd(0.1), init='svd', update_every=2),
+    optax.scale_by_adam(),
+  ),
+}
+
+
+def normal(seed, *shape):
+  return jnp.asarray(ref.normal(seed, shape), jnp.float32)
+
+
+def parameters(seed):
+  return {
+    'w': normal(seed, 8, 12),
+    'stack': {'up': normal(seed + 1, 3, 12, 8), 'norm': normal(seed + 2, 3, 8)},
+  }
+
+
+def steps(tx, params, state, seed):
+  """Returns what is left after a scan over steps."""
+
+  def one(carry, t):
+    params, state = carry
+    gradients = jax.tree.map(lambda x: jnp.sin((t + seed) * x), params)
+    updates, state = tx.update(gradients, state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  ts = jnp.arange(1.0, STEPS + 1)
+  return lax.scan(one, (params, state), ts)[0]
+
+
+@pytest.mark.parametrize('name', MADE | PIECES)
+def test_every_device_has_a_state_of_its_own(name):
+  """Two replicas that differ take the steps that each would take alone."""
+  tx = (MADE | PIECES)[name]()
+  mesh = jax.make_mesh((2,), ('replica',), axis_types=(AxisType.Auto,))
+  both = jax.tree.map(lambda *x: jnp.stack(x), parameters(0), parameters(7))
+
+  @cases.jit
+  @functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=P('replica'),
+    out_specs=P('replica'),
+  )
+  def replicas(params, seeds):
+    params = jax.tree.map(lambda x: x[0], params)
+    left = steps(tx, params, tx.init(params), seeds[0])
+    return jax.tree.map(lambda x: x[None], left)
+
+  seeds = jnp.array([1.0, 2.0])
+  found = replicas(both, seeds)
+
+  @cases.jit
+  def alone(params, seed):
+    return steps(tx, params, tx.init(params), seed)
+
+  for i, start in enumerate((parameters(0), parameters(7))):
+    wanted = alone(start, seeds[i])
+    for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+      close = np.testing.assert_allclose
+      if jnp.issubdtype(x.dtype, jnp.integer):
+        close(x[i].astype(jnp.int32), y.astype(jnp.int32), atol=1)
+      else:
+        close(x[i], y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('name', ['golore', 'ldadamw', 'subspace_muon'])
+def test_replicas_whose_parameters_are_sharded(name, kind):
+  """One axis is manual, the other one is left to the compiler or explicit."""
+  tx = MADE[name]()
+  mesh = jax.make_mesh((2, 2), ('replica', 'fsdp'), axis_types=(kind,) * 2)
+  specs = {
+    'w': P('replica', None, 'fsdp'),
+    'stack': {
+      'up': P('replica', None, 'fsdp', None),
+      'norm': P('replica', None, None),
+    },
+  }
+  both = jax.tree.map(lambda *x: jnp.stack(x), parameters(0), parameters(7))
+  replicas = functools.partial(
+    jax.shard_map, out_specs=P('replica'), axis_names={'replica'}
+  )
+
+  def update(params, state):
+    params, state = jax.tree.map(lambda x: jnp.squeeze(x, 0), (params, state))
+    gradients = jax.tree.map(jnp.sin, params)
+    updates, state = tx.update(gradients, state, params)
+    params = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda x: x[None], (params, state))
+
+  def init(params):
+    state = tx.init(jax.tree.map(lambda x: jnp.squeeze(x, 0), params))
+    return jax.tree.map(lambda x: x[None], state)
+
+  with jax.set_mesh(mesh):
+    params = jax.tree.map(
+      lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), both, specs
+    )
+    state = cases.jit(replicas(init, in_specs=P('replica')))(params)
+    step = cases.jit(replicas(update, in_specs=P('replica')))
+    for _ in range(STEPS):
+      params, state = step(params, state)
+    found = jax.device_get(params)
+  for i, start in enumerate((parameters(0), parameters(7))):
+    params, state = (jax.tree.map(lambda x: x[None], x) for x in (
+      start, tx.init(start)))  # fmt: skip
+    for _ in range(STEPS):
+      params, state = cases.jit(update)(params, state)
+    for x, y in zip(*map(jax.tree.leaves, (found, params)), strict=True):
+      np.testing.assert_allclose(x[i], y[0], rtol=1e-4, atol=1e-4)
+
+
+E, A = AxisType.Explicit, AxisType.Auto
+MIXED = {
+  'layers': ((E,), P('x', None, None)),
+  'layers and rows': ((E, E), P('x', 'y', None)),
+  'layers over both': ((E, E), P(('x', 'y'), None, None)),
+  'explicit layers beside auto': ((E, A), P('x', None, None)),
+  'explicit columns beside auto': ((E, A), P(None, None, 'x')),
+  'explicit rows beside auto': ((A, E), P(None, 'y', None)),
+  'auto rows beside explicit layers': ((E, A), P('x', 'y')),
+}
+
+
+def stacked(seed):
+  return {'w': normal(seed, 4, 8, 12), 'bias': normal(seed, 12)}
+
+
+def train(name, kinds, spec):
+  """Returns the updates of some steps on a mesh, and how many programs ran."""
+  names = ('x', 'y')[: len(kinds)]
+  mesh = jax.make_mesh((4 // len(kinds),) * len(kinds), names, axis_types=kinds)
+  tx, found = MADE[name](), []
+  with jax.set_mesh(mesh):
+    places = {
+      k: NamedSharding(mesh, s) for k, s in {'w': spec, 'bias': P(None)}.items()
+    }
+    put = functools.partial(jax.tree.map, jax.device_put)
+    params, update = put(stacked(9), places), cases.jit(tx.update)
+    state = tx.init(params)
+    for t in range(STEPS):
+      updates, state = update(put(stacked(t), places), state, params)
+      found.append(jax.device_get(updates['w']))
+  return found, update._cache_size()
+
+
+@functools.cache
+def wanted(name):
+  """The updates on a mesh of one axis, along the columns."""
+  return train(name, (E,), P(None, None, 'x'))[0]
+
+
+# Every optimizer on some meshes, and some optimizers on every mesh.
+@pytest.mark.parametrize(
+  'name, mixed',
+  [
+    (name, mixed)
+    for i, name in enumerate(MADE)
+    for j, mixed in enumerate(MIXED)
+    if (i + j) % 4 == 0
+  ],
+)
+def test_steps_on_meshes_of_mixed_types(name, mixed):
+  """Steps are those on another mesh, and the state's types stay."""
+  found, programs = train(name, *MIXED[mixed])
+  assert programs == 1
+  np.testing.assert_allclose(found, wanted(name), rtol=1e-3, atol=1e-4)
