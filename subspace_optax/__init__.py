@@ -18,6 +18,7 @@ import importlib
 from subspace_optax import projectors as projectors
 from subspace_optax import residuals as residuals
 from subspace_optax import rso as rso
+from subspace_optax._boxes import register_box as register_box
 from subspace_optax._data_parallel import (
   data_parallel_step as data_parallel_step,
 )

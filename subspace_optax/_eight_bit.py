@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_optax import _blocks
+from subspace_optax import _boxes
 from subspace_optax import _codes
 from subspace_optax import _names
 from subspace_optax import _noise
@@ -173,7 +174,11 @@ def _eight_bit(
     raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
 
   def init(params):
+    _boxes.check_known(params)
     _tree.check_arrays(_tree.flatten(params)[0])
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
     params = _tree.unbox(params)
     coded = jax.tree.map_with_path(
       lambda path, x: _is_large(x) and not _is_excluded(exclude, path), params
@@ -198,7 +203,7 @@ def _eight_bit(
     noise = seed if rounding == 'stochastic' else None
     return _tree.replace_entries(updates, entries), encoded(new, state, noise)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
 def decoded(state: EightBitState) -> Any:

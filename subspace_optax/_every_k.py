@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _boxes
 from subspace_optax import _project
 from subspace_optax import _projected
 from subspace_optax import _sharding
@@ -58,6 +59,9 @@ def every_k(
   """
 
   def init(params):
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     mean = treedef.unflatten([_zeros(match) for match in matches])
@@ -108,7 +112,7 @@ def every_k(
       rest_state,
     )
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
 def _zeros(match: _spec.Match | None) -> Any:

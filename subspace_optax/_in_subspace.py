@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _boxes
 from subspace_optax import _dtypes
 from subspace_optax import _linalg
 from subspace_optax import _per_matrix
@@ -117,6 +118,9 @@ def in_subspace(
     return _beside(plain, run, batch_axes, takes_params)
 
   def init(params):
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     templates = treedef.unflatten([_template(spec, match) for match in matches])
@@ -210,7 +214,7 @@ def in_subspace(
   def _of_inner(state):
     return state if plain is None else state.projected
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
 class BesideState(NamedTuple):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from subspace_optax import _boxes
 from subspace_optax import _check_matches
 from subspace_optax import _describe
 from subspace_optax import _layout
@@ -56,7 +57,7 @@ class Refreshed(NamedTuple):
 
 
 class ProjectState(NamedTuple):
-  """State of `project`; trees have the parameters' structure, without boxes."""
+  """State of `project`; trees have the parameters' structure."""
 
   count: jax.Array  # shape=(), dtype=int32
   seed: Any  # tree, leaf shape=(*batch,), dtype=uint32
@@ -140,12 +141,17 @@ def project(
     )
 
   def init(params):
+    _boxes.check_known(params)
     matches = spec.match(params)
     _check_matches.check_matches(spec, matches)
     if not _describe.is_asked():
       _matrices.remember_names(params)
     _quantized_basis.check(spec, projector)
     _describe.record(spec, matches, projector, keep_gradient)
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
+    matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     make = functools.partial(_matrices.per_matrix, matches, treedef)
     subspaces = _base.Subspaces(
@@ -253,7 +259,7 @@ def project(
     new_state = ProjectState(count, state.seed, subspaces, own)
     return _tree.replace_entries(updates, entries), new_state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
 def paths(state: ProjectState) -> tuple[str, ...]:

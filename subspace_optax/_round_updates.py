@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _boxes
 from subspace_optax import _noise
 from subspace_optax import _projected
 from subspace_optax import _rounding
@@ -123,6 +124,9 @@ def _stochastic(seed: int) -> optax.GradientTransformationExtraArgs:
 def _compensated() -> optax.GradientTransformationExtraArgs:
   def init(params):
     _leaves('compensated', params)
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
     return CompensatedState(jax.tree.map(_nothing_lost, _tree.unbox(params)))
 
   def update(updates, state, params=None, **extra_args):
@@ -152,11 +156,12 @@ def _compensated() -> optax.GradientTransformationExtraArgs:
       CompensatedState(treedef.unflatten(lost)),
     )
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
 def _leaves(rounding: str, params: Any) -> list[Any]:
   """Returns the leaves, if all of them can be rounded like this."""
+  _boxes.check_known(params)
   pairs, _ = _tree.flatten(params)
   _tree.check_arrays(pairs)
   pairs = [(path, leaf) for path, leaf in pairs if not _tree.is_masked(leaf)]

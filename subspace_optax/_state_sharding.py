@@ -31,9 +31,9 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
+from subspace_optax import _boxes
 from subspace_optax import _notices
 from subspace_optax import _sharding
-from subspace_optax import _tree
 from subspace_optax._rso import _subproblems
 
 
@@ -126,7 +126,7 @@ def _shapes(params: Any, mesh: Mesh) -> Any:
       leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
     )
 
-  return jax.tree.map(entry, params, is_leaf=_tree.is_box)
+  return jax.tree.map(entry, params, is_leaf=_boxes.is_box)
 
 
 def _check_spec(spec: PartitionSpec, mesh: Mesh) -> None:
@@ -148,7 +148,7 @@ def _spec_of_box(x: Any) -> PartitionSpec:
   if isinstance(x, linen.LogicallyPartitioned):
     spec = spmd.logical_to_mesh_axes(x.names, x.rules)
     return PartitionSpec() if spec is None else spec
-  return linen.get_partition_spec(x) if _tree.is_box(x) else PartitionSpec()
+  return linen.get_partition_spec(x) if _boxes.is_box(x) else PartitionSpec()
 
 
 def _mesh(params: Any) -> Mesh | None:

@@ -19,14 +19,13 @@ wrapper hid a leaf. Everything here sees *entries*: one array, `Projected` or
 `MaskedNode` per parameter, in tree order.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from flax import nnx
-from flax.core import meta
 import jax
 import optax
 
+from subspace_optax import _boxes
 from subspace_optax import _projected
 
 
@@ -41,22 +40,9 @@ def is_entry(x: Any) -> bool:
   return is_masked(x) or isinstance(x, ours)
 
 
-def is_box(x: Any) -> bool:
-  """Whether `x` is one of flax's boxes around an array."""
-  return isinstance(x, nnx.Variable | meta.AxisMetadata)
-
-
 def unbox(tree: Any) -> Any:
-  """Returns `tree` with flax boxes replaced by the arrays inside them."""
-
-  def content(x: Any) -> Any:
-    # A box is a pytree node with one child; reading it as such needs no API of
-    # the box, and adds none of its sharding constraints.
-    if not is_box(x):
-      return x
-    return jax.tree.leaves(x, is_leaf=lambda y: y is not x)[0]
-
-  return jax.tree.map(content, tree, is_leaf=lambda x: is_box(x) or is_entry(x))
+  """Returns `tree` with boxes replaced by the arrays inside them."""
+  return _boxes.unbox(tree, is_leaf=is_entry)
 
 
 def path_str(path: Sequence[Any]) -> str:
@@ -84,40 +70,20 @@ def check_arrays(pairs: Sequence[tuple[str, Any]]) -> None:
       )
 
 
-AxisNames = dict[str, tuple[str | None, ...]]
+AxisNames = dict[str, _boxes.Names]
 
 
 def axis_names(tree: Any) -> AxisNames:
   """Returns the names of axes that boxes hold, by the path of their array."""
   pairs, _ = jax.tree_util.tree_flatten_with_path(
-    tree, is_leaf=lambda x: is_entry(x) or _names_of(x) is not None
+    tree, is_leaf=lambda x: is_entry(x) or _boxes.is_box(x)
   )
-  found = {}
-  for path, x in pairs:
-    names = _names_of(x)
-    if names is not None:
-      inner = () if is_box(x) else jax.tree_util.tree_leaves_with_path(x)[0][0]
-      # Several mesh axes in a tuple are no name.
-      found[path_str((*path, *inner))] = tuple(
-        name if isinstance(name, str) else None for name in names
-      )
-  return found
+  found = {path_str(path): _names(x) for path, x in pairs}
+  return {path: names for path, names in found.items() if names is not None}
 
 
-def _names_of(x: Any) -> Any:
-  """Returns the names of axes in a box of flax's, or a haliax NamedArray."""
-  if isinstance(x, nnx.Variable):
-    metadata = x.get_metadata()
-    keys = ('out_sharding', 'sharding', 'sharding_names')
-    names = next((metadata[k] for k in keys if metadata.get(k)), None)
-    names = getattr(names, 'spec', names)
-    return names if isinstance(names, Iterable) else None
-  if isinstance(x, meta.AxisMetadata):
-    return getattr(x, 'names', None)
-  axes = getattr(x, 'axes', None)
-  if isinstance(axes, tuple) and hasattr(x, 'array'):
-    return [getattr(axis, 'name', None) for axis in axes]
-  return None
+def _names(x: Any) -> _boxes.Names | None:
+  return _boxes.axes_of(x) if _boxes.is_box(x) else None
 
 
 def replace_entries(tree: Any, entries: Sequence[Any]) -> Any:

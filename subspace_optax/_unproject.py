@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _boxes
 from subspace_optax import _projected
 from subspace_optax import _sharding
 from subspace_optax import _spec
@@ -102,6 +103,9 @@ def unproject_any(
   def init(params):
     if make_state is None:
       return optax.EmptyState()
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     leaves = [_init(make_state, spec, match) for match in matches]
@@ -133,7 +137,7 @@ def unproject_any(
       state = state._replace(count=count, residual=treedef.unflatten(new))
     return _tree.replace_entries(updates, entries), state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
 def _init(

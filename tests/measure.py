@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
+from flax.core import meta
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def residual_state(state: Any) -> list[Any]:
 
 def bases(state: Any) -> dict[str, Any]:
   """Returns the bases in a state by path."""
-  found = cases.flat(project_state(state).subspaces.basis)
+  found = cases.flat(meta.unbox(project_state(state).subspaces.basis))
   is_masked = lambda x: isinstance(x, optax.MaskedNode)
   return {path: x for path, x in found.items() if not is_masked(x)}
 

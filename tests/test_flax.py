@@ -144,10 +144,15 @@ def test_boxes_come_back_as_they_went_in(model):
   updates, after = jax.eval_shape(tx.update, params, state, params)
   assert jax.tree.structure(updates) == jax.tree.structure(params)
   assert jax.tree.structure(after) == jax.tree.structure(state)
-  # The state itself has no boxes, and none of their metadata.
-  is_box = lambda x: isinstance(x, nnx.Variable)
-  leaves = jax.tree.leaves(state, is_leaf=is_box)
-  assert leaves and not any(map(is_box, leaves))
+  # Arrays of the state are in boxes of their own, whose axes are named.
+  specs = nnx.to_pure_dict(nnx.get_partition_spec(state[0][1].inner.mu))
+  assert specs['blocks']['up']['kernel'] == P(None, 'fsdp', 'tensor')
+  for (path, x), spec in zip(
+    jax.tree.leaves_with_path(state),
+    jax.tree.leaves(nnx.get_partition_spec(state)),
+    strict=True,
+  ):
+    assert len(spec) <= x.ndim, path
 
 
 class Linen(nn.Module):
@@ -224,9 +229,14 @@ def test_linen_train_state_with_boxed_axis_1_stacked_parameters():
     'wide/kernel',
     'plain/kernel',
   }
-  # The state has no boxes, whose axis names would be those of other shapes.
-  is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
-  assert not any(map(is_box, jax.tree.leaves(state.opt_state, is_leaf=is_box)))
+  # Boxes have the names of the axes that are in them.
+  specs = nn.get_partition_spec(measure.project_state(state.opt_state))
+  assert specs.subspaces.basis['wide']['kernel'] == P('embed', 'mlp')
+  assert specs.subspaces.basis['layers']['dense']['kernel'] == P(
+    'embed', 'layers', 'mlp'
+  )
+  assert specs.subspaces.drift['layers']['dense']['kernel'] == P('layers')
+  assert specs.subspaces.basis['plain']['kernel'] == P()
 
 
 def test_linen_boxes_give_the_steps_of_bare_arrays():
@@ -236,7 +246,7 @@ def test_linen_boxes_give_the_steps_of_bare_arrays():
   assert jax.tree.structure(boxed) != jax.tree.structure(bare)
   tx = so.golore(0.01, rank=4)
   shapes = jax.eval_shape(tx.init, boxed)
-  assert jax.tree.structure(shapes) == jax.tree.structure(
+  assert jax.tree.structure(nn.unbox(shapes)) == jax.tree.structure(
     jax.eval_shape(tx.init, bare)
   )
   updates, _ = jax.eval_shape(tx.update, boxed, shapes, boxed)

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from subspace_optax import _boxes
 from subspace_optax import _layout
 from subspace_optax import _spec
 from subspace_optax import _tree
@@ -217,7 +218,7 @@ def _lift_leaf(
 
 def lifted_in(x: Any) -> _lifted.Lifted | None:
   """Returns the lifted leaf that `x` is, or that it is a box of."""
-  if _tree.is_box(x):
+  if _boxes.is_box(x):
     x = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
     x = x[0] if x else None
   return x if isinstance(x, _lifted.Lifted) else None
