@@ -48,12 +48,21 @@ class Axes(NamedTuple):
     cols: the axes of the columns; all others count matrices.
     how: 'two axes', 'named', 'metadata', 'siblings', 'name' or 'assumed'.
     reason: why there is no matrix.
+    order: 'in_out' or 'out_in' if a bias tells it of a kernel with one axis on
+      each side, else ''.
   """
 
   rows: tuple[int, ...]
   cols: tuple[int, ...]
   how: str
   reason: str = ''
+  order: str = ''
+
+  def reversed(self) -> 'Axes':
+    """Returns the axes of a kernel that has its outputs first."""
+    if self.how == 'metadata' or len(self.rows) != 1 or len(self.cols) != 1:
+      return self
+    return self._replace(rows=self.cols, cols=self.rows)
 
 
 def _without_matrix(reason: str, how: str = '') -> Axes:
@@ -83,7 +92,10 @@ class Decisions:
   @functools.cached_property
   def axes(self) -> dict[str, Axes]:
     """The axes of every leaf."""
-    return {leaf.path: _decide(leaf, self.family) for leaf in self._leaves}
+    return {
+      leaf.path: _with_order(leaf, _decide(leaf, self.family), self.family)
+      for leaf in self._leaves
+    }
 
   @functools.cached_property
   def plain_kinds(self) -> dict[str, str]:
@@ -135,6 +147,20 @@ def _decide(leaf: _siblings.Leaf, family: _siblings.Family) -> Axes:
     or _convolution(leaf, counted, family)
     or _assumed(leaf, counted)
   )
+
+
+def _with_order(
+  leaf: _siblings.Leaf, axes: Axes, family: _siblings.Family
+) -> Axes:
+  """Returns the axes with what a bias tells of their order, if it does."""
+  if not len(axes.rows) == len(axes.cols) == 1:
+    return axes
+  bias = family.bias(leaf) or ()
+  inputs, outputs = (leaf.shape[i] for i in axes.rows + axes.cols)
+  layers = [n for i, n in enumerate(leaf.shape) if i not in axes[0] + axes[1]]
+  orders: dict[tuple[int, ...], str]
+  orders = {(*layers, outputs): 'in_out', (*layers, inputs): 'out_in'}
+  return axes._replace(order=orders.get(bias, '') if len(orders) > 1 else '')
 
 
 def _two_axes(leaf: _siblings.Leaf, counted: tuple[int, ...] | None) -> Axes:

@@ -203,24 +203,20 @@ def _box_like(box: Any, x: jax.Array, kind: jax.ShapeDtypeStruct) -> Any:
   """Returns an array in a box like its parameter's, if there is one."""
   if box is None:
     return x
-  names = _axes_for_state(box) or (None,) * content(box).ndim
-  spec = getattr(kind.sharding, 'spec', ())  # none of some scalars
-  axes = [
-    entry if isinstance(entry, tuple) else (entry,)
-    for entry in (*spec, *[None] * x.ndim)[: x.ndim]
-  ]
-  # Ranks are split along all axes of a mesh, those of longer leaves, too.
-  name_of = dict(zip(map(str, range(len(names))), names, strict=True))
-  found = [map(name_of.get, axis) for axis in axes]
-  first = [next(filter(None, of_axis), None) for of_axis in found]
-  fitting = [
-    name if name is not None and _divides(box, name, n) else None
-    for name, n in zip(first, x.shape, strict=True)
-  ]
-  return _kind(box).wrap(box, x, tuple(fitting))
+  known = _axes_for_state(box) or ()
+  name_of = {str(i): name for i, name in enumerate(known)}
+  spec = getattr(kind.sharding, 'spec', ())  # some scalars have none
+  names: list[str | None] = [None] * x.ndim
+  for i, entry in enumerate(spec):
+    # Ranks are split along all axes of a mesh, those of longer leaves, too.
+    axes = entry if isinstance(entry, tuple) else (entry,)
+    found = [name_of[k] for k in axes if k in name_of and name_of[k]]
+    if found and _divides(box, found[0], x.shape[i]):
+      names[i] = found[0]
+  return _kind(box).wrap(box, x, tuple(names))
 
 
-def _divides(box: Any, name: str, size: int) -> bool:
+def _divides(box: Any, name: Any, size: int) -> bool:
   """Whether a mesh, if it is known, can cut `size` numbers along an axis."""
   mesh = getattr(box, 'mesh', None) or jax.sharding.get_abstract_mesh()
   if mesh.empty:

@@ -55,6 +55,13 @@ def check_matches(
       f'more state than Adam:\n{_full_ranks(clipped)}\n'
       'Take a smaller rank, or name them in `exclude`.'
     )
+  reversed_ = [match for match in known if match.is_reversed]
+  if reversed_:
+    _notices.warn(
+      'the biases of these kernels are as long as what is read as their inputs:'
+      f'\n{_guesses(reversed_)}\nPass outputs_first={not spec.outputs_first} '
+      'to SubspaceSpec, or their axes in weight_dimension_numbers.'
+    )
   if guessed:
     _notices.warn(
       'no metadata and no other leaf tells which axes of these leaves form '

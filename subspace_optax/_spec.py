@@ -67,6 +67,7 @@ class Match(NamedTuple):
     reason: why it stays plain.
     how: how its matrix was found, see `SubspaceSpec`; '' if it has none.
     is_clipped: whether a larger rank was asked for than its short side.
+    is_reversed: whether its bias has the length of what is read as inputs.
   """
 
   path: str
@@ -76,6 +77,7 @@ class Match(NamedTuple):
   reason: str = ''
   how: str = ''
   is_clipped: bool = False
+  is_reversed: bool = False
 
   @property
   def matrices(self) -> str:
@@ -133,6 +135,11 @@ class SubspaceSpec:
       float16 the square of a gradient of 1e-4 is 0. 'parameter' for the
       parameter's dtype, which is what optax takes. Coordinates are float32 or
       wider in any case.
+    outputs_first: whether kernels are (out, in), as those of equinox and of
+      PyTorch, and not (in, out), as those of Flax and haiku. It matters to the
+      sides 'in' and 'out', and to `subspace_muon`, whose steps are longer the
+      more outputs there are. Where `weight_dimension_numbers` or metadata name
+      the axes, these are right as they are.
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an
@@ -160,6 +167,7 @@ class SubspaceSpec:
   key_group: Callable[[str], str] | None = None
   basis_dtype: Any = jnp.float32
   moment_dtype: Any = None
+  outputs_first: bool = False
 
   def __post_init__(self):
     if not callable(self.rank):
@@ -220,6 +228,7 @@ class SubspaceSpec:
       return Match(path, leaf, None, False, reason)
     if dims is None:
       axes = decisions.axes[path]
+      axes = axes.reversed() if self.outputs_first else axes
     else:
       axes = _axes.Axes(*_named_axes(path, leaf, dims), 'named')
     if axes.reason:
@@ -237,7 +246,15 @@ class SubspaceSpec:
       r, m, n = layout.rank, layout.m, layout.n
       reason = f'rank {r} of {m} x {n} would take as much state as Adam'
       return plain(selected=min(m, n) > 1, reason=reason)
-    return Match(path, leaf, layout, how=axes.how, is_clipped=is_clipped)
+    wrong = 'in_out' if self.outputs_first else 'out_in'
+    return Match(
+      path,
+      leaf,
+      layout,
+      how=axes.how,
+      is_clipped=is_clipped,
+      is_reversed=axes.order == wrong,
+    )
 
   def dtype_of_moments(self, dtype: Any) -> Any:
     """Returns the dtype of a leaf's moments, given that of the leaf."""

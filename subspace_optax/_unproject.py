@@ -103,14 +103,8 @@ def unproject_any(
   def init(params):
     if make_state is None:
       return optax.EmptyState()
+    first_state = functools.partial(_first_state, make_state, spec)
     return _boxes.box_state(first_state, params)
-
-  def first_state(params):
-    matches = spec.match(params)
-    _, treedef = _tree.flatten(params)
-    leaves = [_init(make_state, spec, match) for match in matches]
-    state = ResidualState(jnp.zeros((), jnp.int32), treedef.unflatten(leaves))
-    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
   def update(updates, state, params=None, **extra_args):
     del extra_args
@@ -138,6 +132,16 @@ def unproject_any(
     return _tree.replace_entries(updates, entries), state
 
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+
+
+def _first_state(
+  make_state: Callable[..., jax.Array], spec: _spec.SubspaceSpec, params: Any
+) -> ResidualState:
+  matches = spec.match(params)
+  _, treedef = _tree.flatten(params)
+  leaves = [_init(make_state, spec, match) for match in matches]
+  state = ResidualState(jnp.zeros((), jnp.int32), treedef.unflatten(leaves))
+  return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
 
 def _init(

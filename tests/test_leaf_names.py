@@ -330,36 +330,6 @@ def test_routers_are_matrices_in_boxes_as_without():
   assert model_trees.matrices_of(match) == (1, 64, 8)
 
 
-@jax.tree_util.register_pytree_node_class
-class NamedArray:
-  """An array with named axes as haliax has it."""
-
-  def __init__(self, array, axes):
-    self.array, self.axes = array, axes
-
-  def tree_flatten(self):
-    return (self.array,), self.axes
-
-  @classmethod
-  def tree_unflatten(cls, axes, arrays):
-    return cls(arrays[0], axes)
-
-
-class Axis:
-  def __init__(self, name):
-    self.name = name
-
-
-def test_names_of_haliax_axes_tell():
-  axes = tuple(map(Axis, ('layers', 'embed', 'heads', 'head_size')))
-  array = jax.ShapeDtypeStruct((3, 64, 2, 8), jnp.float32)
-  spec = so.SubspaceSpec(1)
-  (match,) = spec.match({'o_proj': {'weight': NamedArray(array, axes)}})
-  assert (
-    model_trees.matrices_of(match) == (3, 16, 64) and match.how == 'metadata'
-  )
-
-
 def test_exclude_as_a_pattern_replaces_the_names():
   shapes = {'lm_head/kernel': (64, 99), 'blocks/up': (64, 99)}
   assert model_trees.matches_of(shapes)['lm_head/kernel'].layout is None

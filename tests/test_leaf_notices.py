@@ -1,7 +1,10 @@
 """What `init` says of matrices that are assumed, too small or missing."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -193,3 +196,43 @@ def test_unproject_honours_allow_empty():
   params = {'bias': jnp.ones(8)}
   updates, _ = tx.update(params, tx.init(params), params)
   assert updates['bias'].shape == (8,)
+
+
+def equinox_layers(**shapes):
+  return {
+    name: {'weight': jnp.ones(shape), 'bias': jnp.ones(shape[:-1])}
+    for name, shape in shapes.items()
+  }
+
+
+@pytest.mark.parametrize('shape', [(32, 16), (16, 32), (3, 32, 16)])
+def test_kernels_with_their_outputs_first_are_told_of(shape):
+  params = equinox_layers(up=shape)
+  tx = so.golore(1e-3, rank=4)
+  with pytest.warns(UserWarning, match='outputs_first=True') as found:
+    tx.init(params)
+  assert 'up/weight' in str(found[0].message)
+  flax = {'up': {'kernel': jnp.ones((32, 16)), 'bias': jnp.ones(16)}}
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    so.golore(1e-3, spec=so.SubspaceSpec(4, outputs_first=True)).init(params)
+    tx.init(flax)
+    tx.init(equinox_layers(square=(16, 16)))
+  with pytest.warns(UserWarning, match='outputs_first=False'):
+    so.golore(1e-3, spec=so.SubspaceSpec(4, outputs_first=True)).init(flax)
+
+
+def test_steps_with_outputs_first_are_those_of_the_transposed_kernels():
+  weight = jnp.sin(jnp.arange(20.0 * 12)).reshape(20, 12)
+
+  def first_step(outputs_first, params):
+    spec = so.SubspaceSpec(4, outputs_first=outputs_first)
+    tx = so.subspace_muon(0.1, spec=spec)
+    updates, _ = tx.update(params, tx.init(params), params)
+    return updates['w']
+
+  wanted = first_step(False, {'w': weight.T})
+  got = first_step(True, {'w': weight})
+  # Newton and Schulz's iteration takes up rounding.
+  np.testing.assert_allclose(got, wanted.T, rtol=1e-3, atol=1e-4)
+  assert not np.allclose(first_step(False, {'w': weight}), wanted.T, rtol=0.1)

@@ -299,6 +299,7 @@ def test_moments_have_the_structure_of_the_parameters(make):
     adam = _adam(state)
     assert isinstance(adam, optax.ScaleByAdamState)
     for moments in (adam.mu, adam.nu):
+      moments = nn.unbox(moments)  # boxes name the axes of what is in them
       assert jax.tree.structure(moments) == jax.tree.structure(params)
       for path, moment in cases.flat(moments).items():
         leaf = LEAVES[path]

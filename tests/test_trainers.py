@@ -4,17 +4,12 @@ Parameters are those of the trainers, smaller: their paths, their boxes and the
 names of their axes. Each trainer's own calls say where the state goes.
 """
 
-import inspect
 import math
 
 from flax import linen as nn
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-import numpy as np
 import optax
 import pytest
 

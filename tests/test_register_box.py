@@ -1,0 +1,244 @@
+"""Arrays in boxes: whose they are, and in which ones the state comes."""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import errors
+import measure
+import model_trees
+import subspace_optax as so
+
+
+class Axis(NamedTuple):
+  name: str
+  size: int
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class NamedArray:
+  """An array with named axes as haliax has it, which checks its sizes."""
+
+  def __init__(self, array, axes):
+    self.array, self.axes = array, axes
+    shape = getattr(array, 'shape', None)
+    if shape is not None and shape != tuple(axis.size for axis in axes):
+      raise ValueError(f'an array of {shape} with axes {axes}')
+
+  dtype = property(lambda self: self.array.dtype)
+  shape = property(lambda self: {x.name: x.size for x in self.axes})
+
+  def tree_flatten_with_keys(self):
+    return ((jax.tree_util.GetAttrKey('array'), self.array),), self.axes
+
+  @classmethod
+  def tree_unflatten(cls, axes, arrays):
+    self = object.__new__(cls)
+    self.array, self.axes = arrays[0], axes
+    return self
+
+
+def wrap(box, array, names):
+  sizes = zip(names, array.shape, strict=True)
+  axes = [Axis(k or f'axis_{n}', n) for k, n in sizes]
+  return NamedArray(array, tuple(axes))
+
+
+@pytest.fixture(autouse=True)
+def registered():
+  so.register_box(
+    NamedArray, lambda box: [axis.name for axis in box.axes], wrap
+  )
+
+
+def named(**sizes):
+  key = jax.random.key(sum(sizes.values()))
+  array = jax.random.normal(key, tuple(sizes.values()))
+  return NamedArray(array, tuple(map(Axis, sizes, sizes.values())))
+
+
+def model():
+  return {
+    'q_proj': {'weight': named(layers=3, embed=12, heads=2, head_size=6)},
+    'up_proj': {'weight': named(layers=3, embed=12, mlp=20)},
+    'norm': {'weight': named(layers=3, embed=12)},
+  }
+
+
+def is_named(x):
+  return isinstance(x, NamedArray)
+
+
+def test_names_of_axes_tell_the_matrix():
+  weight = named(layers=3, embed=16, heads=2, head_size=8)
+  params = {'o_proj': {'weight': weight}}
+  (match,) = so.SubspaceSpec(1).match(params)
+  assert model_trees.matrices_of(match) == (3, 16, 16)
+  assert match.how == 'metadata'
+
+
+OPTIMIZERS = ['golore', 'online_subspace_descent', 'ldadamw', 'subspace_muon']
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_state_is_in_boxes_of_its_own(name):
+  """Every box holds what its axes say; steps are those of bare arrays."""
+  tx, params = getattr(so, name)(0.1, rank=2), model()
+  state = tx.init(params)
+  boxes = [x for x in jax.tree.leaves(state, is_leaf=is_named) if is_named(x)]
+  assert len(boxes) > 9
+  for box in boxes:
+    assert box.array.shape == tuple(axis.size for axis in box.axes)
+  bare = jax.tree.map(lambda x: x.array, params, is_leaf=is_named)
+  numbers = {
+    'q_proj': {'weight': so.DimensionNumbers(1, (2, 3))},
+    'up_proj': {'weight': so.DimensionNumbers(1, 2)},
+    'norm': {'weight': None},
+  }
+  spec = so.SubspaceSpec(2, weight_dimension_numbers=numbers)
+  alone = getattr(so, name)(0.1, spec=spec)
+  own = alone.init(bare)
+  update, alone_update = cases.jit(tx.update), cases.jit(alone.update)
+  for t in range(3):
+    gradients = jax.tree.map(lambda x, t=t: jnp.sin((t + 1) * x), params)
+    start = jax.tree.structure(state)
+    updates, state = update(gradients, state, params)
+    assert jax.tree.structure(state) == start
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    gradients = jax.tree.map(lambda x, t=t: jnp.sin((t + 1) * x), bare)
+    wanted, own = alone_update(gradients, own, bare)
+    for x, y in zip(*map(jax.tree.leaves, (updates, wanted)), strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  assert update._cache_size() == 1
+
+
+def test_names_of_a_rank_are_those_of_what_it_stands_for():
+  state = so.golore(0.1, rank=2).init(model())
+  bases = measure.project_state(state).subspaces.basis
+  names = lambda x: [axis.name for axis in x.axes]
+  assert names(bases['up_proj']['weight']) == ['layers', 'embed', 'mlp']
+  assert names(bases['q_proj']['weight']) == ['layers', 'embed', 'heads']
+  moments = state[0][1].inner.mu
+  assert names(moments['up_proj']['weight']) == ['layers', 'embed', 'mlp']
+  assert moments['up_proj']['weight'].array.shape == (3, 2, 20)
+  assert names(moments['norm']['weight']) == ['layers', 'embed']
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda: so.golore(0.1, rank=2),
+    lambda: so.scale_by_adam8bit(),
+    lambda: so.round_updates(),
+  ],
+)
+def test_a_wrapper_that_nobody_registered(make):
+  params = {'w': Stranger(jnp.ones((12, 16)))}
+  with errors.raises(TypeError, "'w'", 'Stranger', 'register_box'):
+    make().init(params)
+
+
+@jax.tree_util.register_pytree_node_class
+class Stranger:
+  def __init__(self, array):
+    self.array = array
+
+  dtype = property(lambda self: self.array.dtype)
+  shape = property(lambda self: self.array.shape)
+
+  def tree_flatten(self):
+    return (self.array,), None
+
+  @classmethod
+  def tree_unflatten(cls, _, arrays):
+    return cls(arrays[0])
+
+
+@pytest.mark.parametrize('cls', [jnp.ndarray, 'NamedArray', 3])
+def test_what_is_no_box(cls):
+  with errors.raises(TypeError, 'class around an array'):
+    so.register_box(cls, lambda box: None, wrap)
+
+
+# flax's boxes.
+
+
+def test_a_sharding_of_the_optimizer_goes_before_that_of_the_model():
+  kernel = nnx.Param(
+    jnp.ones((16, 24)),
+    out_sharding=(None, 'tensor'),
+    optimizer_sharding=('fsdp', 'tensor'),
+    eager_sharding=False,
+  )
+
+  class Model(nnx.Module):
+    def __init__(self):
+      self.kernel = kernel
+
+  tx = so.golore(0.1, rank=4)
+  optimizer = nnx.Optimizer(Model(), tx, wrt=nnx.Param)
+  specs = nnx.get_partition_spec(nnx.state(optimizer.opt_state))
+  found = {
+    x.shape: spec
+    for x, spec in zip(
+      jax.tree.leaves(nnx.state(optimizer.opt_state)),
+      jax.tree.leaves(specs),
+      strict=True,
+    )
+  }
+  assert found[16, 4] == found[4, 24] == P('fsdp', 'tensor')
+
+
+def test_a_rank_that_the_mesh_does_not_divide_has_no_name():
+  box = nn.Partitioned(jnp.ones((16, 24)), ('fsdp', None))
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  tx = so.golore(0.1, rank=6)
+  init = lambda: nn.get_partition_spec(tx.init({'w': box})[0][1].inner.mu)
+  assert init() == {'w': P('fsdp', None)}
+  with jax.set_mesh(mesh):
+    assert init() == {'w': P(None, None)}
+
+
+def test_logical_names_are_looked_up_in_rules():
+  box = nn.LogicallyPartitioned(jnp.ones((16, 24)), ('embed', 'mlp'))
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  tx = so.golore(0.1, rank=6)
+  for axis, name in [('fsdp', None), (None, 'embed')]:
+    with jax.set_mesh(mesh), nn.logical_axis_rules([('embed', axis)]):
+      moment = tx.init({'w': box})[0][1].inner.mu['w']
+    assert moment.names == (name, 'mlp')
+
+
+def test_boxes_inside_of_wrappers():
+  """Leaves without a box, masked ones, and accumulation."""
+  params = {
+    'w': nn.Partitioned(jnp.ones((16, 24)), ('fsdp', None)),
+    'bare': jnp.ones((16, 24)),
+    'hidden': nn.Partitioned(jnp.ones((8, 8)), (None, 'fsdp')),
+  }
+  spec = so.SubspaceSpec(2)
+  tx = so.subspace(
+    spec, so.projectors.stiefel(2), so.scale_by_adam8bit(), every_k=2
+  )
+  tx = optax.masked(tx, {'w': True, 'bare': True, 'hidden': False})
+  state = tx.init(params)
+  for _ in range(2):
+    before = jax.tree.structure(state)
+    updates, state = cases.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(state) == before
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+  boxes = [
+    x
+    for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, 'names'))
+    if hasattr(x, 'names')
+  ]
+  assert boxes and all(len(x.names) == x.value.ndim for x in boxes)
