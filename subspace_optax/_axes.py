@@ -59,8 +59,11 @@ class Axes(NamedTuple):
   order: str = ''
 
   def reversed(self) -> 'Axes':
-    """Returns the axes of a kernel that has its outputs first."""
-    if self.how == 'metadata' or len(self.rows) != 1 or len(self.cols) != 1:
+    """Returns the axes of a kernel that has its outputs first.
+
+    Where heads are axes of their own, it is known which side they are on.
+    """
+    if len(self.rows) != 1 or len(self.cols) != 1:
       return self
     return self._replace(rows=self.cols, cols=self.rows)
 

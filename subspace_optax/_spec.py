@@ -135,11 +135,11 @@ class SubspaceSpec:
       float16 the square of a gradient of 1e-4 is 0. 'parameter' for the
       parameter's dtype, which is what optax takes. Coordinates are float32 or
       wider in any case.
-    outputs_first: whether kernels are (out, in), as those of equinox and of
-      PyTorch, and not (in, out), as those of Flax and haiku. It matters to the
-      sides 'in' and 'out', and to `subspace_muon`, whose steps are longer the
-      more outputs there are. Where `weight_dimension_numbers` or metadata name
-      the axes, these are right as they are.
+    outputs_first: whether kernels are (out, in), as those of equinox, haliax
+      and PyTorch, and not (in, out), as those of Flax and haiku; not where
+      `weight_dimension_numbers` say it, nor where heads are axes of their own.
+      It matters to the sides 'in' and 'out', and to `subspace_muon`, whose
+      steps are longer the more outputs there are.
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an

@@ -2,6 +2,7 @@
 
 import warnings
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,3 +237,9 @@ def test_steps_with_outputs_first_are_those_of_the_transposed_kernels():
   # Newton and Schulz's iteration takes up rounding.
   np.testing.assert_allclose(got, wanted.T, rtol=1e-3, atol=1e-4)
   assert not np.allclose(first_step(False, {'w': weight}), wanted.T, rtol=0.1)
+
+
+def test_outputs_first_where_boxes_name_the_axes():
+  box = nn.Partitioned(jnp.ones((3, 32, 16)), ('layers', 'mlp', 'embed'))
+  (match,) = so.SubspaceSpec(4, outputs_first=True).match({'w': box})
+  assert match.matrices == '3 x (16 x 32)' and match.how == 'metadata'
