@@ -300,3 +300,57 @@ def test_plain_leaves_of_8_bits_step_as_in_float32(dtype):
     assert step['b'].dtype == own
     updates.append(np.float32(step['b']))
   np.testing.assert_allclose(*updates, rtol=2**-3)
+
+
+def layouts(*forms):
+  """Leaves whose axes are rows (i), columns (o), stacks (b), in any order."""
+  sizes = {'b': 2, 'i': 3, 'o': 4}
+  every = {''.join(x) for f in forms for x in itertools.permutations(f)}
+  return {
+    form: cases.Leaf(
+      tuple(sizes[c] + i for i, c in enumerate(form)),
+      BF16,
+      tuple(i for i, c in enumerate(form) if c == 'i'),
+      tuple(i for i, c in enumerate(form) if c == 'o'),
+    )
+    for form in sorted(every)
+  }
+
+
+def assert_steps_are_those_in_float32(make, leaves):
+  """The first updates, for gradients that both dtypes hold exactly."""
+  found = []
+  for dtype in (BF16, jnp.float32):
+    params = jax.tree.map(lambda x, d=dtype: x.astype(d), cases.tree(leaves))
+    tx = make(so.SubspaceSpec(
+      2,
+      only_if_smaller=False,
+      weight_dimension_numbers=cases.dimension_numbers(leaves),
+    ))  # fmt: skip
+    updates, _ = cases.jit(tx.update)(params, tx.init(params), params)
+    found.append(cases.flat(updates))
+  for path, x in found[0].items():
+    assert x.dtype == BF16
+    want = np.float32(found[1][path])
+    norm = np.linalg.norm(want)
+    np.testing.assert_array_less(np.linalg.norm(x - want), 0.03 * norm, path)
+
+
+def test_every_layout_of_three_and_four_axes():
+  """XLA:CPU has no kernel for some of these products of bfloat16."""
+  leaves = layouts('bio', 'iio', 'ioo', 'biio', 'bioo')
+  make = lambda spec: so.subspace(
+    spec, so.projectors.stiefel(9), optax.identity()
+  )
+  assert_steps_are_those_in_float32(make, leaves)
+
+
+@each
+def test_layouts_of_kernels(name):
+  leaves = layouts('bio') | {
+    'wo': cases.Leaf((6, 2, 8), BF16, (0,), (2,)),
+    'query': cases.Leaf((8, 3, 4), BF16, (0,), (1, 2)),
+    'out': cases.Leaf((3, 2, 4, 8), BF16, (0, 2), (3,)),
+  }
+  make = lambda spec: getattr(so, name)(LR, spec=spec)
+  assert_steps_are_those_in_float32(make, leaves)
