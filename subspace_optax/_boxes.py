@@ -68,14 +68,19 @@ def register_box(
     TypeError: `cls` is no class, or is an array.
 
   Example:
-    >>> import haliax, subspace_optax as so  # doctest: +SKIP
-    >>> def wrap(box, array, names):  # doctest: +SKIP
-    ...   sizes = zip(names, array.shape, strict=True)
-    ...   axes = [haliax.Axis(k or f'axis_{n}', n) for k, n in sizes]
-    ...   return haliax.NamedArray(array, tuple(axes))
-    >>> so.register_box(  # doctest: +SKIP
-    ...   haliax.NamedArray, lambda box: [axis.name for axis in box.axes], wrap
+    >>> import dataclasses, jax, jax.numpy as jnp, subspace_optax as so
+    >>> @jax.tree_util.register_dataclass
+    ... @dataclasses.dataclass
+    ... class Named:
+    ...   array: jax.Array
+    ...   names: tuple = dataclasses.field(metadata={'static': True})
+    >>> so.register_box(
+    ...   Named, lambda box: box.names, lambda box, x, names: Named(x, names)
     ... )
+    >>> tx = so.golore(1e-3, rank=4)
+    >>> state = tx.init({'w': Named(jnp.ones((16, 64)), ('embed', 'mlp'))})
+    >>> print(state[0][1].inner.mu['w'].names)
+    ('embed', 'mlp')
   """
   if not isinstance(cls, type) or issubclass(cls, jax.Array):
     raise TypeError(f'cls must be a class around an array, got {cls!r}.')

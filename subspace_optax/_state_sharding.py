@@ -34,6 +34,7 @@ import optax
 from subspace_optax import _boxes
 from subspace_optax import _notices
 from subspace_optax import _sharding
+from subspace_optax import _tree
 from subspace_optax._rso import _subproblems
 
 
@@ -63,8 +64,9 @@ def state_sharding(
       `data_parallel_step` or one of slow links; no parameter may be cut there.
 
   Returns:
-    A tree like `tx.init(params)`, of `jax.sharding.NamedSharding`; if all of
-    the arrays are on one device and no mesh is set, of their own sharding.
+    A tree like `tx.init(params)`, without boxes, of
+    `jax.sharding.NamedSharding`; if all of the arrays are on one device and no
+    mesh is set, of their own sharding.
 
   Raises:
     ValueError: parameters of two meshes; or of none, while no mesh is set; an
@@ -94,7 +96,7 @@ def state_sharding(
     spec = getattr(x.sharding, 'spec', PartitionSpec())
     return NamedSharding(mesh, _sharding.as_jit_spells(spec, mesh))
 
-  return jax.tree.map(on_mesh, state)
+  return jax.tree.map(on_mesh, _tree.unbox(state))
 
 
 def _twin(mesh: Mesh, without: tuple[str, ...]) -> Mesh:
@@ -178,4 +180,4 @@ def _on_one_device(tx: Any, params: Any) -> Any:
   sharding = alone.pop()
   with _notices.quiet():
     state = jax.eval_shape(tx.init, params)
-  return jax.tree.map(lambda _: sharding, state)
+  return jax.tree.map(lambda _: sharding, _tree.unbox(state))

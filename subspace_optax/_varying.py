@@ -81,7 +81,8 @@ def _is_manual() -> bool:
 
 def _varying(x: Any) -> frozenset[Any]:
   known = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-  return known.manual_axis_type.varying
+  # None with check_vma=False, where nothing is tracked.
+  return getattr(known.manual_axis_type, 'varying', frozenset())
 
 
 def _all_axes(tree: Any) -> list[frozenset[Any]]:
