@@ -254,7 +254,7 @@ def place(
   if sharding is None:
     return _varying.vary_as(make(*static, *args), leaf)
   shape = jax.eval_shape(functools.partial(make, *static), *args).shape
-  spec = _derived_spec(sharding, leaf_axes, axes, shape)
+  spec = _derived_spec(sharding, leaf, leaf_axes, axes, shape)
   target = NamedSharding(sharding.mesh, spec)
   if isinstance(leaf, Tracer):
     return jax.reshard(make(*static, *args), target)
@@ -302,7 +302,7 @@ def settle(
     return x
   sharding = jax.typeof(leaf).sharding
   shape = x.shape if rest else None
-  spec = _derived_spec(sharding, leaf_axes, axes, shape)
+  spec = _derived_spec(sharding, leaf, leaf_axes, axes, shape)
   return jax.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
@@ -341,17 +341,17 @@ def on_mesh_of(leaves: list[Any], tree: Any) -> Any:
 
 
 def _derived_spec(
-  sharding: Any, leaf_axes: str, axes: str, shape: Spec | None
+  sharding: Any, leaf: Any, leaf_axes: str, axes: str, shape: Spec | None
 ) -> PartitionSpec:
   """Returns the spec of state; its rank axis is split if `shape` is given."""
   entries = map(names, _pad(sharding.spec, len(leaf_axes)))
   of_leaf = dict(zip(leaf_axes, entries, strict=True))
   spec = [of_leaf.get(axis, ()) for axis in axes]
-  if shape is not None:  # blocks of rows may be fewer than devices
-    sizes = sharding.mesh.shape
+  if shape is not None:
+    whole = dict(zip(leaf_axes, leaf.shape, strict=True))
     spec = [
-      names if size % math.prod(sizes[k] for k in names) == 0 else ()
-      for names, size in zip(spec, shape, strict=True)
+      names if _can_cut(sharding.mesh, names, size, whole.get(axis)) else ()
+      for names, size, axis in zip(spec, shape, axes, strict=True)
     ]
   kept = {name for names in spec for name in names}
   of_rest = [k for axis in leaf_axes for k in of_leaf[axis]]
@@ -365,6 +365,18 @@ def _derived_spec(
         spec[i] = (*spec[i], name)
   entries = [_entry(names) for names in spec]
   return as_jit_spells(PartitionSpec(*entries), sharding.mesh)
+
+
+def _can_cut(
+  mesh: Any, names: tuple[str, ...], size: int, of_leaf: int | None
+) -> bool:
+  """Whether a mesh cuts an axis of a state that is one of its leaf.
+
+  Blocks of rows may be fewer than devices; of the meshes that boxes stand for,
+  whose axes are of one device here, nothing is known.
+  """
+  parts = math.prod(mesh.shape[k] for k in names)
+  return size % parts == 0 and (parts > 1 or size == of_leaf)
 
 
 def _rank_axes(mesh: Any) -> tuple[str, ...]:

@@ -242,3 +242,17 @@ def test_boxes_inside_of_wrappers():
     if hasattr(x, 'names')
   ]
   assert boxes and all(len(x.names) == x.value.ndim for x in boxes)
+
+
+def test_blocks_have_no_name_since_a_mesh_may_not_divide_them():
+  """512 rows fall into 4 blocks of an int8 basis, which 8 devices can't cut."""
+  box = nn.Partitioned(jnp.ones((512, 1024)), ('fsdp', 'tensor'))
+  spec = so.SubspaceSpec(16, basis_dtype='int8')
+  tx = so.subspace(spec, so.projectors.stiefel(9), so.scale_by_adam8bit())
+  state = nn.get_partition_spec(tx.init({'w': box}))
+  basis = measure.project_state(state).subspaces.basis['w']
+  assert basis.codes == P('fsdp', 'tensor')
+  assert basis.scales == P(None, 'fsdp')
+  moments = state[1].inner
+  assert moments.coded.mu['w'] == P('fsdp', 'tensor')
+  assert moments.scales['mu']['w'] == P('fsdp', None)
