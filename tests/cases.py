@@ -19,6 +19,17 @@ import optax
 import subspace_optax as so
 from subspace_optax import projectors
 
+# The ready-made optimizers.
+READY_MADE = (
+  'galore',
+  'golore',
+  'online_subspace_descent',
+  'fira_adamw',
+  'apollo_adamw',
+  'ldadamw',
+  'subspace_adamw',
+  'subspace_muon',
+)
 LEARNING_RATE = 0.02
 STEPS = 6
 

@@ -22,16 +22,7 @@ from subspace_optax import _rounding
 
 LR = 1e-2
 BF16 = jnp.bfloat16
-NAMES = (
-  'galore',
-  'golore',
-  'online_subspace_descent',
-  'fira_adamw',
-  'apollo_adamw',
-  'ldadamw',
-  'subspace_adamw',
-  'subspace_muon',
-)
+NAMES = cases.READY_MADE
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 PAIRS = (
   (jnp.bfloat16, jnp.float32),

@@ -30,19 +30,7 @@ def ready_made(name, **kwargs):
   return make(0.1, rank=2, **kwargs)
 
 
-MADE = {
-  name: functools.partial(ready_made, name)
-  for name in (
-    'galore',
-    'golore',
-    'online_subspace_descent',
-    'fira_adamw',
-    'apollo_adamw',
-    'ldadamw',
-    'subspace_adamw',
-    'subspace_muon',
-  )
-}
+MADE = {name: functools.partial(ready_made, name) for name in cases.READY_MADE}
 # Each other place with a branch or a loop.
 PIECES = {
   'both': lambda: so.subspace(

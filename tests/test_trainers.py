@@ -187,16 +187,6 @@ TRAINERS = {
   'maxtext_nnx': maxtext_nnx,
   'tunix': tunix,
 }
-OPTIMIZERS = (
-  'galore',
-  'golore',
-  'online_subspace_descent',
-  'fira_adamw',
-  'apollo_adamw',
-  'ldadamw',
-  'subspace_adamw',
-  'subspace_muon',
-)
 
 
 def bytes_of(tx, trainer):
@@ -210,7 +200,7 @@ def bytes_of(tx, trainer):
 
 
 @pytest.mark.parametrize('trainer', TRAINERS)
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('name', cases.READY_MADE)
 def test_state_is_sharded_as_that_of_adam(trainer, name):
   own, share = bytes_of(getattr(so, name)(1e-3, rank=8), trainer)
   of_adam, _ = bytes_of(optax.adamw(1e-3), trainer)
