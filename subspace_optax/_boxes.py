@@ -19,6 +19,7 @@ like their parameter's, with names for the axes that they have.
 """
 
 from collections.abc import Callable, Iterable
+import contextvars
 from typing import Any, NamedTuple
 
 from flax import linen
@@ -145,7 +146,7 @@ def box_state(init: Callable[[Any], Any], params: Any) -> Any:
   mesh with one axis for each.
   """
   state, boxes = init(params), _boxes_by_path(params)
-  if not boxes:
+  if not boxes or _is_off.get():
     return state
   with _notices.quiet():
     traced = _traced_by_axes(init, params)
@@ -157,6 +158,24 @@ def box_state(init: Callable[[Any], Any], params: Any) -> Any:
       for (path, x), kind in zip(pairs, kinds, strict=True)
     ]
   )
+
+
+_is_off: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  'is_off', default=False
+)
+
+
+def without_boxes(tx: Any) -> Any:
+  """Returns an optimizer for which `box_state` puts nothing into boxes."""
+
+  def init(params: Any) -> Any:
+    token = _is_off.set(True)
+    try:
+      return tx.init(params)
+    finally:
+      _is_off.reset(token)
+
+  return tx._replace(init=init)
 
 
 def bare(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,13 +200,16 @@ def _boxes_by_path(params: Any) -> dict[Path, Any]:
 def _owner(boxes: dict[Path, Any], path: Path) -> Any:
   """Returns the box of the parameter whose path a path in a state holds."""
   lengths = range(len(path), 0, -1)
-  parts = (path[i : i + n] for n in lengths for i in range(len(path) - n + 1))
+  # The last one, since what wraps a tree of parameters may be a tuple, too.
+  parts = (
+    path[i : i + n] for n in lengths for i in range(len(path) - n, -1, -1)
+  )
   return next((boxes[part] for part in parts if part in boxes), None)
 
 
 def _traced_by_axes(init: Callable[[Any], Any], params: Any) -> Any:
   """Returns the types of a state whose parameters are cut along every axis."""
-  most = max(1, *(len(x.shape) for x in jax.tree.leaves(params)))
+  most = max([1, *(len(x.shape) for x in jax.tree.leaves(params))])
   names = tuple(map(str, range(most)))
   explicit = (AxisType.Explicit,) * most
   # Axes of one device divide everything.
@@ -208,10 +230,9 @@ def _box_like(box: Any, x: jax.Array, kind: jax.ShapeDtypeStruct) -> Any:
   """Returns an array in a box like its parameter's, if there is one."""
   if box is None:
     return x
-  known = _axes_for_state(box) or ()
-  name_of = {str(i): name for i, name in enumerate(known)}
+  name_of = {str(i): name for i, name in enumerate(_axes_for_state(box))}
   spec = getattr(kind.sharding, 'spec', ())  # some scalars have none
-  names: list[str | None] = [None] * x.ndim
+  names: list[Any] = [None] * x.ndim
   for i, entry in enumerate(spec):
     # Ranks are split along all axes of a mesh, those of longer leaves, too.
     axes = entry if isinstance(entry, tuple) else (entry,)
@@ -243,9 +264,10 @@ def _rules(box: Any) -> Iterable[Any]:
   return reversed(list(own or linen.get_logical_axis_rules() or ()))
 
 
-def _axes_for_state(box: Any) -> Names | None:
+def _axes_for_state(box: Any) -> tuple[Any, ...]:
+  """Returns the names of a box's axes; several mesh axes stay together."""
   own = isinstance(box, nnx.Variable) and box.get_metadata().get(_OF_STATE)
-  return tuple(own) if own else axes_of(box)
+  return tuple(own or _kind(box).axes(box) or ())
 
 
 def _kind(box: Any) -> _Kind:

@@ -36,6 +36,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _boxes
 from subspace_optax import _notices
 from subspace_optax import _sharding
 from subspace_optax import _stacks
@@ -179,8 +180,9 @@ def layerwise(
     raise ValueError(f'clip must be one of {CLIPS}, got {clip!r}.')
   if max_norm is not None and not max_norm > 0:
     raise ValueError(f'max_norm must be positive, got {max_norm}.')
-  stack_tx = optax.with_extra_args_support(tx)
-  rest_tx = optax.with_extra_args_support(tx if rest is None else rest)
+  # One layer's boxes have other names than the stack's.
+  bare = lambda tx: _boxes.without_boxes(optax.with_extra_args_support(tx))
+  stack_tx, rest_tx = bare(tx), bare(tx if rest is None else rest)
   keys = stack.split('/')
 
   def parted(params):

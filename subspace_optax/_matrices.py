@@ -161,12 +161,25 @@ def _match_as_at_init(
         'gradients must have the tree of the parameters at init, where leaf '
         f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
       )
-  readings = [spec.match(updates, names) for names in _named(updates)]
-  fits = [x for x in readings if _misfit(x, state) is None]
+  known = _named(updates)
+  fits = _fitting(spec, updates, state, known)
+  if not fits and {} not in known:
+    fits = _fitting(spec, updates, state, [{}])
   if not fits:
-    raise ValueError(_misfit(readings[0], state))
+    raise ValueError(_misfit(spec.match(updates, known[0]), state))
   _check_alike(fits)
   return fits[0]
+
+
+def _fitting(
+  spec: _spec.SubspaceSpec,
+  updates: Any,
+  state: Any,
+  known: list[_tree.AxisNames],
+) -> list[list[_spec.Match | None]]:
+  """Returns what names of axes make of a tree, where `init` made it so."""
+  readings = (spec.match(updates, names) for names in known)
+  return [x for x in readings if _misfit(x, state) is None]
 
 
 def _check_alike(readings: list[list[_spec.Match | None]]) -> None:
@@ -187,15 +200,18 @@ def _check_alike(readings: list[list[_spec.Match | None]]) -> None:
 # be the same matrices, and names are no arrays that a state could hold.
 _names_at_init: dict[Any, list[_tree.AxisNames]] = {}
 _MOST_TREES = 256
+# Hashes of the paths and shapes of trees that came without names.
+_without_names: set[int] = set()
+_MOST_HASHES = 1 << 16
 
 
 def remember_names(params: Any) -> None:
-  """Keeps the names of axes that `init` sees for `update`.
-
-  Of trees without names only where others like them had some.
-  """
+  """Keeps the names of axes that `init` sees for `update`."""
   names, shapes = _tree.axis_names(params), _shapes(params)
-  if not (names or shapes in _names_at_init):
+  if not names:
+    if len(_without_names) >= _MOST_HASHES:
+      _without_names.clear()
+    _without_names.add(hash(shapes))
     return
   before = _names_at_init.pop(shapes, [])
   _names_at_init[shapes] = [names, *(x for x in before if x != names)]
@@ -208,8 +224,10 @@ def _named(updates: Any) -> list[_tree.AxisNames]:
   names = _tree.axis_names(updates)
   if names:
     return [names]
-  known = _names_at_init.get(_shapes(updates), [])
-  return known if names in known else [*known, names]
+  shapes = _shapes(updates)
+  known = _names_at_init.get(shapes, [])
+  bare = not known or hash(shapes) in _without_names
+  return [*known, names] if bare else known
 
 
 def _shapes(tree: Any) -> tuple[tuple[str, Any], ...]:

@@ -18,8 +18,9 @@ say where their result lives. Under automatic sharding the compiler decides,
 and state is placed once, at `init`, from the shardings of the parameters.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 import contextlib
+import contextvars
 import functools
 import math
 from string import ascii_lowercase
@@ -385,7 +386,28 @@ def _rank_axes(mesh: Any) -> tuple[str, ...]:
   On a mesh of both types the compiler decides about automatic axes: what it
   makes of an entry that mixes both would change the type of the state.
   """
-  return mesh.explicit_axes or mesh.axis_names
+  usable = mesh.explicit_axes or mesh.axis_names
+  return tuple(k for k in usable if k not in _whole_along.get())
+
+
+def axes_without_rank(mesh: Mesh) -> frozenset[str]:
+  """Returns the axes of a mesh that split no rank."""
+  return frozenset(mesh.axis_names) - frozenset(_rank_axes(mesh))
+
+
+_whole_along: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+  'whole_along', default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def whole_ranks_along(axes: frozenset[str]) -> Iterator[None]:
+  """A context in which ranks are not split along some axes of meshes."""
+  token = _whole_along.set(axes)
+  try:
+    yield
+  finally:
+    _whole_along.reset(token)
 
 
 def as_jit_spells(spec: PartitionSpec, mesh: Any) -> PartitionSpec:

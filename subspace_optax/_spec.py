@@ -138,8 +138,9 @@ class SubspaceSpec:
     outputs_first: whether kernels are (out, in), as those of equinox, haliax
       and PyTorch, and not (in, out), as those of Flax and haiku; not where
       `weight_dimension_numbers` say it, nor where heads are axes of their own.
-      It matters to the sides 'in' and 'out', and to `subspace_muon`, whose
-      steps are longer the more outputs there are.
+      It matters to the sides 'in' and 'out', to which side a square matrix is
+      projected on, and to `subspace_muon`, whose steps are longer the more
+      outputs there are.
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an

@@ -22,6 +22,7 @@ from typing import Any
 
 from flax import linen
 from flax import nnx
+from flax.core import meta
 from flax.linen import spmd
 import jax
 from jax.sharding import AxisType
@@ -89,7 +90,9 @@ def state_sharding(
   if mesh is None:
     return _on_one_device(tx, params)
   twin = _twin(mesh, replicated)
-  with _notices.quiet(), jax.sharding.use_abstract_mesh(twin.abstract_mesh):
+  whole = _sharding.whole_ranks_along(_sharding.axes_without_rank(mesh))
+  set_mesh = jax.sharding.use_abstract_mesh(twin.abstract_mesh)
+  with _notices.quiet(), whole, set_mesh:
     state = jax.eval_shape(tx.init, _shapes(params, twin))
 
   def on_mesh(x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -150,7 +153,9 @@ def _spec_of_box(x: Any) -> PartitionSpec:
   if isinstance(x, linen.LogicallyPartitioned):
     spec = spmd.logical_to_mesh_axes(x.names, x.rules)
     return PartitionSpec() if spec is None else spec
-  return linen.get_partition_spec(x) if _boxes.is_box(x) else PartitionSpec()
+  if isinstance(x, meta.AxisMetadata):
+    return linen.get_partition_spec(x)
+  return PartitionSpec()
 
 
 def _mesh(params: Any) -> Mesh | None:

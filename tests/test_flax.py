@@ -303,6 +303,15 @@ def test_names_of_axes_are_kept_however_many_trees_there_are():
   assert measure.bases(state)['w'].shape == (8, 16, 2)
 
 
+def test_one_init_in_boxes_whose_names_alone_tell():
+  """Without them, layers would stand first, and bases have the same shapes."""
+  bare = {'w': jnp.ones((16, 16, 24))}
+  boxed = {'w': nn.Partitioned(bare['w'], ('embed', 'layers', 'mlp'))}
+  tx = so.golore(1e-3, rank=2)
+  _, state = tx.update(bare, tx.init(boxed), bare)
+  assert measure.bases(state)['w'].shape == (16, 16, 2)
+
+
 def test_two_models_whose_boxes_differ():
   bare = {'w': jnp.ones((8, 8, 12))}
   box = lambda *names: {'w': nn.Partitioned(bare['w'], names)}

@@ -2,6 +2,7 @@
 
 import collections
 
+from flax import linen
 from flax import nnx
 from flax.core import frozen_dict
 import jax
@@ -129,6 +130,31 @@ def test_the_tree_stays_what_it_was(name, plain):
   )
   one = lambda carry, _: (step.update(*carry, BATCH)[:2], None)
   jax.eval_shape(lambda c: jax.lax.scan(one, c, length=2), (got, state))
+
+
+@pytest.mark.parametrize('kind', ['linen', 'nnx'])
+def test_boxes_that_name_axes(kind):
+  """A layer's boxes have the stack's names, one too many."""
+
+  def box(x):
+    names = ('layers', 'embed', 'mlp')[: x.ndim]
+    if kind == 'linen':
+      return linen.Partitioned(x, names)
+    return nnx.Param(x, out_sharding=names, eager_sharding=False)
+
+  def inside(f):
+    return lambda layer, *rest: f(jax.tree.map(open_, layer, is_leaf=is_box),
+                                  *rest)  # fmt: skip
+
+  is_box = lambda x: isinstance(x, linen.Partitioned | nnx.Variable)
+  open_ = lambda x: jax.tree.leaves(x)[0]
+  tx = so.golore(0.1, rank=2, update_proj_gap=2)
+  bare = make_params()
+  boxes = bare | {'blocks': jax.tree.map(box, bare['blocks'])}
+  wanted, _, _ = run(so.layerwise(tx, embed, block, head), bare)
+  got, _, _ = run(so.layerwise(tx, embed, inside(block), head), boxes)
+  assert jax.tree.structure(got) == jax.tree.structure(boxes)
+  assert_close(jax.tree.leaves(got), jax.tree.leaves(wanted))
 
 
 def test_a_stack_below_other_mappings():

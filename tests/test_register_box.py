@@ -49,7 +49,7 @@ class NamedArray:
 
 def wrap(box, array, names):
   sizes = zip(names, array.shape, strict=True)
-  axes = [Axis(k or f'axis_{n}', n) for k, n in sizes]
+  axes = [Axis(k or f'axis_{i}', n) for i, (k, n) in enumerate(sizes)]
   return NamedArray(array, tuple(axes))
 
 
@@ -236,12 +236,10 @@ def test_boxes_inside_of_wrappers():
     updates, state = cases.jit(tx.update)(params, state, params)
     assert jax.tree.structure(state) == before
   assert jax.tree.structure(updates) == jax.tree.structure(params)
-  boxes = [
-    x
-    for x in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, 'names'))
-    if hasattr(x, 'names')
-  ]
-  assert boxes and all(len(x.names) == x.value.ndim for x in boxes)
+  specs = nn.get_partition_spec(state.inner_state)
+  assert specs.mean['w'] == P('fsdp', None)
+  assert specs.mean['bare'] == P()
+  assert specs.project.subspaces.basis['w'] == P('fsdp', None)
 
 
 def test_blocks_have_no_name_since_a_mesh_may_not_divide_them():
@@ -256,3 +254,41 @@ def test_blocks_have_no_name_since_a_mesh_may_not_divide_them():
   moments = state[1].inner
   assert moments.coded.mu['w'] == P('fsdp', 'tensor')
   assert moments.scales['mu']['w'] == P('fsdp', None)
+
+
+@pytest.mark.parametrize(
+  'names', [(('fsdp', 'tp'), None), (None, ('tp', 'dp'))]
+)
+def test_axes_that_are_cut_along_several_axes_of_a_mesh(names):
+  tx = so.golore(0.1, rank=4, random_from=2)
+  params = {'w': (16, 24), 'head': (16, 24)}
+  boxes = {k: nn.Partitioned(jnp.ones(x), names) for k, x in params.items()}
+  moments = nn.get_partition_spec(tx.init(boxes)[0][1].inner.mu)
+  assert moments == {'w': P(*names), 'head': P(*names)}
+
+
+def test_trees_of_which_nothing_is_left():
+  params = {'w': nn.Partitioned(jnp.ones((64, 64)), ('fsdp', None))}
+  hidden = optax.masked(so.scale_by_adam8bit(), {'w': False})
+  assert not jax.tree.leaves(hidden.init(params).inner_state.coded.mu)
+  parts = {'x': so.golore(0.1, rank=4), 'y': optax.adam(0.1)}
+  optax.partition(parts, {'w': 'y'}).init(params)
+
+
+def test_a_list_of_boxes_in_a_chain():
+  """Both are counted by numbers in paths."""
+  box = lambda *names: nn.Partitioned(jnp.ones((16, 24)), names)
+  inner = optax.chain(optax.trace(0.9), optax.trace(0.8))
+  tx = so.subspace(so.SubspaceSpec(4), so.projectors.stiefel(2), inner)
+  state = tx.init([box('a', 'b'), box('c', 'd')])
+  for trace in state[1].inner:
+    specs = nn.get_partition_spec(trace.trace)
+    assert specs == [P('a', 'b'), P('c', 'd')]
+
+
+def test_state_sharding_of_a_registered_box():
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  shapes = jax.eval_shape(model)
+  with jax.set_mesh(mesh):
+    places = so.state_sharding(so.golore(0.1, rank=2), shapes)
+  assert all(x.spec == P() for x in jax.tree.leaves(places))

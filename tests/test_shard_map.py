@@ -226,3 +226,13 @@ def test_steps_on_meshes_of_mixed_types(name, mixed):
   found, programs = train(name, *MIXED[mixed])
   assert programs == 1
   np.testing.assert_allclose(found, wanted(name), rtol=1e-3, atol=1e-4)
+
+
+def test_state_sharding_on_a_mesh_of_mixed_types():
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(E, A))
+  w = jax.device_put(normal(0, 4, 8, 16), NamedSharding(mesh, P('x')))
+  tx = so.golore(0.1, rank=4)
+  with jax.set_mesh(mesh):
+    state, places = tx.init({'w': w}), so.state_sharding(tx, {'w': w})
+  for x, place in zip(*map(jax.tree.leaves, (state, places)), strict=True):
+    assert x.sharding.is_equivalent_to(place, x.ndim)
