@@ -174,8 +174,7 @@ def _eight_bit(
     raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
 
   def init(params):
-    _boxes.check_known(params)
-    _tree.check_arrays(_tree.flatten(params)[0])
+    _tree.flatten_params(params)
     return _boxes.box_state(first_state, params)
 
   def first_state(params):

@@ -26,6 +26,7 @@ import optax
 from subspace_optax import _layout
 from subspace_optax import _linalg
 from subspace_optax import _projected
+from subspace_optax import _sharding
 from subspace_optax import _spec
 from subspace_optax import _tree
 from subspace_optax._projectors import _base
@@ -58,8 +59,10 @@ def of_gradients(
   matches = _match_as_at_init(spec, gradients, state)
   _, treedef = _tree.flatten(gradients)
   seeds = dict(_tree.flatten(state.seed)[0])
+  bases = dict(_tree.flatten(state.subspaces.basis)[0])
 
   def matrix(path: str, leaf: jax.Array, layout: _layout.Layout):
+    _check_placed(path, leaf, layout, seeds[path], bases.get(path))
     if axis_name is None:
       return _matrix(leaf, layout, seeds[path])
     if keep_gradient:
@@ -68,6 +71,33 @@ def of_gradients(
     return _matrix(leaf, layout, seeds[path])
 
   return matches, per_matrix(matches, treedef, matrix)
+
+
+def _check_placed(
+  path: str,
+  gradient: jax.Array,
+  layout: _layout.Layout,
+  seed: jax.Array,
+  basis: Any,
+) -> None:
+  """Raises if a stack and its state are cut differently on explicit axes."""
+  wanted = _sharding.entries_of(gradient, layout.batch)
+  found = [_sharding.entries_of(seed, range(seed.ndim))]
+  if isinstance(basis, jax.Array):  # neither codes nor drawn again
+    axes = map(layout.basis_axes().index, layout.batch_axes)
+    found.append(_sharding.entries_of(basis, axes))
+  for axis, of_gradient, *of_state in zip(
+    layout.batch, wanted, *found, strict=True
+  ):
+    if any(x != of_gradient for x in of_state):
+      raise ValueError(
+        f'the stack {path!r} is split along axis {axis} over the mesh axes '
+        f'{of_gradient}, and its state over {of_state[-1]}; explicit axes must '
+        'be the same. Place the state with subspace_optax.state_sharding(tx, '
+        'params), and gradients as their parameters. (Before 0.12 jax drops '
+        'explicit axes from what leaves a partly manual shard_map; there make '
+        'all axes of the mesh Auto.)'
+      )
 
 
 def _matrix(

@@ -141,7 +141,6 @@ def project(
     )
 
   def init(params):
-    _boxes.check_known(params)
     matches = spec.match(params)
     _check_matches.check_matches(spec, matches)
     if not _describe.is_asked():

@@ -161,9 +161,7 @@ def _compensated() -> optax.GradientTransformationExtraArgs:
 
 def _leaves(rounding: str, params: Any) -> list[Any]:
   """Returns the leaves, if all of them can be rounded like this."""
-  _boxes.check_known(params)
-  pairs, _ = _tree.flatten(params)
-  _tree.check_arrays(pairs)
+  pairs, _ = _tree.flatten_params(params)
   pairs = [(path, leaf) for path, leaf in pairs if not _tree.is_masked(leaf)]
   for path, leaf in pairs:
     _rounding.check(rounding, path, leaf.dtype)

@@ -18,7 +18,7 @@ say where their result lives. Under automatic sharding the compiler decides,
 and state is placed once, at `init`, from the shardings of the parameters.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 import contextlib
 import contextvars
 import functools
@@ -59,6 +59,12 @@ def names(entry: Any) -> tuple[str, ...]:
   if entry is None:
     return ()
   return entry if isinstance(entry, tuple) else (entry,)
+
+
+def entries_of(x: jax.Array, axes: Iterable[int]) -> list[tuple[str, ...]]:
+  """Returns the explicit mesh axes that split each of some axes of `x`."""
+  spec = _explicit_spec(x)
+  return [() if spec is None else names(spec[i]) for i in axes]
 
 
 def einsum(

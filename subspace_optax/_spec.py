@@ -198,11 +198,10 @@ class SubspaceSpec:
     Raises:
       ValueError: no leaf of a non-empty tree is matched; dimension numbers
         that overlap or name a missing axis; a bad rank from a callable.
-      TypeError: a leaf is no array; a selected one is of another dtype than
-        `FLOATS`.
+      TypeError: a leaf is no array, or in a box that nobody has registered; a
+        selected one is of another dtype than `FLOATS`.
     """
-    pairs, treedef = _tree.flatten(params)
-    _tree.check_arrays(pairs)
+    pairs, treedef = _tree.flatten_params(params)
     _check_distinct([path for path, _ in pairs])
     numbers_of = self._dimension_numbers(params, pairs, treedef)
     names = _tree.axis_names(params) if axis_names is None else axis_names

@@ -58,6 +58,18 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
   return [(path_str(path), entry) for path, entry in pairs], treedef
 
 
+def flatten_params(params: Any) -> tuple[list[tuple[str, Any]], Any]:
+  """Returns what `flatten` does of parameters, which must be arrays.
+
+  Raises:
+    TypeError: a leaf is no array, or in a wrapper that nobody registered.
+  """
+  _boxes.check_known(params)
+  pairs, treedef = flatten(params)
+  check_arrays(pairs)
+  return pairs, treedef
+
+
 def check_arrays(pairs: Sequence[tuple[str, Any]]) -> None:
   """Raises unless all entries are arrays, or at least have their shapes."""
   for path, entry in pairs:

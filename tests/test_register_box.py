@@ -1,5 +1,6 @@
 """Arrays in boxes: whose they are, and in which ones the state comes."""
 
+import functools
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -134,17 +135,21 @@ def test_names_of_a_rank_are_those_of_what_it_stands_for():
 
 
 @pytest.mark.parametrize(
-  'make',
+  'init',
   [
-    lambda: so.golore(0.1, rank=2),
-    lambda: so.scale_by_adam8bit(),
-    lambda: so.round_updates(),
+    so.golore(0.1, rank=2).init,
+    so.scale_by_adam8bit().init,
+    so.round_updates().init,
+    so.rso.subproblems(so.SubspaceSpec(2, side='in'), optax.sgd(0.1)).init,
+    so.SubspaceSpec(2).match,
+    functools.partial(so.describe, so.SubspaceSpec(2)),
   ],
+  ids=['golore', 'adam8bit', 'rounding', 'subproblems', 'match', 'describe'],
 )
-def test_a_wrapper_that_nobody_registered(make):
+def test_a_wrapper_that_nobody_registered(init):
   params = {'w': Stranger(jnp.ones((12, 16)))}
   with errors.raises(TypeError, "'w'", 'Stranger', 'register_box'):
-    make().init(params)
+    init(params)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -292,3 +297,40 @@ def test_state_sharding_of_a_registered_box():
   with jax.set_mesh(mesh):
     places = so.state_sharding(so.golore(0.1, rank=2), shapes)
   assert all(x.spec == P() for x in jax.tree.leaves(places))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_state_of_subproblems_is_in_boxes(dtype):
+  """Steps are those of bare arrays, and the boxes stay through them."""
+  rso = so.rso.subproblems(
+    so.SubspaceSpec(2, side='in'),
+    optax.adam(0.1),
+    update_proj_gap=2,
+    rounding='compensated',
+  )
+  bare = {'w': jnp.ones((8, 16), dtype), 'shift': jnp.ones(16)}
+  names = {'w': ('embed', 'mlp'), 'shift': ('mlp',)}
+  params = {k: nn.Partitioned(x, names[k]) for k, x in bare.items()}
+
+  def loss(p, x):
+    p = nn.unbox(p)
+    return jnp.mean((so.rso.dot(x, p['w']) + p['shift'][None]) ** 2)
+
+  step = cases.jit(rso.step(loss))
+  state, x = rso.init(params), jnp.ones((4, 8))
+  specs = nn.get_partition_spec(state)
+  assert specs.coords['w'] == specs.inner.inner[0].mu['w'] == P('embed', 'mlp')
+  if dtype == jnp.bfloat16:
+    assert specs.lost['w'] == P('embed', 'mlp')
+  for _ in range(3):
+    params, state, value = step(params, state, x)
+  assert step._cache_size() == 1
+  assert nn.get_partition_spec(state) == specs
+
+  alone = cases.jit(rso.step(loss))
+  own = rso.init(bare)
+  for _ in range(3):
+    bare, own, wanted = alone(bare, own, x)
+  np.testing.assert_array_equal(value, wanted)
+  for k, x in bare.items():
+    np.testing.assert_array_equal(params[k].value, x)

@@ -61,6 +61,13 @@ PIECES = {
     projectors.online_pca(optax.sgd(0.1), init='svd', update_every=2),
     optax.scale_by_adam(),
   ),
+  'every_k': lambda: so.golore(0.1, 2, update_proj_gap=1, every_k=2),
+  'lion8bit': lambda: so.subspace(
+    SPEC, projectors.svd(2), so.scale_by_lion8bit(), plain=optax.scale_by_lion()
+  ),
+  'compensated': lambda: optax.chain(
+    MADE['golore'](), so.round_updates('compensated')
+  ),
 }
 
 
@@ -122,6 +129,52 @@ def test_every_device_has_a_state_of_its_own(name):
         close(x[i].astype(jnp.int32), y.astype(jnp.int32), atol=1)
       else:
         close(x[i], y, rtol=1e-4, atol=1e-4)
+
+
+def test_every_device_has_subproblems_of_its_own():
+  rso = so.rso.subproblems(
+    so.SubspaceSpec(2, side='in'), optax.adam(0.1), update_proj_gap=2
+  )
+  mesh = jax.make_mesh((2,), ('replica',), axis_types=(AxisType.Auto,))
+  step = rso.step(lambda p, x: jnp.mean((so.rso.dot(x, p['w']) - 1.0) ** 2))
+
+  def train(w, x):
+    params = {'w': w}
+    state = rso.init(params)
+    values = []
+    for _ in range(STEPS):
+      params, state, value = step(params, state, x)
+      values.append(value)
+    return params['w'], state.coords['w'], jnp.stack(values)
+
+  @cases.jit
+  @functools.partial(
+    jax.shard_map, mesh=mesh, in_specs=P('replica'), out_specs=P('replica')
+  )
+  def replicas(*args):
+    left = train(*(x[0] for x in args))
+    return jax.tree.map(lambda x: x[None], left)
+
+  ws, xs = normal(0, 2, 8, 12), normal(1, 2, 4, 8)
+  found, alone = replicas(ws, xs), cases.jit(train)
+  for i in range(2):
+    for x, y in zip(found, alone(ws[i], xs[i]), strict=True):
+      np.testing.assert_allclose(x[i], y, rtol=1e-4, atol=1e-4)
+
+
+def test_state_that_has_lost_its_explicit_axes():
+  """Of a stack, said before anything is compiled."""
+  mesh = jax.make_mesh((4,), ('x',), axis_types=(AxisType.Explicit,))
+  tx = so.golore(0.1, rank=4)
+  with jax.set_mesh(mesh):
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    params = {'stack': put(normal(0, 4, 8, 16), P('x'))}
+    state = jax.tree.map(lambda x: put(x, P()), tx.init(params))
+    with pytest.raises(ValueError, match=r"'stack' .* axis 0 .*\('x',\)"):
+      jax.eval_shape(tx.update, params, state, params)
+    places = so.state_sharding(tx, params)
+    state = jax.device_put(state, places)
+    jax.eval_shape(tx.update, params, state, params)
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])

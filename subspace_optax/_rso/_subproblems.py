@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import _boxes
 from subspace_optax import _check_matches
 from subspace_optax import _dtypes
 from subspace_optax import _in_subspace
@@ -52,7 +53,7 @@ SAMPLES = ('haar', 'gaussian')
 
 
 class SubproblemState(NamedTuple):
-  """State of `subproblems`; trees have the parameters' structure, unboxed.
+  """State of `subproblems`; trees have the parameters' structure and boxes.
 
   `MaskedNode` stands for leaves that are not lifted.
   """
@@ -168,6 +169,10 @@ def subproblems(
     matches = spec.match(params)
     _check_matches.check_matches(spec, matches)
     _merge.check(rounding, [m for m in matches if _is_lifted(m)])
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
+    matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     make = functools.partial(_matrices.per_matrix, matches, treedef)
     state = SubproblemState(
@@ -196,6 +201,12 @@ def subproblems(
     return _matrices.per_matrix(spec.match(params), treedef, draw)
 
   def update(gradients, state, params):
+    bare = _boxes.unbox(state)
+    params, new = update_bare(gradients, bare, params)
+    boxed = jax.tree.structure(state)
+    return params, boxed.unflatten(jax.tree.leaves(new))
+
+  def update_bare(gradients, state, params):
     nodes = [
       rule.node(match, state.count, *arrays)
       if _is_lifted(match)

@@ -218,9 +218,7 @@ def _lift_leaf(
 
 def lifted_in(x: Any) -> _lifted.Lifted | None:
   """Returns the lifted leaf that `x` is, or that it is a box of."""
-  if _boxes.is_box(x):
-    x = jax.tree.leaves(x, is_leaf=lambda y: y is not x)
-    x = x[0] if x else None
+  x = _boxes.content(x) if _boxes.is_box(x) else x
   return x if isinstance(x, _lifted.Lifted) else None
 
 
