@@ -3,7 +3,7 @@
 # make test-fast  the same without the tests marked slow
 # make test-full  all points of the grid, all layouts on meshes: over an hour
 # make evidence   measure what the papers claim; writes docs/evidence.md
-# make check      lint, formatting and types
+# make check      lint, formatting, types and which folder imports which
 # make format     rewrite the sources in the project's format
 # make wheel      build dist/*, and try the wheel in an environment of its own
 # make clean      remove environments, builds and caches; runs/ is kept
@@ -55,6 +55,7 @@ check: $(VENV)/.stamp-dev
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 	$(BIN) -m pyright --pythonpath $(BIN)
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(VENV)/.stamp-dev
 	$(BIN) -m ruff check --select I --fix .

@@ -27,10 +27,10 @@ from rich import progress
 import tyro
 
 import machine
-from subspace_optax import _layout
-from subspace_optax import _linalg
 from subspace_optax import projectors
-from subspace_optax._projectors import _base
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax.projectors import _base
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

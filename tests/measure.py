@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 import cases
-from subspace_optax import _project
-from subspace_optax import _unproject
+from subspace_optax._chain import _project
+from subspace_optax._chain import _unproject
 
 
 def project_state(state: Any) -> Any:

@@ -16,8 +16,8 @@ import pytest
 import cases
 import llama
 import subspace_optax as so
-from subspace_optax import _blocks
-from subspace_optax import _codes
+from subspace_optax.low_precision import _blocks
+from subspace_optax.low_precision import _codes
 
 SHAPE = (128, 96)  # blocks of 128 rows and one column
 CODES = {jnp.int8: (127, 8, 15), jnp.uint8: (255, 10, 24)}

@@ -14,8 +14,8 @@ import pytest
 
 import cases
 import subspace_optax as so
-from subspace_optax import _blocks
-from subspace_optax import _codes
+from subspace_optax.low_precision import _blocks
+from subspace_optax.low_precision import _codes
 
 # Primes, twice and four times primes, with a side below 128, with one of each.
 SHAPES = [

@@ -8,7 +8,7 @@ import pytest
 
 import references as ref
 import subspace_optax as so
-from subspace_optax import _linalg
+from subspace_optax._matrix import _linalg
 
 P = so.projectors
 VIEWS = ref.KERNELS  # The right side of one, the left of two layers.

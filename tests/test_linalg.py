@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import references as ref
-from subspace_optax import _layout
-from subspace_optax import _linalg
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
 
 # Five matrices of 12 x 7 with their axes in order, and with the rows on two
 # axes around the batch.

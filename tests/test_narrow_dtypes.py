@@ -17,8 +17,8 @@ import pytest
 
 import cases
 import subspace_optax as so
-from subspace_optax import _layout
-from subspace_optax import _rounding
+from subspace_optax._matrix import _layout
+from subspace_optax.low_precision import _rounding
 
 LR = 1e-2
 BF16 = jnp.bfloat16

@@ -18,10 +18,11 @@ import errors
 import llama
 import subspace_optax as so
 from subspace_optax import plan
-from subspace_optax._plan import _methods
-from subspace_optax._plan import _models
-from subspace_optax._plan import _planner
-from subspace_optax._plan import _step
+from subspace_optax.plan import __main__
+from subspace_optax.plan import _methods
+from subspace_optax.plan import _models
+from subspace_optax.plan import _planner
+from subspace_optax.plan import _step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = {'model': 'llama_1m', 'seq': 32, 'rank': 8}
@@ -464,7 +465,7 @@ def test_files_that_do_not_import(text, word, tmp_path, monkeypatch, capsys):
   name = tmp_path.name
   (tmp_path / f'{name}.py').write_text(text)
   monkeypatch.syspath_prepend(tmp_path)
-  assert plan.main(['--model', f'{name}:Model', '--seq', '8']) == 2
+  assert __main__.main(['--model', f'{name}:Model', '--seq', '8']) == 2
   error = capsys.readouterr().err
   assert f"model='{name}:Model' can not be imported" in error and word in error
 
@@ -482,7 +483,9 @@ FLAGS = ['--model', 'llama_1m', '--seq', '32', '--rank', '8']
 @pytest.mark.usefixtures('untraced')
 def test_it_prints_the_parts(capsys):
   flags = ['--model', f'{__name__}:Tiny', '--seq', '8', '--rank', '8']
-  assert plan.main([*flags, '--optimizer', 'golore', '--card', '0.001']) == 0
+  assert (
+    __main__.main([*flags, '--optimizer', 'golore', '--card', '0.001']) == 0
+  )
   text = capsys.readouterr().out
   kind = {'model': Tiny, 'method': 'golore', 'seq': 8, 'rank': 8}
   made = plan.plan(**kind)
@@ -497,13 +500,13 @@ def test_it_prints_the_parts(capsys):
 @pytest.mark.usefixtures('untraced')
 def test_layer_by_layer_it_prints_the_largest_rank(capsys):
   flags = [*FLAGS, '--optimizer', 'golore', '--layerwise', '--card', '1']
-  assert plan.main(flags) == 0
+  assert __main__.main(flags) == 0
   assert 'largest rank at batch 1: ' in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures('untraced')
 def test_it_says_what_is_missing(capsys):
-  assert plan.main([*FLAGS, '--card', '0.001']) == 0
+  assert __main__.main([*FLAGS, '--card', '0.001']) == 0
   assert 'does not fit' in capsys.readouterr().out
 
 
@@ -511,7 +514,7 @@ def test_it_says_what_is_missing(capsys):
 def test_it_compares_and_draws(capsys, tmp_path):
   path = tmp_path / 'bars.png'
   flags = ['--compare', 'adamw,golore', '--regenerate', '--picture', str(path)]
-  assert plan.main([*FLAGS, *flags, '--card', 'v5e']) == 0
+  assert __main__.main([*FLAGS, *flags, '--card', 'v5e']) == 0
   lines = capsys.readouterr().out.splitlines()
   assert [line.split()[0] for line in lines] == ['GB', 'adamw', 'golore']
   assert path.read_bytes()[:4] == b'\x89PNG'
@@ -520,13 +523,13 @@ def test_it_compares_and_draws(capsys, tmp_path):
 def test_a_picture_without_matplotlib(monkeypatch, capsys, tmp_path):
   monkeypatch.setitem(sys.modules, 'matplotlib.backends', None)
   flags = ['--picture', str(tmp_path / 'bars.png')]
-  assert plan.main([*FLAGS, *flags]) == 2
+  assert __main__.main([*FLAGS, *flags]) == 2
   assert 'needs matplotlib' in capsys.readouterr().err
 
 
 def test_a_model_by_import_path(capsys):
   flags = ['--model', f'{__name__}:Tiny', '--seq', '8']
-  assert plan.main(flags) == 0
+  assert __main__.main(flags) == 0
   assert 'total' in capsys.readouterr().out
 
 
@@ -553,7 +556,7 @@ def test_a_model_by_import_path(capsys):
   ],
 )
 def test_errors_name_the_argument(flags, words, capsys):
-  assert plan.main([*FLAGS, *flags]) == 2
+  assert __main__.main([*FLAGS, *flags]) == 2
   error = capsys.readouterr().err
   for word in words:
     assert word in error

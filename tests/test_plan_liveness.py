@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from subspace_optax._plan import _liveness
+from subspace_optax.plan import _liveness
 
 
 def traced(f, *shapes):

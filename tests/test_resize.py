@@ -18,8 +18,8 @@ import cases
 import errors
 import measure
 import subspace_optax as so
-from subspace_optax import _eight_bit
 from subspace_optax import projectors
+from subspace_optax.low_precision import _eight_bit
 
 LEAVES = {
   'tall': cases.Leaf((24, 12), jnp.float32, (0,), (1,)),

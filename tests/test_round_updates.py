@@ -18,8 +18,8 @@ import cases
 import errors
 import measure
 import subspace_optax as so
-from subspace_optax import _round_updates
-from subspace_optax import _rounding
+from subspace_optax.low_precision import _round_updates
+from subspace_optax.low_precision import _rounding
 
 BF16 = jnp.bfloat16
 LAST = {

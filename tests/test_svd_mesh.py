@@ -16,9 +16,9 @@ import cases
 import llama
 import references as ref
 import subspace_optax as so
-from subspace_optax import _jacobi
-from subspace_optax import _layout
-from subspace_optax import _linalg
+from subspace_optax._matrix import _jacobi
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
 
 RULES = {
   'gram': so.projectors.svd(1, 'gram'),

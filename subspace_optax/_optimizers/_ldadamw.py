@@ -1,16 +1,4 @@
-# Copyright 2026 The subspace_optax Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """LDAdam: a basis that follows at every step, moments and errors carried along.
 
 Robert et al., `LDAdam: Adaptive Optimization from Low-Dimensional Gradient
@@ -22,11 +10,11 @@ from typing import Any
 
 import optax
 
-from subspace_optax import _notices
-from subspace_optax import _spec
-from subspace_optax import _subspace
 from subspace_optax import projectors
 from subspace_optax import residuals
+from subspace_optax._chain import _spec
+from subspace_optax._chain import _subspace
+from subspace_optax._matrix import _notices
 from subspace_optax._optimizers import _common
 
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is projected, and why the rest is not."""
+
+from collections.abc import Iterator
+import contextlib
+import contextvars
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _notices
+from subspace_optax.projectors import _base
+
+Matches = list[_spec.Match | None]
+
+# A chain shows nothing of what it is made of, so `project` tells at `init`.
+_records: contextvars.ContextVar[list | None] = contextvars.ContextVar(
+  'records', default=None
+)
+
+
+class Record(NamedTuple):
+  """What a `project` was initialised with."""
+
+  spec: _spec.SubspaceSpec
+  matches: Matches
+  projector: _base.Projector
+  keep_gradient: bool
+
+
+def record(spec: _spec.SubspaceSpec, matches: Matches, *args: Any) -> None:
+  """Notes a `Record`, if anybody listens."""
+  records = _records.get()
+  if records is not None:
+    # Of tracers nothing may outlive the trace.
+    records.append(Record(spec, [m and _of_shape(m) for m in matches], *args))
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+  """A context in which nothing is noted."""
+  token = _records.set(None)
+  try:
+    yield
+  finally:
+    _records.reset(token)
+
+
+def is_asked() -> bool:
+  """Whether `init` is only traced for its records."""
+  return _records.get() is not None
+
+
+def _of_shape(match: _spec.Match) -> _spec.Match:
+  shape = jax.ShapeDtypeStruct(match.leaf.shape, match.leaf.dtype)
+  return match._replace(leaf=shape)
+
+
+def records_of(tx: Any, params: Any) -> list[Record]:
+  """Returns the records of all `project`s in an optimizer."""
+  records: list[Record] = []
+  token = _records.set(records)
+  try:
+    with _notices.quiet(errors=True):
+      # A new function each time: jax would serve a traced one from its cache.
+      jax.eval_shape(lambda p: tx.init(p), params)
+  finally:
+    _records.reset(token)
+  if not records:
+    raise ValueError(
+      f'the optimizer holds no `subspace_optax.project`: {tx!r}.'
+    )
+  return records
+
+
+def describe(tx_or_spec: Any, params: Any) -> str:
+  """Tells of every leaf how it is projected, or why it stays plain.
+
+  Args:
+    tx_or_spec: a `SubspaceSpec`, or an optimizer with `project` anywhere in it.
+    params: the parameters, or their shapes (`jax.eval_shape`).
+
+  Returns:
+    A table, one line a leaf: path, shape, how many matrices of which shape,
+    rank, side that the basis spans, how the matrix's axes were found (see
+    `SubspaceSpec`), and the basis's dtype and shape or the reason for none.
+
+  Raises:
+    ValueError: the optimizer holds no `project`.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> tx = so.galore(1e-3, rank=4)
+    >>> w = jnp.ones((3, 64, 16))
+    >>> print(so.describe(tx, {'w': w, 'bias': jnp.ones((3, 16))}))
+    svd(update_proj_gap=200, method='auto') [exact; on a mesh or TPU randomized]
+    path  shape      as matrices    rank  side   axes      basis
+    bias  (3,16)     -              -     plain  -         is a bias by its name
+    w     (3,64,16)  3 x (64 x 16)  4     rows   siblings  float32(3,64,4)
+  """
+  if isinstance(tx_or_spec, _spec.SubspaceSpec):
+    return _table(tx_or_spec.match(params), tx_or_spec)
+  return '\n'.join(
+    f'{x.projector.name}\n{_table(x.matches, x.spec)}'
+    for x in records_of(tx_or_spec, params)
+  )
+
+
+_HEADER = ('path', 'shape', 'as matrices', 'rank', 'side', 'axes', 'basis')
+
+
+def _table(matches: Matches, spec: _spec.SubspaceSpec) -> str:
+  rows = [_HEADER, *(_row(match, spec) for match in matches if match)]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+    for row in rows
+  ]
+  return '\n'.join(line.rstrip() for line in lines)
+
+
+def _row(match: _spec.Match, spec: _spec.SubspaceSpec) -> tuple[str, ...]:
+  shape = _shape(match.leaf.shape)
+  layout = match.layout
+  if layout is None:
+    how = match.how or '-'
+    return match.path, shape, '-', '-', 'plain', how, match.reason
+  side = 'rows' if layout.project_rows else 'columns'
+  basis = f'{jnp.dtype(spec.basis_dtype).name}{_shape(layout.basis_shape)}'
+  rank = str(layout.rank)
+  return match.path, shape, match.matrices, rank, side, match.how, basis
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+  return f'({",".join(map(str, shape))})'

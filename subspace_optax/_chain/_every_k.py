@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accumulation of gradients in their subspaces.
+
+`optax.MultiSteps` around an optimizer keeps sums of whole gradients; inside
+`in_subspace` it keeps r-sized ones, but bases may move within a window and
+whatever follows runs at every micro-step. Here the basis stays for a window,
+and all that follows the sum waits for its end.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax._chain import _project
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _boxes
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
+
+
+class EveryKState(NamedTuple):
+  """State of k micro-steps to a step."""
+
+  micro_step: jax.Array  # shape=(), dtype=int32, below k
+  mean: Any  # tree, leaf shape=the coordinates' or leaf's, dtype=float32
+  project: Any
+  in_subspace: Any
+  rest: Any  # of what follows, once a window
+
+
+def every_k(
+  k: int,
+  spec: _spec.SubspaceSpec,
+  project: optax.GradientTransformationExtraArgs,
+  in_subspace: optax.GradientTransformationExtraArgs,
+  rest: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+  """Chains the three, taking a step with the mean of every k gradients.
+
+  Bases are refreshed with the first gradient of a window and tracked with its
+  last one. The other updates are zero.
+  """
+
+  def init(params):
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
+    matches = spec.match(params)
+    _, treedef = _tree.flatten(params)
+    mean = treedef.unflatten([_zeros(match) for match in matches])
+    state = EveryKState(
+      jnp.zeros((), jnp.int32),
+      mean,
+      project.init(params),
+      in_subspace.init(params),
+      rest.init(params),
+    )
+    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+
+  def update(updates, state, params=None, **extra_args):
+    window = _project.Window(state.micro_step == 0, state.micro_step == k - 1)
+    nodes, project_state = project.update(
+      updates, state.project, params, window=window, **extra_args
+    )
+    entries, treedef = jax.tree.flatten(nodes, is_leaf=_tree.is_entry)
+    means = [
+      _add(mean, entry, window.first, k)
+      for mean, entry in zip(
+        jax.tree.leaves(state.mean, is_leaf=_tree.is_masked),
+        entries,
+        strict=True,
+      )
+    ]
+    nodes = treedef.unflatten(map(_with_mean, entries, means))
+    nodes, in_state = in_subspace.update(
+      nodes, state.in_subspace, params, hold=~window.last, **extra_args
+    )
+
+    def finish(rest_state):
+      full, new = rest.update(nodes, rest_state, params, **extra_args)
+      # Whatever dtype it is computed in: both branches must agree.
+      return full, jax.tree.map(_sharding.like, new, rest_state)
+
+    def wait(rest_state):
+      kinds, _ = _sharding.result_types(finish, rest_state)
+      return jax.tree.map(_sharding.zeros, kinds), rest_state
+
+    updates, rest_state = _varying.cond(window.last, finish, wait, state.rest)
+    mean = jax.tree.structure(state.mean, is_leaf=_tree.is_masked)
+    return updates, EveryKState(
+      (state.micro_step + 1) % k,
+      mean.unflatten(means),
+      project_state,
+      in_state,
+      rest_state,
+    )
+
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+
+
+def _zeros(match: _spec.Match | None) -> Any:
+  """Returns where the mean of a leaf's gradients, or coordinates, goes."""
+  if match is None:
+    return optax.MaskedNode()
+  if match.layout is None:
+    return jnp.zeros_like(match.leaf, _wide(match.leaf.dtype))
+  static = (match.layout.coords_shape, jnp.dtype(_wide(match.leaf.dtype)))
+  return match.layout.place_coords(jnp.zeros, static, (), match.leaf)
+
+
+def _wide(dtype: Any) -> Any:
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def _add(mean: Any, entry: Any, first: jax.Array, k: int) -> Any:
+  """Returns the sum of the window's gradients so far, over k."""
+  if _tree.is_masked(entry):
+    return mean
+  x = entry.coords if isinstance(entry, _projected.Projected) else entry
+  start = jnp.where(first, jnp.zeros_like(mean), mean)
+  return _sharding.like(start + x.astype(mean.dtype) / k, mean)
+
+
+def _with_mean(entry: Any, mean: Any) -> Any:
+  if _tree.is_masked(entry):
+    return entry
+  if isinstance(entry, _projected.Projected):
+    return dataclasses.replace(entry, coords=mean.astype(entry.coords.dtype))
+  return mean

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inner optimizer on coordinates: the piece that owns its state."""
+
+from collections.abc import Iterable
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _per_matrix
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _boxes
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _sign
+from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
+from subspace_optax.transports import _transport
+
+
+class InSubspaceState(NamedTuple):
+  """State of `in_subspace`."""
+
+  inner: Any  # the inner optimizer's state, moments in coords' shape
+
+
+def in_subspace(
+  inner: optax.GradientTransformation,
+  spec: _spec.SubspaceSpec,
+  *,
+  transport: str = 'keep',
+  params: str | None = None,
+  per_matrix: bool = False,
+  plain: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Runs an optimizer on coordinates, as if they were the gradients.
+
+  The inner optimizer sees one tree: coordinates in place of projected leaves,
+  everything else as it is. Its state has the dtype that `spec.moment_dtype`
+  says, float32 or wider by default. Its arithmetic on coordinates is float32 or
+  wider, and on other leaves that of the gradient and the moments.
+
+  Args:
+    inner: any optax transformation.
+    spec: the one given to `project`.
+    transport: what happens to the inner state when a basis moves. 'keep':
+      nothing (GaLore). 'first': first moments are mapped by C = P_n^T P_o
+      (GoLore's momentum projection). 'both': second moments, too, by LDAdam's
+      rule. They are known for Adam, Lion, momentum, RMSProp and others; see
+      `register_moments`. 'reset': the state of a matrix starts anew (RSO), for
+      which each has its own, as with `per_matrix`; with `online_pca`, which
+      moves at every step, nothing accumulates.
+    params: 'coordinates' hands `inner` the coordinates of the parameters,
+      (P^T P)^-1 P^T W, for weight decay or trust ratios in the subspace, at
+      2mnr FLOPs a step. Its `init` sees zeros.
+    per_matrix: whether `inner` sees one matrix at a time, each with a state of
+      its own, counters included: for rules that look at a whole matrix, such
+      as Muon, LAMB or Adafactor, where leaves are stacks of matrices.
+    plain: optimizer of the leaves that are not projected, `inner` by default.
+
+  Returns:
+    A transformation whose state is the inner optimizer's.
+
+  Raises:
+    ValueError: an unknown transport or `params`; at `init`, an inner optimizer
+      that needs params without them or keeps a copy of them, or one whose
+      moments `transport` does not know; at `update`, gradients that `project`
+      has not seen, or params that are missing.
+    TypeError: `inner` or `plain` is no optimizer.
+
+  References:
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024; Robert et
+    al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> spec = so.SubspaceSpec(rank=128)
+    >>> lion = so.in_subspace(optax.scale_by_lion(), spec, transport='first')
+    >>> muon = so.in_subspace(
+    ...   optax.contrib.scale_by_muon(),
+    ...   spec,
+    ...   per_matrix=True,
+    ...   plain=optax.scale_by_adam(),
+    ... )
+  """
+  _spec.check_spec(spec)
+  _transport.check_policy(transport)
+  if params not in (None, 'coordinates'):
+    raise ValueError(f"params must be None or 'coordinates', got {params!r}.")
+  _sign.require_optimizer(inner, 'inner')
+  if plain is not None:
+    _sign.require_optimizer(plain, 'plain')
+  inner = optax.with_extra_args_support(inner)
+  each = per_matrix or transport == 'reset'
+  takes_params = params is not None
+
+  def runner(batch_axes: _per_matrix.BatchAxes) -> Any:
+    run = _per_matrix.per_matrix(inner, batch_axes) if each else inner
+    if plain is None:
+      return run
+    return _beside(plain, run, batch_axes, takes_params)
+
+  def init(params):
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
+    matches = spec.match(params)
+    _, treedef = _tree.flatten(params)
+    templates = treedef.unflatten([_template(spec, match) for match in matches])
+    layouts = {m.path: m.layout for m in matches if m and m.layout}
+    batch_axes = {path: x.coords_batch for path, x in layouts.items()}
+    run = runner(batch_axes)
+    mine = templates if plain is None else _split(templates, layouts)[0]
+    alone = _per_matrix.per_matrix(inner, batch_axes) if each else inner
+    _check_params(alone, mine, takes_params)
+    state = run.init(templates)
+    if transport in ('first', 'both'):
+      _transport.check_known(_of_inner(state), transport)
+    if transport == 'both' and not each:
+      _transport.check_means(inner, mine)
+    state = _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+    return InSubspaceState(state)
+
+  def update(updates, state, params=None, *, hold=None, **extra_args):
+    pairs, treedef = _tree.flatten(updates)
+    _check_projected(spec, updates, pairs)
+    nodes = {path: node for path, node in pairs if _is_projected(node)}
+    batch_axes = {path: x.layout.coords_batch for path, x in nodes.items()}
+    coords = treedef.unflatten([_coords(spec, entry) for _, entry in pairs])
+    before = {path: (x, x.before) for path, x in nodes.items() if x.before}
+    after = {path: (x, x.after) for path, x in nodes.items() if x.after}
+
+    def run(own):
+      weights = None
+      if takes_params or (plain is not None and params is not None):
+        weights = treedef.unflatten(_param_coords(pairs, params, takes_params))
+      try:
+        directions, new = runner(batch_axes).update(
+          coords, own, weights, **extra_args
+        )
+      except (TypeError, ValueError):
+        if not each:
+          _check_moments(runner(batch_axes), own, coords)
+        raise
+      # Whatever dtype the inner optimizer computes in, its state keeps its own.
+      return directions, jax.tree.map(_sharding.like, new, own)
+
+    own = carry(state.inner, coords, before, extra_args)
+    old_means, means = (
+      _transport.means_of(_of_inner(x), nodes, each) for x in (state.inner, own)
+    )
+    if hold is None:
+      directions, new = run(own)
+    else:
+      directions, new = _varying.cond(
+        hold, functools.partial(_rest, run), run, own
+      )
+    new = carry(new, coords, after, extra_args)
+    entries = [
+      _with_direction(entry, direction, old_means.get(path), means.get(path))
+      for (path, entry), (_, direction) in zip(
+        pairs, _tree.flatten(directions)[0], strict=True
+      )
+    ]
+    return _tree.replace_entries(updates, entries), InSubspaceState(new)
+
+  def carry(state, coords, moves, extra_args):
+    if transport == 'keep' or not moves:
+      return state
+    own = _of_inner(state)
+    if plain is not None:
+      coords = _split(coords, moves)[0]
+    if transport == 'reset':
+      own = _per_matrix.restart(inner, own, coords, moves)
+    else:
+      both, decayed = transport == 'both', None
+      if both and _transport.pairs_moments(own):
+        rates = functools.partial(
+          _transport.decay_rates,
+          inner,
+          None if each else own,
+          coords,
+          extra_args,
+        )
+        moved = [jnp.any(move.moved) for _, move in moves.values()]
+        kinds = _sharding.result_types(rates)
+        decayed = _varying.cond(
+          jnp.any(jnp.stack(moved)),
+          rates,
+          lambda: jax.tree.map(_sharding.zeros, kinds),
+        )
+      own = _transport.carry(
+        own, moves, both=both, decayed=decayed, per_matrix=each
+      )
+    return own if plain is None else state._replace(projected=own)
+
+  def _of_inner(state):
+    return state if plain is None else state.projected
+
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+
+
+class BesideState(NamedTuple):
+  """State of two optimizers that share a tree."""
+
+  projected: Any  # of `inner`; `MaskedNode` for plain leaves
+  plain: Any  # of `plain`; `MaskedNode` for projected leaves
+
+
+def _beside(
+  plain: optax.GradientTransformation,
+  run: Any,
+  projected: Iterable[str],
+  takes_params: bool,
+) -> Any:
+  """Returns `run` on leaves with paths in `projected`, `plain` on the rest."""
+  plain = optax.with_extra_args_support(plain)
+
+  def init(params):
+    mine, rest = _split(params, projected)
+    return BesideState(run.init(mine), plain.init(rest))
+
+  def update(updates, state, params=None, **extra_args):
+    mine, rest = _split(updates, projected)
+    params = (None, None) if params is None else _split(params, projected)
+    weights = params[0] if takes_params else None
+    mine, a = run.update(mine, state.projected, weights, **extra_args)
+    rest, b = plain.update(rest, state.plain, params[1], **extra_args)
+    merge = lambda x, y: y if _tree.is_masked(x) else x
+    both = jax.tree.map(merge, mine, rest, is_leaf=_tree.is_masked)
+    return both, BesideState(a, b)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
+  """Returns the tree without plain leaves, and that without projected ones."""
+  pairs, treedef = _tree.flatten(tree)
+  hide = optax.MaskedNode()
+  mine = [x if path in projected else hide for path, x in pairs]
+  rest = [hide if path in projected else x for path, x in pairs]
+  return treedef.unflatten(mine), treedef.unflatten(rest)
+
+
+def _rest(run: Any, own: Any) -> tuple[Any, Any]:
+  """Returns zeros in place of directions, and the state as it is."""
+  directions, _ = _sharding.result_types(run, own)
+  return jax.tree.map(_sharding.zeros, directions), own
+
+
+def _param_coords(pairs: list, params: Any, projected: bool) -> list[Any]:
+  """Returns the coordinates of parameters, if wanted, and plain ones as is."""
+  if params is None:
+    raise ValueError(
+      "params='coordinates' needs the parameters: call update(gradients, "
+      'state, params).'
+    )
+  return [
+    param
+    if not _is_projected(entry)
+    else _linalg.coordinates(entry.layout, param, entry.basis)
+    if projected
+    else optax.MaskedNode()
+    for (_, entry), (_, param) in zip(
+      pairs, _tree.flatten(params)[0], strict=True
+    )
+  ]
+
+
+def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
+  """Returns what stands for a parameter when the inner state is made."""
+  if match is None:
+    return optax.MaskedNode()
+  layout, dtype = match.layout, spec.dtype_of_moments(match.leaf.dtype)
+  if layout is None:
+    leaf = match.leaf
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+  static = (layout.coords_shape, dtype)
+  return layout.place_coords(jnp.zeros, static, (), match.leaf)
+
+
+def _check_params(run: Any, templates: Any, takes_params: bool) -> None:
+  """Raises if the inner optimizer needs params that it does not get."""
+
+  def works(params: Any) -> bool:
+    try:
+      jax.eval_shape(
+        lambda u, p: run.update(u, run.init(u), p), templates, params
+      )
+      return True
+    except Exception:  # for any reason: an extra argument may be missing, too
+      return False
+
+  if not jax.tree.leaves(templates):
+    return
+  if not takes_params and not works(None) and works(templates):
+    raise ValueError(
+      "inner needs params; params='coordinates' gives it their coordinates "
+      'in the subspace. For weight decay of the whole matrix, use '
+      '`weight_decay` of the ready-made optimizers or chain '
+      '`optax.add_decayed_weights` after `unproject`, with '
+      '`optax.scale_by_adam` in place of `optax.adamw` here.'
+    )
+  if takes_params and _copies_params(run, templates):
+    raise ValueError(
+      'inner keeps a copy of the params in its state, which would go stale '
+      'whenever a basis moves; wrap it around the whole optimizer instead.'
+    )
+
+
+def _copies_params(run: Any, templates: Any) -> bool:
+  """Whether the initial state depends on the values of the params."""
+
+  def depends(value: float) -> Any:
+    tiny = lambda x: jnp.full((1,) * len(x.shape), value, x.dtype)
+    return run.init(jax.tree.map(tiny, templates))
+
+  try:
+    with jax.ensure_compile_time_eval():  # under jit, too
+      zeros, ones = (jax.tree.leaves(depends(value)) for value in (0.0, 1.0))
+      return any(
+        bool(jnp.any(x != y)) for x, y in zip(zeros, ones, strict=True)
+      )
+  except Exception:  # a rule for matrices of a certain size
+    return False
+
+
+def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
+  """Raises where `project` should have been, and was not."""
+  if any(_is_projected(entry) for _, entry in pairs):
+    for path, entry in pairs:
+      if _is_projected(entry) and entry.direction is not None:
+        raise ValueError(
+          f'gradient {path!r} went through `in_subspace` already; chain '
+          '`project`, `in_subspace` and `unproject` in this order, once.'
+        )
+    return
+  bare = [m.path for m in spec.match(updates) if m and m.layout]
+  if bare:
+    raise ValueError(
+      f'gradient {bare[0]!r} is not projected; chain `project` before '
+      '`in_subspace`.'
+    )
+
+
+def _check_moments(runner: Any, state: Any, coords: Any) -> None:
+  """Raises for the leaf whose moments don't fit its coordinates, if any."""
+  pairs, treedef = _tree.flatten(coords)
+  paths = treedef.unflatten([path for path, _ in pairs])
+
+  def check(moment: Any, coord: Any, path: str) -> None:
+    if _tree.is_masked(moment) or moment.ndim != coord.ndim:
+      return
+    if moment.shape != coord.shape:
+      raise ValueError(
+        f'gradient {path!r} has coordinates of shape {coord.shape}, but init '
+        f'made moments of shape {moment.shape}; give update the tree that init '
+        'was given.'
+      )
+
+  optax.tree.map_params(
+    runner, check, state, coords, paths, is_leaf=_tree.is_masked
+  )
+
+
+def _is_projected(entry: Any) -> bool:
+  return isinstance(entry, _projected.Projected)
+
+
+def _coords(spec: _spec.SubspaceSpec, entry: Any) -> Any:
+  return entry.coords if _is_projected(entry) else _dtypes.widen(spec, entry)
+
+
+def _with_direction(
+  entry: Any, direction: Any, old_mean: Any, mean: Any
+) -> Any:
+  if _tree.is_masked(entry):
+    return direction
+  if not _is_projected(entry):
+    return direction.astype(entry.dtype)
+  return dataclasses.replace(
+    entry, direction=direction, old_mean=old_mean, mean=mean
+  )

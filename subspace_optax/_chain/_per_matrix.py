@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An inner optimizer with a state of its own for every matrix.
+
+Counters that a tree-wide state shares among leaves can be restarted for one
+matrix only if each has its own, as `transport='reset'` needs: with Adam's
+moments at zero but its count at T, bias correction would be off for 1/(1-b2)
+steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
+
+_AXES = 'abcdefghijklmnopqrstuvw'
+
+# From path to the axes of a leaf that count matrices; a plain leaf has none.
+BatchAxes = Mapping[str, tuple[int, ...]]
+
+
+def per_matrix(
+  inner: optax.GradientTransformation, batch_axes: BatchAxes
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `inner` run on each matrix alone.
+
+  Every field of its state is a tree with the parameters' structure, in which
+  the first axes of a leaf's arrays count its matrices.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    pairs, treedef = _tree.flatten(params)
+    structure = _structure(inner, pairs, batch_axes)
+    rows = [
+      _init_leaf(inner, structure, leaf, batch_axes.get(path, ()))
+      for path, leaf in pairs
+    ]
+    return _from_rows(structure, rows, treedef)
+
+  def update(updates, state, params=None, **extra_args):
+    pairs, treedef = _tree.flatten(updates)
+    weights = [None] * len(pairs)
+    if params is not None:
+      weights = [leaf for _, leaf in _tree.flatten(params)[0]]
+    structure = _structure(inner, pairs, batch_axes)
+
+    def one(u: Any, row: Row, weight: Any) -> tuple[Any, Row]:
+      s = structure.unflatten(row)
+      u, s = inner.update(u, s, weight, **extra_args)
+      return u, tuple(jax.tree.leaves(s))
+
+    results = [
+      (u, row)
+      if _tree.is_masked(u)
+      else _over_matrices(one, batch_axes.get(path, ()))(u, row, weight)
+      for (path, u), row, weight in zip(
+        pairs, _to_rows(structure, state, pairs), weights, strict=True
+      )
+    ]
+    new_updates = treedef.unflatten([u for u, _ in results])
+    rows = [row for _, row in results]
+    return new_updates, _from_rows(structure, rows, treedef)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def restart(
+  inner: optax.GradientTransformation,
+  state: Any,
+  coords: Any,
+  moves: Mapping[str, Any],
+) -> Any:
+  """Returns the state of `per_matrix(inner)`, anew for matrices that moved.
+
+  Args:
+    inner: what `per_matrix` wraps.
+    state: of `per_matrix(inner)`.
+    coords: the tree of coordinates and plain leaves.
+    moves: from path to the leaf's `Projected` node and its `Move`.
+  """
+  pairs, treedef = _tree.flatten(coords)
+  batch_axes = {
+    path: node.layout.coords_batch for path, (node, _) in moves.items()
+  }
+  structure = _structure(inner, pairs, batch_axes)
+
+  def one(path: str, row: Row) -> Row:
+    if path not in moves:
+      return row
+    node, move = moves[path]
+    axes = node.layout.coords_batch
+    fresh = _init_leaf(inner, structure, node.coords, axes)
+    fresh = jax.tree.map(_sharding.like, fresh, row)
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+      after = tuple(range(move.moved.ndim, old.ndim))
+      return jnp.where(jnp.expand_dims(move.moved, after), new, old)
+
+    return _varying.cond(
+      jnp.any(move.moved),
+      lambda: jax.tree.map(choose, fresh, row),
+      lambda: row,
+    )
+
+  rows = [
+    one(path, row)
+    for (path, _), row in zip(
+      pairs, _to_rows(structure, state, pairs), strict=True
+    )
+  ]
+  return _from_rows(structure, rows, treedef)
+
+
+# The leaves of one matrix's, or one leaf's, inner state.
+Row = tuple[Any, ...]
+
+
+def _init_leaf(
+  inner: optax.GradientTransformation,
+  structure: Any,
+  leaf: Any,
+  axes: tuple[int, ...],
+) -> Row:
+  """Returns the states of a leaf's matrices, all of which start alike."""
+  if _tree.is_masked(leaf):
+    return (leaf,) * structure.num_leaves
+  one = _one_matrix(leaf, axes) if axes else leaf
+  state = inner.init(one)
+  if jax.tree.structure(state) != structure:
+    raise ValueError(
+      'inner runs on one matrix at a time, for which its state must have one '
+      f'structure, not {jax.tree.structure(state)} and {structure}; give '
+      'leaves that are not projected an optimizer of their own with `plain`, '
+      "or use transport='keep' or 'first' without per_matrix."
+    )
+  row = tuple(jax.tree.leaves(state))
+  if not axes:
+    return _varying.vary_as_any(row, leaf)
+  return tuple(_for_each(x, leaf, axes) for x in row)
+
+
+def _one_matrix(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
+  shape = tuple(n for i, n in enumerate(leaf.shape) if i not in axes)
+  return jnp.zeros(shape, leaf.dtype)
+
+
+def _for_each(x: jax.Array, leaf: Any, axes: tuple[int, ...]) -> jax.Array:
+  """Returns one matrix's `x` for each matrix, sharded along with the leaf."""
+  names = _AXES[: len(leaf.shape)]
+  first = ''.join(names[i] for i in axes)
+  rest = ''.join(c for c in names if c not in first)
+  if x.ndim != len(rest):
+    rest = _AXES[::-1][: x.ndim]
+  counts = tuple(leaf.shape[i] for i in axes)
+  return _sharding.place(_repeat, (counts,), (x,), leaf, names, first + rest)
+
+
+def _repeat(counts: tuple[int, ...], x: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(x, counts + x.shape)
+
+
+def _over_matrices(
+  f: Callable[[Any, Row, Any], tuple[Any, Row]], axes: tuple[int, ...]
+) -> Callable[[Any, Row, Any], tuple[Any, Row]]:
+  """Maps `f` over the axes of a leaf, which in a row come first."""
+
+  def mapped(u: Any, row: Row, weight: Any) -> tuple[Any, Row]:
+    run = f
+    for k in reversed(range(len(axes))):
+      of_leaf = axes[k] - k  # the axes before it are gone by then
+      of_weight = None if weight is None else of_leaf
+      run = jax.vmap(
+        run, in_axes=(of_leaf, 0, of_weight), out_axes=(of_leaf, 0)
+      )
+    return run(u, row, weight)
+
+  return mapped
+
+
+def _structure(
+  inner: optax.GradientTransformation,
+  pairs: Sequence[tuple[str, Any]],
+  batch_axes: BatchAxes,
+) -> Any:
+  """Returns the structure of one matrix's state."""
+  for path, leaf in pairs:
+    if not _tree.is_masked(leaf):
+      one = lambda x, path=path: _one_matrix(x, batch_axes.get(path, ()))
+      return jax.tree.structure(
+        jax.eval_shape(lambda x, one=one: inner.init(one(x)), leaf)
+      )
+  return jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros((1, 1))))
+
+
+def _from_rows(structure: Any, rows: Sequence[Row], treedef: Any) -> Any:
+  columns = zip(*rows, strict=True) if rows else [()] * structure.num_leaves
+  return structure.unflatten([treedef.unflatten(c) for c in columns])
+
+
+def _to_rows(structure: Any, state: Any, pairs: Sequence[Any]) -> list[Row]:
+  fields = structure.flatten_up_to(state)
+  columns = [[leaf for _, leaf in _tree.flatten(field)[0]] for field in fields]
+  return list(zip(*columns, strict=True)) if columns else [()] * len(pairs)

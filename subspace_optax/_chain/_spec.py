@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which leaves are projected, as which matrices, at which rank."""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+import functools
+import math
+import numbers
+import operator
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _axes
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _siblings
+from subspace_optax._matrix import _tree
+
+AUTO = 'auto'
+SIDES = ('short', 'long', 'in', 'out')
+FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
+BASIS_DTYPES = (*FLOATS, 'int8', 'int4')
+
+
+class DimensionNumbers(NamedTuple):
+  """Which axes of a leaf form its matrix; the others count matrices.
+
+  Attributes:
+    reduction_axis: axis or axes of the rows (the input side).
+    output_axis: axis or axes of the columns (the output side).
+
+  Example:
+    >>> import subspace_optax as so
+    >>> so.DimensionNumbers(0, (1, 2))  # (embed, heads, head_dim)
+    DimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+  """
+
+  reduction_axis: int | tuple[int, ...] = -2
+  output_axis: int | tuple[int, ...] = -1
+
+
+Rank = int | float | Callable[[str, Any], int | float]
+
+
+class Match(NamedTuple):
+  """What a spec makes of one leaf.
+
+  Attributes:
+    path: the leaf's path.
+    leaf: the leaf.
+    layout: how it is projected, None if it stays plain.
+    selected: whether the spec's rules chose it, small though it may be.
+    reason: why it stays plain.
+    how: how its matrix was found, see `SubspaceSpec`; '' if it has none.
+    is_clipped: whether a larger rank was asked for than its short side.
+    is_reversed: whether its bias has the length of what is read as inputs.
+  """
+
+  path: str
+  leaf: Any
+  layout: _layout.Layout | None
+  selected: bool = True
+  reason: str = ''
+  how: str = ''
+  is_clipped: bool = False
+  is_reversed: bool = False
+
+  @property
+  def matrices(self) -> str:
+    """The leaf as `3 x (64 x 16)`, inputs by outputs, or why it is none."""
+    if self.layout is None:
+      return self.reason
+    count = ' x '.join(map(str, self.layout.batch_shape))
+    matrix = f'{self.layout.inputs} x {self.layout.outputs}'
+    return f'{count} x ({matrix})' if count else matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceSpec:
+  """Chooses the leaves to project, their matrices, ranks and dtypes.
+
+  Attributes:
+    rank: r, as an int, a fraction of the short side in (0, 1], or a callable
+      of (path, leaf) that returns either. Clipped to the short side, of which
+      `init` warns.
+    include: regular expression; only leaves whose path it finds are projected.
+      Paths look like `blocks/mlp/up`. None for all.
+    exclude: regular expression; leaves whose path it finds stay plain. 'auto'
+      keeps embeddings, heads, norms, biases and convolutions out, by the names
+      of the usual libraries in whole components of a path: `head/kernel` is a
+      head, `head_gate` in a layer is not. None for nothing. A tree of
+      `weight_dimension_numbers` goes before it.
+    side: the side the basis spans: 'short' (the papers), 'long'
+      (`optax.contrib.galore`), 'in' (rows) or 'out' (columns).
+    weight_dimension_numbers: the axes that form each matrix: a
+      `DimensionNumbers` for every leaf, a tree of them with None for leaves
+      that stay plain, or a callable from the parameters to such a tree
+      ('named' in the column `axes` of `describe`). With None, the axes are
+      decided by the first of these that tells:
+      1. A leaf of two axes is a matrix ('two axes'), unless it may be a stack
+         of vectors beside stacks of matrices.
+      2. Flax's metadata names the axes ('metadata').
+      3. Other leaves tell ('siblings'): a norm of (layers, width) shows that
+         layers are stacked, a bias of (heads, head_dim) shows the outputs.
+      4. The leaf's name and sizes tell ('name'), as of query, key and out.
+      5. The last two axes are taken ('assumed'), and `init` warns.
+    only_if_smaller: keep leaves plain whose basis and two moments would take
+      no fewer bytes than Adam's two moments.
+    allow_empty: accept trees in which no leaf is matched.
+    seed: what all randomness is derived from, folded with each leaf's path.
+    key_group: from a leaf's path to the name that is folded instead of it, so
+      that leaves of one group, such as query, key and value, draw the same
+      random bases if their shapes allow, and unless they take turns.
+    basis_dtype: dtype of the bases: a float, 'int8' or 'int4'. Integers are
+      codes with a float32 scale for at most 128 or 64 rows of a column, made
+      orthonormal again at every step, for projectors that store bases and move
+      them by whole refreshes.
+    moment_dtype: dtype of the inner optimizer's state, on projected leaves and
+      on plain ones. None for float32, or the parameter's dtype if that is
+      wider: in bfloat16 a second moment cannot decay by 0.1 % a step, and in
+      float16 the square of a gradient of 1e-4 is 0. 'parameter' for the
+      parameter's dtype, which is what optax takes. Coordinates are float32 or
+      wider in any case.
+    outputs_first: whether kernels are (out, in), as those of equinox, haliax
+      and PyTorch, and not (in, out), as those of Flax and haiku; not where
+      `weight_dimension_numbers` say it, nor where heads are axes of their own.
+      It matters to the sides 'in' and 'out', to which side a square matrix is
+      projected on, and to `subspace_muon`, whose steps are longer the more
+      outputs there are.
+
+  Raises:
+    ValueError: a rank that is not positive, a fraction outside (0, 1], an
+      unknown side, another dtype of bases or moments.
+    TypeError: a rank that is no number; a pattern that is no string.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> spec = so.SubspaceSpec(rank=4)
+    >>> params = {'up': jnp.ones((16, 64)), 'lm_head': jnp.ones((16, 99))}
+    >>> print(so.describe(spec, params))
+    path     shape    as matrices  rank  side   axes      basis
+    lm_head  (16,99)  -            -     plain  -         is a head by its name
+    up       (16,64)  16 x 64      4     rows   two axes  float32(16,4)
+  """
+
+  rank: Rank
+  include: str | None = None
+  exclude: str | None = AUTO
+  side: str = 'short'
+  weight_dimension_numbers: Any = None
+  only_if_smaller: bool = True
+  allow_empty: bool = False
+  seed: int = 0
+  key_group: Callable[[str], str] | None = None
+  basis_dtype: Any = jnp.float32
+  moment_dtype: Any = None
+  outputs_first: bool = False
+
+  def __post_init__(self):
+    if not callable(self.rank):
+      _check_rank(self.rank, '')
+    if self.side not in SIDES:
+      raise ValueError(f'side must be one of {SIDES}, got {self.side!r}.')
+    _check_dtype('basis_dtype', self.basis_dtype, BASIS_DTYPES)
+    if self.moment_dtype not in (None, 'parameter'):
+      hint = '; scale_by_adam8bit keeps moments in 8 bits'
+      _check_dtype('moment_dtype', self.moment_dtype, FLOATS, hint)
+    for name in ('include', 'exclude'):
+      pattern = getattr(self, name)
+      if pattern is not None and not isinstance(pattern, str):
+        raise TypeError(
+          f'{name} must be a regular expression or None, got {pattern!r}.'
+        )
+
+  def match(
+    self, params: Any, axis_names: _tree.AxisNames | None = None
+  ) -> list[Match | None]:
+    """Returns a `Match` for every entry of the tree, None for masked ones.
+
+    Args:
+      params: the tree, boxed or not.
+      axis_names: names of axes by path; None for those in the tree's boxes.
+
+    Raises:
+      ValueError: no leaf of a non-empty tree is matched; dimension numbers
+        that overlap or name a missing axis; a bad rank from a callable.
+      TypeError: a leaf is no array, or in a box that nobody has registered; a
+        selected one is of another dtype than `FLOATS`.
+    """
+    pairs, treedef = _tree.flatten_params(params)
+    _check_distinct([path for path, _ in pairs])
+    numbers_of = self._dimension_numbers(params, pairs, treedef)
+    names = _tree.axis_names(params) if axis_names is None else axis_names
+    leaves = tuple(
+      _siblings.Leaf(path, tuple(leaf.shape), names.get(path))
+      for path, leaf in pairs
+      if not _tree.is_masked(leaf)
+    )
+    decisions = _axes.decisions_of(leaves)
+    matches = [
+      None
+      if _tree.is_masked(leaf)
+      else self._match_leaf(decisions, path, leaf, dims)
+      for (path, leaf), dims in zip(pairs, numbers_of, strict=True)
+    ]
+    self._check_any(matches)
+    return matches
+
+  def _match_leaf(
+    self, decisions: _axes.Decisions, path: str, leaf: Any, dims: Any
+  ) -> Match:
+    reason = self._exclusion(decisions, path, leaf, dims)
+    if reason:
+      return Match(path, leaf, None, False, reason)
+    if dims is None:
+      axes = decisions.axes[path]
+      axes = axes.reversed() if self.outputs_first else axes
+    else:
+      axes = _axes.Axes(*_named_axes(path, leaf, dims), 'named')
+    if axes.reason:
+      return Match(path, leaf, None, False, axes.reason, axes.how)
+    if not is_float(leaf.dtype):
+      raise TypeError(
+        f'leaf {path!r} of dtype {leaf.dtype} is selected for projection, '
+        f'which needs one of {FLOATS}; name it in `exclude`.'
+      )
+    layout, is_clipped = self._layout(path, leaf, axes.rows, axes.cols)
+    plain = functools.partial(Match, path, leaf, None, how=axes.how)
+    if 0 in leaf.shape:
+      return plain(selected=False, reason='has no elements')
+    if self.only_if_smaller and not self._is_smaller(layout, leaf.dtype):
+      r, m, n = layout.rank, layout.m, layout.n
+      reason = f'rank {r} of {m} x {n} would take as much state as Adam'
+      return plain(selected=min(m, n) > 1, reason=reason)
+    wrong = 'in_out' if self.outputs_first else 'out_in'
+    return Match(
+      path,
+      leaf,
+      layout,
+      how=axes.how,
+      is_clipped=is_clipped,
+      is_reversed=axes.order == wrong,
+    )
+
+  def dtype_of_moments(self, dtype: Any) -> Any:
+    """Returns the dtype of a leaf's moments, given that of the leaf."""
+    if self._moments_as_parameters:
+      return dtype
+    if not is_float(dtype):  # jax promotes none of those with 8 bits
+      return jnp.dtype('float32') if is_real(dtype) else dtype
+    if self.moment_dtype is None:
+      return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(self.moment_dtype)
+
+  @property
+  def _moments_as_parameters(self) -> bool:
+    wanted = self.moment_dtype
+    return isinstance(wanted, str) and wanted == 'parameter'
+
+  def _is_smaller(self, layout: _layout.Layout, dtype: Any) -> bool:
+    """Whether a basis and two moments of it take fewer bytes than Adam's."""
+    r, m, n = layout.rank, layout.m, layout.n
+    basis = m * r * bits(self.basis_dtype) // 8
+    moments = 2 * n * r * self.dtype_of_moments(dtype).itemsize
+    return basis + moments < 2 * m * n * self.dtype_of_moments(dtype).itemsize
+
+  def _exclusion(
+    self, decisions: _axes.Decisions, path: str, leaf: Any, dims: Any
+  ) -> str:
+    if self.include is not None and not re.search(self.include, path):
+      return f'path matches no include={self.include!r}'
+    given = self.weight_dimension_numbers
+    if given is not None and not _is_dims(given):  # the tree names the leaves
+      return '' if dims is not None else 'has no weight_dimension_numbers'
+    if len(leaf.shape) < 2:
+      return 'has fewer than two axes'
+    if self.exclude == AUTO:
+      kind = decisions.plain_kinds[path]
+      return f'is {kind} by its name' if kind else ''
+    found = re.search(self.exclude, path) if self.exclude is not None else None
+    return f'path matches exclude ({found.group()!r})' if found else ''
+
+  def _layout(
+    self, path: str, leaf: Any, rows, cols
+  ) -> tuple[_layout.Layout, bool]:
+    """Returns the layout, and whether the rank was clipped for it."""
+    m = math.prod(leaf.shape[i] for i in rows)
+    n = math.prod(leaf.shape[i] for i in cols)
+    project_rows = {
+      'short': m <= n,
+      'long': m >= n,
+      'in': True,
+      'out': False,
+    }[self.side]
+    rank = self.rank(path, leaf) if callable(self.rank) else self.rank
+    rank = _check_rank(rank, path)
+    if isinstance(rank, float):
+      rank = max(1, round(rank * min(m, n)))
+    shape, clipped = tuple(leaf.shape), min(rank, m, n)
+    layout = _layout.Layout(shape, rows, cols, project_rows, clipped)
+    return layout, clipped < rank
+
+  def _dimension_numbers(self, params, pairs, treedef) -> list[Any]:
+    given = self.weight_dimension_numbers
+    if callable(given):
+      given = given(params)
+    if _is_dims(given):
+      return [given] * len(pairs)
+    if given is None:
+      return [None] * len(pairs)
+    found, _ = jax.tree_util.tree_flatten_with_path(
+      given, is_leaf=lambda x: x is None or _is_dims(x) or _tree.is_masked(x)
+    )
+    by_path = {_tree.path_str(path): dims for path, dims in found}
+    missing = [path for path, _ in pairs if path not in by_path]
+    if missing:
+      raise ValueError(
+        'weight_dimension_numbers has no entry for leaf '
+        f'{missing[0]!r}; give every leaf a DimensionNumbers or None.'
+      )
+    return [by_path[path] for path, _ in pairs]
+
+  def _check_any(self, matches: Iterable[Match | None]) -> None:
+    known = [match for match in matches if match is not None]
+    if known and not any(m.selected for m in known) and not self.allow_empty:
+      nearest = sorted(known, key=lambda m: -len(m.leaf.shape))[:5]
+      lines = [f'  {m.path} {tuple(m.leaf.shape)}: {m.reason}' for m in nearest]
+      raise ValueError(
+        f'SubspaceSpec(rank={self.rank!r}, include={self.include!r}, '
+        f'exclude={self.exclude!r}) matches no leaf. Nearest paths:\n'
+        + '\n'.join(lines)
+      )
+
+
+def is_float(dtype: Any) -> bool:
+  """Whether a dtype is one of those that are projected and widened."""
+  return _dtype_name(dtype) in FLOATS
+
+
+def is_real(dtype: Any) -> bool:
+  """Whether a dtype is that of real numbers, of 8 bits, too."""
+  return jnp.issubdtype(dtype, jnp.floating)
+
+
+def bits(dtype: Any) -> int:
+  """Returns the bits of an element where XLA holds it, which packs int4."""
+  return 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
+
+
+def _check_dtype(
+  argument: str, dtype: Any, allowed: tuple[str, ...], hint: str = ''
+) -> None:
+  """Raises unless the dtype is one of those allowed."""
+  name = _dtype_name(dtype)
+  if name not in allowed:
+    raise ValueError(f'{argument} must be one of {allowed}, got {name}{hint}.')
+
+
+def _dtype_name(dtype: Any) -> str:
+  try:
+    return repr(dtype) if dtype is None else jnp.dtype(dtype).name
+  except TypeError:
+    return repr(dtype)
+
+
+def check_spec(spec: Any) -> None:
+  """Raises unless `spec` is a `SubspaceSpec`."""
+  if not isinstance(spec, SubspaceSpec):
+    raise TypeError(f'spec must be a SubspaceSpec, got {spec!r}.')
+
+
+def _check_distinct(paths: list[str]) -> None:
+  if len(set(paths)) != len(paths):
+    twice = next(path for path in paths if paths.count(path) > 1)
+    raise ValueError(f'two leaves have the path {twice!r}; rename one.')
+
+
+def _is_dims(x: Any) -> bool:
+  """Whether `x` is dimension numbers, ours or optax's, told by the fields."""
+  return hasattr(x, 'reduction_axis') and hasattr(x, 'output_axis')
+
+
+def _check_rank(rank: Any, path: str) -> int | float:
+  where = f' for leaf {path!r}' if path else ''
+  if isinstance(rank, jax.Array):
+    raise TypeError(
+      f'rank{where} must be static, got {rank!r}; under '
+      "optax.inject_hyperparams, pass static_args=('rank',)."
+    )
+  if isinstance(rank, numbers.Integral) and not isinstance(rank, bool):
+    if rank <= 0:
+      raise ValueError(f'rank{where} must be positive, got {rank}.')
+    return operator.index(rank)
+  if isinstance(rank, numbers.Real) and not isinstance(rank, bool):
+    rank = float(rank)
+    if not 0 < rank <= 1:
+      raise ValueError(
+        f'rank{where} as a fraction of the short side must lie in (0, 1], '
+        f'got {rank}; a number of dimensions is an int.'
+      )
+    return rank
+  raise TypeError(f'rank{where} must be an int or a fraction, got {rank!r}.')
+
+
+def _named_axes(path: str, leaf: Any, dims: Any):
+  """Returns the axes of the rows and of the columns, as they are named."""
+  rows = _normalize(path, leaf, 'reduction_axis', dims.reduction_axis)
+  cols = _normalize(path, leaf, 'output_axis', dims.output_axis)
+  both = rows + cols
+  if len(set(both)) != len(both):
+    raise ValueError(
+      f'weight_dimension_numbers {tuple(dims)} of leaf {path!r} of shape '
+      f'{tuple(leaf.shape)} overlap: rows {rows}, columns {cols}.'
+    )
+  return rows, cols
+
+
+def _normalize(path: str, leaf: Any, name: str, axis: Any) -> tuple[int, ...]:
+  axes = (axis,) if isinstance(axis, numbers.Integral) else tuple(axis)
+  axes = tuple(operator.index(i) for i in axes)
+  ndim = len(leaf.shape)
+  if not axes or not all(-ndim <= i < ndim for i in axes):
+    raise ValueError(
+      f'{name}={axis!r} of leaf {path!r} names an axis that shape '
+      f'{tuple(leaf.shape)} does not have.'
+    )
+  return tuple(i % ndim for i in axes)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front door: the three pieces in a row."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _every_k
+from subspace_optax._chain import _in_subspace
+from subspace_optax._chain import _project
+from subspace_optax._chain import _spec
+from subspace_optax._chain import _unproject
+from subspace_optax._matrix import _sign
+from subspace_optax._matrix import _tree
+from subspace_optax.projectors import _base
+from subspace_optax.projectors import _gap
+from subspace_optax.residuals import _base as _residual
+
+
+def subspace(
+  spec: _spec.SubspaceSpec,
+  projector: _base.Projector,
+  inner: optax.GradientTransformation,
+  *,
+  transport: str = 'keep',
+  params: str | None = None,
+  per_matrix: bool = False,
+  plain: optax.GradientTransformation | None = None,
+  residual: _residual.Residual | None = None,
+  scale: Any = 1.0,
+  every_k: int = 1,
+  after: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Chains `project`, `in_subspace` and `unproject`.
+
+  Args:
+    spec: which leaves, as which matrices, at which rank.
+    projector: how bases are found and moved.
+    inner: the optimizer that runs on coordinates; with a residual, one that
+      returns directions along the gradient, as `optax.scale_by_adam` does.
+    transport: see `in_subspace`.
+    params: see `in_subspace`.
+    per_matrix: see `in_subspace`.
+    plain: see `in_subspace`.
+    residual: see `unproject`.
+    scale: see `unproject`.
+    every_k: k, micro-steps to a step, at the end of which the inner optimizer,
+      what follows it, and `after` run once on the mean of k gradients, kept
+      r-sized. Bases stay for a window: they are refreshed with its first
+      gradient, or `refresh_gradients`, and tracked with its last. Gaps count
+      steps. k - 1 of k updates are zero. (`optax.MultiSteps` as `inner` keeps
+      r-sized sums, too, but what is chained behind runs at every micro-step
+      and bases may move within a window.)
+    after: runs on whole updates: weight decay and learning rate, which would
+      run at every micro-step if they were chained behind.
+
+  Returns:
+    A transformation from gradients to updates of their dtypes, without learning
+    rate. Updates are float32 or wider until `after` has seen them.
+
+  Raises:
+    ValueError: see the three pieces; `every_k` below 1, or with a residual,
+      which needs the gradients that it does not keep; at `init`, an inner
+      optimizer that steps against the gradient beside a residual, or to the
+      other side of it than `plain`.
+    TypeError: see the three pieces; `every_k` is no int.
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, and Liang
+    et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> tx = optax.chain(
+    ...   so.subspace(
+    ...     so.SubspaceSpec(rank=0.25),
+    ...     so.projectors.stiefel(update_proj_gap=200),
+    ...     optax.scale_by_adam(),
+    ...     transport='first',
+    ...   ),
+    ...   optax.add_decayed_weights(0.01),
+    ...   optax.scale_by_learning_rate(1e-3),
+    ... )
+  """
+  _gap.check_static(every_k, 'every_k')
+  if every_k > 1 and residual is not None:
+    raise ValueError(
+      f'every_k={every_k} keeps coordinates of the gradients, not what a '
+      'residual rule needs; wrap the optimizer in optax.MultiSteps.'
+    )
+  with_params = params is not None
+  if plain is not None:
+    plain = _sign.require_same_side(plain, inner, with_params=with_params)
+  if residual is not None:
+    name = f'inner beside residual {residual.name!r}'
+    inner = _sign.require_along(inner, name, with_params=with_params)
+  if after is not None:
+    inner = _sign.require_one_turn(inner, after, with_params=with_params)
+  project = _project.project(
+    spec, projector, keep_gradient=residual is not None
+  )
+  project = _dtypes.keep_wide(project, spec)
+  in_subspace = _in_subspace.in_subspace(
+    inner,
+    spec,
+    transport=transport,
+    params=params,
+    per_matrix=per_matrix,
+    plain=plain,
+  )
+  unproject = _unproject.unproject_any(scale, residual, spec, allow_empty=True)
+  if every_k > 1:
+    rest = unproject if after is None else optax.chain(unproject, after)
+    tx = _every_k.every_k(every_k, spec, project, in_subspace, rest)
+    return _dtypes.round_last(tx)
+  tx = optax.chain(project, in_subspace, unproject)
+  if residual is not None and residual.feedback:
+    tx = _with_feedback(tx, residual.feedback)
+  return _dtypes.round_last(tx if after is None else optax.chain(tx, after))
+
+
+def _with_feedback(
+  tx: optax.GradientTransformationExtraArgs, feedback: Callable
+) -> optax.GradientTransformationExtraArgs:
+  """Gives the three pieces gradients that depend on the residual's state."""
+
+  def update(updates, state, params=None, **extra_args):
+    pairs, _ = _tree.flatten(updates)
+    own = dict(_tree.flatten(state[-1].residual)[0])
+    gradients = [_fed_back(feedback, path, g, own) for path, g in pairs]
+    gradients = _tree.replace_entries(updates, gradients)
+    return tx.update(gradients, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _fed_back(
+  feedback: Callable, path: str, gradient: Any, states: dict[str, Any]
+) -> Any:
+  """Returns a gradient with its feedback; `project` checks the tree."""
+  state = states.get(path)
+  if state is None or _tree.is_masked(gradient) or _tree.is_masked(state):
+    return gradient
+  if gradient.shape != state.shape:
+    raise ValueError(
+      f'gradient {path!r} has shape {gradient.shape}, its parameter had '
+      f'{state.shape} at init.'
+    )
+  return feedback(gradient, state)

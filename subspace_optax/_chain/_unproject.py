@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From directions back to updates of whole leaves."""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _boxes
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
+from subspace_optax.residuals import _base
+
+
+class ResidualState(NamedTuple):
+  """State of `unproject` with a residual rule that has any."""
+
+  count: jax.Array  # shape=(), dtype=int32
+  # tree, leaf shape=(*batch,) or the leaf's, as the rule says
+  residual: Any
+
+
+def unproject(
+  *,
+  scale: Any = 1.0,
+  residual: _base.Residual | None = None,
+  spec: _spec.SubspaceSpec | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Takes directions in subspaces back to updates of whole leaves.
+
+  Args:
+    scale: factor of what comes back, alpha in GaLore; plain leaves are not
+      scaled.
+    residual: rule for the part of the gradient outside the subspace, from
+      `subspace_optax.residuals`; needs `project(..., keep_gradient=True)`.
+    spec: the one given to `project`, which says where a residual rule has
+      state. By default its state is made for all leaves of two axes or more,
+      their last two axes taken for the matrix.
+
+  Returns:
+    A transformation that turns `Projected` nodes into updates of the leaf's
+    shape, in the gradient's dtype.
+
+  Raises:
+    ValueError: a residual rule that changes gradients, which needs
+      `subspace_optax.subspace`; at `update`, if nothing is projected,
+      `in_subspace` has not run, or a residual rule lacks the gradient or has
+      state of another shape.
+    TypeError: `residual` is something else.
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Eq. (9)
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.unproject(scale=0.25, residual=so.residuals.fira())
+  """
+  if isinstance(residual, _base.Residual) and residual.feedback:
+    raise ValueError(
+      f'residual {residual.name!r} changes the gradients that are projected, '
+      'which `unproject` comes too late for; use `subspace_optax.subspace`.'
+    )
+  allow_empty = isinstance(spec, _spec.SubspaceSpec) and spec.allow_empty
+  return unproject_any(scale, residual, spec, allow_empty=allow_empty)
+
+
+def unproject_any(
+  scale: Any,
+  residual: _base.Residual | None,
+  spec: _spec.SubspaceSpec | None,
+  *,
+  allow_empty: bool,
+) -> optax.GradientTransformationExtraArgs:
+  """As `unproject`; `allow_empty` where pieces can't be in the wrong order."""
+  if residual is not None and not isinstance(residual, _base.Residual):
+    raise TypeError(
+      f'residual must come from subspace_optax.residuals, got {residual!r}.'
+    )
+  if spec is None:
+    spec = _spec.SubspaceSpec(
+      1, exclude=None, only_if_smaller=False, allow_empty=True
+    )
+  _spec.check_spec(spec)
+  make_state = residual.init if residual is not None else None
+
+  def init(params):
+    if make_state is None:
+      return optax.EmptyState()
+    first_state = functools.partial(_first_state, make_state, spec)
+    return _boxes.box_state(first_state, params)
+
+  def update(updates, state, params=None, **extra_args):
+    del extra_args
+    del params
+    pairs, treedef = _tree.flatten(updates)
+    _check_directed(pairs, residual is not None, allow_empty)
+    count, own = 0, [(path, None) for path, _ in pairs]
+    if make_state is not None:
+      count, own = state.count, _tree.flatten(state.residual)[0]
+    entries, new = [], []
+    for (path, entry), (_, last) in zip(pairs, own, strict=True):
+      if isinstance(entry, _projected.Projected):
+        dtype = entry.update_dtype
+        if residual is None:
+          entry = _update(entry, scale)
+        else:
+          _check_state(residual, path, entry, last)
+          entry, last = residual.update(entry, scale, count, last)
+        entry = entry.astype(dtype)
+      entries.append(entry)
+      new.append(last)
+    if make_state is not None:
+      count = optax.safe_increment(state.count)
+      state = state._replace(count=count, residual=treedef.unflatten(new))
+    return _tree.replace_entries(updates, entries), state
+
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+
+
+def _first_state(
+  make_state: Callable[..., jax.Array], spec: _spec.SubspaceSpec, params: Any
+) -> ResidualState:
+  matches = spec.match(params)
+  _, treedef = _tree.flatten(params)
+  leaves = [_init(make_state, spec, match) for match in matches]
+  state = ResidualState(jnp.zeros((), jnp.int32), treedef.unflatten(leaves))
+  return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+
+
+def _init(
+  make_state: Callable[..., jax.Array], spec: _spec.SubspaceSpec, match: Any
+) -> Any:
+  if match is None or match.layout is None:
+    return optax.MaskedNode()
+  dtype = spec.dtype_of_moments(match.leaf.dtype)
+  return make_state(match.layout, match.leaf, dtype)
+
+
+def _check_state(
+  residual: _base.Residual, path: str, node: _projected.Projected, state: Any
+) -> None:
+  """Raises unless `init` made the state that a leaf needs."""
+  if residual.init is None:
+    return
+  make = functools.partial(residual.init, node.layout, dtype=node.dtype)
+  shape = jax.eval_shape(make, node.gradient).shape
+  found = None if _tree.is_masked(state) else state.shape
+  if shape != found:
+    raise ValueError(
+      f'update {path!r} needs residual state of shape {shape}, but init made '
+      f'{found}; give `unproject` the spec that `project` has.'
+    )
+
+
+def _update(node: _projected.Projected, scale: Any) -> jax.Array:
+  # Multiplied in the gradient's dtype, like all products of the step, but for
+  # float16, which may be too narrow for a direction. Scaled while it is small.
+  dtype = jnp.float32 if node.dtype == jnp.float16 else node.dtype
+  direction = (scale * node.direction).astype(dtype)
+  basis = node.basis.astype(dtype)
+  return node.layout.unproject(basis, direction, node.sharding)
+
+
+def _check_directed(
+  pairs: list, needs_gradient: bool, allow_empty: bool
+) -> None:
+  """Raises where `in_subspace` or `project` should have been, and was not."""
+  nodes = [(p, e) for p, e in pairs if isinstance(e, _projected.Projected)]
+  if pairs and not nodes and not allow_empty:
+    raise ValueError(
+      f'no update is projected (the first is {pairs[0][0]!r}); chain '
+      '`project` and `in_subspace` before `unproject`.'
+    )
+  for path, node in nodes:
+    if node.direction is None:
+      raise ValueError(
+        f'update {path!r} has no direction yet; chain `in_subspace` before '
+        '`unproject`.'
+      )
+    if needs_gradient and node.gradient is None:
+      raise ValueError(
+        f'update {path!r} came without its gradient, which the residual '
+        'needs; use `project(..., keep_gradient=True)`.'
+      )

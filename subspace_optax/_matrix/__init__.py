@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A leaf as matrices: axes, products, factorisations, shardings."""

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which axes of each leaf form its matrix, and what says so.
+
+A leaf of three axes may be a stack of layers' matrices, an attention kernel
+whose heads are axes of their own, or a convolution. What other leaves, the
+names of axes in flax's metadata, and the leaf's own name say is put together
+here; where it is not enough, the last two axes are assumed, and said to be.
+"""
+
+from collections.abc import Iterable
+import functools
+import math
+import re
+from typing import NamedTuple
+
+from subspace_optax._matrix import _names
+from subspace_optax._matrix import _siblings
+
+# Names of axes in flax's metadata and haliax's.
+_COUNTS = re.compile(
+  # Not `expert` or `stage`, which are axes of meshes, too.
+  r'([a-z_]*_)?(layers?|blocks?|experts)|exp|num_activations|qkv|o_groups'
+)
+# As the last axis, a router's outputs.
+_EXPERTS = re.compile(r'([a-z_]*_)?experts|exp')
+_HEADS = re.compile(
+  r'((q|kv|num)_)?heads?|((q|kv)_)?head_(dim|size)|kv|q_heads_per_group'
+)
+
+
+class Axes(NamedTuple):
+  """A leaf's matrix, and how it was found.
+
+  Attributes:
+    rows: the axes of the rows; () for leaves without a matrix.
+    cols: the axes of the columns; all others count matrices.
+    how: 'two axes', 'named', 'metadata', 'siblings', 'name' or 'assumed'.
+    reason: why there is no matrix.
+    order: 'in_out' or 'out_in' if a bias tells it of a kernel with one axis on
+      each side, else ''.
+  """
+
+  rows: tuple[int, ...]
+  cols: tuple[int, ...]
+  how: str
+  reason: str = ''
+  order: str = ''
+
+  def reversed(self) -> 'Axes':
+    """Returns the axes of a kernel that has its outputs first.
+
+    Where heads are axes of their own, it is known which side they are on.
+    """
+    if len(self.rows) != 1 or len(self.cols) != 1:
+      return self
+    return self._replace(rows=self.cols, cols=self.rows)
+
+
+def _without_matrix(reason: str, how: str = '') -> Axes:
+  return Axes((), (), how, reason)
+
+
+def of_form(form: str, how: str) -> Axes:
+  """Returns the axes of a form such as 'bio': `i` rows, `o` columns.
+
+  All others, `b` in a layer's own form and `l` of layers, count matrices.
+  """
+  of = lambda kind: tuple(i for i, c in enumerate(form) if c == kind)
+  return Axes(of('i'), of('o'), how)
+
+
+class Decisions:
+  """What is decided of the leaves of a tree, by path, when it is asked for."""
+
+  def __init__(self, leaves: Iterable[_siblings.Leaf]):
+    self._leaves = tuple(leaves)
+
+  @functools.cached_property
+  def family(self) -> _siblings.Family:
+    """The leaves, and what those near each other tell together."""
+    return _siblings.Family(self._leaves)
+
+  @functools.cached_property
+  def axes(self) -> dict[str, Axes]:
+    """The axes of every leaf."""
+    return {
+      leaf.path: _with_order(leaf, _decide(leaf, self.family), self.family)
+      for leaf in self._leaves
+    }
+
+  @functools.cached_property
+  def plain_kinds(self) -> dict[str, str]:
+    """What keeps leaves plain by their names: 'a head', '' if nothing."""
+    return {leaf.path: _plain_kind(leaf, self.family) for leaf in self._leaves}
+
+
+@functools.lru_cache(maxsize=256)
+def decisions_of(leaves: tuple[_siblings.Leaf, ...]) -> Decisions:
+  """Returns the decisions on a tree, which every `update` asks for again."""
+  return Decisions(leaves)
+
+
+def _plain_kind(leaf: _siblings.Leaf, family: _siblings.Family) -> str:
+  if 'vocab' in (leaf.names or ()):
+    return 'an embedding or a head'
+  if family.is_bias(leaf.path):
+    return 'a bias'
+  beside = family.in_attention(leaf.path)
+  path = family.without_models(leaf.path)
+  return _names.plain_kind(path, len(leaf.shape), beside)
+
+
+def _decide(leaf: _siblings.Leaf, family: _siblings.Family) -> Axes:
+  """Asks metadata, then other leaves, then the name."""
+  ndim = len(leaf.shape)
+  if ndim < 2:
+    return _without_matrix('has fewer than two axes')
+  if 0 in leaf.shape:
+    return Axes((ndim - 2,), (ndim - 1,), 'two axes')
+  if ndim > 2 and sum(size != 1 for size in leaf.shape) < 2:
+    return _without_matrix('has fewer than two axes longer than 1')
+  found = _by_metadata(leaf)
+  if found:
+    return found
+  counted = family.counted(leaf)
+  core = [i for i in range(ndim) if i not in (counted or ())]
+  if ndim == 2:
+    return _two_axes(leaf, counted)
+  if len(core) < 2:  # the layers are as many as the units
+    return _assumed(leaf, (0,))
+  found = _by_bias(leaf, counted, family) or _by_bias(leaf, None, family)
+  if len(core) == 2 and not found:
+    how = 'assumed' if _names.may_be_vector(leaf.path) else 'siblings'
+    return Axes((core[0],), (core[1],), how)
+  return (
+    found
+    or _by_name(leaf, counted)
+    or _convolution(leaf, counted, family)
+    or _assumed(leaf, counted)
+  )
+
+
+def _with_order(
+  leaf: _siblings.Leaf, axes: Axes, family: _siblings.Family
+) -> Axes:
+  """Returns the axes with what a bias tells of their order, if it does."""
+  if not len(axes.rows) == len(axes.cols) == 1:
+    return axes
+  bias = family.bias(leaf) or ()
+  inputs, outputs = (leaf.shape[i] for i in axes.rows + axes.cols)
+  layers = [n for i, n in enumerate(leaf.shape) if i not in axes[0] + axes[1]]
+  orders: dict[tuple[int, ...], str]
+  orders = {(*layers, outputs): 'in_out', (*layers, inputs): 'out_in'}
+  return axes._replace(order=orders.get(bias, '') if len(orders) > 1 else '')
+
+
+def _two_axes(leaf: _siblings.Leaf, counted: tuple[int, ...] | None) -> Axes:
+  """Takes a leaf for a matrix, or for a vector in each layer, by its name.
+
+  If other leaves are stacked along one of its axes, it may be either.
+  """
+  if not counted:
+    return Axes((0,), (1,), 'two axes')
+  if _names.is_weight(leaf.path):
+    return Axes((0,), (1,), 'assumed')
+  layers = ' x '.join(str(leaf.shape[i]) for i in counted)
+  return _without_matrix(f'is a vector in each of {layers} layers', 'assumed')
+
+
+def _by_metadata(leaf: _siblings.Leaf) -> Axes | None:
+  """Reads the names of axes, if they tell all sides apart."""
+  names = [str(name) for name in leaf.names or ()]
+  if len(names) != len(leaf.shape):
+    return None
+  core = [i for i, x in enumerate(names) if not _COUNTS.fullmatch(x)]
+  if _EXPERTS.fullmatch(names[-1]):
+    core.append(len(names) - 1)
+  heads = tuple(i for i in core if _HEADS.fullmatch(names[i]))
+  others = tuple(i for i in core if i not in heads)
+  if len(core) < 2:
+    return _without_matrix('is a vector by the names of its axes', 'metadata')
+  if len(core) == 2 and len(names) > 2:
+    return Axes((core[0],), (core[1],), 'metadata')
+  if len(heads) < 2 or len(others) != 1:
+    return None
+  is_out = _names.is_attention_out(leaf.path)
+  is_in = _names.is_attention_in(leaf.path)
+  heads_first = is_out or (heads[0] == core[0] and not is_in)
+  rows, cols = (heads, others) if heads_first else (others, heads)
+  return Axes(rows, cols, 'metadata')
+
+
+def _spread(form: str, ndim: int, counted: tuple[int, ...] | None) -> list[str]:
+  """Returns a layer's form with `l` where axes of layers may stand."""
+  if counted is None:
+    spread = [form, 'l' + form, form[0] + 'l' + form[1:]]
+  else:
+    axes = list(form)
+    for i in sorted(counted):
+      axes.insert(i, 'l')
+    spread = [''.join(axes)]
+  return [form for form in spread if len(form) == ndim]
+
+
+def _by_bias(
+  leaf: _siblings.Leaf,
+  counted: tuple[int, ...] | None,
+  family: _siblings.Family,
+) -> Axes | None:
+  """Finds the columns as the axes that the bias of a kernel has."""
+  bias = family.bias(leaf)
+  if bias is None:
+    return None
+  own = (*_names.forms(leaf.path), *_names.attention_forms(leaf.path))
+  for forms in (own, ('io', 'ioo', 'iio')):
+    spread = [x for f in forms for x in _spread(f, len(leaf.shape), counted)]
+    fits = [form for form in spread if _bias_shape(form, leaf.shape) == bias]
+    if len(fits) == 1:
+      return of_form(fits[0], 'siblings')
+  return None
+
+
+def _bias_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of a bias, whose layers stand where the kernel's do."""
+  axes = list(zip(shape, form, strict=True))
+  bias = [n for n, c in axes if c in 'bo']
+  for i, (n, c) in enumerate(axes):
+    if c == 'l':
+      bias.insert(i, n)
+  return tuple(bias)
+
+
+def _by_name(
+  leaf: _siblings.Leaf, counted: tuple[int, ...] | None
+) -> Axes | None:
+  """Takes what a name stands for in every library, if the sizes agree."""
+  ndim = len(leaf.shape)
+  own = ndim - len(counted or ())
+  forms = [x for x in _names.forms(leaf.path) if len(x) == own]
+  if forms:
+    spread = [_spread(form, ndim, counted)[0] for form in forms]
+    return of_form(squarest(spread, leaf.shape), 'name')
+  forms = _attention(leaf, counted)
+  exact = [x for x in forms if _is_exact(x, leaf, counted is not None)]
+  if exact:
+    # Where layers are as many as units, they may stand on either side.
+    of_layer = [x.replace('l', '') for x in exact]
+    is_sure = of_layer.count(of_layer[0]) == 1
+    return of_form(exact[0], 'name' if is_sure else 'assumed')
+  if not forms or counted is None:
+    return None
+  form = squarest(forms, leaf.shape)
+  # Far from square, it is not what the name says.
+  return of_form(form, 'name') if _ratio(form, leaf.shape) <= 8 else None
+
+
+def _attention(
+  leaf: _siblings.Leaf, counted: tuple[int, ...] | None
+) -> list[str]:
+  forms = _names.attention_forms(leaf.path)
+  return [x for f in forms for x in _spread(f, len(leaf.shape), counted)]
+
+
+def squarest(forms: Iterable[str], shape: tuple[int, ...]) -> str:
+  """Returns the form whose two sides differ least, the first within twice."""
+  return min(forms, key=lambda form: max(2.0, _ratio(form, shape)))
+
+
+def _ratio(form: str, shape: tuple[int, ...]) -> float:
+  short, long = sorted(_widths(form, shape))
+  return long / short
+
+
+def _widths(form: str, shape: tuple[int, ...]) -> tuple[int, int]:
+  """Returns the width of all heads, and the model's."""
+  heads = 'o' if form.count('o') > 1 else 'i'
+  size = lambda kind: math.prod(
+    n for n, c in zip(shape, form, strict=True) if c == kind
+  )
+  return size(heads), size('i' if heads == 'o' else 'o')
+
+
+def _is_exact(form: str, leaf: _siblings.Leaf, is_known: bool) -> bool:
+  """Whether all heads are as wide as the model, or key's a part of that.
+
+  Heads around the model's axis may as well be layers, unless that is known.
+  """
+  heads, width = _widths(form, leaf.shape)
+  if _names.is_grouped(leaf.path) and (is_known or 'oio' not in form):
+    return width % heads == 0
+  return heads == width
+
+
+def _convolution(
+  leaf: _siblings.Leaf,
+  counted: tuple[int, ...] | None,
+  family: _siblings.Family,
+) -> Axes | None:
+  """Tells convolutions, which are no matrices: each author flattens another.
+
+  Flax keeps (height, width, in, out), equinox (out, in, height, width).
+  """
+  shape, bias = leaf.shape, family.bias(leaf)
+  reason = 'looks like a convolution'
+  of_equinox = shape[:1] + (1,) * (len(shape) - 2)
+  if bias == of_equinox or (len(shape) > 3 and bias == shape[-1:]):
+    return _without_matrix(reason, 'siblings')
+  if _siblings.has_window(shape) and not counted:
+    return _without_matrix(reason, 'assumed')
+  return None
+
+
+def _assumed(leaf: _siblings.Leaf, counted: tuple[int, ...] | None) -> Axes:
+  """Takes the squarest matrix for attention's kernels, or the last two axes."""
+  forms = _names.attention_forms(leaf.path)[:1]
+  if forms:
+    layers = (0,) if leaf.shape[0] <= leaf.shape[1] else (1,)
+    spread = _spread(forms[0], len(leaf.shape), counted)
+    spread += _spread('io', len(leaf.shape), counted or layers)
+    if spread:
+      return of_form(squarest(spread, leaf.shape), 'assumed')
+  core = [i for i in range(len(leaf.shape)) if i not in (counted or ())]
+  return Axes((core[-2],), (core[-1],), 'assumed')

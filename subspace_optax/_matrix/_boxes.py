@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes: what libraries wrap arrays in, to name the axes that meshes cut.
+
+Trainers read from the boxes of a state how it is to be sharded, and take a bare
+array for one that every device holds. So the arrays of a state are in boxes
+like their parameter's, with names for the axes that they have.
+"""
+
+from collections.abc import Callable, Iterable
+import contextvars
+from typing import Any, NamedTuple
+
+from flax import linen
+from flax import nnx
+from flax.core import meta
+import jax
+from jax.sharding import AbstractMesh
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from subspace_optax._matrix import _notices
+
+Names = tuple[str | None, ...]
+
+
+class _Kind(NamedTuple):
+  """How the boxes of a class are read and made."""
+
+  axes: Callable[[Any], Iterable[Any] | None]
+  wrap: Callable[[Any, jax.Array, Names], Any]
+
+
+_kinds: dict[type, _Kind] = {}
+
+
+def register_box(
+  cls: type,
+  axes: Callable[[Any], Iterable[Any] | None],
+  wrap: Callable[[Any, jax.Array, Names], Any],
+) -> None:
+  """Tells of a class that wraps one array each, such as haliax's `NamedArray`.
+
+  Parameters in such boxes are then read as the matrices that the names of their
+  axes say, and state comes in boxes of its own. flax's boxes, `Partitioned`,
+  `LogicallyPartitioned` and `nnx.Variable`, are known.
+
+  Args:
+    cls: the class, a node of jax's trees with one leaf.
+    axes: from a box to the names of its array's axes, None for one without a
+      name; or None if it names none.
+    wrap: (box, array, names) -> a box like `box` around `array`. A rank has the
+      name of the first axis that it stands for, so that it is sharded as that
+      axis is; what other numbers there are, None.
+
+  Raises:
+    TypeError: `cls` is no class, or is an array.
+
+  Example:
+    >>> import dataclasses, jax, jax.numpy as jnp, subspace_optax as so
+    >>> @jax.tree_util.register_dataclass
+    ... @dataclasses.dataclass
+    ... class Named:
+    ...   array: jax.Array
+    ...   names: tuple = dataclasses.field(metadata={'static': True})
+    >>> so.register_box(
+    ...   Named, lambda box: box.names, lambda box, x, names: Named(x, names)
+    ... )
+    >>> tx = so.golore(1e-3, rank=4)
+    >>> state = tx.init({'w': Named(jnp.ones((16, 64)), ('embed', 'mlp'))})
+    >>> print(state[0][1].inner.mu['w'].names)
+    ('embed', 'mlp')
+  """
+  if not isinstance(cls, type) or issubclass(cls, jax.Array):
+    raise TypeError(f'cls must be a class around an array, got {cls!r}.')
+  _kinds[cls] = _Kind(axes, wrap)
+
+
+def is_box(x: Any) -> bool:
+  """Whether `x` is a box of a registered class."""
+  return any(cls in _kinds for cls in type(x).__mro__)
+
+
+def axes_of(box: Any) -> Names | None:
+  """Returns the names of a box's axes; of several in a tuple, none."""
+  names = _kind(box).axes(box)
+  if names is None:
+    return None
+  return tuple(name if isinstance(name, str) else None for name in names)
+
+
+def unbox(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+  """Returns `tree` with boxes replaced by the arrays inside them."""
+  return jax.tree.map(
+    lambda x: content(x) if is_box(x) else x,
+    tree,
+    is_leaf=lambda x: is_box(x) or (is_leaf is not None and is_leaf(x)),
+  )
+
+
+def content(box: Any) -> Any:
+  """Returns what is in a box.
+
+  A box is a pytree node with one child; reading it as such needs no API of the
+  box, and adds none of its sharding constraints.
+  """
+  return jax.tree.leaves(box, is_leaf=lambda x: x is not box)[0]
+
+
+def check_known(params: Any) -> None:
+  """Raises if an array is in a wrapper that nobody has registered."""
+  pairs = jax.tree.leaves_with_path(params, is_leaf=_is_unknown)
+  for path, x in pairs:
+    if _is_unknown(x):
+      where = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise TypeError(
+        f'leaf {where!r} is an array in a {type(x).__name__}, which is none of '
+        'the known boxes; tell how to read and to make one with '
+        'subspace_optax.register_box, or give arrays.'
+      )
+
+
+def _is_unknown(x: Any) -> bool:
+  """Whether `x` poses as an array, and is a node around one."""
+  if not (hasattr(x, 'shape') and hasattr(x, 'dtype')) or is_box(x):
+    return False
+  return not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1
+
+
+def box_state(init: Callable[[Any], Any], params: Any) -> Any:
+  """Returns `init(params)`, its arrays in boxes like their parameters'.
+
+  Which axes of a parameter an array has is what their shardings would be on a
+  mesh with one axis for each.
+  """
+  state, boxes = init(params), _boxes_by_path(params)
+  if not boxes or _is_off.get():
+    return state
+  with _notices.quiet():
+    traced = _traced_by_axes(init, params)
+  kinds = jax.tree.leaves(traced, is_leaf=is_box)
+  pairs, treedef = jax.tree.flatten_with_path(state, is_leaf=is_box)
+  return treedef.unflatten(
+    [
+      x if is_box(x) else _box_like(_owner(boxes, path), x, kind)
+      for (path, x), kind in zip(pairs, kinds, strict=True)
+    ]
+  )
+
+
+_is_off: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  'is_off', default=False
+)
+
+
+def without_boxes(tx: Any) -> Any:
+  """Returns an optimizer for which `box_state` puts nothing into boxes."""
+
+  def init(params: Any) -> Any:
+    token = _is_off.set(True)
+    try:
+      return tx.init(params)
+    finally:
+      _is_off.reset(token)
+
+  return tx._replace(init=init)
+
+
+def bare(update: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `update` for a state in boxes, which it is handed without."""
+
+  def boxed(updates, state, params=None, **extra_args):
+    new_updates, new = update(updates, unbox(state), params, **extra_args)
+    leaves, structure = jax.tree.leaves(new), jax.tree.structure(state)
+    return new_updates, jax.tree.unflatten(structure, leaves)
+
+  return boxed
+
+
+Path = tuple[Any, ...]
+
+
+def _boxes_by_path(params: Any) -> dict[Path, Any]:
+  pairs = jax.tree.leaves_with_path(params, is_leaf=is_box)
+  return {tuple(path): x for path, x in pairs if is_box(x)}
+
+
+def _owner(boxes: dict[Path, Any], path: Path) -> Any:
+  """Returns the box of the parameter whose path a path in a state holds."""
+  lengths = range(len(path), 0, -1)
+  # The last one, since what wraps a tree of parameters may be a tuple, too.
+  parts = (
+    path[i : i + n] for n in lengths for i in range(len(path) - n, -1, -1)
+  )
+  return next((boxes[part] for part in parts if part in boxes), None)
+
+
+def _traced_by_axes(init: Callable[[Any], Any], params: Any) -> Any:
+  """Returns the types of a state whose parameters are cut along every axis."""
+  most = max([1, *(len(x.shape) for x in jax.tree.leaves(params))])
+  names = tuple(map(str, range(most)))
+  explicit = (AxisType.Explicit,) * most
+  # Axes of one device divide everything.
+  mesh = AbstractMesh((1,) * most, names, axis_types=explicit)
+
+  def shape(x: Any) -> jax.ShapeDtypeStruct:
+    spec = PartitionSpec(*names[: len(x.shape)])
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  set_mesh = jax.sharding.use_abstract_mesh
+  # From one mesh to another there is no way but over none.
+  with set_mesh(AbstractMesh((), ())), set_mesh(mesh):
+    return jax.eval_shape(init, jax.tree.map(shape, params))
+
+
+def _box_like(box: Any, x: jax.Array, kind: jax.ShapeDtypeStruct) -> Any:
+  """Returns an array in a box like its parameter's, if there is one."""
+  if box is None:
+    return x
+  name_of = {str(i): name for i, name in enumerate(_axes_for_state(box))}
+  spec = getattr(kind.sharding, 'spec', ())  # some scalars have none
+  names: list[Any] = [None] * x.ndim
+  for i, entry in enumerate(spec):
+    # Ranks are split along all axes of a mesh, those of longer leaves, too.
+    axes = entry if isinstance(entry, tuple) else (entry,)
+    found = [name_of[k] for k in axes if k in name_of and name_of[k]]
+    if found and _divides(box, found[0], x.shape[i]):
+      names[i] = found[0]
+  return _kind(box).wrap(box, x, tuple(names))
+
+
+def _divides(box: Any, name: Any, size: int) -> bool:
+  """Whether a mesh, if it is known, can cut `size` numbers along an axis."""
+  mesh = getattr(box, 'mesh', None) or jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return True
+  rules = dict(_rules(box))
+  axes = rules.get(name, name)
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  for axis in axes:
+    parts = dict(mesh.shape).get(axis, 1)
+    if size % parts:
+      return False
+    size //= parts
+  return True
+
+
+def _rules(box: Any) -> Iterable[Any]:
+  """Returns the rules that take logical names to axes of meshes, first last."""
+  own = getattr(box, 'rules', None) or getattr(box, 'sharding_rules', None)
+  return reversed(list(own or linen.get_logical_axis_rules() or ()))
+
+
+def _axes_for_state(box: Any) -> tuple[Any, ...]:
+  """Returns the names of a box's axes; several mesh axes stay together."""
+  own = isinstance(box, nnx.Variable) and box.get_metadata().get(_OF_STATE)
+  return tuple(own or _kind(box).axes(box) or ())
+
+
+def _kind(box: Any) -> _Kind:
+  return next(_kinds[cls] for cls in type(box).__mro__ if cls in _kinds)
+
+
+# The keys under which a variable's metadata hold names of axes.
+_SHARDINGS = ('out_sharding', 'sharding', 'sharding_names')
+_OF_STATE = 'optimizer_sharding'  # in their place for state
+
+
+def _axes_of_variable(box: nnx.Variable) -> Iterable[Any] | None:
+  metadata = box.get_metadata()
+  names = next((metadata[k] for k in _SHARDINGS if metadata.get(k)), None)
+  names = getattr(names, 'spec', names)
+  return names if isinstance(names, Iterable) else None
+
+
+def _wrap_in_variable(box: nnx.Variable, x: jax.Array, names: Names) -> Any:
+  metadata = box.get_metadata()
+  known = [k for k in (*_SHARDINGS, _OF_STATE) if metadata.get(k)]
+  return box.replace(x, **dict.fromkeys(known, names))
+
+
+def _wrap_in_metadata(box: Any, x: jax.Array, names: Names) -> Any:
+  """Returns what a box of unknown axes can hold: arrays of the same shape."""
+  del names
+  return box.replace_boxed(x) if x.shape == content(box).shape else x
+
+
+register_box(
+  meta.Partitioned,
+  lambda box: box.names,
+  lambda box, x, names: box.replace(value=x, names=names),
+)
+register_box(meta.AxisMetadata, lambda box: None, _wrap_in_metadata)
+register_box(nnx.Variable, _axes_of_variable, _wrap_in_variable)

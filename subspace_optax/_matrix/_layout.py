@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A leaf of any number of axes, seen as a batch of matrices.
+
+Every product keeps the leaf's own axes (einsum, no reshape): merging sharded
+axes is an error under explicit sharding and a gather under automatic sharding.
+With the matrix G (m x n, m the projected side) of one batch element:
+
+  leaf    (..., m axes, ..., n axes, ...)   the parameter or gradient
+  basis   (batch and m axes, r)             P
+  coords  the leaf's axes, r for the m axes R = P^T G
+
+If the columns of the leaf are the projected side, all of it reads as G^T.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _varying
+
+_AXES = 'abcdefghijklmnopqrstuvw'
+_COPIES = (_AXES, 'ABCDEFGHIJKLM', 'NOPQRSTUVWXYZ')  # of axes in a Gram matrix
+_HIGHEST = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Which axes of a leaf are the matrix's rows and columns, and the rank.
+
+  Attributes:
+    shape: the leaf's shape.
+    rows: axes of the matrix's rows (optax's reduction axes).
+    cols: axes of its columns (optax's output axes).
+    project_rows: whether the basis spans the rows' space (P^T G) or the
+      columns' (G Q).
+    rank: r, at most the short side.
+    axis_name: a mapped axis along which leaves are parts of a mean, so that
+      what products with them return is averaged.
+  """
+
+  shape: tuple[int, ...]
+  rows: tuple[int, ...]
+  cols: tuple[int, ...]
+  project_rows: bool
+  rank: int
+  axis_name: Any = None
+
+  @property
+  def batch(self) -> tuple[int, ...]:
+    """Axes that count matrices, in order."""
+    both = self.rows + self.cols
+    return tuple(i for i in range(len(self.shape)) if i not in both)
+
+  @property
+  def projected(self) -> tuple[int, ...]:
+    """Axes that the basis spans."""
+    return self.rows if self.project_rows else self.cols
+
+  @property
+  def free(self) -> tuple[int, ...]:
+    """Axes of the matrix that stay as they are."""
+    return self.cols if self.project_rows else self.rows
+
+  def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(self.shape[i] for i in axes)
+
+  @property
+  def m(self) -> int:
+    """Length of the projected side."""
+    return math.prod(self._sizes(self.projected))
+
+  @property
+  def n(self) -> int:
+    """Length of the other side."""
+    return math.prod(self._sizes(self.free))
+
+  @property
+  def inputs(self) -> int:
+    """Length of the matrix's rows' axes, a kernel's inputs."""
+    return math.prod(self._sizes(self.rows))
+
+  @property
+  def outputs(self) -> int:
+    """Length of its columns' axes, a kernel's outputs."""
+    return math.prod(self._sizes(self.cols))
+
+  @property
+  def batch_shape(self) -> tuple[int, ...]:
+    """Shape of one value per matrix."""
+    return self._sizes(self.batch)
+
+  @property
+  def _basis_axes(self) -> tuple[int, ...]:
+    return tuple(sorted(self.batch + self.projected))
+
+  @property
+  def basis_shape(self) -> tuple[int, ...]:
+    """Shape of the leaf's bases."""
+    return (*self._sizes(self._basis_axes), self.rank)
+
+  @property
+  def coords_shape(self) -> tuple[int, ...]:
+    """Shape of the leaf's coordinates."""
+    sizes = dict(zip(_AXES, self.shape, strict=False)) | {'y': self.rank}
+    return tuple(sizes[c] for c in self.coords_axes())
+
+  # Einsum subscripts; `r` names the rank axis.
+
+  @property
+  def leaf_axes(self) -> str:
+    """Subscripts of the leaf."""
+    return _AXES[: len(self.shape)]
+
+  @property
+  def batch_axes(self) -> str:
+    """Subscripts of one value per matrix."""
+    return ''.join(_AXES[i] for i in self.batch)
+
+  def basis_axes(self, r: str = 'y') -> str:
+    """Subscripts of the basis."""
+    return ''.join(_AXES[i] for i in self._basis_axes) + r
+
+  @property
+  def longest_axis(self) -> int:
+    """The longest of the axes that a basis has in place of its rows."""
+    longest = max(self.projected, key=lambda i: (self.shape[i], i))
+    return self._basis_axes.index(longest)
+
+  def coords_axes(self, r: str = 'y') -> str:
+    """Subscripts of the coordinates."""
+    gone = set(self.projected)
+    first = min(self.projected)
+    return ''.join(
+      r if i == first else _AXES[i]
+      for i in range(len(self.shape))
+      if i == first or i not in gone
+    )
+
+  @property
+  def coords_batch(self) -> tuple[int, ...]:
+    """Axes of the coordinates that count matrices."""
+    return tuple(map(self.coords_axes().index, self.batch_axes))
+
+  # Products. Those with the whole gradient run at the default precision and in
+  # the gradient's dtype, like any other product of the training step, with
+  # float32 sums; those of bases and transitions alone run in full float32.
+
+  def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
+    """Returns R = P^T G."""
+    eq = f'{self.leaf_axes},{self.basis_axes()}->{self.coords_axes()}'
+    return self._with_leaf(eq, leaf, basis)
+
+  def back(self, leaf: jax.Array, coords: jax.Array) -> jax.Array:
+    """Returns G R^T, of the basis's shape."""
+    eq = f'{self.leaf_axes},{self.coords_axes()}->{self.basis_axes()}'
+    return self._with_leaf(eq, leaf, coords)
+
+  def unproject(self, basis, coords, sharding) -> jax.Array:
+    """Returns P R, of the leaf's shape and, where explicit, sharding.
+
+    In float32 or wider, whatever the dtype that both factors have.
+    """
+    eq = f'{self.basis_axes()},{self.coords_axes()}->{self.leaf_axes}'
+    wide = jnp.promote_types(basis.dtype, jnp.float32)
+    basis = _sharding.with_whole_rank(basis, self.basis_axes())
+    coords = _sharding.with_whole_rank(coords, self.coords_axes())
+    return _sharding.einsum(
+      eq, basis, coords, out_sharding=sharding, preferred_element_type=wide
+    )
+
+  def gram(self, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns L^T R of two bases, (*batch, r, r)."""
+    eq = f'{self.basis_axes("y")},{self.basis_axes("z")}->{self.batch_axes}yz'
+    product = _sharding.einsum(eq, left, right, precision=_HIGHEST)
+    return _sharding.with_whole_rank(product, f'{self.batch_axes}yz')
+
+  def gram_coords(self, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns L R^T of two coordinates, (*batch, r, r)."""
+    eq = f'{self.coords_axes("y")},{self.coords_axes("z")}->{self.batch_axes}yz'
+    return _sharding.einsum(eq, left, right, precision=_HIGHEST)
+
+  def mix_basis(self, basis: jax.Array, square: jax.Array) -> jax.Array:
+    """Returns P S for S of (*batch, r, r)."""
+    eq = f'{self.basis_axes("y")},{self.batch_axes}yz->{self.basis_axes("z")}'
+    return _sharding.einsum(eq, basis, square, precision=_HIGHEST)
+
+  def mix_coords(self, square: jax.Array, coords: jax.Array) -> jax.Array:
+    """Returns S R for S of (*batch, r, r)."""
+    eq = f'{self.batch_axes}zy,{self.coords_axes("y")}->{self.coords_axes("z")}'
+    return _sharding.einsum(eq, square, coords, precision=_HIGHEST)
+
+  def gram_leaf(self, leaf: jax.Array) -> jax.Array:
+    """Returns X X^T, of the matrix's short side."""
+    other = self._renamed(self.leaf_axes, 1)
+    eq = f'{self.leaf_axes},{other}->{self._square_axes(0, 1)}'
+    return _sharding.einsum(eq, leaf, leaf)
+
+  def multiply_grams(self, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns A B for two of the shape of `gram_leaf`."""
+    eq = f'{self._square_axes(0, 1)},{self._square_axes(1, 2)}'
+    return _sharding.einsum(f'{eq}->{self._square_axes(0, 2)}', left, right)
+
+  def mix_leaf(self, square: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns A X for A of the shape of `gram_leaf`."""
+    other = self._renamed(self.leaf_axes, 1)
+    eq = f'{self._square_axes(0, 1)},{other}->{self.leaf_axes}'
+    return _sharding.einsum(eq, square, leaf)
+
+  def split_long_side(self, leaf: jax.Array) -> jax.Array:
+    """Returns a leaf whose short side every device has, where explicit.
+
+    Its Gram matrix is then a sum of the devices' own.
+    """
+    long = self.free if self._short == self.projected else self.projected
+    return _sharding.regroup(leaf, self._short, long)
+
+  @property
+  def _short(self) -> tuple[int, ...]:
+    return self.projected if self.m <= self.n else self.free
+
+  def _renamed(self, axes: str, times: int) -> str:
+    """Returns subscripts with those of the short side replaced."""
+    new = dict(zip(_AXES, _COPIES[times], strict=False))
+    names = {_AXES[i] for i in self._short}
+    return ''.join(new[c] if c in names else c for c in axes)
+
+  def _square_axes(self, first: int, second: int) -> str:
+    short = ''.join(_AXES[i] for i in self._short)
+    sides = self._renamed(short, first) + self._renamed(short, second)
+    return self.batch_axes + sides
+
+  def fold(self, leaf: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns G S, of the basis's shape, where S_ij = w_i if i = j mod r.
+
+    For weights of (*batch, n). As a sum where a device has all of the free
+    axes, else as the product that it is.
+    """
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    r, n = self.rank, self.n
+    if _sharding.is_whole(leaf, self.free):
+      g = jnp.transpose(leaf, (*self._basis_axes, *self.free)).astype(wide)
+      g = g.reshape(*g.shape[: -len(self.free)], n)
+      gone = [i for i, a in enumerate(self._basis_axes) if a in self.projected]
+      w = jnp.expand_dims(weights, gone)
+      # A sum over an axis of blocks would be some ten times slower on a CPU.
+      block = lambda x, k: lax.dynamic_slice_in_dim(x, k * r, r, axis=-1)
+      even = n - n % r
+      y = g[..., even:] * w[..., even:]
+      y = jnp.pad(y, [(0, 0)] * (g.ndim - 1) + [(0, even + r - n)])
+      y = _varying.fori_loop(
+        0, n // r, lambda k, y: y + block(g, k) * block(w, k), y
+      )
+      return self.mean(y)
+    rows = jnp.arange(n)[:, None] % r == jnp.arange(r)[None, :]
+    s = jnp.where(rows, weights[..., None], 0.0)
+    s = s.reshape(*self.batch_shape, *self._sizes(self.free), r)
+    names = self.batch_axes + ''.join(_AXES[i] for i in self.free) + 'y'
+    eq = f'{self.leaf_axes},{names}->{self.basis_axes()}'
+    return self._with_leaf(eq, leaf, s)
+
+  def _with_leaf(self, eq: str, leaf: jax.Array, other: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    other = _sharding.with_whole_rank(other, eq.split('->')[0].split(',')[1])
+    multiply = functools.partial(
+      _sharding.einsum, eq, preferred_element_type=wide
+    )
+    other = other.astype(leaf.dtype)
+    if leaf.dtype == jnp.bfloat16 and not self._is_in_order:
+      # XLA:CPU has no kernel for these products of bfloat16.
+      product = lax.platform_dependent(
+        leaf,
+        other,
+        cpu=lambda x, y: multiply(x.astype(wide), y.astype(wide)),
+        default=multiply,
+      )
+    else:
+      product = multiply(leaf, other)
+    return self.mean(_sharding.with_whole_rank(product, eq.split('->')[1]))
+
+  @property
+  def _is_in_order(self) -> bool:
+    """Whether the leaf is a stack of matrices, (*batch, rows, columns)."""
+    last = len(self.shape) - 2
+    return self.batch == tuple(range(last)) and len(self.rows) == 1
+
+  def mean(self, x: jax.Array) -> jax.Array:
+    """Returns the mean along the mapped axis, if there is one."""
+    return x if self.axis_name is None else lax.pmean(x, self.axis_name)
+
+  # One value per matrix.
+
+  def energy(self, leaf: jax.Array) -> jax.Array:
+    """Returns ||G||_F^2 of every matrix, in float32 or wider."""
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    axes = self.rows + self.cols
+    return jnp.sum(jnp.square(leaf.astype(wide)), axis=axes)
+
+  def largest(self, leaf: jax.Array) -> jax.Array:
+    """Returns the largest absolute value of every matrix."""
+    return jnp.max(jnp.abs(leaf), axis=self.rows + self.cols)
+
+  def coords_energy(self, coords: jax.Array) -> jax.Array:
+    """Returns ||R||_F^2 of every matrix."""
+    keep = set(self.batch_axes)
+    axes = tuple(i for i, c in enumerate(self.coords_axes()) if c not in keep)
+    return jnp.sum(jnp.square(coords), axis=axes)
+
+  def basis_energy(self, x: jax.Array) -> jax.Array:
+    """Returns ||X||_F^2 of every matrix for X of the basis's shape."""
+    keep = set(self.batch_axes)
+    axes = tuple(i for i, c in enumerate(self.basis_axes()) if c not in keep)
+    return jnp.sum(jnp.square(x), axis=axes)
+
+  # One value per column: the leaf's axes without the projected ones.
+
+  def columns(self, leaf: jax.Array) -> jax.Array:
+    """Returns the sum of every column of a leaf, over the projected side."""
+    return jnp.sum(leaf, axis=self.projected)
+
+  def coords_columns(self, coords: jax.Array) -> jax.Array:
+    """Returns the sum of every column of coordinates, over the rank."""
+    return jnp.sum(coords, axis=self._rank_axis)
+
+  def sum_columns(self, x: jax.Array) -> jax.Array:
+    """Returns the sum of a matrix's values, one of them per column."""
+    return jnp.sum(x, axis=self._column_axes)
+
+  def along_columns(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against columns."""
+    return jnp.expand_dims(x, self._column_axes)
+
+  def columns_to_leaf(self, x: jax.Array) -> jax.Array:
+    """Returns one value per column, shaped to broadcast against the leaf."""
+    return jnp.expand_dims(x, self.projected)
+
+  def columns_to_coords(self, x: jax.Array) -> jax.Array:
+    """Returns one value per column, shaped to broadcast against coords."""
+    return jnp.expand_dims(x, self._rank_axis)
+
+  @property
+  def _rank_axis(self) -> int:
+    return self.coords_axes().index('y')
+
+  @property
+  def _column_axes(self) -> tuple[int, ...]:
+    axes = self.coords_axes().replace('y', '')
+    return tuple(i for i, c in enumerate(axes) if c not in self.batch_axes)
+
+  # Where arrays of state live, given where the leaf lives.
+
+  def place_leaf(self, make, static, args, leaf) -> jax.Array:
+    """Returns `make(*static, *args)`, of the leaf's shape, sharded as it."""
+    return _sharding.place(
+      make, static, args, leaf, self.leaf_axes, self.leaf_axes
+    )
+
+  def place_basis(self, make, static, args, leaf) -> jax.Array:
+    """Returns `make(*static, *args)`, a basis, sharded as `leaf`."""
+    return _sharding.place(
+      make, static, args, leaf, self.leaf_axes, self.basis_axes()
+    )
+
+  def place_coords(self, make, static, args, leaf) -> jax.Array:
+    """Returns `make(*static, *args)`, coordinates, sharded as `leaf`."""
+    return _sharding.place(
+      make, static, args, leaf, self.leaf_axes, self.coords_axes()
+    )
+
+  def place_values(self, make, static, args, leaf) -> jax.Array:
+    """Returns `make(*static, *args)`, a value per matrix, sharded as `leaf`."""
+    return _sharding.place(
+      make, static, args, leaf, self.leaf_axes, self.batch_axes
+    )
+
+  def align_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns `x` with the sharding that products with `leaf` give it."""
+    return _sharding.settle(x, leaf, self.leaf_axes, self.basis_axes())
+
+  def settle_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns `x` where `place_basis` puts it, under explicit sharding."""
+    return _sharding.settle(
+      x, leaf, self.leaf_axes, self.basis_axes(), rest=True
+    )
+
+  def settle_coords(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns `x` where `place_coords` puts it, under explicit sharding."""
+    return _sharding.settle(
+      x, leaf, self.leaf_axes, self.coords_axes(), rest=True
+    )
+
+  def along_leaf(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against the leaf."""
+    return self._expand(x, self.leaf_axes)
+
+  def along_basis(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against the basis."""
+    return self._expand(x, self.basis_axes())
+
+  def along_coords(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against coords."""
+    return self._expand(x, self.coords_axes())
+
+  def _expand(self, x: jax.Array, axes: str) -> jax.Array:
+    keep = set(self.batch_axes)
+    gone = [i for i, c in enumerate(axes) if c not in keep]
+    return jnp.expand_dims(x, gone)
+
+  # One matrix of a stack, its batch axes kept at size 1.
+
+  @property
+  def one(self) -> 'Layout':
+    """The layout of a single matrix of this leaf."""
+    batch = set(self.batch)
+    shape = tuple(1 if i in batch else s for i, s in enumerate(self.shape))
+    return dataclasses.replace(self, shape=shape)
+
+  def take(self, x: jax.Array, axes: str, i: jax.Array) -> jax.Array:
+    """Returns the part of `x`, of `axes`, that belongs to the i-th matrix."""
+    keep = set(self.batch_axes)
+    sizes = [1 if c in keep else n for c, n in zip(axes, x.shape, strict=True)]
+    return lax.dynamic_slice(x, self._start(axes, i), sizes)
+
+  def put(self, x: jax.Array, axes: str, i: jax.Array, part: jax.Array):
+    """Returns `x` with its part for the i-th matrix replaced."""
+    return lax.dynamic_update_slice(x, part, self._start(axes, i))
+
+  def _start(self, axes: str, i: jax.Array) -> list[jax.Array]:
+    at = dict(
+      zip(self.batch_axes, jnp.unravel_index(i, self.batch_shape), strict=True)
+    )
+    return [at.get(c, jnp.zeros_like(i)) for c in axes]
+
+  # Plain matrices, for factorisations that need them; never of sharded axes.
+
+  def to_matrix(self, leaf: jax.Array) -> jax.Array:
+    """Returns the leaf as (*batch, rows, columns)."""
+    perm = self.batch + self.rows + self.cols
+    rows, cols = self._sizes(self.rows), self._sizes(self.cols)
+    shape = (*self.batch_shape, math.prod(rows), math.prod(cols))
+    return jnp.transpose(leaf, perm).reshape(shape)
+
+  def from_matrix(self, matrix: jax.Array) -> jax.Array:
+    """Returns (*batch, m, r) in the basis's shape."""
+    order = self.batch + self.projected
+    split = matrix.reshape(*self._sizes(order), matrix.shape[-1])
+    perm = [order.index(i) for i in self._basis_axes]
+    return jnp.transpose(split, (*perm, len(perm)))
+
+
+def square(batch_shape: tuple[int, ...], size: int, rank: int) -> Layout:
+  """Returns the layout of a batch of size x size matrices."""
+  ndim = len(batch_shape)
+  shape = (*batch_shape, size, size)
+  return Layout(shape, (ndim,), (ndim + 1,), True, rank)

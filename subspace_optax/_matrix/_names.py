@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the names of parameters say in the libraries of the field.
+
+A name is a whole component of a path, in snake case and without its number:
+`LMHead_0` is `lm_head`, `ln_1` is `ln`. Its words are what underscores part.
+"""
+
+import functools
+import re
+
+# Leaves that are named by the module that holds them.
+_WEIGHTS = ('kernel', 'weight', 'w')
+_ONE_AXIS = re.compile(
+  r'bias(es)?|scales?|gammas?|betas?|offsets?|sinks|slopes'
+)
+_NORM = re.compile(
+  r'(layer|rms|batch|group|instance|weight|pre|post|sub|qk?|k)?norms?|lnf?|bn|'
+  r'gn|rms'
+)
+# Vectors of state space models and of RWKV, and buffers.
+_NO_MATRIX = re.compile(
+  r'a_log|log_(a|alpha|delta|dt|lambda|sigma|std|step)|r_k|k_[ak]|'
+  r'time_(decay|faaaa|first|mix(_[a-z])?)|'
+  r'([a-z]+_)*(inv_freqs?|freqs|sin|cos|mask)'
+)
+# Biases for short; `B_re` and `wq_b` are matrices.
+_B = re.compile(r'b_?\d+|b[qkvoQKVO]|b_\w+|(?![wW])\w+_b\d*')
+_EMBEDDING = re.compile(r'(pos|tok|token|patch)?emb(s|ed|eds|edder|eddings?)?')
+_TABLE = re.compile(
+  r'wte|wpe|toks?|tokens?|patch|patches|pos|positions?|rel_pos(_[hw])?|'
+  r'codebooks?'
+)
+# Tables of embeddings, by the end of a leaf's name.
+_ROWS = re.compile(
+  r'([a-z]+_)*(tokens?|prompts?|codebooks?)|(?!w_)[a-z]+_queries'
+)
+_MATRIX = ('proj', 'projection', 'dense', 'linear', 'fc', 'mlp', 'mapping')
+_NO_TABLE = (*_MATRIX, 'gate', 'hidden', 'project', 'projector', 'transform')
+_LAYERS = re.compile(r'[a-z]*(layers?|blocks?)|h|stack|stacked')
+_ATTENTION = re.compile(r'[a-z]*(attn|attention)|mha')
+_FEED_FORWARD = re.compile(r'mlp|ffn?|moe|experts?')
+_CONVOLUTION = re.compile(r'[a-z]*conv(\dd|s|olution)?')
+_POINTWISE = re.compile(r'(pw|pointwise)_?conv')
+# Heads wherever they stand, and names that are heads outside of layers only.
+_HEAD = re.compile(
+  r'(lm|mlm|vocab)_?head|logitdense|un_?embed[a-z]*|'
+  r'([a-z]+_)?logits?(_(dense|fc|head|kernel|layer|linear|out|output|proj))?'
+)
+_OUTPUT = ('head', 'heads', 'classifier', 'score', 'readout', 'prediction')
+_OF_HEADS = ('gate', 'gates', 'mix', 'mixer', 'mixing', 'dim')
+_OUT = ('out', 'output', 'outputs')
+_ATTENTION_IN = re.compile(
+  r'query|key|value|[qkv]|(q|k|v|query|key|value)_proj|w[qkv]|to_[qkv]'
+)
+_GROUPED = re.compile(r'key|value|[kv]|(k|v|key|value)_proj|w[kv]|to_[kv]')
+_ATTENTION_OUT = re.compile(
+  r'out|o|wo|to_out|c_proj|(o|out)_proj|(attn|attention)_(out|output|out_proj)'
+)
+
+# Axes of one layer's leaf: `i` of the rows, `o` of the columns, `b` counts
+# matrices. Names that mean this in every library.
+_FORMS = {
+  'q_einsum': ('oio',),
+  'kv_einsum': ('boio',),
+  'qkv_einsum': ('boio',),
+  'attn_vec_einsum': ('iio',),
+  'gating_einsum': ('bio',),
+  'wq_b': ('ioo',),
+  'wkv_b': ('ioo',),
+  'qkv_proj': ('iboo', 'bioo'),
+  'c_attn': ('iboo', 'bioo'),
+  'o_a_proj': ('bio',),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def components(path: str) -> tuple[str, ...]:
+  """Returns the names in a path; wrappers of arrays are left out.
+
+  A leaf called `ln_w` is taken for `ln/w`.
+  """
+  names = [_snake(part) for part in _parts(path)]
+  words = names[-1].split('_')
+  if len(words) > 1 and words[-1] in _WEIGHTS:
+    names[-1:] = ['_'.join(words[:-1]), words[-1]]
+  return tuple(names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(path: str) -> tuple[str, ...]:
+  """Returns the components of a path as they are spelt."""
+  parts = [part for part in re.split(r'[/.]', path) if part.strip('_~')]
+  if len(parts) > 1 and (_snake(parts[-1]) == 'array' or parts[-1].isdigit()):
+    name = _snake(parts[-2])
+    if name in _WEIGHTS or _ONE_AXIS.fullmatch(name):
+      parts.pop()
+  return tuple(parts) or ('',)
+
+
+def _snake(part: str) -> str:
+  part = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', part)
+  part = part.lower().strip('_')
+  return re.sub(r'(?<=[a-z])_?\d+$', '', part)
+
+
+def module(path: str) -> str:
+  """Returns the name of what a weight belongs to: `query` of `query/kernel`."""
+  *above, leaf = components(path)
+  return above[-1] if leaf in _WEIGHTS and above else leaf
+
+
+def is_weight(path: str) -> bool:
+  """Whether a leaf is called as weights of any module are."""
+  return components(path)[-1] in _WEIGHTS
+
+
+def may_be_vector(path: str) -> bool:
+  """Whether a leaf of two axes may be one vector for each head, as RWKV's u."""
+  return components(path)[-1] == 'u'
+
+
+def in_layer(path: str) -> bool:
+  """Whether a path leads into a layer: `layers/0`, `encoderblock_3/mlp`."""
+  return any(map(_in_layers, components(path)))
+
+
+def _words(name: str) -> list[str]:
+  """Returns the words of a name without their numbers: ln and g of `ln1_g`."""
+  return [re.sub(r'(?<=[a-z])\d+$', '', word) for word in name.split('_')]
+
+
+def is_norm(path: str) -> bool:
+  """Whether a leaf is a norm's scale, one axis for each layer."""
+  *above, leaf = components(path)
+  name, owner = _words(module(path)), above[-1:] or ['']
+  if len(name) > 1 and name[-1] in ('g', 'b', 'gain'):
+    name.pop()
+  if leaf.split('_')[-1] in ('scale', 'gamma') or _NORM.fullmatch(name[-1]):
+    return True
+  if _NORM.fullmatch(_words(owner[0])[-1]):  # any of a norm's own vectors
+    return name[-1] not in _MATRIX
+  starts = _NORM.fullmatch(name[0]) or name[:2] == ['layer', 'norm']
+  return bool(starts) and leaf != 'kernel' and name[-1] not in _MATRIX
+
+
+def is_bias(path: str) -> bool:
+  """Whether a leaf is a bias, or another vector of no matrix."""
+  leaf, name = components(path)[-1], module(path).split('_')
+  words = leaf.split('_')
+  if 'bias' in words and words[-1] not in _MATRIX:
+    return True
+  if _ONE_AXIS.fullmatch(words[-1]) or _NO_MATRIX.fullmatch(leaf):
+    return True
+  return leaf != 'kernel' and bool(_ONE_AXIS.fullmatch(name[-1]))
+
+
+def shortens_bias(path: str) -> bool:
+  """Whether a leaf is called as a bias is for short: `b1`, `b_q`, `attn_b`."""
+  leaf = _parts(path)[-1]
+  words = _snake(leaf).split('_')
+  if 'lora' in words or words[-1] in _MATRIX:
+    return False
+  return bool(_B.fullmatch(leaf))
+
+
+def plain_kind(path: str, axes: int, in_attention: bool) -> str:
+  """Returns what keeps a leaf out of a subspace by its name, '' if nothing.
+
+  Args:
+    path: the leaf's path.
+    axes: how many it has.
+    in_attention: whether query, key or value stand beside it.
+  """
+  if is_norm(path):
+    return 'a norm'
+  if is_bias(path):
+    other = _NO_MATRIX.fullmatch(components(path)[-1])
+    return 'a vector or buffer' if other else 'a bias'
+  if _is_embedding(path):
+    return 'an embedding'
+  if _is_head(path, axes) and not in_attention:
+    return 'a head'
+  called = is_convolution(path) if axes > 2 else _has_window(path)
+  return 'a convolution' if called else ''
+
+
+def is_convolution(path: str) -> bool:
+  """Whether a leaf is called a convolution."""
+  words = module(path).split('_')
+  return words[-1] == 'filter' or any(map(_CONVOLUTION.fullmatch, words))
+
+
+def _has_window(path: str) -> bool:
+  """Whether a leaf of two axes is called a convolution along one of them.
+
+  Those over a single point are matrices, as are `conv_ffn_in`'s.
+  """
+  name = module(path)
+  last = _CONVOLUTION.fullmatch(name.split('_')[-1])
+  return bool(last) and not _POINTWISE.search(name)
+
+
+def _is_embedding(path: str) -> bool:
+  names = components(path)
+  if names[-1] in ('embedding', 'embeddings') or _is_table(path):
+    return True
+  # An embedder that has layers has matrices in them.
+  flags = zip(_numbered(path), map(_is_layers, names[:-1]), strict=False)
+  layers = [
+    i for i, (has_number, named) in enumerate(flags) if has_number or named
+  ]
+  names = names[layers[-1] + 1 if layers else 0 :]
+  embeds = [i for i, name in enumerate(names) if _embeds(name)]
+  return bool(embeds) and not any(
+    name in ('linear', 'dense', 'mlp', 'fc') for name in names[embeds[-1] + 1 :]
+  )
+
+
+def _is_table(path: str) -> bool:
+  """Whether a leaf itself is called a table of tokens, queries or words."""
+  leaf = _parts(path)[-1]
+  return leaf in ('W_E', 'W_pos') or bool(_ROWS.fullmatch(_snake(leaf)))
+
+
+def _embeds(name: str) -> bool:
+  words = name.split('_')
+  if _TABLE.fullmatch(name):
+    return True
+  if _EMBEDDING.fullmatch(words[-1]):
+    return True
+  starts = _EMBEDDING.fullmatch(words[0])
+  return bool(starts) and not any(word in _NO_TABLE for word in words)
+
+
+def may_be_model(part: str, path: str) -> bool:
+  """Whether a component of a path is a head or an embedder by its name.
+
+  These may hold layers; an embedder may as well hold tables, whose leaves are
+  not called `kernel`.
+  """
+  name = _snake(part)
+  if _embeds(name):
+    return components(path)[-1] == 'kernel'
+  return _ends_model(name) and not _HEAD.fullmatch(name)
+
+
+def _numbered(path: str) -> list[bool]:
+  """Whether each name is a layer's by its number, of those above a module.
+
+  As of `encoder/3`, `cell_2`, `stage1/unit2`; not of `gpt2`, which is a model,
+  of Flax's `Transformer_0`, or of one of several heads.
+  """
+  parts, names = _parts(path), components(path)
+  above = parts[: -2 if _snake(parts[-1]) in _WEIGHTS else -1]
+  first = sum(part in ('params', 'model') for part in parts[:2])
+  found = [_is_number(part, i <= first) for i, part in enumerate(above)]
+  return found + [False] * (len(names) - len(found))
+
+
+def _is_number(part: str, is_first: bool) -> bool:
+  name = _snake(part)
+  if part.isdigit():
+    return True
+  if name.split('_')[-1] in _MATRIX or _embeds(name) or _ends_model(name):
+    return False
+  if re.match(r'[A-Z].*_0$', part):
+    return False
+  return bool(re.search(r'_\d+$' if is_first else r'\d$', part))
+
+
+def _is_layers(name: str) -> bool:
+  words = name.split('_')
+  return bool(_LAYERS.fullmatch(words[-1])) and not (
+    words[0] in (*_OUT, *_OUTPUT, 'final') or _EMBEDDING.fullmatch(words[0])
+  )
+
+
+def _is_head(path: str, axes: int) -> bool:
+  names = components(path)
+  if names[-1] in _WEIGHTS and len(names) > 1:
+    names = names[:-1]
+  if _parts(path)[-1] == 'W_U' and not in_layer(path):
+    return True
+  if module(path) == 'decoder' and 'predictions' in names:
+    return True
+  numbered = zip(_numbered(path), names, strict=False)
+  layered = [has_number or _in_layers(name) for has_number, name in numbered]
+  for i, name in enumerate(names):
+    others = layered[:i] + layered[i + 1 :]
+    if _HEAD.fullmatch(name) and not any(layered[i + 1 :]):
+      return True
+    if axes == 2 and _ends_model(name) and not any(others):
+      return True
+  return False
+
+
+def _ends_model(name: str) -> bool:
+  words = name.split('_')
+  of_head = words[0] == 'head' and words[-1] not in _OF_HEADS
+  if of_head or words[-1] in _OUTPUT:
+    return True
+  last = words[0] in (*_OUT, 'final', 'vocab')
+  last = last and words[-1] in (*_MATRIX, 'layer')
+  return (last or words[-1] in _OUT) and not any(map(_is_block, words))
+
+
+def _is_block(word: str) -> bool:
+  return bool(_ATTENTION.fullmatch(word) or _FEED_FORWARD.fullmatch(word))
+
+
+def _in_layers(name: str) -> bool:
+  words = name.split('_')
+  inner = any(map(_is_block, words)) and words[-1] not in _OUTPUT
+  return inner or _is_layers(name) or bool(re.fullmatch(r'h\d+', words[0]))
+
+
+def is_attention_in(path: str) -> bool:
+  """Whether a leaf is called query, key or value."""
+  return bool(_ATTENTION_IN.fullmatch(module(path)))
+
+
+def forms(path: str) -> tuple[str, ...]:
+  """Returns the layouts of three or more axes that a name has everywhere."""
+  return _FORMS.get(module(path), ())
+
+
+def attention_forms(path: str) -> tuple[str, ...]:
+  """Returns the layouts that a name has if heads are axes, likeliest first.
+
+  Flax keeps inputs first, Keras heads, haliax outputs, query's in groups.
+  """
+  if _in_feed_forward(path):
+    return ()
+  if is_grouped(path):
+    return ('ioo', 'ooi', 'oio')
+  if is_attention_in(path):
+    return ('ioo', 'ooi', 'oio', 'oooi')
+  return ('iio', 'oii') if is_attention_out(path) else ()
+
+
+def _in_feed_forward(path: str) -> bool:
+  """Whether the nearest block above a leaf is an MLP or of experts."""
+  for name in reversed(components(path)):
+    words = name.split('_')
+    if any(map(_ATTENTION.fullmatch, words)):
+      return False
+    if any(map(_FEED_FORWARD.fullmatch, words)):
+      return True
+  return False
+
+
+def is_attention_out(path: str) -> bool:
+  """Whether a leaf takes heads back to the model's width."""
+  return bool(_ATTENTION_OUT.fullmatch(module(path)))
+
+
+def is_grouped(path: str) -> bool:
+  """Whether a leaf may have fewer heads than the query has."""
+  return bool(_GROUPED.fullmatch(module(path)))

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random bits for rounding: cheap, and the same however an array is sharded.
+
+A hash of each number's place in its array, of a seed and of the step: a few
+integer operations that fuse with what is rounded, where a counter-based
+generator would cost more than the optimizer. Good enough to round by, and for
+nothing else.
+"""
+
+from typing import Any
+import zlib
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from subspace_optax._matrix import _sharding
+
+_ODD = 0x9E3779B9
+
+
+def salt(seed: Any, name: str) -> Any:
+  """Returns a number for a seed and a name, the same in every process."""
+  crc = zlib.crc32(name.encode())
+  if isinstance(seed, jax.Array):  # under `inject_hyperparams`
+    return seed.astype(jnp.uint32) * jnp.uint32(_ODD) + jnp.uint32(crc)
+  return np.uint32((seed * _ODD + crc) % 2**32)
+
+
+def bits(salt: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns 32 random bits for each number of an array.
+
+  Args:
+    salt: uint32, of the array.
+    count: the step.
+    like: the array, whose shape and, where explicit, sharding the bits take.
+  """
+  index = jnp.zeros(like.shape, jnp.uint32)
+  for axis in range(like.ndim):
+    along = lax.broadcasted_iota(jnp.uint32, like.shape, axis)
+    index = index * jnp.uint32(like.shape[axis]) + along
+  index = _sharding.like(index, _uint32(like))
+  step = _mixed(jnp.asarray(salt, jnp.uint32) + count.astype(jnp.uint32))
+  return _mixed(index ^ step)
+
+
+def uniform(salt: jax.Array, count: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns float32 in [0, 1) for each number of an array; see `bits`."""
+  return (bits(salt, count, like) >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def _uint32(x: jax.Array) -> jax.Array:
+  return x if x.dtype == jnp.uint32 else lax.convert_element_type(x, jnp.uint32)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+  """Returns a hash of each number: the finalizer of MurmurHash3, once more."""
+  for factor in (0x85EBCA6B, 0xC2B2AE35):
+    x = (x ^ (x >> 16)) * jnp.uint32(factor)
+  return x ^ (x >> 15)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warnings that an optimizer gives once, when a user initialises it."""
+
+from collections.abc import Iterator
+import contextlib
+import contextvars
+import inspect
+import types
+from typing import Any
+import warnings
+
+import jax
+from jax.core import Tracer
+import jax.numpy as jnp
+
+# What becomes of a refusal; of contexts around each other the loosest holds.
+_RAISED, _WARNED_OF, _IGNORED = range(3)
+_refusals: contextvars.ContextVar[int] = contextvars.ContextVar(
+  'refusals', default=_RAISED
+)
+_silent: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  'silent', default=False
+)
+_INSIDE = ('subspace_optax.', 'optax.', 'jax.', 'flax.', 'contextlib.')
+
+
+@contextlib.contextmanager
+def lenient() -> Iterator[None]:
+  """A context in which a part of a tree without anything to project is told of.
+
+  As the parameters outside of a stack, which alone may hold a small matrix.
+  """
+  with _loosened(_WARNED_OF, _silent.get()):
+    yield
+
+
+@contextlib.contextmanager
+def quiet(errors: bool = False) -> Iterator[None]:
+  """A context in which `init` is only traced for what it would make.
+
+  With `errors` not even a tree without anything to project is refused.
+  """
+  with _loosened(_IGNORED if errors else _RAISED, True):
+    yield
+
+
+@contextlib.contextmanager
+def _loosened(refusals: int, silent: bool) -> Iterator[None]:
+  """A context that is at least as loose as the one that it is in."""
+  tokens = (
+    _refusals.set(max(refusals, _refusals.get())),
+    _silent.set(silent),
+  )
+  try:
+    yield
+  finally:
+    _refusals.reset(tokens[0])
+    _silent.reset(tokens[1])
+
+
+def refuse(message: str) -> None:
+  """Raises a ValueError, or warns of a part of a tree."""
+  if _refusals.get() == _RAISED:
+    raise ValueError(message)
+  if _refusals.get() == _WARNED_OF:
+    warn(message)
+
+
+def warn(message: str) -> None:
+  """Warns at the line of the user's that called for it."""
+  if not _silent.get():
+    warnings.warn(message, UserWarning, stacklevel=_levels_to_user())
+
+
+def warning_of_ones(tx: Any, **rates: Any) -> Any:
+  """Returns an optimizer whose `init` warns of decay rates rounded to 1.
+
+  At `init`, since `optax.inject_hyperparams` makes the optimizer again in every
+  update. Nothing is known of traced rates.
+  """
+
+  def init(params: Any) -> Any:
+    for name, rate in rates.items():
+      if _is_rounded_to_one(rate):
+        warn(
+          f'{name} is 1 in {rate.dtype.name}, and steps divide by 1 - {name}: '
+          'optax.inject_hyperparams casts hyperparameters to the dtype of the '
+          'parameters. Pass hyperparam_dtype=jnp.float32 to '
+          'optax.inject_hyperparams.'
+        )
+    return tx.init(params)
+
+  return tx._replace(init=init)
+
+
+def _is_rounded_to_one(rate: Any) -> bool:
+  if not isinstance(rate, jax.Array) or isinstance(rate, Tracer):
+    return False
+  return rate.dtype in (jnp.bfloat16, jnp.float16) and bool((rate == 1).any())
+
+
+def _levels_to_user() -> int:
+  """Returns the `stacklevel` of the nearest frame outside of libraries."""
+  level, frame = 0, inspect.currentframe()
+  while frame and frame.f_back and _is_inside(frame):
+    level, frame = level + 1, frame.f_back
+  return level
+
+
+def _is_inside(frame: types.FrameType) -> bool:
+  return f'{frame.f_globals.get("__name__")}.'.startswith(_INSIDE)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pytree node that stands where a projected matrix stood in the tree."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from subspace_optax._matrix import _layout
+
+
+class Move(NamedTuple):
+  """One change of a leaf's basis, from P_o to P_n.
+
+  Attributes:
+    moved: which matrices of the leaf moved. Branch on `jnp.any` of it, outside
+      of any vmap: under one, a `cond` runs both its branches.
+    transition: C = P_n^T P_o (P_o^T P_o)^-1, which maps coordinates in the old
+      basis to coordinates in the new one; the identity where nothing moved.
+  """
+
+  moved: jax.Array  # shape=(*batch,), dtype=bool
+  transition: jax.Array  # shape=(*batch, r, r), dtype=float32
+
+
+class QuantizedBasis(NamedTuple):
+  """A leaf's bases in int8 or int4, as `project` stores them."""
+
+  codes: jax.Array  # shape=(*batch and projected axes, r), dtype=int8 or int4
+  scales: jax.Array  # the same, with blocks in place of rows, dtype=float32
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the bases."""
+    return self.codes.shape
+
+  @property
+  def ndim(self) -> int:
+    """Number of axes of the bases."""
+    return self.codes.ndim
+
+  @property
+  def dtype(self) -> Any:
+    """Dtype of the codes."""
+    return self.codes.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projected:
+  """A matrix in the coordinates of its subspace, on its way down the chain.
+
+  Made by `project`, given a direction by `in_subspace`, and turned into a full
+  update by `unproject`. An elementwise transformation placed between those
+  acts on every array in here, the basis included.
+
+  Attributes:
+    coords: P^T G (or G Q), float32 or wider, the leaf's axes with the rank in
+      place of the projected ones.
+    basis: P (or Q), (*batch and projected axes, r).
+    before: the basis's move before this step's coordinates, None if its
+      projector never moves it there.
+    after: the basis's move after them, None likewise.
+    gradient: the gradient itself, if `project(..., keep_gradient=True)`.
+    old_basis: with the gradient, the basis before `before`.
+    old_mean: with the gradient, the inner optimizer's first moment before it
+      was carried along with the basis, if it is known.
+    mean: that moment as it was carried.
+    direction: what the inner optimizer made of the coordinates; None until
+      `in_subspace` has run.
+    layout: which axes are projected.
+    orthonormal: whether P^T P = I, up to rounding.
+    dtype: the gradient's dtype.
+    update_dtype: of the update that `unproject` returns.
+    sharding: the gradient's, under explicit sharding.
+  """
+
+  coords: jax.Array
+  basis: jax.Array
+  before: Move | None
+  after: Move | None
+  # Arrays, or None where a step has no need of them.
+  gradient: Any
+  old_basis: Any
+  old_mean: Any
+  mean: Any
+  direction: Any
+  layout: _layout.Layout = dataclasses.field(metadata={'static': True})
+  orthonormal: bool = dataclasses.field(metadata={'static': True})
+  dtype: Any = dataclasses.field(metadata={'static': True})
+  update_dtype: Any = dataclasses.field(metadata={'static': True})
+  sharding: Any = dataclasses.field(metadata={'static': True})

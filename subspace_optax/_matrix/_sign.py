@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which way an optimizer steps: along the gradient or against it.
+
+`optax.scale_by_adam` returns directions along the gradient, for a learning rate
+that is chained behind; `optax.adam` brings its learning rate and steps against
+the gradient. One in the place of the other climbs.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax._matrix import _sharding
+
+# The first updates of a warm-up, or of `optax.MultiSteps`, are zero.
+_MOST_STEPS = 32
+
+
+def sign_of(optimizer: Any, *, with_params: bool = True) -> int:
+  """Returns 1 for steps along the gradient, -1 against it, 0 if unknown.
+
+  That is the sign of the first update that a constant gradient changes: of the
+  difference between the updates of g and of -g, so that noise does not decide.
+  It is unknown where hyperparameters are traced or `update` takes more
+  arguments.
+
+  Args:
+    optimizer: an optax transformation.
+    with_params: whether the optimizer is given params where it runs.
+  """
+  try:
+    with jax.ensure_compile_time_eval(), _sharding.no_mesh():
+      return _first_sign(optimizer, with_params)
+  except Exception:  # whatever an optimizer says to inputs that are not its own
+    return 0
+
+
+def _first_sign(optimizer: Any, with_params: bool) -> int:
+  zeros = {'x': jnp.zeros((1, 1))}
+  states = [optimizer.init(zeros)] * 2
+  for _ in range(_MOST_STEPS):
+    moved = []
+    for i, g in enumerate((1.0, -1.0)):
+      updates, states[i] = optimizer.update(
+        {'x': jnp.full((1, 1), g)}, states[i], zeros if with_params else None
+      )
+      moved.append(updates['x'][0, 0])
+    sign = int(jnp.sign(moved[0] - moved[1]))
+    if sign:
+      return sign
+  return 0
+
+
+def require_optimizer(optimizer: Any, name: str) -> None:
+  """Raises unless an argument is an optimizer, as `optax.adam` is not."""
+  if not hasattr(optimizer, 'init') or not hasattr(optimizer, 'update'):
+    raise TypeError(f'{name} must be an optax optimizer, got {optimizer!r}.')
+
+
+def require_along(
+  optimizer: Any, name: str, *, with_params: bool = True
+) -> Any:
+  """Returns an optimizer whose `init` raises if it steps against gradients.
+
+  Args:
+    optimizer: an optax transformation that returns directions.
+    name: of the argument.
+    with_params: whether the optimizer is given params where it runs.
+  """
+  require_optimizer(optimizer, name)
+  return _checked(
+    optimizer,
+    lambda: sign_of(optimizer, with_params=with_params) >= 0,
+    f'{name} steps against the gradient, but must return directions along it: '
+    'learning rate and sign are applied behind it. Pass optax.scale_by_adam() '
+    'in the place of optax.adam(...), or chain optax.scale(-1.0) behind it.',
+  )
+
+
+def require_against(optimizer: Any, name: str) -> Any:
+  """Returns an optimizer whose `init` raises if it steps along gradients."""
+  require_optimizer(optimizer, name)
+  return _checked(
+    optimizer,
+    lambda: sign_of(optimizer) <= 0,
+    f'{name} steps along the gradient, so that the loss would grow, but must '
+    'bring learning rate and sign. Pass optax.adam(1e-3) in the place of '
+    'optax.scale_by_adam(), or chain optax.scale_by_learning_rate(1e-3) behind '
+    'it.',
+  )
+
+
+def require_same_side(plain: Any, inner: Any, *, with_params: bool) -> Any:
+  """Returns `plain`, whose `init` raises if one of the two would climb."""
+  require_optimizer(plain, 'plain')
+  require_optimizer(inner, 'inner')
+  return _checked(
+    plain,
+    lambda: sign_of(plain) * sign_of(inner, with_params=with_params) >= 0,
+    'inner and plain step to different sides of the gradient, so that one of '
+    'them climbs. Pass optax.scale_by_adam() and the like for both, or '
+    'optax.adam(...) and the like.',
+  )
+
+
+def require_one_turn(inner: Any, after: Any, *, with_params: bool) -> Any:
+  """Returns `inner`, whose `init` raises if `after` turns its steps uphill."""
+  require_optimizer(inner, 'inner')
+  require_optimizer(after, 'after')
+  return _checked(
+    inner,
+    lambda: sign_of(inner, with_params=with_params) >= 0 or sign_of(after) >= 0,
+    'inner and `after` both turn steps against the gradient, so that the loss '
+    'would grow. Pass optax.scale_by_adam() in the place of optax.adam(...), '
+    'or leave the learning rate out of `after`.',
+  )
+
+
+def _checked(optimizer: Any, is_right: Callable[[], bool], error: str) -> Any:
+  """Returns an optimizer that checks at `init`: arrays start the backend."""
+  is_right = functools.cache(is_right)  # since `init` is traced in every update
+
+  def init(params):
+    if not is_right():
+      raise ValueError(error)
+    return optimizer.init(params)
+
+  return optax.with_extra_args_support(optimizer)._replace(init=init)

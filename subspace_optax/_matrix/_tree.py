@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees of parameters: boxes, paths, and maps with several results.
+
+A parameter tree reaches an optimizer in many dresses: bare arrays, `nnx.State`
+of `nnx.Param`, linen's `Partitioned` boxes, or with `optax.MaskedNode` where a
+wrapper hid a leaf. Everything here sees *entries*: one array, `Projected` or
+`MaskedNode` per parameter, in tree order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from subspace_optax._matrix import _boxes
+from subspace_optax._matrix import _projected
+
+
+def is_masked(x: Any) -> bool:
+  """Whether `x` stands where a wrapper or a spec left a leaf out."""
+  return isinstance(x, optax.MaskedNode)
+
+
+def is_entry(x: Any) -> bool:
+  """Whether `x` stands for one parameter."""
+  ours = _projected.Projected | _projected.QuantizedBasis
+  return is_masked(x) or isinstance(x, ours)
+
+
+def unbox(tree: Any) -> Any:
+  """Returns `tree` with boxes replaced by the arrays inside them."""
+  return _boxes.unbox(tree, is_leaf=is_entry)
+
+
+def path_str(path: Sequence[Any]) -> str:
+  """Returns a path as users write it: `blocks/mlp/up`."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
+
+
+def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+  """Returns the (path, entry) pairs of the un-boxed tree, and its treedef."""
+  pairs, treedef = jax.tree_util.tree_flatten_with_path(
+    unbox(tree), is_leaf=is_entry
+  )
+  return [(path_str(path), entry) for path, entry in pairs], treedef
+
+
+def flatten_params(params: Any) -> tuple[list[tuple[str, Any]], Any]:
+  """Returns what `flatten` does of parameters, which must be arrays.
+
+  Raises:
+    TypeError: a leaf is no array, or in a wrapper that nobody registered.
+  """
+  _boxes.check_known(params)
+  pairs, treedef = flatten(params)
+  check_arrays(pairs)
+  return pairs, treedef
+
+
+def check_arrays(pairs: Sequence[tuple[str, Any]]) -> None:
+  """Raises unless all entries are arrays, or at least have their shapes."""
+  for path, entry in pairs:
+    if not is_entry(entry) and not hasattr(entry, 'shape'):
+      raise TypeError(
+        f'leaf {path!r} must be an array, got {entry!r} of type '
+        f'{type(entry).__name__}; make it one with jnp.asarray, or keep what '
+        'is no parameter out of the tree, as eqx.filter(model, '
+        'eqx.is_inexact_array) and nnx.state(model, nnx.Param) do.'
+      )
+
+
+AxisNames = dict[str, _boxes.Names]
+
+
+def axis_names(tree: Any) -> AxisNames:
+  """Returns the names of axes that boxes hold, by the path of their array."""
+  pairs, _ = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=lambda x: is_entry(x) or _boxes.is_box(x)
+  )
+  found = {path_str(path): _names(x) for path, x in pairs}
+  return {path: names for path, names in found.items() if names is not None}
+
+
+def _names(x: Any) -> _boxes.Names | None:
+  return _boxes.axes_of(x) if _boxes.is_box(x) else None
+
+
+def replace_entries(tree: Any, entries: Sequence[Any]) -> Any:
+  """Returns `tree`, boxes and all, with its entries replaced in order."""
+  return jax.tree.structure(tree, is_leaf=is_entry).unflatten(entries)
+
+
+def map_unzip(f: Callable[..., tuple], n: int, tree: Any, *rest: Any) -> tuple:
+  """Maps `f`, which returns `n` values, over trees; returns `n` trees."""
+  leaves, treedef = jax.tree.flatten(tree)
+  others = [treedef.flatten_up_to(r) for r in rest]
+  results = [f(*args) for args in zip(leaves, *others, strict=True)]
+  columns = zip(*results, strict=True) if results else [()] * n
+  return tuple(treedef.unflatten(column) for column in columns)

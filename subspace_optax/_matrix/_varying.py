@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control flow inside of `jax.shard_map`, where types say what devices share.
+
+There the branches of a conditional, and what a loop carries, must vary along
+the same mesh axes. A constant varies along none, a gradient along most.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def vary_as(x: jax.Array, reference: Any) -> jax.Array:
+  """Returns `x`, which may differ along the mesh axes that `reference` does."""
+  missing = _varying(reference) - _varying(x)
+  return lax.pcast(x, tuple(sorted(missing)), to='varying') if missing else x
+
+
+def vary_as_any(tree: Any, references: Any) -> Any:
+  """Returns arrays that may differ where any of the references does."""
+  if not _is_manual():
+    return tree
+  for x in jax.tree.leaves(references):
+    tree = jax.tree.map(lambda y, x=x: vary_as(y, x), tree)
+  return tree
+
+
+def cond(
+  pred: jax.Array,
+  yes: Callable[..., Any],
+  no: Callable[..., Any],
+  *operands: Any,
+) -> Any:
+  """Returns what `lax.cond` does; its branches may vary along other axes."""
+  if not _is_manual():
+    return lax.cond(pred, yes, no, *operands)
+  shapes = [jax.eval_shape(branch, *operands) for branch in (yes, no)]
+
+  def alike(branch: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *operands: _vary_as_all(branch(*operands), *shapes)
+
+  return lax.cond(pred, alike(yes), alike(no), *operands)
+
+
+def fori_loop(
+  lower: Any, upper: Any, body: Callable[[Any, Any], Any], start: Any
+) -> Any:
+  """Returns what `lax.fori_loop` does; `start` may vary along fewer axes."""
+  if not _is_manual():
+    return lax.fori_loop(lower, upper, body, start)
+
+  def once(state: Any) -> Any:
+    return _vary_as_all(state, jax.eval_shape(body, lower, state))
+
+  # What one turn makes vary may make more vary in the next.
+  while True:
+    before, start = start, once(start)
+    if _all_axes(before) == _all_axes(start):
+      break
+  turn = lambda i, state: _vary_as_all(body(i, state), start)
+  return lax.fori_loop(lower, upper, turn, start)
+
+
+def _is_manual() -> bool:
+  return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _varying(x: Any) -> frozenset[Any]:
+  known = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+  # None with check_vma=False, where nothing is tracked.
+  return getattr(known.manual_axis_type, 'varying', frozenset())
+
+
+def _all_axes(tree: Any) -> list[frozenset[Any]]:
+  return [_varying(x) for x in jax.tree.leaves(tree)]
+
+
+def _vary_as_all(tree: Any, *others: Any) -> Any:
+  """Returns a tree of arrays that vary along the axes of those of others."""
+  for other in others:
+    tree = jax.tree.map(vary_as, tree, other)
+  return tree

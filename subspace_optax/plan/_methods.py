@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers by name, for `plan`: what they keep is asked of themselves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import subspace_optax as so
+
+
+class Settings(NamedTuple):
+  """What is asked of an optimizer.
+
+  Attributes:
+    rank: an int, or a share of each matrix's short side.
+    moment_dtype: of the moments; None for the optimizer's own default, float32
+      in ours and the parameters' in optax's.
+    basis_dtype: of the bases, if there are any; None for float32, and for
+      bfloat16 beside moments of 8 bits.
+    regenerate: whether random bases are drawn anew in every step.
+  """
+
+  rank: Any = 0.25
+  moment_dtype: Any = None
+  basis_dtype: Any = None
+  regenerate: bool = False
+
+
+class Method(NamedTuple):
+  """An optimizer with a name.
+
+  Attributes:
+    make: Settings -> optimizer, or `rso.Subproblems`.
+    ranked: whether there is a rank.
+    random: whether its bases are random, so that they can be drawn anew.
+  """
+
+  make: Callable[[Settings], Any]
+  ranked: bool = False
+  random: bool = False
+
+
+# Nothing that is counted depends on it.
+_LR = 1e-3
+
+
+def in_dtype(tx: optax.GradientTransformation, dtype: Any) -> Any:
+  """Keeps an optimizer's floating-point state in a dtype between steps."""
+  if dtype is None:
+    return tx
+
+  def cast(tree: Any, to: Any) -> Any:
+    floats = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(to) if floats(x) else x, tree)
+
+  def update(updates, state, params=None):
+    updates, state = tx.update(updates, cast(state, jnp.float32), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(
+    lambda params: cast(tx.init(params), dtype), update
+  )
+
+
+def _eight_bit(s: Settings) -> Settings:
+  """Returns settings of an optimizer whose moments are codes of 8 bits."""
+  return s._replace(
+    moment_dtype=None, basis_dtype=s.basis_dtype or jnp.bfloat16
+  )
+
+
+def _spec(s: Settings, side: str = 'short', **options: Any) -> so.SubspaceSpec:
+  return so.SubspaceSpec(
+    s.rank,
+    side=side,
+    allow_empty=True,
+    basis_dtype=s.basis_dtype or jnp.float32,
+    moment_dtype=s.moment_dtype,
+    **options,
+  )
+
+
+def _rest() -> optax.GradientTransformation:
+  """Returns what ready-made optimizers chain behind."""
+  return optax.chain(
+    optax.add_decayed_weights(0.0), optax.scale_by_learning_rate(_LR)
+  )
+
+
+def _plain(make: Callable[[], Any]) -> Callable[[Settings], Any]:
+  return lambda s: in_dtype(make(), s.moment_dtype)
+
+
+def _bytes(make: Callable[[], Any]) -> Callable[[Settings], Any]:
+  """Whole matrices with moments of 8 bits."""
+  return lambda s: optax.chain(make(), _rest())
+
+
+def _galore(inner: Callable[[], Any]) -> Callable[[Settings], Any]:
+  """Short side, bases by matrix products: what an exact SVD needs varies."""
+
+  def make(s: Settings) -> Any:
+    projector = so.projectors.svd(200, 'randomized')
+    return so.subspace(_spec(s), projector, inner(), after=_rest())
+
+  return make
+
+
+def _galore8bit(s: Settings) -> Any:
+  return _galore(so.scale_by_adam8bit)(_eight_bit(s))
+
+
+def _golore(s: Settings, inner: Any = None) -> Any:
+  projector = so.projectors.stiefel(200, regenerate=s.regenerate)
+  inner = inner or optax.scale_by_adam()
+  return so.subspace(
+    _spec(s), projector, inner, transport='first', after=_rest()
+  )
+
+
+def _golore8bit(s: Settings) -> Any:
+  s = _eight_bit(s)._replace(regenerate=True)
+  return _golore(s, so.scale_by_adam8bit())
+
+
+def _gaussian8bit(s: Settings) -> Any:
+  """Bases that need no orthonormalisation, the cheapest to draw again."""
+  projector = so.projectors.gaussian(200, regenerate=True)
+  spec = _spec(_eight_bit(s))
+  return so.subspace(spec, projector, so.scale_by_adam8bit(), after=_rest())
+
+
+def _subspace_adamw8bit(s: Settings) -> Any:
+  return so.subspace_adamw(_LR, spec=_spec(_eight_bit(s)), eight_bit=True)
+
+
+def _ours(make: Callable[..., Any]) -> Callable[[Settings], Any]:
+  return lambda s: make(_LR, spec=_spec(s))
+
+
+def _rso(s: Settings) -> Any:
+  spec = _spec(s, 'in')
+  return so.rso.subproblems(spec, optax.adam(_LR))
+
+
+METHODS: dict[str, Method] = {
+  'sgd': Method(_plain(lambda: optax.sgd(_LR))),
+  'adamw': Method(_plain(lambda: optax.adamw(_LR))),
+  'adamw8bit': Method(_bytes(so.scale_by_adam8bit)),
+  'lion': Method(_plain(lambda: optax.lion(_LR))),
+  'lion8bit': Method(_bytes(so.scale_by_lion8bit)),
+  'adafactor': Method(_plain(lambda: optax.adafactor(_LR))),
+  'galore': Method(_galore(optax.scale_by_adam), ranked=True),
+  'galore8bit': Method(_galore8bit, ranked=True),
+  'golore': Method(_golore, True, True),
+  'golore8bit': Method(_golore8bit, True, True),
+  'gaussian8bit': Method(_gaussian8bit, True, True),
+  'online_subspace_descent': Method(
+    _ours(so.online_subspace_descent), ranked=True
+  ),
+  'fira_adamw': Method(_ours(so.fira_adamw), ranked=True),
+  'apollo_adamw': Method(_ours(so.apollo_adamw), True, True),
+  'ldadamw': Method(_ours(so.ldadamw), ranked=True),
+  'subspace_adamw': Method(_ours(so.subspace_adamw), True, True),
+  'subspace_adamw8bit': Method(_subspace_adamw8bit, True, True),
+  'subspace_muon': Method(_ours(so.subspace_muon), True, True),
+  'rso': Method(_rso, ranked=True, random=True),
+}
+
+
+def named(name: str) -> Method:
+  """Returns the method called `name`."""
+  if name not in METHODS:
+    raise ValueError(
+      f'optimizer={name!r} is unknown; choose from {sorted(METHODS)}.'
+    )
+  return METHODS[name]
+
+
+def make(name: str, settings: Settings) -> Any:
+  """Returns the optimizer called `name`."""
+  method = named(name)
+  if settings.regenerate and not method.random:
+    random = sorted(k for k, v in METHODS.items() if v.random)
+    raise ValueError(
+      f'regenerate: the bases of optimizer={name!r} are not random; choose '
+      f'from {random}.'
+    )
+  return method.make(settings)

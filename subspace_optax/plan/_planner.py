@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of a training step on each device, before anything is run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._chain import _project
+from subspace_optax._chain import _spec
+from subspace_optax.lifted import _trees
+from subspace_optax.plan import _cut
+from subspace_optax.plan import _flax
+from subspace_optax.plan import _methods
+from subspace_optax.plan import _models
+from subspace_optax.plan import _step
+from subspace_optax.state import _memory
+from subspace_optax.steps import _layerwise
+from subspace_optax.steps import _subproblems
+
+ROUNDING = ('nearest', 'compensated', 'stochastic')
+
+# Bytes, of what the makers call 24 GB and so on.
+CARDS = {
+  'rtx3090': 24e9,
+  'rtx4090': 24e9,
+  'rtx5090': 32e9,
+  'a100-40': 40e9,
+  'a100-80': 80e9,
+  'h100': 80e9,
+  'h200': 141e9,
+  'v4': 32e9,
+  'v5e': 16e9,
+  'v5p': 95e9,
+  'v6e': 32e9,
+}
+
+
+class Plan(NamedTuple):
+  """Bytes on each device at the fullest moment of a training step.
+
+  Attributes:
+    weights: the parameters.
+    gradients: those that are alive together.
+    states: moments and counters of the optimizer; what rounding keeps.
+    bases: of the subspaces, if they are stored.
+    activations: what the forward pass keeps for the backward pass.
+    workspace: the largest temporaries beside all of these.
+  """
+
+  weights: int
+  gradients: int
+  states: int
+  bases: int
+  activations: int
+  workspace: int
+
+  @property
+  def total(self) -> int:
+    """The sum of the parts."""
+    return sum(self)
+
+  def fits(self, card: str | float) -> bool:
+    """Whether a device of this name, or of so many GB, holds it."""
+    return self.total <= card_bytes(card)
+
+  def __str__(self) -> str:
+    rows = [*self._asdict().items(), ('total', self.total)]
+    return '\n'.join(f'{name:<12}{size / 1e9:>10.3f} GB' for name, size in rows)
+
+
+class Settings(NamedTuple):
+  """How a model is trained, beside the optimizer."""
+
+  batch: int = 1
+  seq: int = 2048
+  mesh: Any = ''
+  rank: Any = 0.25
+  param_dtype: Any = 'bfloat16'
+  dtype: Any = None
+  moment_dtype: Any = None
+  basis_dtype: Any = None
+  regenerate: bool = False
+  layerwise: bool = False
+  remat: bool = False
+  attention_chunk: int = 512
+  rounding: str = 'nearest'
+
+
+def card_bytes(card: str | float) -> float:
+  """Returns the bytes of a card by its name, or by its GB."""
+  if isinstance(card, str) and card in CARDS:
+    return CARDS[card]
+  try:
+    size = float(card)
+  except ValueError:
+    size = 0.0
+  if not 0 < size < float('inf'):
+    raise ValueError(
+      f'card={card!r} is unknown; choose from {sorted(CARDS)}, or give a '
+      'positive number of GB.'
+    )
+  return size * 1e9
+
+
+def plan(model: Any, method: Any, **settings: Any) -> Plan:
+  """Counts the bytes that a training step takes on each device.
+
+  Nothing is allocated and nothing compiled. What is assumed is in
+  docs/plan.md: parameters and state are updated in place, layers are scanned,
+  and the loss is the mean cross-entropy.
+
+  Args:
+    model: a name; 'package.module:callable' or the callable, which returns an
+      nnx module, a linen module or a `Model`; or a `Model`.
+    method: a name, an optax optimizer or `rso.subproblems`.
+    **settings: batch (1), rows over all devices; seq (2048); mesh, as
+      'fsdp=4,tensor=2', with 'data' for copies; rank (0.25), an int or a share
+      of each short side; param_dtype ('bfloat16'); dtype of the activations,
+      None for that of the parameters; moment_dtype, None for each
+      optimizer's default, float32 in ours and the parameters' in optax's;
+      basis_dtype, None for float32 and, with moments of 8 bits,
+      bfloat16, also 'int8' and 'int4'; regenerate (False), random bases are not
+      kept; layerwise (False), each layer is updated when its gradient is
+      there; remat (False), layers are recomputed; attention_chunk (512),
+      queries whose scores are in memory at a time in named models, 0 for all;
+      rounding ('nearest', also 'compensated', 'stochastic') of narrow weights.
+
+  Returns:
+    The parts, in bytes; `print` shows them.
+
+  Raises:
+    ValueError: an unknown name or setting; a batch that the mesh does not cut
+      evenly; `remat` or `layerwise` for a model in one piece.
+
+  Example:
+    >>> import subspace_optax.plan
+    >>> plan = subspace_optax.plan.plan('llama_60m', 'golore', rank=128)
+    >>> plan.weights == plan.gradients, plan.fits('rtx4090')
+    (True, True)
+  """
+  s = checked(settings)
+  made = resolved(model, s)
+  return join(made, s, training(made, s), optimizer(made, method, s))
+
+
+def resolved(model: Any, s: Settings) -> _models.Model:
+  """Returns the model that a name, a path or a callable stands for."""
+  return _flax.resolve(model, s.param_dtype, s.dtype, s.seq, s.attention_chunk)
+
+
+def checked(settings: Mapping[str, Any]) -> Settings:
+  """Returns settings, or names the one that is wrong."""
+  unknown = set(settings) - set(Settings._fields)
+  if unknown:
+    raise ValueError(
+      f'{sorted(unknown)[0]}: no such setting; choose from {Settings._fields}.'
+    )
+  s = Settings(**settings)
+  for name in ('param_dtype', 'dtype', 'moment_dtype'):
+    _check_dtype(name, getattr(s, name))
+  if s.rounding not in ROUNDING:
+    raise ValueError(f'rounding={s.rounding!r}: choose from {ROUNDING}.')
+  if s.basis_dtype is not None:  # its own error
+    _spec.SubspaceSpec(1, basis_dtype=s.basis_dtype)
+  if s.attention_chunk < 0:
+    raise ValueError(
+      f'attention_chunk={s.attention_chunk}: expected a number of queries, or '
+      '0 for all at a time.'
+    )
+  if s.seq < 1:
+    raise ValueError(f'seq={s.seq}: expected a positive length.')
+  return s._replace(mesh=_cut.sizes(s.mesh))
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+  try:
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError
+  except TypeError:
+    raise ValueError(
+      f'{name}={dtype!r}: choose from float32, bfloat16 and float16.'
+    ) from None
+
+
+class Optimizer(NamedTuple):
+  """Bytes on a device that depend on the optimizer."""
+
+  gradients: Any  # tree like the parameters, of shapes
+  states: int
+  bases: int
+  drawn: int  # bases that a step draws before its forward pass
+  update: int  # that it holds beside them, gradients included
+  turn: int = 0  # likewise, of a layer-wise step at one of its layers
+
+
+def optimizer(model: _models.Model, method: Any, s: Settings) -> Optimizer:
+  """Counts what an optimizer keeps."""
+  tx = method
+  if isinstance(method, str):
+    chosen = _methods.Settings(
+      s.rank, s.moment_dtype, s.basis_dtype, s.regenerate
+    )
+    tx = _methods.make(method, chosen)
+  params, on = _cut.placed(model.params, s.mesh)
+  state = _cut.state_of(_stateful(model, tx, s), params, on)
+  gradients, drawn = params, 0
+  if isinstance(tx, _subproblems.Subproblems):
+    gradients = _trees.trained(params, state.coords)
+    drawn = _cut.local_bytes(jax.eval_shape(tx.bases, params, state))
+  bases = _bases(state)
+  states = _cut.local_bytes(state) - bases
+  if s.rounding == 'compensated':
+    states += _lost(params)
+  of = Optimizer(gradients, states, bases, drawn, 0)
+  whole = max(_memory.tree_bytes(params), 1)
+  share = _cut.local_bytes(params) / whole
+  work = lambda tree: int(_step.update_workspace(tx, tree) * share)
+  if not s.layerwise:
+    update = _cut.local_bytes(gradients) + work(params)
+    return of._replace(update=update)
+  stack, rest = _parted(model, params)
+  layers = jax.tree.leaves(stack)[0].shape[0]
+  new = _cut.local_bytes((stack, state.blocks)) // layers
+  rest_bytes = _cut.local_bytes(rest)
+  # A turn makes a layer's parameters and state; the next one writes them.
+  turn = rest_bytes + _cut.local_bytes(stack) // layers + new
+  turn += work({model.stack: _step.layer_of(stack)})
+  return of._replace(update=rest_bytes + work(rest), turn=turn)
+
+
+def _stateful(model: _models.Model, tx: Any, s: Settings) -> Any:
+  """Returns what makes the state: the optimizer, or a layer-wise step."""
+  if not s.layerwise:
+    return tx
+  if isinstance(tx, _subproblems.Subproblems):
+    raise ValueError(
+      'layerwise=True needs an optax optimizer; rso has a step of its own.'
+    )
+  _check_pieces(model, s)
+  return _layerwise.layerwise(
+    tx, model.embed, model.block, model.head, stack=model.stack
+  )
+
+
+def _parted(model: _models.Model, params: Any) -> tuple[Any, Any]:
+  """Returns the stack, and all else."""
+  rest = {k: v for k, v in params.items() if k != model.stack}
+  return params[model.stack], rest
+
+
+def _bases(state: Any) -> int:
+  """Returns the bytes of all stored bases in a state."""
+  is_project = lambda x: isinstance(x, _project.ProjectState)
+  found = jax.tree.leaves(state, is_leaf=is_project)
+  return sum(
+    _cut.local_bytes(x.subspaces.basis) for x in found if is_project(x)
+  )
+
+
+def _lost(params: Any) -> int:
+  """Returns the bytes of what compensated rounding keeps of narrow weights."""
+  narrow = [x for x in jax.tree.leaves(params) if x.dtype.itemsize < 4]
+  return _cut.local_bytes(narrow)
+
+
+def _check_pieces(model: _models.Model, s: Settings) -> None:
+  for name in ('remat', 'layerwise'):
+    if getattr(s, name) and model.whole is not None:
+      raise ValueError(
+        f'{name}=True needs a model in pieces; model={model.name!r} is one. '
+        'Recompute layers in the model itself, or give a `plan.Model`.'
+      )
+
+
+def _local_params(model: _models.Model, s: Settings) -> Any:
+  """Returns a device's shapes as its products see them, gathered from fsdp."""
+  params, _ = _cut.placed(model.params, s.mesh)
+  if model.whole is not None:
+    params = model.params
+  shape = lambda x: jax.ShapeDtypeStruct(_cut.local(x, 'tensor'), x.dtype)
+  return jax.tree.map(shape, params)
+
+
+def training(model: _models.Model, s: Settings) -> Callable:
+  """Returns what counts a forward and backward pass, given gradients."""
+  _check_pieces(model, s)
+  params = _local_params(model, s)
+  inputs = model.inputs(_cut.rows(s.mesh, s.batch), s.seq)
+
+  def count(gradients: Any) -> tuple[int, _step.Kept]:
+    sizes = [_cut.local_bytes(x) for x in jax.tree.leaves(gradients)]
+    if not s.layerwise:
+      kept = _step.ordinary(model, params, inputs, s.remat, sizes)
+      return sum(sizes), kept
+    layers = jax.tree.leaves(model.params[model.stack])[0].shape[0]
+    stack = _cut.local_bytes(gradients[model.stack])
+    rest = sum(sizes) - stack
+    kept = _step.layerwise(model, params, inputs, stack, rest)
+    return rest + stack // layers, kept
+
+  return count
+
+
+def _gathered(model: _models.Model, s: Settings) -> int:
+  """Returns the bytes of weights that fsdp gathers for one layer."""
+  if s.mesh['fsdp'] == 1:
+    return 0
+  params = _local_params(model, s)
+  if model.whole is not None:
+    return max(map(_memory.tree_bytes, jax.tree.leaves(params)))
+  stack = params.pop(model.stack)
+  layer = _memory.tree_bytes(_step.layer_of(stack))
+  return max([layer, *map(_memory.tree_bytes, params.values())])
+
+
+def join(
+  model: _models.Model, s: Settings, count: Callable, of: Optimizer
+) -> Plan:
+  """Puts the parts together."""
+  params, _ = _cut.placed(model.params, s.mesh)
+  gradients, kept = count(of.gradients)
+  peak = max(
+    kept.peak + of.drawn + _gathered(model, s),
+    kept.held + of.turn,
+    of.update,
+  )
+  # At the fullest moment some of them may be gone.
+  activations = min(kept.activations, peak - gradients)
+  return Plan(
+    weights=_cut.local_bytes(params),
+    gradients=gradients,
+    states=of.states,
+    bases=of.bases,
+    activations=activations,
+    workspace=peak - gradients - activations,
+  )

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step holds beside parameters and state, from its trace."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _tree
+from subspace_optax.lifted import _trees
+from subspace_optax.plan import _liveness
+from subspace_optax.plan import _models
+from subspace_optax.steps import _subproblems
+
+
+class Kept(NamedTuple):
+  """Bytes of a forward and backward pass.
+
+  Attributes:
+    activations: what the forward pass keeps for the backward pass.
+    peak: the most that both hold at once, gradients included.
+    held: what is still there while a layer is updated, beside gradients.
+  """
+
+  activations: int
+  peak: int
+  held: int = 0
+
+
+def loss_of(model: _models.Model, remat: bool) -> Any:
+  """Returns (params, inputs) -> loss, by a scan over the stack if there is."""
+  if model.whole is not None:
+    return model.whole
+
+  def loss(params: Any, inputs: Any) -> Any:
+    rest = {k: v for k, v in params.items() if k != model.stack}
+    step = lambda x, layer: (model.block(layer, x), None)
+    step = jax.checkpoint(step) if remat else step
+    x, _ = jax.lax.scan(step, model.embed(rest, inputs), params[model.stack])
+    return model.head(rest, x, inputs)
+
+  return loss
+
+
+def _vjp_leaves(f: Any, *args: Any) -> Any:
+  value, vjp = jax.vjp(f, *args)
+  return value, jax.tree.leaves(vjp)
+
+
+def _traced(f: Any, *args: Any) -> _liveness.Trace:
+  return _liveness.flatten(jax.make_jaxpr(f)(*args))
+
+
+def _with_gradients(trace: _liveness.Trace, sizes: list[int]) -> Any:
+  """Returns a trace whose last results take other bytes."""
+  outputs = trace.outputs[len(trace.outputs) - len(sizes) :]
+  new = dict(zip(outputs, sizes, strict=True))
+  return trace._replace(sizes=trace.sizes | new)
+
+
+def ordinary(
+  model: _models.Model, params: Any, inputs: Any, remat: bool, sizes: list[int]
+) -> Kept:
+  """Counts a step with all gradients at once, of these bytes."""
+  loss = loss_of(model, remat)
+  f = lambda p, x: _vjp_leaves(lambda p: loss(p, x), p)
+  activations = _liveness.residuals(_traced(f, params, inputs), 1)
+  gradients = jax.value_and_grad(loss)
+  backward = _with_gradients(_traced(gradients, params, inputs), sizes)
+  return Kept(activations, _liveness.peak(backward))
+
+
+def layer_of(stacked: Any) -> Any:
+  """Returns shapes of one layer."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked
+  )
+
+
+def layerwise(
+  model: _models.Model, params: Any, inputs: Any, gradients: int, rest: int
+) -> Kept:
+  """Counts a step that has one layer's gradient at a time.
+
+  Args:
+    model: in pieces.
+    params: shapes of a device's parameters.
+    inputs: shapes of what goes in.
+    gradients: bytes of those of the stack.
+    rest: bytes of those of all else.
+  """
+  stacked = params[model.stack]
+  others = {k: v for k, v in params.items() if k != model.stack}
+  layer, layers = layer_of(stacked), jax.tree.leaves(stacked)[0].shape[0]
+  x = jax.eval_shape(model.embed, others, inputs)
+
+  def backward(layer, x, gradient):
+    _, vjp = jax.vjp(model.block, layer, x)
+    return vjp(gradient)
+
+  # Computed again, so that it leaves no logits behind.
+  top = jax.value_and_grad(jax.checkpoint(model.head), argnums=(0, 1))
+  forward = _liveness.peak(_traced(model.block, layer, x))
+  at_head = _liveness.peak(_traced(top, others, x, inputs))
+  in_layer = _liveness.peak(_traced(backward, layer, x, x), count_outputs=False)
+  in_layer += gradients // layers + _liveness.bytes_of(x) + rest
+  kept = _traced(functools.partial(_vjp_leaves, model.block), layer, x)
+  between = layers * _liveness.bytes_of(x)
+  return Kept(
+    between + _liveness.residuals(kept, 1),
+    between + max(forward, at_head, in_layer),
+    between + _liveness.bytes_of(x),
+  )
+
+
+def update_workspace(tx: Any, params: Any) -> int:
+  """Returns what an update holds beside gradients, one leaf after another."""
+  found: dict[Any, int] = {}
+  for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+    leaf: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for part in reversed(_tree.path_str(path).split('/')):
+      leaf = {part: leaf}
+    with _notices.quiet(errors=True):
+      state = jax.eval_shape(tx.init, leaf)
+    # Leaves of the same shape and the same state are worked on alike.
+    key = tuple((x.shape, x.dtype) for x in jax.tree.leaves((leaf, state)))
+    if key not in found:
+      found[key] = _of_leaf(tx, leaf, state)
+  return max(found.values(), default=0)
+
+
+def _of_leaf(tx: Any, params: Any, state: Any) -> int:
+  gradients, update = params, _updated(tx)
+  if isinstance(tx, _subproblems.Subproblems):
+    gradients, update = _trees.trained(params, state.coords), tx.update
+  trace = _traced(update, gradients, state, params)
+  return _liveness.peak(trace, count_outputs=False)
+
+
+def _updated(tx: optax.GradientTransformation) -> Any:
+  def update(gradients: Any, state: Any, params: Any) -> Any:
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return update

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the basis of every matrix is found and moved."""
+
+from subspace_optax.projectors._base import Projector as Projector
+from subspace_optax.projectors._gap import LazyGap as LazyGap
+from subspace_optax.projectors._gaussian import gaussian as gaussian
+from subspace_optax.projectors._grassmann import (
+  grassmann_tracking as grassmann_tracking,
+)
+from subspace_optax.projectors._grassmann import (
+  grassmann_walk as grassmann_walk,
+)
+from subspace_optax.projectors._importance import (
+  importance_svd as importance_svd,
+)
+from subspace_optax.projectors._online_pca import online_pca as online_pca
+from subspace_optax.projectors._power import power_iteration as power_iteration
+from subspace_optax.projectors._stiefel import stiefel as stiefel
+from subspace_optax.projectors._svd import svd as svd
+from subspace_optax.projectors._switch import switch as switch

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When bases are refreshed: every T steps, in turns, or ever more rarely.
+
+The last is the lazy refresh of Zhang et al., `Q-GaLore
+<https://arxiv.org/abs/2407.08296>`_, 2024.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _tree
+from subspace_optax.projectors import _base
+
+MOST_STEPS = 2**31 - 1
+
+# Of a gap that grows, so that the step after it is an int32, too.
+_MOST_GAP = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyGap:
+  """A gap that grows, matrix by matrix, where bases hardly change.
+
+  Given in place of `update_proj_gap`. After a refresh the root mean square of
+  the cosines of the angles between the new and the old subspace joins those of
+  the last few; when these are `window` in number and their mean reaches
+  `threshold`, the matrix's gap is multiplied by `factor`. (Q-GaLore takes the
+  cosine of the first singular vectors, which not every rule has.) Of no use
+  with rules whose bases are random, or turn little by little.
+
+  Attributes:
+    start: T, steps between the first refreshes.
+    threshold: of the mean cosine, in (0, 1].
+    factor: of the gap, an int of at least 2.
+    window: cosines to average over.
+
+  Raises:
+    TypeError: `start`, `factor` or `window` is no int.
+    ValueError: they are below 1, or 2 for `factor`, or above 2**30; a
+      threshold outside (0, 1].
+
+  References:
+    Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024
+
+  Example:
+    >>> from subspace_optax import projectors
+    >>> bases = projectors.svd(projectors.LazyGap(200))
+  """
+
+  start: int = 200
+  threshold: float = 0.4
+  factor: int = 2
+  window: int = 5
+
+  def __post_init__(self):
+    check_int(self.start, 'start', most=_MOST_GAP)
+    check_int(self.factor, 'factor', least=2, most=_MOST_GAP)
+    check_int(self.window, 'window')
+    if not 0 < self.threshold <= 1:
+      raise ValueError(f'threshold must lie in (0, 1], got {self.threshold}.')
+
+
+def schedule(update_proj_gap: Any, stagger: bool) -> '_Fixed | _Lazy':
+  """Returns the schedule that a periodic rule keeps to."""
+  if isinstance(update_proj_gap, LazyGap):
+    return _Lazy(update_proj_gap, stagger)
+  check_gap(update_proj_gap)
+  return _Fixed(update_proj_gap, stagger)
+
+
+def check_gap(gap: Any) -> None:
+  """Raises unless `update_proj_gap` is a positive int, or traced."""
+  if not isinstance(gap, jax.Array):
+    check_int(gap, 'update_proj_gap')
+
+
+def check_static(steps: Any, name: str) -> None:
+  """Raises unless a number is a positive int that is not traced."""
+  if isinstance(steps, jax.Array):
+    raise TypeError(
+      f'{name} must be static, got {steps!r}; under optax.inject_hyperparams, '
+      f"pass static_args=('{name}',)."
+    )
+  check_int(steps, name)
+
+
+def check_int(
+  value: Any, name: str, *, least: int = 1, most: int = MOST_STEPS
+) -> None:
+  """Raises unless a number is an int from `least` to `most`."""
+  if isinstance(value, bool) or not hasattr(value, '__index__'):
+    raise TypeError(f'{name} must be an int, got {value!r}.')
+  if value < least:
+    raise ValueError(f'{name} must be at least {least}, got {value}.')
+  if value > most:
+    raise ValueError(
+      f'{name} must be at most {most}, got {value}; steps are counted in int32.'
+    )
+
+
+class FixedState(NamedTuple):
+  """State of a fixed gap."""
+
+  phase: Any  # tree, leaf shape=(*batch,), dtype=float32, in [0, 1); or ()
+
+
+class LazyState(NamedTuple):
+  """State of a lazy gap; trees with a leaf for every projected one."""
+
+  gap: Any  # leaf shape=(*batch,), dtype=int32
+  due: Any  # leaf shape=(*batch,), dtype=int32, the next refresh
+  # leaf shape=(*batch, window), dtype=float32; -1: none yet, -2: no basis yet
+  cosines: Any
+
+
+def _phases(per_matrix: Any) -> Any:
+  """Returns when in a gap each matrix has its turn, evenly spread."""
+  leaves, treedef = jax.tree.flatten(per_matrix)
+  total = sum(leaf.size for leaf in leaves)
+  phases, first = [], 0
+  for leaf in leaves:
+    # In the middle of its share: far from where rounding could tip it over.
+    turns = jnp.arange(first, first + leaf.size, dtype=jnp.float32) + 0.5
+    phases.append(_sharded_like(turns.reshape(leaf.shape) / total, leaf))
+    first += leaf.size
+  return treedef.unflatten(phases)
+
+
+class _Fixed:
+  """Refreshes at steps 0, T, 2T..., or at each matrix's own turn in a gap."""
+
+  def __init__(self, gap: Any, stagger: bool):
+    self.gap, self.stagger = gap, stagger
+
+  def init(self, per_matrix: Any) -> FixedState:
+    return FixedState(_phases(per_matrix) if self.stagger else ())
+
+  def due(self, context: _base.Context, per_matrix: Any, state: Any):
+    """Returns which matrices are due, their periods, and the new state."""
+
+    def one(like: jax.Array, phase: jax.Array | None = None):
+      since = context.count + jnp.zeros_like(like, jnp.int32)
+      if phase is not None:
+        since -= (phase * self.gap).astype(jnp.int32)
+      return context.active & (since % self.gap == 0), since // self.gap
+
+    rest = (state.phase,) if self.stagger else ()
+    return (*_tree.map_unzip(one, 2, per_matrix, *rest), state)
+
+  def after(self, state: Any, moves: Any, drift: Any) -> FixedState:
+    """Returns the state, given what has moved, and how far."""
+    del moves, drift
+    return state
+
+
+class _Lazy:
+  """Refreshes ever more rarely where the basis hardly changes."""
+
+  def __init__(self, lazy: LazyGap, stagger: bool):
+    self.lazy, self.stagger = lazy, stagger
+
+  def init(self, per_matrix: Any) -> LazyState:
+    zeros = lambda x: jnp.zeros_like(x, jnp.int32)
+    due = jax.tree.map(zeros, per_matrix)
+    if self.stagger:
+      turn = lambda phase: (phase * self.lazy.start).astype(jnp.int32)
+      due = jax.tree.map(turn, _phases(per_matrix))
+    none = lambda x: jnp.stack([x - x - 2.0] * self.lazy.window, axis=-1)
+    return LazyState(
+      jax.tree.map(lambda x: zeros(x) + self.lazy.start, per_matrix),
+      due,
+      jax.tree.map(none, per_matrix),
+    )
+
+  def due(self, context: _base.Context, per_matrix: Any, state: Any):
+    """Returns which matrices are due, their periods, and the new state."""
+
+    def one(like: jax.Array, due: jax.Array, gap: jax.Array):
+      now = context.count >= due
+      # The turns go on while `switch` rests the rule.
+      due = jnp.where(now, context.count + gap, due)
+      period = context.count + jnp.zeros_like(like, jnp.int32)
+      return now & context.active, period, due
+
+    now, period, due = _tree.map_unzip(one, 3, per_matrix, state.due, state.gap)
+    return now, period, state._replace(due=due)
+
+  def after(self, state: Any, moves: Any, drift: Any) -> LazyState:
+    """Returns the state with the gaps of bases that changed little longer."""
+
+    def one(gap, due, cosines, move, drift):
+      cosine = jnp.sqrt(jnp.maximum(1.0 - jnp.square(drift), 0.0))[..., None]
+      latest = jnp.concatenate([cosines[..., 1:], cosine], axis=-1)
+      # The basis of `init` was random: there is nothing to compare with.
+      latest = jnp.where(cosines < -1.0, -1.0, latest)
+      cosines = jnp.where(move.moved[..., None], latest, cosines)
+      full = cosines[..., 0] >= 0
+      alike = full & (jnp.mean(cosines, axis=-1) >= self.lazy.threshold)
+      alike &= gap <= _MOST_GAP // self.lazy.factor
+      longer = jnp.where(move.moved & alike, gap * self.lazy.factor, gap)
+      return longer, due + (longer - gap), cosines
+
+    return LazyState(
+      *_tree.map_unzip(
+        one, 3, state.gap, state.due, state.cosines, moves, drift
+      )
+    )
+
+
+def _sharded_like(x: jax.Array, reference: jax.Array) -> jax.Array:
+  """Returns `x` on the devices of `reference`, which is made at `init`."""
+  return x + jnp.zeros_like(reference)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importance sampling of singular vectors (SARA, I3S).
+
+Zhang et al., `Breaking the Frozen Subspace: Importance Sampling for Low-Rank
+Optimization in LLM Pretraining <https://arxiv.org/abs/2502.05790>`_, 2025.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _linalg
+from subspace_optax.projectors import _base
+from subspace_optax.projectors import _periodic
+
+METHODS = ('exact', 'gram')
+
+# The square root of float32's rounding, with a margin.
+_BLIND = 1e-3
+
+
+def importance_svd(
+  update_proj_gap: Any = 200,
+  method: str = 'exact',
+  *,
+  stagger: bool = False,
+) -> _base.Projector:
+  """Singular vectors of the gradient, drawn by singular value.
+
+  r of them without replacement, at steps 0, T, 2T and so on, each in turn with
+  a probability proportional to its singular value; in the order of the values.
+  The draw depends on the spec's seed, the leaf's path and the period.
+
+  Args:
+    update_proj_gap: T, steps between refreshes, or a `LazyGap`.
+    method: 'exact', an SVD of every matrix; 'gram', the eigenvectors of G G^T,
+      faster and blind to values below 1e-3 of the largest. Both gather a
+      sharded gradient, and compile slowly for a TPU.
+    stagger: whether matrices take turns within each T steps, starting from
+      random bases, so that no step refreshes them all.
+
+  Returns:
+    A projector with orthonormal bases.
+
+  Raises:
+    TypeError: the gap is no int.
+    ValueError: the gap is below 1; an unknown method.
+
+  References:
+    Zhang et al., `SARA <https://arxiv.org/abs/2502.05790>`_, 2025; sampling by
+    Gumbel top-k: Kool et al., `Stochastic Beams and Where to Find Them
+    <https://arxiv.org/abs/1903.06059>`_, 2019
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> tx = so.project(so.SubspaceSpec(rank=1), so.projectors.importance_svd())
+    >>> params = {'w': jnp.eye(3, 8).at[2, 2].set(0.0)}
+    >>> projected, _ = tx.update(params, tx.init(params))
+    >>> print(abs(projected['w'].basis[2]).round(3))  # never the null direction
+    [0.]
+  """
+  if method not in METHODS:
+    raise ValueError(f'method must be one of {METHODS}, got {method!r}.')
+  vectors_of = _by_svd if method == 'exact' else _by_eigh
+
+  def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
+    del basis
+    layout = matrix.layout
+    g = _base.whole(matrix)
+    g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
+    vectors, values = vectors_of(g.astype(jnp.float32), matrix)
+    noise = _linalg.gumbel(values.shape[-1], matrix.seed, period)
+    keys = jnp.log(values) + noise
+    _, chosen = jax.lax.top_k(keys, layout.rank)
+    chosen = jnp.sort(chosen, axis=-1)[..., None, :]
+    return layout.from_matrix(jnp.take_along_axis(vectors, chosen, axis=-1))
+
+  name = _base.call(
+    'importance_svd',
+    update_proj_gap=update_proj_gap,
+    method=method,
+    stagger=stagger,
+  )
+  return _periodic.periodic(name, draw, update_proj_gap, stagger=stagger)
+
+
+def _by_svd(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
+  """Returns the left singular vectors and their values, the largest first."""
+  del matrix
+  svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+  u, s, _ = _linalg.each(svd, g)
+  return u, s
+
+
+def _by_eigh(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
+  """The same from G G^T."""
+  g *= jax.lax.rsqrt(matrix.energy)[..., None, None]
+  gram = _linalg.matmul(g, jnp.swapaxes(g, -1, -2))
+  squares, u = _linalg.each(jnp.linalg.eigh, gram)
+  values = jnp.sqrt(jnp.maximum(squares, 0.0))
+  # What rounding makes of zero would be drawn, too, there being many of it.
+  noise = _BLIND * jnp.max(values, axis=-1, keepdims=True)
+  values = jnp.where(values > noise, values, 0.0)
+  return u[..., ::-1], values[..., ::-1]

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New bases every so many steps: the schedule shared by all such rules.
+
+Only matrices that are due are worked on, one after the other in a loop outside
+any vmap: between refreshes nothing is factorised, and a stack whose layers take
+turns pays for one of them at a time. Where a stack's batch axes may be spread
+over devices, or its bases move at every step, it is worked on as a whole and
+the layers that are not due keep what they have. A matrix whose gradient is zero
+or not finite when its refresh is due keeps its basis, and is refreshed at its
+next good gradient.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import core
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
+from subspace_optax.projectors import _base
+from subspace_optax.projectors import _gap
+
+# (matrix, its basis, period) -> new bases, (*batch and projected axes, r).
+Draw = Callable[[_base.Matrix, jax.Array, jax.Array], jax.Array]
+
+
+class PeriodicState(NamedTuple):
+  """State of a periodic rule; trees with a leaf for every projected one."""
+
+  owed: Any  # leaf shape=(*batch,), dtype=bool: refresh at next good G
+  schedule: Any  # see `_gap`
+  period: Any  # leaf shape=(*batch,), dtype=int32, of the basis; or ()
+
+
+class _Bases(NamedTuple):
+  """What a refresh changes of one leaf."""
+
+  basis: jax.Array  # shape=(*batch and projected axes, r)
+  error: jax.Array  # shape=(*batch,), dtype=float32
+  drift: jax.Array  # shape=(*batch,), dtype=float32
+  moved: jax.Array  # shape=(*batch,), dtype=bool
+  transition: jax.Array  # shape=(*batch, r, r), dtype=float32
+
+
+def periodic(
+  name: str,
+  draw: Draw,
+  update_proj_gap: Any,
+  *,
+  stagger: bool,
+  uses_gradient: bool = True,
+  orthonormal: bool = True,
+  sample: _base.Sample | None = None,
+  regenerate: bool = False,
+) -> _base.Projector:
+  """Returns the projector that calls `draw` at steps 0, T, 2T and so on.
+
+  Args:
+    name: what `describe` calls it.
+    draw: how a matrix gets its next basis.
+    update_proj_gap: T, or a `LazyGap`.
+    stagger: whether matrices take turns instead.
+    uses_gradient: whether `draw` looks at the gradient, and needs a good one.
+    orthonormal: whether a basis that is not orthonormal is a failed one.
+    sample: how bases are drawn without a gradient, if that is how.
+    regenerate: whether to draw them again at every step instead of storing.
+  """
+  gap = _gap.schedule(update_proj_gap, stagger)
+  # Rules that move at every step do so for a whole stack at once.
+  traced = isinstance(update_proj_gap, jax.Array)
+  in_turn = stagger or traced or update_proj_gap != 1
+  sample = sample or _linalg.haar
+
+  def init(subspaces: _base.Subspaces, zero_coords: Any) -> PeriodicState:
+    del zero_coords
+    per_matrix = subspaces.captured_energy
+    owed = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.bool_), per_matrix)
+    period = ()
+    if regenerate:
+      at_init = lambda x: jnp.full_like(x, _base.AT_INIT, jnp.int32)
+      period = jax.tree.map(at_init, per_matrix)
+    return PeriodicState(owed, gap.init(per_matrix), period)
+
+  def refresh(context, matrices, subspaces, state):
+    due, period, schedule = gap.due(context, state.owed, state.schedule)
+
+    def one(basis, matrix, error, drift, owed, due, period):
+      good = matrix.ok if uses_gradient else jnp.ones_like(matrix.ok)
+      wanted = (due | (owed & context.active)) & good
+      old = _Bases(basis, error, drift, *_base.still(matrix))
+      whole = not in_turn or not _can_take_apart(matrix)
+      new = _refresh(draw, orthonormal, matrix, wanted, period, old, whole)
+      move = _projected.Move(new.moved, new.transition)
+      # A factorisation that failed is owed, too.
+      owed = (owed | due) & ~new.moved
+      return new.basis, new.error, new.drift, owed, move
+
+    basis, error, drift, owed, moves = _tree.map_unzip(
+      one,
+      5,
+      subspaces.basis,
+      matrices,
+      subspaces.orthogonality_error,
+      subspaces.drift,
+      state.owed,
+      due,
+      period,
+    )
+    subspaces = subspaces._replace(
+      basis=basis, orthogonality_error=error, drift=drift
+    )
+    moved = lambda old, new, move: jnp.where(move.moved, new, old)
+    state = PeriodicState(
+      owed,
+      gap.after(schedule, moves, drift),
+      jax.tree.map(moved, state.period, period, moves) if regenerate else (),
+    )
+    return subspaces, moves, state
+
+  def rebuild(matrices, state):
+    return jax.tree.map(
+      lambda x, period: sample(x.layout, x.seed, period), matrices, state.period
+    )
+
+  def needs_gradient(context, state):
+    if isinstance(update_proj_gap, core.Tracer):  # of another trace
+      raise ValueError(
+        'update_proj_gap must be static for compressed steps; under '
+        "optax.inject_hyperparams, pass static_args=('update_proj_gap', ...)."
+      )
+    if not uses_gradient:
+      return False
+    due, _, _ = gap.due(context, state.owed, state.schedule)
+    wanted = jax.tree.map(
+      lambda due, owed: jnp.any(due | (owed & context.active)), due, state.owed
+    )
+    wanted = jax.tree.leaves(wanted)
+    return jnp.any(jnp.stack(wanted)) if wanted else False
+
+  return _base.Projector(
+    name,
+    init,
+    refresh,
+    _base.no_track,
+    sample,
+    rebuild if regenerate else None,
+    orthonormal,
+    needs_gradient,
+  )
+
+
+def random(
+  name: str,
+  sample: _base.Sample,
+  update_proj_gap: Any,
+  stagger: bool,
+  regenerate: bool,
+  orthonormal: bool = True,
+) -> _base.Projector:
+  """Returns the periodic rule of bases that depend on no gradient."""
+
+  def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
+    del basis
+    return sample(matrix.layout, matrix.seed, period)
+
+  return periodic(
+    _base.call(
+      name,
+      update_proj_gap=update_proj_gap,
+      stagger=stagger,
+      regenerate=regenerate,
+    ),
+    draw,
+    update_proj_gap,
+    stagger=stagger,
+    uses_gradient=False,
+    orthonormal=orthonormal,
+    sample=sample,
+    regenerate=regenerate,
+  )
+
+
+def _can_take_apart(matrix: _base.Matrix) -> bool:
+  batch = matrix.layout.batch
+  return bool(batch) and _sharding.is_whole(matrix.gradient, batch)
+
+
+def _refresh(
+  draw: Draw,
+  orthonormal: bool,
+  matrix: _base.Matrix,
+  wanted: jax.Array,
+  period: jax.Array,
+  state: _Bases,
+  whole: bool,
+) -> _Bases:
+  """Moves the bases that are wanted, all at once or one after the other."""
+  layout = matrix.layout
+
+  def move(matrix, wanted, period, state):
+    # A matrix alone is only worked on if it is wanted.
+    alone = math.prod(matrix.layout.batch_shape) == 1
+    source = matrix if alone else _only(wanted, matrix)
+    candidate = draw(source, state.basis, period)
+    return _move(matrix.layout, candidate, wanted, orthonormal, state)
+
+  if whole:
+    return _varying.cond(
+      jnp.any(wanted),
+      lambda: move(matrix, wanted, period, state),
+      lambda: state,
+    )
+  each = layout.batch_axes
+  axes = (layout.basis_axes(), each, each, each, each + 'yz')
+  turns = jnp.argsort(~wanted.reshape(-1), stable=True)
+
+  def turn(k: jax.Array, state: _Bases) -> _Bases:
+    i = turns[k]
+    take = lambda x, axes: layout.take(x, axes, i)
+    mean = matrix.mean
+    one = dataclasses.replace(
+      matrix,
+      gradient=take(matrix.gradient, layout.leaf_axes),
+      layout=layout.one,
+      seed=take(matrix.seed, each),
+      energy=take(matrix.energy, each),
+      ok=take(matrix.ok, each),
+      mean=None if mean is None else take(mean, layout.coords_axes()),
+    )
+    old = _Bases(*map(take, state, axes))
+    part = move(one, take(wanted, each), take(period, each), old)
+    put = lambda x, axes, part: layout.put(x, axes, i, part)
+    return _Bases(*map(put, state, axes, part))
+
+  return _varying.fori_loop(0, jnp.sum(wanted, dtype=jnp.int32), turn, state)
+
+
+def _only(wanted: jax.Array, matrix: _base.Matrix) -> _base.Matrix:
+  """Returns the leaf with zeros for the gradients that don't count.
+
+  LAPACK's SVD may never return from a matrix that holds an Inf.
+  """
+  gradient = jnp.where(matrix.layout.along_leaf(wanted), matrix.gradient, 0)
+  return dataclasses.replace(matrix, gradient=gradient)
+
+
+def _move(
+  layout: _layout.Layout,
+  candidate: jax.Array,
+  wanted: jax.Array,
+  orthonormal: bool,
+  state: _Bases,
+) -> _Bases:
+  """Takes the candidates that came out well, where a move is wanted."""
+  candidate = _sharding.like(candidate, state.basis)
+  wide = _linalg.widen(candidate)
+  error = _linalg.orthogonality_error(layout.gram(wide, wide))
+  # False for NaN: a failed factorisation.
+  usable = wanted & (error < (0.5 if orthonormal else jnp.inf))
+  basis = jnp.where(layout.along_basis(usable), candidate, state.basis)
+  transition, kept = _linalg.change(layout, basis, state.basis)
+
+  def where_usable(new: jax.Array, old: jax.Array) -> jax.Array:
+    after = tuple(range(usable.ndim, old.ndim))
+    return jnp.where(jnp.expand_dims(usable, after), new.astype(old.dtype), old)
+
+  return _Bases(
+    basis,
+    where_usable(error, state.error),
+    # Chordal distance of the two subspaces, as a share of the largest possible.
+    where_usable(jnp.sqrt(jnp.maximum(1.0 - kept, 0.0)), state.drift),
+    where_usable(usable, state.moved),
+    where_usable(transition, state.transition),
+  )

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One projector after another: GoLore@x% and other schedules of rules.
+
+He et al., `Subspace Optimization for Large Language Models with Convergence
+Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024, Section 5: SVD while the
+gradient is mostly signal, random bases once it is mostly noise.
+"""
+
+from collections.abc import Mapping
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _projected
+from subspace_optax.projectors import _base
+from subspace_optax.projectors import _gap
+
+
+def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
+  """Uses each projector from its step on, until the next one's.
+
+  A periodic projector takes over at the first of its own refreshes that falls
+  in its time; until then the basis stays.
+
+  Args:
+    projectors: from first step, an int, to projector; one of them from step 0.
+
+  Returns:
+    A projector; its state holds the state of all.
+
+  Raises:
+    ValueError: no projector for step 0, or a negative step; a projector that
+      regenerates its bases.
+    TypeError: a step that is no int; something that is no projector.
+
+  References:
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    GoLore@20% of 10,000 steps:
+
+    >>> from subspace_optax import projectors
+    >>> golore_20 = projectors.switch(
+    ...   {0: projectors.svd(200), 8_000: projectors.stiefel(200)}
+    ... )
+  """
+  for step in projectors:
+    if isinstance(step, bool) or not isinstance(step, int):
+      raise TypeError(f'projectors must be keyed by int steps, got {step!r}.')
+  starts = sorted(projectors)
+  if not starts or starts[0] != 0:
+    raise ValueError(f'projectors must start at step 0, got steps {starts}.')
+  _gap.check_int(starts[-1], 'the last step of projectors', least=0)
+  rules = [projectors[start] for start in starts]
+  for start, rule in zip(starts, rules, strict=True):
+    if not isinstance(rule, _base.Projector):
+      raise TypeError(
+        f'projectors[{start}] must come from subspace_optax.projectors, got '
+        f'{rule!r}.'
+      )
+  for rule in rules:
+    if rule.rebuild:
+      raise ValueError(
+        f'switch stores its bases, but {rule.name} draws them again at every '
+        'step; leave out regenerate=True.'
+      )
+
+  def init(subspaces, zero_coords):
+    return tuple(rule.init(subspaces, zero_coords) for rule in rules)
+
+  def active(context, i):
+    later = context.count >= starts[i]
+    if i + 1 < len(starts):
+      later &= context.count < starts[i + 1]
+    return context._replace(active=context.active & later)
+
+  def refresh(context, matrices, subspaces, state):
+    moves, new_state = [], []
+    for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
+      subspaces, move, s = rule.refresh(
+        active(context, i), matrices, subspaces, s
+      )
+      moves.append(move)
+      new_state.append(s)
+    return subspaces, _merge(subspaces.basis, moves), tuple(new_state)
+
+  def track(context, matrices, coords, subspaces, state):
+    moves, new_state = [], []
+    for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
+      context_i = active(context, i)
+      subspaces, move, s = _base.resting(rule.track)(
+        context_i, matrices, coords, subspaces, s
+      )
+      moves.append(move)
+      new_state.append(s)
+    return subspaces, _merge(subspaces.basis, moves), tuple(new_state)
+
+  def needs_gradient(context, state):
+    needs = False
+    for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
+      context_i = active(context, i)
+      of_rule = rule.needs_gradient(context_i, s)
+      if of_rule is not False:  # or the step would be made twice
+        needs |= context_i.active & of_rule
+    return needs
+
+  parts = ', '.join(
+    f'{s}: {r.name}' for s, r in zip(starts, rules, strict=True)
+  )
+  return _base.Projector(
+    f'switch({parts})',
+    init,
+    refresh,
+    track,
+    rules[0].sample,
+    orthonormal=all(rule.orthonormal for rule in rules),
+    needs_gradient=needs_gradient,
+    small_steps=any(rule.small_steps for rule in rules),
+  )
+
+
+def _merge(bases, moves):
+  """Returns the one move that happened, since one rule is active at a time."""
+  moves = [move for move in moves if move is not None]
+  if not moves:
+    return None
+
+  def pick(one: _projected.Move, other: _projected.Move) -> _projected.Move:
+    of_other = other.moved[..., None, None]
+    transition = jnp.where(of_other, other.transition, one.transition)
+    return _projected.Move(one.moved | other.moved, transition)
+
+  def merge(basis, *of_leaf):
+    del basis
+    return functools.reduce(pick, of_leaf)
+
+  return jax.tree.map(merge, bases, *moves)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a residual rule is, and what they share.
+
+With G the gradient, R = P^T G its coordinates and N the inner optimizer's
+direction, a rule returns the update of a whole leaf: GaLore's scale P N and
+something for the part of G outside the subspace, E = G - P (P^T P)^-1 R.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _varying
+
+
+class Residual(NamedTuple):
+  """A rule for the part of the gradient outside the subspace.
+
+  It sees one leaf at a time, all matrices of a stack at once.
+
+  Attributes:
+    name: what errors call it.
+    update: (node, scale, count, state) -> (update, state) for one `Projected`
+      node that carries its gradient: the update of the whole leaf, in any
+      dtype. `count` is the number of steps before this one.
+    init: (layout, leaf, dtype) -> the array that is a leaf's state; None for a
+      rule without state. `dtype` is that of moments.
+    feedback: (gradient, state) -> what `project` gets in the gradient's place;
+      None for the gradient itself.
+  """
+
+  name: str
+  update: Callable[..., tuple[jax.Array, Any]]
+  init: Callable[..., jax.Array] | None = None
+  feedback: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+def norms_at_init(
+  layout: _layout.Layout, leaf: Any, dtype: Any = None
+) -> jax.Array:
+  """Returns a float32 zero per matrix: no norm is known yet."""
+  del dtype
+  static = (layout.batch_shape, jnp.dtype(jnp.float32))
+  return layout.place_values(jnp.zeros, static, (), leaf)
+
+
+def inside(node: _projected.Projected) -> jax.Array:
+  """Returns (P^T P)^-1 R: P times it is the part of G in P's span."""
+  return _as_sum(node, node.coords, node.basis)
+
+
+def _as_sum(
+  node: _projected.Projected, coords: jax.Array, basis: jax.Array
+) -> jax.Array:
+  """Returns the weights of P's columns whose sum has these coordinates."""
+  coords = _linalg.widen(coords)
+  if node.orthonormal:
+    return coords
+  return _linalg.solve_gram(node.layout, _linalg.widen(basis), coords)
+
+
+def ratio(numerator: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
+  """Returns |a| / (|b| + eps), given the squares of both norms."""
+  return _linalg.safe_sqrt(numerator) / (_linalg.safe_sqrt(denominator) + eps)
+
+
+def limit_growth(
+  norm: jax.Array, last: jax.Array, limiter: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the factor that keeps norms below `limiter` times the last ones.
+
+  A zero stands for a norm that is not known yet. Norms that are zero or not
+  finite are not remembered.
+
+  Args:
+    norm: (*batch), of what will be multiplied.
+    last: (*batch), float32, of what was applied before.
+    limiter: gamma, or None for no limit.
+
+  Returns:
+    Factors and what to remember, both (*batch).
+
+  References:
+    Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, Eq. (7)
+  """
+  if limiter is None:
+    return jnp.ones_like(norm), last
+  most = limiter * last
+  # An infinite norm is no reason to scale by 0: NaN is what would come out.
+  cut = (last > 0) & (norm > most) & jnp.isfinite(norm)
+  factor = jnp.where(cut, most / jnp.where(cut, norm, 1.0), 1.0)
+  known = jnp.isfinite(norm) & (norm > 0)
+  kept = jnp.where(cut, most, norm).astype(last.dtype)
+  return factor, jnp.where(known, kept, last)
+
+
+def check_limiter(limiter: Any) -> None:
+  """Raises unless a limiter is None, traced or at least 1."""
+  if limiter is None or isinstance(limiter, jax.Array):
+    return
+  if not limiter >= 1:
+    raise ValueError(
+      f'limiter must be at least 1, or None for no limit, got {limiter}; norms '
+      'that must shrink at every step end at zero.'
+    )
+
+
+def combine(node: _projected.Projected, weights: jax.Array) -> jax.Array:
+  """Returns P C, a whole leaf, for weights C of P's columns."""
+  basis = _linalg.widen(node.basis)
+  return node.layout.unproject(basis, weights, node.sharding)
+
+
+def lift(
+  node: _projected.Projected, coords: jax.Array, basis: jax.Array
+) -> jax.Array:
+  """Returns P (P^T P)^-1 C: the matrix in P's span with coordinates C."""
+  weights = _as_sum(node, coords, basis)
+  return node.layout.unproject(basis, weights, node.sharding)
+
+
+def moved(node: _projected.Projected, f: Callable, x: jax.Array) -> jax.Array:
+  """Returns f(x) if any basis of the leaf moved before its coordinates."""
+  if node.before is None:
+    return x
+  return _varying.cond(jnp.any(node.before.moved), f, lambda x: x, x)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error feedback: what the subspace left out is added to the next gradient.
+
+Robert et al., `LDAdam: Adaptive Optimization from Low-Dimensional Gradient
+Statistics <https://arxiv.org/abs/2410.16103>`_, 2024. With G the gradient plus
+the last error, and the momentum M_o that was carried from P_o to P as M,
+
+  E = G - P R + b1 / (1 - b1) (P_o M_o - P M):
+
+gradients that left the momentum when the basis moved return as well.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _projected
+from subspace_optax.residuals import _base
+
+
+def error_feedback(b1: float = 0.9) -> _base.Residual:
+  """Keeps the residual and adds it to the next step's gradient.
+
+  The state is a buffer of the whole leaf, in the dtype of the moments; it is
+  there for convergence, not for memory. Gradient and buffer add up in the
+  gradient's dtype: in bfloat16 a percent or so is lost. It costs another
+  product with the basis, and two more at steps where the basis moves. Where
+  the gradient is not finite the buffer stays as it is. A move after the
+  coordinates are taken, as `online_pca` makes them, loses no momentum here.
+
+  Args:
+    b1: decay of the inner optimizer's first moment, a mean as Adam's or Lion's,
+      for the momentum that is lost when a basis moves; 0 without momentum.
+
+  Returns:
+    A residual rule for `subspace_optax.subspace`, which alone can give
+    `project` another gradient.
+
+  Raises:
+    ValueError: b1 outside of [0, 1); at `update`, an inner optimizer whose
+      first moments are not known or no means, as `optax.trace`, while b1 is
+      not 0.
+
+  References:
+    Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> tx = so.subspace(
+    ...   so.SubspaceSpec(rank=128),
+    ...   so.projectors.power_iteration(momentum=0.908),
+    ...   optax.scale_by_adam(b1=0.908, b2=0.99),
+    ...   transport='both',
+    ...   residual=so.residuals.error_feedback(b1=0.908),
+    ... )
+  """
+  traced = isinstance(b1, jax.Array)
+  if not traced and not 0 <= b1 < 1:
+    raise ValueError(f'b1 must lie in [0, 1), got {b1}.')
+
+  def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
+    del count
+    g = _linalg.widen(node.gradient)
+    error = g - _base.combine(node, _base.inside(node))
+    if traced or b1 > 0:
+      back = lambda e: e + (b1 / (1.0 - b1) * _lost(node)).astype(e.dtype)
+      error = _base.moved(node, back, error)
+    error = error.astype(last.dtype)  # which may overflow
+    finite = jnp.isfinite(node.layout.energy(error))
+    error = jnp.where(node.layout.along_leaf(finite), error, last)
+    return _base.combine(node, scale * _linalg.widen(node.direction)), error
+
+  return _base.Residual('error_feedback', update, _zeros, _add)
+
+
+def _lost(node: _projected.Projected) -> jax.Array:
+  """Returns P_o M_o - P M, the momentum that the move left behind."""
+  if node.old_mean is None:
+    raise ValueError(
+      'error_feedback finds no mean of gradients in the inner state; name it '
+      'with `subspace_optax.register_moments`, use `optax.ema` in the place of '
+      '`optax.trace`, or pass b1=0 if there is none.'
+    )
+  bases = _linalg.widen(node.old_basis), _linalg.widen(node.basis)
+  old, new = map(
+    functools.partial(_base.lift, node), (node.old_mean, node.mean), bases
+  )
+  return old - new
+
+
+def _zeros(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
+  static = (tuple(leaf.shape), jnp.dtype(dtype))
+  return layout.place_leaf(jnp.zeros, static, (), leaf)
+
+
+def _add(gradient: jax.Array, error: jax.Array) -> jax.Array:
+  return (_linalg.widen(gradient) + error).astype(gradient.dtype)

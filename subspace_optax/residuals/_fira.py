@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fira: the residual, scaled as the inner optimizer scaled the subspace.
+
+Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+Constraint? <https://arxiv.org/abs/2410.01623>`_, 2024. For column i of the
+matrix, with E = G - P R,
+
+  phi_i = ||N_i|| / (||R_i|| + eps),   W <- W - lr (alpha P N + L(phi E)),
+
+where L scales phi E down wherever its norm grows by more than gamma in a step.
+
+Only one product with P is needed, since alpha P N + phi E = P (alpha N - phi R)
++ phi G; and none for the norm: ||E_i||^2 = ||G_i||^2 - ||R_i||^2.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _projected
+from subspace_optax.residuals import _base
+
+
+def fira(
+  limiter: Any = 1.01,
+  *,
+  eps: float = 1e-8,
+  official_betas: tuple[float, float] | None = None,
+) -> _base.Residual:
+  """Adds the residual, each column scaled like the one inside the subspace.
+
+  Needs no product with a basis beyond GaLore's, and one float32 of state per
+  matrix. The residual is not multiplied by `scale`.
+
+  Args:
+    limiter: gamma, at least 1: by how much the residual's norm may grow in a
+      step; None for no limit.
+    eps: added to the norms of coordinates.
+    official_betas: (b1, b2) of the inner Adam, for the form of the authors'
+      code: the residual is G - scale P R, and growth is that of norms before
+      Adam's correction of bias. None for the paper's.
+
+  Returns:
+    A residual rule.
+
+  Raises:
+    ValueError: a limiter below 1.
+
+  References:
+    Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, Eq. (5)-(7)
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> tx = so.subspace(
+    ...   so.SubspaceSpec(rank=128),
+    ...   so.projectors.svd(update_proj_gap=200),
+    ...   optax.scale_by_adam(),
+    ...   residual=so.residuals.fira(),
+    ...   scale=0.25,
+    ... )
+  """
+  _base.check_limiter(limiter)
+
+  def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
+    layout, r = node.layout, node.coords
+    g, n = _linalg.widen(node.gradient), _linalg.widen(node.direction)
+    inside = _base.inside(node)
+    share = 1.0 if official_betas is None else scale
+    phi = _base.ratio(
+      layout.coords_columns(n * n), layout.coords_columns(r * r), eps
+    )
+    outside = layout.columns(g * g) - share * (
+      2.0 - share
+    ) * layout.coords_columns(r * inside)
+    outside = jnp.maximum(outside, 0.0)  # a difference of rounded sums
+    norm = _linalg.safe_sqrt(layout.sum_columns(phi * phi * outside))
+    raw = 1.0 if official_betas is None else _bias(official_betas, count)
+    factor, last = _base.limit_growth(raw * norm, last, limiter)
+    phi = phi * layout.along_columns(factor)
+    coords = scale * n - share * layout.columns_to_coords(phi) * inside
+    return _base.combine(node, coords) + layout.columns_to_leaf(phi) * g, last
+
+  return _base.Residual('fira', update, _base.norms_at_init)
+
+
+def _bias(betas: tuple[float, float], count: Any) -> jax.Array:
+  """Returns Adam's direction without correction over that with it."""
+  b1, b2 = betas
+  t = jnp.asarray(count + 1, jnp.float32)
+  return (1.0 - b1**t) / jnp.sqrt(1.0 - b2**t)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which axes are matrices in parameters laid out as MaxText's are.
+
+MaxText scans over its layers along axis 1 (`param_scan_axis`) and keeps heads
+as axes of their own, so that shapes alone do not tell a matrix's sides.
+"""
+
+import operator
+import re
+from typing import Any
+
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _axes
+from subspace_optax._matrix import _siblings
+from subspace_optax._matrix import _tree
+
+# Axes of one layer's leaf: `i` of the rows, `o` of the columns, `b` counts
+# matrices. The first pattern that is found decides. `wi` has an axis of
+# activations if they are fused: with three axes the one in the middle may as
+# well be of layers, which count matrices, too. `out` has no heads behind linear
+# attention, and none of the four in T5X.
+_KERNELS = (
+  (r'(^|/)(query|key|value)/kernel$', ('ioo', 'io')),
+  (r'(^|/)(wq_b|wkv_b|wkv)/kernel$', ('ioo',)),
+  (r'(^|/)(out|o_proj)/kernel$', ('iio', 'io')),
+  (r'(^|/)o_a_proj/kernel$', ('bio',)),
+  (r'(^|/)qkv_proj/kernel$', ('iboo',)),
+  (r'(^|/)wi/kernel$', ('io', 'ibo')),
+  (r'(^|/)(wi|wi_\d+|wo)$', ('bio',)),  # experts have no `kernel` below them
+  (r'(^|/)kernel$', ('io',)),
+)
+
+
+def dimension_numbers_from_paths(
+  params: Any, *, scan_axis: int = 1, exclude: str | None = _spec.AUTO
+) -> Any:
+  """Returns the dimension numbers of parameters laid out as MaxText's are.
+
+  Meant for `weight_dimension_numbers` of a `SubspaceSpec`, or of `galore`;
+  with another axis, as `functools.partial(..., scan_axis=0)`. By the end of
+  its path a leaf is, L being there for layers that are scanned:
+
+  ========================================  ==============================
+  `query|key|value/kernel`                  (embed, L, heads, head_dim)
+  `out|o_proj/kernel`                       (heads, L, head_dim, embed)
+  these five without heads                  (rows, L, columns)
+  `wq_b|wkv_b|wkv/kernel`                   (embed, L, heads, head_dim)
+  `o_a_proj/kernel`                         (groups, L, rows, columns)
+  `qkv_proj/kernel`                         (embed, L, 3, heads, head_dim)
+  `wi/kernel`, activations fused            (embed, L, 2, mlp)
+  `wi`, `wi_0`, `wi_1`, `wo`, of experts    (experts, L, rows, columns)
+  any other `kernel`                        (rows, L, columns)
+  ========================================  ==============================
+
+  where layers, experts and what is fused count matrices. Everything else, such
+  as biases, stays plain. Where two lines give a leaf its number of axes, norms
+  beside it tell whether layers are scanned, or else the sizes do.
+
+  Args:
+    params: the parameters, boxed or not; only paths and shapes are looked at.
+    scan_axis: where L stands.
+    exclude: regular expression of paths that stay plain; 'auto' for the names
+      of embeddings, heads, norms, biases and convolutions, as in
+      `SubspaceSpec`; None for nothing.
+
+  Returns:
+    A tree of `DimensionNumbers`, None for leaves that stay plain.
+
+  Raises:
+    ValueError: a kernel with more or fewer axes than its name says; a negative
+      `scan_axis`, or one past a kernel's axes.
+    TypeError: `scan_axis` is no int.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> spec = so.SubspaceSpec(
+    ...   rank=4, weight_dimension_numbers=so.dimension_numbers_from_paths
+    ... )
+    >>> params = {'query': {'kernel': jnp.ones((32, 3, 4, 16))}}
+    >>> so.dimension_numbers_from_paths(params)['query']['kernel']
+    DimensionNumbers(reduction_axis=(0,), output_axis=(2, 3))
+    >>> print(so.describe(spec, params))
+    path          shape        as matrices    rank  side  axes   basis
+    query/kernel  (32,3,4,16)  3 x (32 x 64)  4     rows  named  float32(32,3,4)
+  """
+  if isinstance(scan_axis, bool) or not hasattr(scan_axis, '__index__'):
+    raise TypeError(f'scan_axis must be an int, got {scan_axis!r}.')
+  if scan_axis < 0:
+    raise ValueError(f'scan_axis must not be negative, got {scan_axis}.')
+  pairs, treedef = _tree.flatten(params)
+  leaves = tuple(
+    _siblings.Leaf(path, tuple(leaf.shape))
+    for path, leaf in pairs
+    if not _tree.is_masked(leaf)
+  )
+  scan_axis = operator.index(scan_axis)
+  decisions = _axes.decisions_of(leaves)
+  found = {
+    leaf.path: None
+    if _stays_plain(decisions, leaf.path, exclude)
+    else _numbers(decisions, leaf, scan_axis)
+    for leaf in leaves
+  }
+  return treedef.unflatten([found.get(path) for path, _ in pairs])
+
+
+def _stays_plain(
+  decisions: _axes.Decisions, path: str, exclude: str | None
+) -> bool:
+  if exclude == _spec.AUTO:
+    return bool(decisions.plain_kinds[path])
+  return exclude is not None and re.search(exclude, path) is not None
+
+
+def _numbers(
+  decisions: _axes.Decisions, leaf: _siblings.Leaf, scan_axis: int
+) -> _spec.DimensionNumbers | None:
+  """Returns the dimension numbers of a leaf, None if it is no kernel."""
+  path, shape = leaf.path, leaf.shape
+  forms = _forms(path)
+  if not forms:
+    return None
+  alone = [form for form in forms if len(form) == len(shape)]
+  scanned = [
+    form[:scan_axis] + 'b' + form[scan_axis:]
+    for form in forms
+    if len(form) + 1 == len(shape) and scan_axis <= len(form)
+  ]
+  if alone and scanned and alone != scanned:
+    counted = decisions.family.counted(leaf)
+    if counted is None:
+      return _of_axes(_by_sizes(path, shape, scan_axis, alone + scanned))
+    alone, scanned = (scanned, []) if scan_axis in counted else (alone, [])
+  if alone + scanned:
+    return _of_axes((alone + scanned)[0])
+  counts = ' or '.join(str(len(form)) for form in forms)
+  raise ValueError(
+    f'leaf {path!r} has shape {shape}, but by its name it has {counts} axes, '
+    f'and one more at scan_axis={scan_axis} for scanned layers; match it with '
+    '`exclude`, or give weight_dimension_numbers of your own.'
+  )
+
+
+def _by_sizes(
+  path: str, shape: tuple[int, ...], scan_axis: int, forms: list[str]
+) -> str:
+  """Returns which of two forms attention's sizes speak for."""
+  if not any('ii' in form or 'oo' in form for form in forms):
+    raise ValueError(
+      f'leaf {path!r} has shape {shape}, which may be fused or, at scan_axis='
+      f'{scan_axis}, scanned; match it with `exclude`, or give '
+      'weight_dimension_numbers of your own.'
+    )
+  return _axes.squarest(forms, shape)
+
+
+def _forms(path: str) -> tuple[str, ...]:
+  for pattern, forms in _KERNELS:
+    if re.search(pattern, path):
+      return forms
+  return ()
+
+
+def _of_axes(axes: str) -> _spec.DimensionNumbers:
+  found = _axes.of_form(axes, 'name')
+  return _spec.DimensionNumbers(found.rows, found.cols)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer holds, counted from the pytrees themselves."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _notices
+from subspace_optax.lifted import _trees
+from subspace_optax.steps import _compressed
+from subspace_optax.steps import _layerwise
+from subspace_optax.steps import _subproblems
+
+
+class MemoryReport(NamedTuple):
+  """Bytes that stay between steps, and the gradients.
+
+  Attributes:
+    params: bytes of the parameters.
+    gradients: bytes of a gradient in the parameters' dtypes.
+    state: bytes of the optimizer's state.
+    adam: bytes of `optax.adam`'s state on the same parameters.
+  """
+
+  params: int
+  gradients: int
+  state: int
+  adam: int
+
+  def __str__(self) -> str:
+    rows = [(name, _readable(size)) for name, size in self._asdict().items()]
+    rows[-1] = ('adam instead', rows[-1][1])
+    lines = [f'{name:<14}{size:>12}' for name, size in rows]
+    ratio = self.state / self.adam if self.adam else math.nan
+    return '\n'.join([*lines, f'{"state / adam":<14}{ratio:>12.3f}'])
+
+
+def memory_report(
+  tx: optax.GradientTransformation
+  | _subproblems.Subproblems
+  | _layerwise.Layerwise,
+  params: Any,
+  *,
+  compressed: bool = False,
+) -> MemoryReport:
+  """Counts the bytes of an optimizer's state beside Adam's.
+
+  Args:
+    tx: any optax optimizer, `rso.subproblems`, or a step made by `layerwise`,
+      of whose gradients one layer's and those of no layer are alive.
+    params: the parameters, or their shapes (`jax.eval_shape`); nothing is
+      allocated.
+    compressed: whether `tx` takes its steps by `rso.compressed_step`, so that
+      gradients are those of coordinates.
+
+  Returns:
+    Exact bytes over all devices, as if nothing were replicated.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
+    >>> params = {'w': jax.ShapeDtypeStruct((4096, 11008), jnp.float32)}
+    >>> print(so.memory_report(so.golore(1e-3, rank=128), params))
+    params          172.00 MiB
+    gradients       172.00 MiB
+    state            12.75 MiB
+    adam instead    344.00 MiB
+    state / adam         0.037
+  """
+  with _notices.quiet():
+    state = jax.eval_shape(tx.init, params)
+  adam = jax.eval_shape(optax.adam(1.0).init, params)
+  gradients = params
+  if isinstance(tx, _subproblems.Subproblems):
+    gradients = _trees.trained(params, state.coords)
+  elif isinstance(tx, _layerwise.Layerwise):
+    gradients = tx.gradients(params)
+  elif compressed:
+    gradients = _compressed.gradients_like(tx, params)
+  return MemoryReport(*map(tree_bytes, (params, gradients, state, adam)))
+
+
+def tree_bytes(tree: Any) -> int:
+  """Returns the bytes of all arrays, or shapes of arrays, in a tree."""
+  return sum(
+    -(-math.prod(x.shape) * _spec.bits(x.dtype) // 8)
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _readable(size: float) -> str:
+  for unit in ('B', 'KiB', 'MiB'):
+    if size < 1024:
+      return f'{size:.2f} {unit}'
+    size /= 1024
+  return f'{size:.2f} GiB'

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States saved at one rank, for an optimizer of another."""
+
+from collections.abc import Iterator
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import optax
+
+from subspace_optax._chain import _describe
+from subspace_optax._chain import _project
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _tree
+from subspace_optax.bases import _quantized_basis
+from subspace_optax.low_precision import _eight_bit
+
+
+def resize_rank(
+  tx: optax.GradientTransformation, state: Any, params: Any
+) -> Any:
+  """Returns a state for `tx`, made from one of the same optimizer's at others.
+
+  Where a leaf's rank falls, the first r columns of its basis stay, with their
+  coordinates of all moments. Where it grows, orthonormal columns join the
+  basis: the last ones of the basis that `tx` starts with, made orthogonal to
+  the old span by matrix products; moments start there as `tx` starts them, at
+  zero. (Adam's counter goes on, so that steps along the new columns are at
+  first up to (1 - b1) / sqrt(1 - b2) times the learning rate, 3.2 times with
+  its defaults.) Counters, seeds and all else are copied, with the dtypes and
+  shardings that `tx.init(params)` has.
+
+  Of a basis in int8 or int4 the codes of the columns that stay are copied; made
+  orthonormal with others, those columns turn by less than their rounding.
+  Moments in 8 bits are decoded, resized and rounded to the nearest code of the
+  new blocks; at another rank they may have no codes, or get some, since small
+  matrices keep float32.
+
+  A basis that is drawn again at every step (`regenerate=True`, as in
+  `apollo_adamw`, `subspace_adamw` and `subspace_muon`) is another one at
+  another rank, with nothing to carry: moments of such leaves start anew.
+
+  Args:
+    tx: the optimizer to go on with, of other ranks.
+    state: a state of the optimizer before, as it was saved: to restore it, use
+      the shapes of `jax.eval_shape(old_tx.init, params)`.
+    params: the parameters, or their shapes with shardings.
+
+  Returns:
+    A state with the structure of `tx.init(params)`. Learning rates, gaps and
+    ranks may differ from those before, and projectors whose states are alike;
+    hyperparameters that are injected stay those of the state.
+
+  Raises:
+    ValueError: the two differ in anything but ranks, such as the projector, the
+      inner optimizer, the parameters, the side or which leaves are projected;
+      `tx` holds no `project`; a basis that is not of full rank.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> state = so.golore(1e-3, rank=2).init(params)
+    >>> state = so.resize_rank(so.golore(1e-3, rank=4), state, params)
+    >>> print(state[0][0].subspaces.basis['w'].shape)
+    (8, 4)
+  """
+  layouts = {
+    match.path: match.layout
+    for record in _describe.records_of(tx, params)
+    for match in record.matches
+    if match and match.layout
+  }
+  start = tx.init(params)
+  # Blocks of 8-bit moments lie otherwise at another rank.
+  old, new = map(_eight_bit.all_decoded, (state, start))
+  pairs = list(_pairs(_tree.unbox(old), _tree.unbox(new)))
+  leaves = _projected_leaves(pairs, new, layouts)
+  arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]
+  wide = jax.tree.structure(new).unflatten(jax.tree.leaves(arrays))
+  return _eight_bit.all_encoded(wide, start)
+
+
+class _Leaf(NamedTuple):
+  """A projected parameter."""
+
+  layout: _layout.Layout  # at the new rank
+  basis: str  # path of its basis in the state
+  old_rank: int | None  # None if the basis is not stored
+
+
+def _pairs(
+  old: Any, new: Any, path: tuple[Any, ...] = ()
+) -> Iterator[tuple[str, Any, Any]]:
+  """Yields (path, old array, new array) of two states of the same form.
+
+  Or two bases in integers.
+  """
+  old_parts, old_form = _parts(old)
+  new_parts, new_form = _parts(new)
+  if old_form != new_form:
+    raise ValueError(
+      f'state holds {_kind(old)} at {_tree.path_str(path)!r}, where tx has '
+      f'{_kind(new)}; only ranks may differ: make tx with the projector, inner '
+      'optimizer and tree of the saved state, and at ranks at which the same '
+      'leaves are projected.'
+    )
+  both = (old, new)
+  quantized = all(isinstance(x, _projected.QuantizedBasis) for x in both)
+  if quantized or (new_parts and not new_parts[0][0]):
+    yield _tree.path_str(path), old, new
+    return
+  for (key, old), (_, new) in zip(old_parts, new_parts, strict=True):
+    yield from _pairs(old, new, (*path, *key))
+
+
+def _parts(node: Any) -> tuple[list[Any], Any]:
+  """Returns the children of a node with their keys, and what it is."""
+  return jax.tree_util.tree_flatten_with_path(
+    node, is_leaf=lambda x: x is not node
+  )
+
+
+def _kind(node: Any) -> str:
+  if _tree.is_masked(node):
+    return 'nothing'
+  if isinstance(node, _projected.QuantizedBasis):
+    return f'a basis in {node.dtype.name}'
+  if hasattr(node, 'shape'):
+    return f'an array of shape {tuple(node.shape)}'
+  if isinstance(node, dict):
+    return f'a dict of {sorted(map(str, node))}'
+  return f'{type(node).__name__} of {len(jax.tree.leaves(node))} arrays'
+
+
+def _projected_leaves(
+  pairs: list[Any], start: Any, layouts: dict[str, _layout.Layout]
+) -> dict[str, _Leaf]:
+  """Returns by path the projected parameters, and where their bases are."""
+  ranks = {path: old.shape[-1] for path, old, _ in pairs if old.ndim}
+  is_it = lambda x: isinstance(x, _project.ProjectState)
+  found = jax.tree_util.tree_leaves_with_path(start, is_leaf=is_it)
+  leaves = {}
+  for path, state in found:
+    if not is_it(state):
+      continue
+    for leaf, seed in _tree.flatten(state.seed)[0]:
+      if not _tree.is_masked(seed):
+        of_state = (_tree.path_str(path), 'subspaces/basis', leaf)
+        basis = '/'.join(filter(None, of_state))
+        leaves[leaf] = _Leaf(layouts[leaf], basis, ranks.get(basis))
+  return leaves
+
+
+def _resized(path: str, old: Any, new: Any, leaves: dict[str, _Leaf]) -> Any:
+  """Returns one array of the state, or one basis."""
+  if isinstance(new, _projected.QuantizedBasis):
+    return _resized_codes(path, old, new, leaves)
+  if old.shape == new.shape:
+    return _put(old, new)
+  # The longest first: `attention` is the end of `encoder/attention`, too.
+  for leaf, of in sorted(leaves.items(), key=lambda x: -len(x[0])):
+    if leaf and path != leaf and not path.endswith('/' + leaf):
+      continue
+    axis = _rank_axis(path, old.shape, new.shape, of)
+    if axis is None:
+      continue
+    if of.old_rank is None:
+      return new
+    old, whole = _put(old, new, axis), _put(new, new, axis)
+    if path != of.basis or of.old_rank > of.layout.rank:
+      return _put(_fit(old, whole, axis), new)
+    basis = _extend(of.layout, old, whole)
+    _check_finite(path, basis)
+    return _put(basis, new)
+  raise ValueError(_no_change_of_rank(path, old, new))
+
+
+def _no_change_of_rank(path: str, old: Any, new: Any) -> str:
+  return (
+    f'state holds an array of shape {tuple(old.shape)} at {path!r}, where tx '
+    f'has {tuple(new.shape)}, which is no change of rank alone; parameters and '
+    'the side that is projected must be those of the saved state, and the '
+    'inner optimizer one that keeps no matrices of rank x rank.'
+  )
+
+
+def _resized_codes(
+  path: str,
+  old: _projected.QuantizedBasis,
+  new: _projected.QuantizedBasis,
+  leaves: dict[str, _Leaf],
+) -> _projected.QuantizedBasis:
+  """Returns a basis of which the codes of all old columns stay."""
+  if old.dtype != new.dtype:
+    raise ValueError(
+      f'state holds {_kind(old)} at {path!r}, where tx has {_kind(new)}; give '
+      'the spec the basis_dtype of the saved state.'
+    )
+  if old.shape[:-1] != new.shape[:-1]:
+    raise ValueError(_no_change_of_rank(path, old, new))
+  r, last = old.shape[-1], old.ndim - 1
+  if r < new.shape[-1]:
+    leaf = next(x for x in leaves.values() if x.basis == path)
+    wide = lambda x: _wide(leaf.layout, _put_all(x, new, last))
+    basis = _extend(leaf.layout, wide(old), wide(new))
+    _check_finite(path, basis)
+    dtype = new.dtype
+    more = _quantized_basis.encode(leaf.layout, basis[..., r:], dtype)
+    join = lambda one, other: jnp.concatenate([one, other], -1)
+    old = jax.tree.map(join, _put_all(old, new, last), more)
+  else:
+    old = jax.tree.map(lambda x: x[..., : new.shape[-1]], old)
+  return _put_all(old, new)
+
+
+def _wide(
+  layout: _layout.Layout, stored: _projected.QuantizedBasis
+) -> jax.Array:
+  """Returns the codes' values, column by column as they are."""
+  return _quantized_basis.decode(layout, stored, orthonormal=False)
+
+
+def _put_all(old: Any, new: Any, whole: int | None = None) -> Any:
+  return jax.tree.map(lambda x, like: _put(x, like, whole), old, new)
+
+
+def _rank_axis(
+  path: str, old: tuple[int, ...], new: tuple[int, ...], leaf: _Leaf
+) -> int | None:
+  """Returns the one axis along which shapes differ, if it is the rank's."""
+  if len(old) != len(new):
+    return None
+  axes = [i for i in range(len(new)) if old[i] != new[i]]
+  if len(axes) != 1 or new[axes[0]] != leaf.layout.rank:
+    return None
+  if leaf.old_rank is not None and old[axes[0]] != leaf.old_rank:
+    return None
+  at_the_end = path != leaf.basis or axes[0] == len(new) - 1
+  return axes[0] if at_the_end else None
+
+
+def _put(x: Any, like: jax.Array, whole: int | None = None) -> jax.Array:
+  """Returns `x` with the dtype of `like` and in its place.
+
+  `whole` is an axis to leave unsplit.
+  """
+  x = x if x.dtype == like.dtype else x.astype(like.dtype)
+  if not like.committed:
+    return jnp.asarray(x)
+  sharding = like.sharding
+  if whole is not None and isinstance(sharding, NamedSharding):
+    spec = list(sharding.spec) + [None] * (like.ndim - len(sharding.spec))
+    spec[whole] = None
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+  return jax.device_put(x, sharding)
+
+
+def _fit(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+  """Returns `old` cut to the size of `new`, or with the rest of `new`."""
+  size, wanted = old.shape[axis], new.shape[axis]
+  if size >= wanted:
+    return lax.slice_in_dim(old, 0, wanted, axis=axis)
+  rest = lax.slice_in_dim(new, size, wanted, axis=axis)
+  return jnp.concatenate([old, rest], axis)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _extend(
+  layout: _layout.Layout, old: jax.Array, new: jax.Array
+) -> jax.Array:
+  """Returns a basis with columns that are orthogonal to it and each other."""
+  q = _linalg.orthonormalize(layout, old)
+  more = _linalg.widen(new[..., old.shape[-1] :])
+  for _ in range(2):  # the second time against the rounding of the first
+    more -= layout.mix_basis(q, layout.gram(q, more))
+    more = _linalg.orthonormalize(layout, more)
+  return jnp.concatenate([old, more.astype(old.dtype)], -1)
+
+
+def _check_finite(path: str, basis: jax.Array) -> None:
+  if not bool(jnp.all(jnp.isfinite(basis))):
+    raise ValueError(
+      f'the basis at {path!r} is not finite or not of full rank, so that it '
+      'can not be extended; start from `tx.init(params)`.'
+    )

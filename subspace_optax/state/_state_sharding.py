@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every array of an optimizer's state lives on a mesh.
+
+Tracers know their shardings only where mesh axes are explicit. So `init` is
+traced on shapes over a twin of the mesh whose axes all are: no array is made,
+and what it says of each array of state is what eager `init` does with it.
+"""
+
+from typing import Any
+
+from flax import linen
+from flax import nnx
+from flax.core import meta
+from flax.linen import spmd
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+
+from subspace_optax._matrix import _boxes
+from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
+from subspace_optax.steps import _subproblems
+
+
+def state_sharding(
+  tx: optax.GradientTransformation | _subproblems.Subproblems,
+  params: Any,
+  *,
+  replicated: tuple[str, ...] = (),
+) -> Any:
+  """Returns the sharding of every array in an optimizer's state.
+
+  Bases follow the projected axes of their parameter, coordinates the other
+  ones, and both its batch axes; mesh axes that are left shard the rank. The
+  rest of the state, in `optax.chain`, `partition`, `masked` or `MultiSteps`
+  too, is where its `init` puts it: like the parameter as a rule, on every
+  device where the parameter says nothing.
+
+  As `out_shardings` of a jitted `init` it puts the state in its place, so that
+  no device ever holds all of it; as those of a jitted step it keeps it there.
+
+  Args:
+    tx: the optimizer, or `rso.subproblems`.
+    params: arrays, or `jax.ShapeDtypeStruct`s with shardings, or either in
+      flax's boxes, whose names of mesh axes are taken where an array has no
+      sharding. Those on one device are replicated if others have a mesh.
+    replicated: mesh axes along which all state is the same, such as the axis of
+      `data_parallel_step` or one of slow links; no parameter may be cut there.
+
+  Returns:
+    A tree like `tx.init(params)`, without boxes, of
+    `jax.sharding.NamedSharding`; if all of the arrays are on one device and no
+    mesh is set, of their own sharding.
+
+  Raises:
+    ValueError: parameters of two meshes; or of none, while no mesh is set; an
+      axis to replicate that cuts a parameter or is not the mesh's.
+
+  Example:
+    >>> import jax, subspace_optax as so
+    >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((1,), ('fsdp',), axis_types=(AxisType.Auto,))
+    >>> w = jax.ShapeDtypeStruct(
+    ...   (64, 256), 'float32', sharding=NamedSharding(mesh, P(None, 'fsdp'))
+    ... )
+    >>> tx = so.golore(1e-3, rank=8)
+    >>> shardings = so.state_sharding(tx, {'w': w})
+    >>> print(shardings[0][1].inner.mu['w'].spec)
+    P(None, 'fsdp')
+    >>> init = jax.jit(tx.init, out_shardings=shardings)
+  """
+  mesh = _mesh(params)
+  if mesh is None:
+    return _on_one_device(tx, params)
+  twin = _twin(mesh, replicated)
+  whole = _sharding.whole_ranks_along(_sharding.axes_without_rank(mesh))
+  set_mesh = jax.sharding.use_abstract_mesh(twin.abstract_mesh)
+  with _notices.quiet(), whole, set_mesh:
+    state = jax.eval_shape(tx.init, _shapes(params, twin))
+
+  def on_mesh(x: jax.ShapeDtypeStruct) -> NamedSharding:
+    spec = getattr(x.sharding, 'spec', PartitionSpec())
+    return NamedSharding(mesh, _sharding.as_jit_spells(spec, mesh))
+
+  return jax.tree.map(on_mesh, _tree.unbox(state))
+
+
+def _twin(mesh: Mesh, without: tuple[str, ...]) -> Mesh:
+  """Returns the mesh with explicit axes, and one device along some of them."""
+  unknown = set(without) - set(mesh.axis_names)
+  if unknown:
+    raise ValueError(
+      f'replicated={tuple(without)}, but the mesh has axes {mesh.axis_names}.'
+    )
+  names = [name for name in mesh.axis_names if name not in without]
+  first = tuple(0 if k in without else slice(None) for k in mesh.axis_names)
+  explicit = (AxisType.Explicit,) * len(names)
+  return Mesh(np.asarray(mesh.devices[first]), names, axis_types=explicit)
+
+
+def _shapes(params: Any, mesh: Mesh) -> Any:
+  """Returns the tree of shapes, boxes kept, with shardings on a mesh."""
+
+  def entry(x: Any) -> Any:
+    default = _spec_of_box(x)
+    return jax.tree.map(lambda leaf: shape(leaf, default), x)
+
+  def shape(leaf: Any, default: PartitionSpec) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, 'sharding', None)
+    known = isinstance(sharding, NamedSharding)
+    spec = sharding.spec if known else default
+    _check_spec(spec, mesh)
+    return jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
+    )
+
+  return jax.tree.map(entry, params, is_leaf=_boxes.is_box)
+
+
+def _check_spec(spec: PartitionSpec, mesh: Mesh) -> None:
+  """Raises if a parameter is cut along an axis that the mesh has not."""
+  used = {name for entry in spec for name in _sharding.names(entry)}
+  if not used <= set(mesh.axis_names):
+    raise ValueError(
+      f'a parameter has {spec}, but state is to be placed along mesh axes '
+      f'{mesh.axis_names} alone; see `replicated`, and apply '
+      '`flax.linen.logical_to_mesh_sharding` to logical names first.'
+    )
+
+
+def _spec_of_box(x: Any) -> PartitionSpec:
+  """Returns the spec that a flax box names, that of replication otherwise."""
+  if isinstance(x, nnx.Variable):
+    x = jax.tree.leaves(nnx.get_partition_spec(x))
+    return x[0] if x else PartitionSpec()
+  if isinstance(x, linen.LogicallyPartitioned):
+    spec = spmd.logical_to_mesh_axes(x.names, x.rules)
+    return PartitionSpec() if spec is None else spec
+  if isinstance(x, meta.AxisMetadata):
+    return linen.get_partition_spec(x)
+  return PartitionSpec()
+
+
+def _mesh(params: Any) -> Mesh | None:
+  """Returns the mesh of parameters, or the one that is set."""
+  shardings = [getattr(x, 'sharding', None) for x in jax.tree.leaves(params)]
+  named = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+  meshes = {mesh for mesh in named if isinstance(mesh, Mesh)}
+  if len(meshes) > 1:
+    found = ', '.join(sorted(str(dict(mesh.shape)) for mesh in meshes))
+    raise ValueError(
+      f'params live on {len(meshes)} meshes ({found}); put all of them on one.'
+    )
+  current = jax.sharding.get_mesh()
+  return next(iter(meshes), None if current.empty else current)
+
+
+def _on_one_device(tx: Any, params: Any) -> Any:
+  """Returns the parameters' own sharding for all of the state."""
+  found = [getattr(x, 'sharding', None) for x in jax.tree.leaves(params)]
+  alone = {s for s in found if s is not None}
+  if len(alone) != 1 or isinstance(next(iter(alone)), NamedSharding):
+    raise ValueError(
+      'params have no shardings on devices, and no mesh is set; give arrays or '
+      'jax.ShapeDtypeStructs with a NamedSharding each, or call '
+      'state_sharding under jax.set_mesh(mesh).'
+    )
+  sharding = alone.pop()
+  with _notices.quiet():
+    state = jax.eval_shape(tx.init, params)
+  return jax.tree.map(lambda _: sharding, _tree.unbox(state))

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of a projecting optimizer that never see the gradient it projects.
+
+Of x W the gradient P^T G of a leaf is (x P)^T dy, so that between refreshes of
+the bases nobody needs G. He et al., `Subspace Optimization for Large Language
+Models with Convergence Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024,
+train x (W + P B) and merge P B at every refresh; here every step is merged, so
+that B is 0 whenever a gradient is taken, and costs no products.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax._chain import _describe
+from subspace_optax._chain import _every_k
+from subspace_optax._chain import _project
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
+from subspace_optax.lifted import _trees
+from subspace_optax.projectors import _base
+
+Differentiate = Callable[[Callable[..., Any]], Callable[..., tuple[Any, Any]]]
+
+
+def compressed_step(
+  loss: Callable[..., jax.Array],
+  tx: optax.GradientTransformation,
+  *,
+  value_and_grad: Differentiate = jax.value_and_grad,
+) -> Callable[..., tuple[Any, Any, Any]]:
+  """Returns a training step whose gradients are born projected.
+
+  The parameters, the state and the steps are those of `tx`, up to rounding. For
+  b inputs of an m x n layer, the projected side first, gradient and step cost
+  4bmn + 2brm + 2brn + 2rmn FLOPs in the place of 6bmn + 4rmn, the backward pass
+  keeps x P of r columns in the place of x where the inputs are projected, and
+  data parallelism moves rn numbers in the place of mn.
+
+  A step whose refresh looks at gradients, as every `update_proj_gap`-th of
+  `projectors.svd`, is one with whole gradients. What stands before `project` in
+  `tx` sees coordinates in their place: `optax.clip_by_global_norm` clips the
+  norm of P^T G. Wrappers fail that make updates of the gradients' shapes: put
+  `optax.apply_if_finite` around the inner optimizer, and accumulation into
+  `every_k`. `captured_energy` stays as whole gradients left it.
+
+  Args:
+    loss: (params, *args) -> the mean loss. Params are plain, or some of them
+      are lifted: see `nnx_merge`, `linen_apply` and `dot`. It must use these
+      in their layers alone: their gradient from anywhere else, as from a sum of
+      squares over all params, is lost without a word. Let `tx` decay weights.
+    tx: the optimizer, with `project` in it and no residual.
+    value_and_grad: how to differentiate a function by its first argument; one
+      that accumulates over microbatches, say.
+
+  Returns:
+    (params, state, *args) -> (params, state, value), to be jitted.
+
+  Raises:
+    ValueError: when called: a projector that looks at every gradient, such as
+      `online_pca`; a residual rule; no `project` in `tx`; a lifted parameter in
+      a layer that can't use it.
+
+  References:
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
+    >>> loss = lambda params, x: jnp.mean(so.rso.dot(x, params['w']) ** 2)
+    >>> tx = so.golore(1e-3, rank=2)
+    >>> step = jax.jit(so.rso.compressed_step(loss, tx))
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> params, state, value = step(params, tx.init(params), jnp.ones((4, 8)))
+    >>> print(value)
+    64.0
+  """
+
+  def step(params, state, *args):
+    found = _projections(tx, params, state)
+    needs = _needs_gradient(found)
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+      raise ValueError(
+        'tx must take extra arguments, which tell it of coordinates; in place '
+        'of `optax.MultiSteps` take `every_k`.'
+      )
+
+    def take(f, at, state, **kwargs):
+      value, gradients = value_and_grad(f)(at, *args)
+      updates, state = tx.update(gradients, state, params, **kwargs)
+      return optax.apply_updates(params, updates), state, value
+
+    def compressed(state):
+      refreshed = [_refresh(one, params) for one in found]
+      matches, bases = _bases(found, refreshed, params)
+      f, at = _trees.split(loss, matches, params, bases, None)
+      # Not to be made twice.
+      known = {
+        one.paths: new for one, new in zip(found, refreshed, strict=True)
+      }
+      return take(f, at, state, coordinates=True, refreshed=known)
+
+    if needs is False:
+      return compressed(state)
+    whole = functools.partial(take, loss, params)
+    return _varying.cond(needs, whole, compressed, state)
+
+  return step
+
+
+def gradients_like(tx: Any, params: Any) -> Any:
+  """Returns the shapes of the gradients of a compressed step."""
+  pairs, _ = _tree.flatten(params)
+  entries = [x for _, x in pairs]
+  for record in _describe.records_of(tx, params):
+    for i, match in enumerate(record.matches):
+      if match and match.layout:
+        dtype = jnp.promote_types(match.leaf.dtype, jnp.float32)
+        shape = match.layout.coords_shape
+        entries[i] = jax.ShapeDtypeStruct(shape, dtype)
+  return _tree.replace_entries(params, entries)
+
+
+class _Found(NamedTuple):
+  """A `project` in the optimizer."""
+
+  record: _describe.Record  # what it was made with
+  paths: tuple[str, ...]  # of its leaves
+  state: _project.ProjectState
+  first: jax.Array  # shape=(), dtype=bool: whether it may refresh now
+
+
+def _projections(tx: Any, params: Any, state: Any) -> list[_Found]:
+  """Returns every `project` in `tx` that has leaves, with its state."""
+  states = {_project.paths(x): (x, first) for x, first in _states(state)}
+  found = []
+  for record in _describe.records_of(tx, params):
+    paths = tuple(m.path for m in record.matches if m and m.layout)
+    if not paths:
+      continue
+    if paths not in states:
+      raise ValueError(
+        f'state has no bases for {sorted(paths)}; it must be that of `tx.init`.'
+      )
+    found.append(_Found(record, paths, *states[paths]))
+  return found
+
+
+def _states(state: Any) -> list[tuple[_project.ProjectState, jax.Array]]:
+  """Returns the states of all `project`s, and whether they may refresh."""
+  windows = (_project.ProjectState, _every_k.EveryKState)
+  leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, windows))
+  return [
+    (x.project, x.micro_step == 0)
+    if isinstance(x, _every_k.EveryKState)
+    else (x, jnp.array(True))
+    for x in leaves
+    if isinstance(x, windows)
+  ]
+
+
+def _needs_gradient(found: list[_Found]) -> Any:
+  """Returns whether the coming step looks at gradients: False, or traced."""
+  needs: Any = False
+  for record, _, state, first in found:
+    context = _base.Context(state.count, first)
+    of_one = record.projector.needs_gradient(context, state.projector)
+    if of_one is True or record.keep_gradient:
+      who = 'the residual rule' if record.keep_gradient else ''
+      raise ValueError(
+        f'{who or record.projector.name} looks at every gradient, so that none '
+        'of them can be compressed; take `tx.update`.'
+      )
+    needs = of_one if needs is False else needs | of_one
+  return needs
+
+
+def _refresh(one: _Found, params: Any) -> _project.Refreshed:
+  """Returns what one `project` refreshes in the coming step."""
+  pairs, _ = _tree.flatten(params)
+  mine = [
+    x if match else optax.MaskedNode()
+    for match, (_, x) in zip(one.record.matches, pairs, strict=True)
+  ]
+  return _project.refresh_without_gradient(
+    one.record.spec,
+    one.record.projector,
+    _tree.replace_entries(params, mine),
+    one.state,
+    one.first,
+  )
+
+
+def _bases(
+  found: list[_Found], refreshed: list[_project.Refreshed], params: Any
+) -> tuple[list[_spec.Match | None], Any]:
+  """Returns the matches and bases of all leaves in the coming step."""
+  pairs, treedef = _tree.flatten(params)
+  matches: list[Any] = [None] * len(pairs)
+  bases: list[Any] = [optax.MaskedNode()] * len(pairs)
+  for one, new in zip(found, refreshed, strict=True):
+    drawn, _ = _tree.flatten(new.subspaces.basis)
+    for i, (match, (_, basis)) in enumerate(
+      zip(one.record.matches, drawn, strict=True)
+    ):
+      if not _tree.is_masked(basis):
+        matches[i], bases[i] = match, basis
+  return matches, treedef.unflatten(bases)

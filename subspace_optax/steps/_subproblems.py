@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Randomized subspace optimization: subproblems in B, whose P no state holds.
+
+Chen et al., `A Memory Efficient Randomized Subspace Optimization Method for
+Training Large Language Models <https://arxiv.org/abs/2502.07222>`_, 2025,
+Algorithm 1. With W^k and a fresh P^k, any optimizer takes tau steps on
+
+  min_B f(W^k + P^k B) + |B|^2 / (2 eta),   from B = 0;   W^{k+1} = W^k + P^k B.
+
+Gradients are those of B, (*batch, r, n), so that nobody needs those of W.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax._chain import _check_matches
+from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _in_subspace
+from subspace_optax._chain import _matrices
+from subspace_optax._chain import _project
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _boxes
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _sign
+from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
+from subspace_optax.bases import _quantized_basis
+from subspace_optax.lifted import _trees
+from subspace_optax.projectors import _gap
+from subspace_optax.steps import _merge
+
+SAMPLES = ('haar', 'gaussian')
+
+
+class SubproblemState(NamedTuple):
+  """State of `subproblems`; trees have the parameters' structure and boxes.
+
+  `MaskedNode` stands for leaves that are not lifted.
+  """
+
+  count: jax.Array  # shape=(), dtype=int32, inner steps so far
+  seed: Any  # tree, leaf shape=(*batch,), dtype=uint32
+  coords: Any  # B: tree, leaf shape=the coordinates', float32 or wider
+  inner: Any  # of the optimizer of B and of plain leaves
+  # What rounding took from merged weights narrower than float32: tree, leaf
+  # shape=the leaf's, dtype=its own; () without compensation
+  lost: Any
+
+
+class Subproblems(NamedTuple):
+  """A training loop's building block.
+
+  Attributes:
+    init: params -> state.
+    step: (loss, value_and_grad=jax.value_and_grad) -> a training step, (params,
+      state, *args) -> (params, state, value), to be jitted. The loss takes
+      (params, *args), where some of the params are lifted: see `nnx_merge`,
+      `linen_apply` and `dot`. It must use these in their layers alone, since a
+      sum of squares over all params, say, is then one of W, P and B.
+      `value_and_grad` differentiates a function by its first argument: one that
+      accumulates over microbatches, say.
+    bases: (params, state) -> P of every lifted leaf, for the next gradient.
+    update: (gradients, state, params) -> (params, state): one inner step, and
+      the merge behind the last one of a subproblem. Gradients of lifted leaves
+      are those of B, all others as always.
+    lifted: (params, state) -> what the loss is given: W, P and B.
+    merged: (params, state) -> W + P B, as plain parameters.
+  """
+
+  init: Callable[[Any], SubproblemState]
+  step: Callable[..., Callable[..., tuple[Any, SubproblemState, Any]]]
+  bases: Callable[[Any, SubproblemState], Any]
+  update: Callable[[Any, SubproblemState, Any], tuple[Any, SubproblemState]]
+  lifted: Callable[[Any, SubproblemState], Any]
+  merged: Callable[[Any, SubproblemState], Any]
+
+
+def subproblems(
+  spec: _spec.SubspaceSpec,
+  inner: optax.GradientTransformation,
+  *,
+  update_proj_gap: int = 200,
+  sample: str = 'haar',
+  eta: Any = None,
+  transport: str = 'reset',
+  rounding: str = 'nearest',
+  schedule: optax.Schedule | None = None,
+  plain: optax.GradientTransformation | None = None,
+) -> Subproblems:
+  """Trains B in W + P B, with a fresh P for every subproblem.
+
+  Args:
+    spec: which leaves, as which matrices, at which rank; `side='in'`. For
+      bfloat16 weights, `basis_dtype='bfloat16'` halves what P takes.
+    inner: the optimizer of B and of plain leaves, learning rate and sign
+      included, as `optax.adam(1e-3)`. Where moments are reset its counters are,
+      too, so that its schedules are those of one subproblem. It sees no W:
+      there is no decay of the weights.
+    update_proj_gap: tau, inner steps of a subproblem.
+    sample: 'haar', with P^T P = (m / r) I, or 'gaussian', with entries of
+      N(0, 1 / r); for both E[P P^T] = I. Drawn again at every step, the former
+      costs about 16mr^2 FLOPs, the latter mr random numbers.
+    eta: of the proximal term |B|^2 / (2 eta): a number, a function of the
+      number of the subproblem, or None for no such term.
+    transport: what a new P means for the optimizer's moments, see
+      `in_subspace`: 'reset', 'keep', 'first' or 'both'.
+    rounding: of merged weights that are narrower than float32: to the
+      'nearest'; of bfloat16 'stochastic', right in the mean; 'compensated',
+      which keeps what is lost in an array of the leaf's shape and dtype.
+    schedule: a factor of all steps, of B and of plain leaves, by the number of
+      inner steps since the first subproblem began.
+    plain: the optimizer of the leaves that are not lifted, `inner` by default.
+
+  Returns:
+    The functions of a training loop.
+
+  Raises:
+    ValueError: another side; an unknown sample or rounding; what `in_subspace`
+      raises; at `init`, float16 to be rounded stochastically, or an optimizer
+      that steps along the gradient.
+    TypeError: a gap that is no int.
+
+  References:
+    Chen et al., `RSO <https://arxiv.org/abs/2502.07222>`_, 2025, Algorithm 1
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, subspace_optax as so
+    >>> spec = so.SubspaceSpec(rank=2, side='in')
+    >>> rso = so.rso.subproblems(spec, optax.sgd(0.1), update_proj_gap=2)
+    >>> loss = lambda params, x: jnp.mean(so.rso.dot(x, params['w']) ** 2)
+    >>> step = jax.jit(rso.step(loss))
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> state = rso.init(params)
+    >>> params, state, value = step(params, state, jnp.ones((4, 8)))
+    >>> print(value, params['w'].sum(), state.coords['w'].shape)
+    64.0 128.0 (2, 16)
+  """
+  _check(spec, update_proj_gap, sample, rounding)
+  inner = _sign.require_against(inner, 'inner')
+  plain = None if plain is None else _sign.require_against(plain, 'plain')
+  directions = _in_subspace.in_subspace(
+    inner, spec, transport=transport, plain=plain
+  )
+  rule = _Rule(
+    update_proj_gap, sample, eta, transport, rounding, spec.basis_dtype
+  )
+
+  def init(params):
+    matches = spec.match(params)
+    _check_matches.check_matches(spec, matches)
+    _merge.check(rounding, [m for m in matches if _is_lifted(m)])
+    return _boxes.box_state(first_state, params)
+
+  def first_state(params):
+    matches = spec.match(params)
+    _, treedef = _tree.flatten(params)
+    make = functools.partial(_matrices.per_matrix, matches, treedef)
+    state = SubproblemState(
+      count=jnp.zeros((), jnp.int32),
+      seed=make(functools.partial(_project.seeds_of, spec)),
+      coords=make(_zero_coords),
+      inner=directions.init(params),
+      lost=make(_nothing_lost) if rounding == 'compensated' else (),
+    )
+    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+
+  def bases(params, state):
+    seeds = dict(_tree.flatten(state.seed)[0])
+    _, treedef = _tree.flatten(params)
+    k = state.count // update_proj_gap
+    drawn: dict[Any, jax.Array] = {}
+
+    def draw(path, leaf, layout):
+      # One array for a group, so that x P of query, key and value is one, too.
+      group = spec.key_group(path) if spec.key_group else path
+      key = group, layout.basis_shape, layout.rows, _sharding.explicit(leaf)
+      if key not in drawn:
+        drawn[key] = rule.draw(layout, leaf, seeds[path], k)
+      return drawn[key]
+
+    return _matrices.per_matrix(spec.match(params), treedef, draw)
+
+  def update(gradients, state, params):
+    bare = _boxes.unbox(state)
+    params, new = update_bare(gradients, bare, params)
+    boxed = jax.tree.structure(state)
+    return params, boxed.unflatten(jax.tree.leaves(new))
+
+  def update_bare(gradients, state, params):
+    nodes = [
+      rule.node(match, state.count, *arrays)
+      if _is_lifted(match)
+      else _dtypes.widen(spec, arrays[0])
+      for match, *arrays in _zip(
+        spec, params, gradients, state.seed, state.coords
+      )
+    ]
+    nodes = _tree.replace_entries(gradients, nodes)
+    nodes, own = directions.update(nodes, state.inner, params)
+    factor = 1.0 if schedule is None else schedule(state.count)
+    params, coords = _step(spec, factor, params, nodes, state.coords)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    merge = functools.partial(_merge_all, spec, rule, nodes, state.seed, count)
+    params, coords, lost = _varying.cond(
+      count % update_proj_gap == 0,
+      merge,
+      lambda *args: args,
+      params,
+      coords,
+      state.lost,
+    )
+    return params, SubproblemState(count, state.seed, coords, own, lost)
+
+  def lifted(params, state):
+    return _trees.lift(params, bases(params, state), state.coords, spec)
+
+  def merged(params, state):
+    drawn = bases(params, state)
+    whole = [
+      _merge.added(match, w, p, b).astype(w.dtype) if _is_lifted(match) else w
+      for match, w, p, b in _zip(spec, params, params, drawn, state.coords)
+    ]
+    return _tree.replace_entries(params, whole)
+
+  def step(loss, value_and_grad=jax.value_and_grad):
+    def run(params, state, *args):
+      drawn = bases(params, state)
+      f, at = _trees.split(loss, spec, params, drawn, state.coords)
+      value, gradients = value_and_grad(f)(at, *args)
+      return *update(gradients, state, params), value
+
+    return run
+
+  return Subproblems(init, step, bases, update, lifted, merged)
+
+
+def _check(spec, gap, sample, rounding) -> None:
+  """Raises for what no subproblem can be made of."""
+  _spec.check_spec(spec)
+  if spec.side != 'in':
+    raise ValueError(
+      f"spec must have side='in', got {spec.side!r}: P acts on the inputs of "
+      'a layer, whatever side is short.'
+    )
+  if _quantized_basis.is_quantized(spec.basis_dtype):
+    raise ValueError(
+      f'basis_dtype={jnp.dtype(spec.basis_dtype).name!r} is of bases that are '
+      'stored, but subproblems draw theirs again at every step; take a float.'
+    )
+  if sample not in SAMPLES:
+    raise ValueError(f'sample must be one of {SAMPLES}, got {sample!r}.')
+  if rounding not in _merge.ROUNDING:
+    raise ValueError(
+      f'rounding must be one of {_merge.ROUNDING}, got {rounding!r}.'
+    )
+  _gap.check_static(gap, 'update_proj_gap')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+  """What is the same for all leaves and steps; see `subproblems`."""
+
+  gap: int
+  sample: str
+  eta: Any
+  transport: str
+  rounding: str
+  basis_dtype: Any
+
+  def draw(
+    self, layout: _layout.Layout, leaf: jax.Array, seeds: jax.Array, k: Any
+  ) -> jax.Array:
+    """Returns P of a leaf in the k-th subproblem."""
+    if self.sample == 'haar':
+      p = _linalg.haar(layout, seeds, k) * (layout.m / layout.rank) ** 0.5
+    else:
+      p = _linalg.gaussian(layout, seeds, k) * layout.rank**-0.5
+    return layout.settle_basis(p.astype(self.basis_dtype), leaf)
+
+  def node(
+    self,
+    match: Any,
+    count: jax.Array,
+    gradient: jax.Array,
+    seeds: jax.Array,
+    coords: jax.Array,
+  ) -> _projected.Projected:
+    """Returns what `in_subspace` takes in the place of a lifted leaf."""
+    _check_gradient(match, gradient)
+    layout, leaf, k = match.layout, match.leaf, count // self.gap
+    p = self.draw(layout, leaf, seeds, k)
+    g = _linalg.widen(gradient)
+    if self.eta is not None:
+      eta: Any = self.eta(k) if callable(self.eta) else self.eta
+      g += coords / eta
+    return _projected.Projected(
+      coords=layout.settle_coords(g, leaf),
+      basis=p,
+      before=self._move(match, count, seeds, p),
+      after=None,
+      gradient=None,
+      old_basis=None,
+      old_mean=None,
+      mean=None,
+      direction=None,
+      layout=layout,
+      orthonormal=False,
+      dtype=leaf.dtype,
+      update_dtype=leaf.dtype,
+      sharding=_sharding.explicit(leaf),
+    )
+
+  def _move(self, match, count, seeds, p) -> _projected.Move:
+    """Returns the move to a new subproblem's P, if this step begins one."""
+    layout, k = match.layout, count // self.gap
+    first = (count % self.gap == 0) & (count > 0)
+    p = _linalg.widen(p)
+    same = _linalg.identity_like(layout.gram(p, p))
+
+    def transition() -> jax.Array:
+      old = _linalg.widen(self.draw(layout, match.leaf, seeds, k - 1))
+      return _sharding.like(_linalg.transition(layout, p, old), same)
+
+    if self.transport in ('first', 'both'):
+      same = _varying.cond(first, transition, lambda: same)
+    return _projected.Move(jnp.broadcast_to(first, layout.batch_shape), same)
+
+
+def _is_lifted(match: _spec.Match | None) -> bool:
+  return match is not None and match.layout is not None
+
+
+def _zip(spec: _spec.SubspaceSpec, params: Any, *trees: Any) -> zip:
+  """Returns (match, entries) for every entry of the parameters."""
+  columns = [[entry for _, entry in _tree.flatten(x)[0]] for x in trees]
+  return zip(spec.match(params), *columns, strict=True)
+
+
+def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+  del path
+  static = (layout.coords_shape, jnp.promote_types(leaf.dtype, jnp.float32))
+  return layout.place_coords(jnp.zeros, static, (), leaf)
+
+
+def _nothing_lost(path: str, leaf: Any, layout: _layout.Layout) -> Any:
+  del path
+  if jnp.finfo(leaf.dtype).bits >= 32:
+    return optax.MaskedNode()
+  static = (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+  return layout.place_leaf(jnp.zeros, static, (), leaf)
+
+
+def _check_gradient(match: Any, gradient: jax.Array) -> None:
+  shape = match.layout.coords_shape
+  if gradient.shape != shape:
+    raise ValueError(
+      f'gradient {match.path!r} has shape {gradient.shape}, but that of its '
+      f'coordinates B has {shape}; differentiate with respect to B.'
+    )
+
+
+def _step(
+  spec: _spec.SubspaceSpec, factor: Any, params: Any, nodes: Any, coords: Any
+) -> tuple[Any, Any]:
+  """Adds directions to B of lifted leaves, and to plain ones."""
+  new_params, new_coords = [], []
+  for match, w, node, b in _zip(spec, params, params, nodes, coords):
+    if _is_lifted(match):
+      b = _sharding.like(b + factor * node.direction, b)
+    elif match is not None:
+      w = _sharding.like(w + factor * node, w)
+    new_params.append(w)
+    new_coords.append(b)
+  _, treedef = _tree.flatten(coords)
+  return _tree.replace_entries(params, new_params), treedef.unflatten(
+    new_coords
+  )
+
+
+def _merge_all(spec, rule, nodes, seeds, count, params, coords, lost):
+  """Returns W + P B, B = 0, and what rounding took."""
+  ws, bs, rests = [], [], []
+  gone = lost if lost != () else coords  # for its structure alone
+  for match, w, node, seed, b, rest in _zip(
+    spec, params, params, nodes, seeds, coords, gone
+  ):
+    if _is_lifted(match):
+      key = (seed, count) if rule.rounding == 'stochastic' else None
+      rest = rest if rule.rounding == 'compensated' else None
+      w, rest = _merge.merged(match, w, node.basis, b, rest, key)
+      b = jnp.zeros_like(b)
+    ws.append(w)
+    bs.append(b)
+    rests.append(rest)
+  _, treedef = _tree.flatten(coords)
+  if lost != ():
+    lost = treedef.unflatten(rests)
+  return _tree.replace_entries(params, ws), treedef.unflatten(bs), lost

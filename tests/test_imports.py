@@ -1,0 +1,60 @@
+"""Which folder imports which, by the contract in pyproject.toml."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def lint(folder):
+  """Returns what the linter says of the package in a folder."""
+  program = 'from importlinter.cli import lint_imports_command; '
+  return subprocess.run(
+    [sys.executable, '-c', program + 'lint_imports_command()', '--no-cache'],
+    cwd=folder,
+    env=os.environ | {'PYTHONPATH': str(folder)},
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize(
+  'file, line, kept',
+  [
+    ('projectors/_svd.py', '', True),
+    ('projectors/_svd.py', 'from subspace_optax.steps import _stacks', False),
+    ('_matrix/_tree.py', 'from subspace_optax._chain import _spec', False),
+    ('state/_memory.py', 'import subspace_optax.plan', False),
+  ],
+)
+def test_folders_import_downwards(file, line, kept, tmp_path):
+  package = tmp_path / 'subspace_optax'
+  shutil.copytree(ROOT / 'subspace_optax', package)
+  shutil.copy(ROOT / 'pyproject.toml', tmp_path)
+  with (package / file).open('a') as f:
+    f.write(line + '\n')
+  result = lint(tmp_path)
+  assert (result.returncode == 0) == kept, result.stdout + result.stderr
+  if not kept:
+    name = file.removesuffix('.py').replace('/', '.')
+    assert f'subspace_optax.{name} ->' in result.stdout
+
+
+def test_every_folder_has_its_layer_and_there_are_at_most_seven():
+  settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+  (contract,) = settings['tool']['importlinter']['contracts']
+  layers = [
+    [name.strip().removeprefix('subspace_optax.') for name in layer.split(':')]
+    for layer in contract['layers']
+  ]
+  folders = {
+    path.parent.name for path in (ROOT / 'subspace_optax').glob('*/__init__.py')
+  }
+  assert len([layer for layer in layers if folders & set(layer)]) <= 7
+  assert folders <= {name for layer in layers for name in layer}
