@@ -190,7 +190,7 @@ METHODS: dict[str, Method] = {
   'rso': rso(variant=False),
   'rso_keep': rso(transport='keep'),
   'rso_first': rso(transport='first', variant=False),
-  'rso_both': rso(transport='both'),
+  'rso_both': rso(transport=so.transports.both(0.9, 0.999)),
   'rso_gaussian': rso(sample='gaussian'),
   'rso_eta10': rso(eta=10.0),
   'fira_adamw': Method(_ours(so.fira_adamw), 1.6e-2, ranked=True, ours=True),

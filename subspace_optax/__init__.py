@@ -6,6 +6,7 @@ import importlib
 from subspace_optax import projectors as projectors
 from subspace_optax import residuals as residuals
 from subspace_optax import rso as rso
+from subspace_optax import transports as transports
 from subspace_optax._chain._describe import describe as describe
 from subspace_optax._chain._in_subspace import in_subspace as in_subspace
 from subspace_optax._chain._project import project as project
@@ -17,10 +18,13 @@ from subspace_optax._matrix._boxes import register_box as register_box
 from subspace_optax._matrix._projected import Projected as Projected
 from subspace_optax._theory import TheoremParameters as TheoremParameters
 from subspace_optax._theory import theorem_parameters as theorem_parameters
-from subspace_optax.low_precision._eight_bit import (
+from subspace_optax.low_precision._quantize_moments import (
+  quantize_moments as quantize_moments,
+)
+from subspace_optax.low_precision._quantize_moments import (
   scale_by_adam8bit as scale_by_adam8bit,
 )
-from subspace_optax.low_precision._eight_bit import (
+from subspace_optax.low_precision._quantize_moments import (
   scale_by_lion8bit as scale_by_lion8bit,
 )
 from subspace_optax.low_precision._round_updates import (
@@ -56,7 +60,7 @@ from subspace_optax.steps._layerwise import (
 from subspace_optax.steps._layerwise import LayerwiseMetrics as LayerwiseMetrics
 from subspace_optax.steps._layerwise import LayerwiseState as LayerwiseState
 from subspace_optax.steps._layerwise import layerwise as layerwise
-from subspace_optax.transports._transport import (
+from subspace_optax.transports._moments import (
   register_moments as register_moments,
 )
 

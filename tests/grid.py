@@ -56,12 +56,14 @@ class Inner(NamedTuple):
     options: of `subspace`.
     transports: those that know its moments.
     waits: whether it takes a step only at the end of a window of two.
+    rates: decay rates of its first and second moments, if it has both.
   """
 
   make: Callable[[], optax.GradientTransformation]
   options: Callable[[], dict[str, Any]] = dict
   transports: tuple[str, ...] = ('keep', 'first', 'both', 'reset')
   waits: bool = False
+  rates: tuple[float, float] = (0.9, 0.999)
 
 
 _UNKNOWN = ('keep', 'reset')
@@ -69,7 +71,8 @@ _UNKNOWN = ('keep', 'reset')
 INNERS = {
   'adam': Inner(optax.scale_by_adam),
   'adam_injected': Inner(
-    lambda: optax.inject_hyperparams(optax.scale_by_adam)(b1=0.8, b2=0.9)
+    lambda: optax.inject_hyperparams(optax.scale_by_adam)(b1=0.8, b2=0.9),
+    rates=(0.8, 0.9),
   ),
   'lion': Inner(optax.scale_by_lion),
   'momentum': Inner(
@@ -143,6 +146,11 @@ class Point(NamedTuple):
     return '-'.join([*self[:4], *flags, dtype, str(self.residual)])
 
 
+def transport(name: str, rates: tuple[float, float]) -> Any:
+  """Returns what stands for a transport's name here."""
+  return so.transports.both(*rates) if name == 'both' else name
+
+
 def allowed(point: Point) -> bool:
   """Whether the optimizer can be made; the rest raises, which is tested too."""
   return _fits(point._asdict())
@@ -160,7 +168,7 @@ def make(point: Point, **spec: Any) -> optax.GradientTransformation:
     so.SubspaceSpec(3, side=point.side, basis_dtype=point.basis_dtype, **spec),
     PROJECTORS[point.projector](point.stagger),
     tx,
-    transport=point.transport,
+    transport=transport(point.transport, INNERS[point.inner].rates),
     every_k=point.every_k,
     residual=point.residual and RESIDUALS[point.residual],
     after=optax.scale(sign),

@@ -148,7 +148,10 @@ def test_bases_of_svds_take_whole_gradients_at_refreshes():
     so.golore(1e-3, update_proj_gap=3, random_from=5, spec=_spec(seed=1)),
     so.golore(1e-3, update_proj_gap=4, stagger=True, spec=_spec(side='in')),
     so.golore(1e-3, update_proj_gap=4, spec=_spec(side='out')),
-    _subspace(so.projectors.svd(4, stagger=True), transport='both'),
+    _subspace(
+      so.projectors.svd(4, stagger=True),
+      transport=so.transports.both(0.9, 0.999),
+    ),
     _subspace(so.projectors.stiefel(2, regenerate=True), transport='reset'),
     _subspace(so.projectors.gaussian(2), every_k=2),
     optax.masked(
@@ -250,7 +253,9 @@ def _work(text):
 
 _TWO_PARTS = {
   'some': so.golore(1e-3, update_proj_gap=3, spec=_spec()),
-  'others': _subspace(so.projectors.gaussian(3), transport='both'),
+  'others': _subspace(
+    so.projectors.gaussian(3), transport=so.transports.both(0.9, 0.999)
+  ),
 }
 
 
@@ -258,7 +263,9 @@ _TWO_PARTS = {
   'tx',
   [
     so.golore(1e-3, spec=_spec()),
-    _subspace(so.projectors.stiefel(5), transport='both'),
+    _subspace(
+      so.projectors.stiefel(5), transport=so.transports.both(0.9, 0.999)
+    ),
     _subspace(so.projectors.stiefel(5), every_k=2),
     optax.partition(
       _TWO_PARTS, {'up': 'some', 'down': 'others', 'bias': 'some'}

@@ -235,7 +235,8 @@ WITHIN = {
     SPEC, so.projectors.stiefel(9), inner, transport='first', every_k=2
   ),
   'both': lambda inner: so.subspace(
-    SPEC, so.projectors.stiefel(9), inner, transport='both'
+    SPEC, so.projectors.stiefel(9), inner,
+    transport=so.transports.both(0.9, 0.999),
   ),
   'reset': lambda inner: so.subspace(
     SPEC, so.projectors.stiefel(9), inner, transport='reset'

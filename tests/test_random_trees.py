@@ -71,7 +71,7 @@ def leaves(draw):
   RULES,
   st.one_of(st.integers(1, 8), st.floats(0.01, 1.0)),
   st.sampled_from(['short', 'long', 'in', 'out']),
-  st.sampled_from(['keep', 'first', 'both', 'reset']),
+  st.sampled_from(['keep', 'first', so.transports.both(0.9, 0.999), 'reset']),
   st.integers(1, 2),
   DTYPES,
 )

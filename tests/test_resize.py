@@ -19,7 +19,7 @@ import errors
 import measure
 import subspace_optax as so
 from subspace_optax import projectors
-from subspace_optax.low_precision import _eight_bit
+from subspace_optax.low_precision import _quantize_moments
 
 LEAVES = {
   'tall': cases.Leaf((24, 12), jnp.float32, (0,), (1,)),
@@ -228,13 +228,13 @@ def test_moments_in_8_bits(old_rank, new_rank):
   moments = {}
 
   def coded(start):
-    filled = jax.tree.map(abs, _filled(_eight_bit.decoded(start)))
-    moments['old'] = _eight_bit.encoded(filled, start, None)
+    filled = jax.tree.map(abs, _filled(_quantize_moments.decoded(start)))
+    moments['old'] = _quantize_moments.encoded(filled, start, None)
     return moments['old']
 
-  got = _eight_bit.decoded(resized(so.scale_by_adam8bit(), coded))
+  got = _quantize_moments.decoded(resized(so.scale_by_adam8bit(), coded))
   wanted = resized(
-    optax.scale_by_adam(), lambda _: _eight_bit.decoded(moments['old'])
+    optax.scale_by_adam(), lambda _: _quantize_moments.decoded(moments['old'])
   )
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=0.05, atol=0.01),
@@ -485,7 +485,9 @@ def test_moments_in_8_bits_are_read_in_their_own_blocks(shape, old, new):
   _, state = cases.jit(make(old).update)(params, state, params)
   got = so.resize_rank(make(new), state, params)
   _check_like_init(got, make(new).init(params))
-  before, after = (_eight_bit.decoded(x[1].inner).mu['w'] for x in (state, got))
+  before, after = (
+    _quantize_moments.decoded(x[1].inner).mu['w'] for x in (state, got)
+  )
   r = min(old, new)
   size = np.abs(before[:, :r])
   kept = size > 1e-3 * size.max()  # the smallest may be below a block's codes

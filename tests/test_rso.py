@@ -137,7 +137,7 @@ def test_bases_have_the_paper_s_scale(sample):
   np.testing.assert_allclose(np.mean(np.sum(p**2, axis=2)), 1.0, rtol=0.02)
 
 
-@pytest.mark.parametrize('transport', ['both', 'reset'])
+@pytest.mark.parametrize('transport', [so.transports.both(0.9, 0.999), 'reset'])
 def test_narrow_bases(transport):
   rng = np.random.default_rng(0)
   params = {'w': jnp.asarray(rng.standard_normal((16, 24)), jnp.bfloat16)}
@@ -282,8 +282,10 @@ def test_values_that_the_theorem_cannot_have_are_named(name, value):
     so.rso.theorem_parameters(**values | {name: value})
 
 
-@pytest.mark.parametrize('transport', ['keep', 'first', 'both', 'reset'])
-def test_moments_when_p_changes(transport):
+@pytest.mark.parametrize('name', ['keep', 'first', 'both', 'reset'])
+def test_moments_when_p_changes(name):
+  both = so.transports.both(0.9, 0.999)
+  transport = both if name == 'both' else name
   rso = so.rso.subproblems(
     _spec(), optax.adam(0.01), update_proj_gap=2, transport=transport
   )
@@ -303,7 +305,7 @@ def test_moments_when_p_changes(transport):
     @ np.linalg.inv(np.swapaxes(p_old, 1, 2) @ p_old)
   )
   moved = cross @ mean
-  carried = {'keep': mean, 'reset': 0 * mean}.get(transport, moved)
+  carried = {'keep': mean, 'reset': 0 * mean}.get(name, moved)
   np.testing.assert_allclose(
     state.inner.inner[0].mu['up'],
     0.9 * carried + 0.1 * np.asarray(g['up']),

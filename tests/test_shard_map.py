@@ -34,7 +34,10 @@ MADE = {name: functools.partial(ready_made, name) for name in cases.READY_MADE}
 # Each other place with a branch or a loop.
 PIECES = {
   'both': lambda: so.subspace(
-    SPEC, projectors.svd(2), optax.scale_by_adam(), transport='both'
+    SPEC,
+    projectors.svd(2),
+    optax.scale_by_adam(),
+    transport=so.transports.both(0.9, 0.999),
   ),
   'reset': lambda: so.subspace(
     SPEC, projectors.gaussian(2), optax.scale_by_adam(), transport='reset'

@@ -1,4 +1,4 @@
-"""`transport='both'`: second moments by LDAdam's rule, in float64 loops.
+"""`transports.both`: second moments by LDAdam's rule, in float64 loops.
 
 The loops are given the bases; with m^ and v^ debiased,
 
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+import errors
 import references as ref
 import subspace_optax as so
 
@@ -32,9 +33,14 @@ def gradients(t):
   return grads | {'vec': ref.normal(t, (5,))}
 
 
-def run(inner, projector=STIEFEL, change=None, grads=None, **kwargs):
+def run(inner, projector=STIEFEL, grads=None, **kwargs):
   """Returns gradients, updates and states, the first state from `init`."""
-  tx = so.subspace(SPEC, projector, inner, transport='both', **kwargs)
+  both = so.transports.both(ADAM.b1, ADAM.b2)
+  tx = so.subspace(SPEC, projector, inner, transport=both, **kwargs)
+  return run_tx(tx, grads)
+
+
+def run_tx(tx, grads=None, change=None):
   update = ref.jit(tx.update)
   grads = grads or [gradients(t) for t in range(STEPS)]
   updates, states = [], [tx.init(grads[0])]
@@ -143,21 +149,20 @@ class ClippedAdam(ref.Adam):
 
 def test_adam_in_a_chain_with_hyperparameters_that_change():
   """The decay in the state counts, not the one that it began with."""
-  hyper = optax.inject_hyperparams(optax.scale_by_adam)
-  inner = optax.chain(optax.clip(0.5), hyper(b1=ADAM.b1, b2=ADAM.b2))
+
+  def make(b1, b2):
+    inner = optax.chain(optax.clip(0.5), optax.scale_by_adam(b1=b1, b2=b2))
+    both = so.transports.both(b1, b2)
+    return so.subspace(SPEC, STIEFEL, inner, transport=both)
 
   def set_b2(state):
-    is_one = lambda x: hasattr(x, 'hyperparams')
+    old = state.hyperparams
+    return state._replace(
+      hyperparams=old | {'b2': jnp.full_like(old['b2'], 0.7)}
+    )
 
-    def change(x):
-      if not is_one(x):
-        return x
-      old = x.hyperparams
-      return x._replace(hyperparams=old | {'b2': jnp.full_like(old['b2'], 0.7)})
-
-    return jax.tree.map(change, state, is_leaf=is_one)
-
-  results = run(inner, change={4: set_b2})
+  tx = optax.inject_hyperparams(make)(b1=ADAM.b1, b2=ADAM.b2)
+  results = run_tx(tx, change={4: set_b2})
   dense = loops(ref.BothInSubspace, ClippedAdam(*ADAM))
   assert_equals(dense, results, inner={4: ClippedAdam(ADAM.b1, 0.7)})
 
@@ -251,7 +256,7 @@ class Unknown(NamedTuple):
   square: Any
 
 
-@pytest.mark.parametrize('transport', ['first', 'both'])
+@pytest.mark.parametrize('transport', ['first', so.transports.both(0.9, 0.999)])
 def test_unknown_moments_raise(transport):
   tx = so.subspace(SPEC, STIEFEL, renamed_adam(Unknown), transport=transport)
   with pytest.raises(ValueError, match='does not know the moments .*Unknown'):
@@ -265,3 +270,17 @@ def test_unknown_moments_raise(transport):
 def test_register_moments_raises(first, second):
   with pytest.raises(ValueError, match='has no field'):
     so.register_moments(Unknown, first, second)
+
+
+@pytest.mark.parametrize('rates', [(1.0, 0.9), (0.9, -0.1), (0.9, 1.5)])
+def test_rates_outside_of_their_range(rates):
+  with errors.raises(ValueError, 'must lie in [0, 1)'):
+    so.transports.both(*rates)
+
+
+@pytest.mark.parametrize(
+  'transport', ['both', 'second', None, so.transports.first]
+)
+def test_what_is_no_transport(transport):
+  with errors.raises(ValueError, 'transports.both(b1=0.9, b2=0.999)'):
+    so.in_subspace(optax.scale_by_adam(), SPEC, transport=transport)

@@ -20,7 +20,9 @@ from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
-from subspace_optax.transports import _transport
+from subspace_optax.transports import _base
+from subspace_optax.transports import _moments
+from subspace_optax.transports import _rules
 
 
 class InSubspaceState(NamedTuple):
@@ -33,7 +35,7 @@ def in_subspace(
   inner: optax.GradientTransformation,
   spec: _spec.SubspaceSpec,
   *,
-  transport: str = 'keep',
+  transport: str | _base.Transport = 'keep',
   params: str | None = None,
   per_matrix: bool = False,
   plain: optax.GradientTransformation | None = None,
@@ -48,13 +50,10 @@ def in_subspace(
   Args:
     inner: any optax transformation.
     spec: the one given to `project`.
-    transport: what happens to the inner state when a basis moves. 'keep':
-      nothing (GaLore). 'first': first moments are mapped by C = P_n^T P_o
-      (GoLore's momentum projection). 'both': second moments, too, by LDAdam's
-      rule. They are known for Adam, Lion, momentum, RMSProp and others; see
-      `register_moments`. 'reset': the state of a matrix starts anew (RSO), for
-      which each has its own, as with `per_matrix`; with `online_pca`, which
-      moves at every step, nothing accumulates.
+    transport: what happens to the inner state when a basis moves, from
+      `subspace_optax.transports`, or 'keep', 'first' or 'reset'. Moments are
+      known for Adam, Lion, momentum, RMSProp and others; see
+      `register_moments`.
     params: 'coordinates' hands `inner` the coordinates of the parameters,
       (P^T P)^-1 P^T W, for weight decay or trust ratios in the subspace, at
       2mnr FLOPs a step. Its `init` sees zeros.
@@ -89,14 +88,14 @@ def in_subspace(
     ... )
   """
   _spec.check_spec(spec)
-  _transport.check_policy(transport)
+  transport = _rules.as_transport(transport)
   if params not in (None, 'coordinates'):
     raise ValueError(f"params must be None or 'coordinates', got {params!r}.")
   _sign.require_optimizer(inner, 'inner')
   if plain is not None:
     _sign.require_optimizer(plain, 'plain')
   inner = optax.with_extra_args_support(inner)
-  each = per_matrix or transport == 'reset'
+  each = per_matrix or transport.resets
   takes_params = params is not None
 
   def runner(batch_axes: _per_matrix.BatchAxes) -> Any:
@@ -119,10 +118,10 @@ def in_subspace(
     alone = _per_matrix.per_matrix(inner, batch_axes) if each else inner
     _check_params(alone, mine, takes_params)
     state = run.init(templates)
-    if transport in ('first', 'both'):
-      _transport.check_known(_of_inner(state), transport)
-    if transport == 'both' and not each:
-      _transport.check_means(inner, mine)
+    if transport.move is not None:
+      _moments.check_registered(
+        _of_inner(state), f'transport={transport.name!r}'
+      )
     state = _sharding.on_mesh_of([m.leaf for m in matches if m], state)
     return InSubspaceState(state)
 
@@ -150,9 +149,9 @@ def in_subspace(
       # Whatever dtype the inner optimizer computes in, its state keeps its own.
       return directions, jax.tree.map(_sharding.like, new, own)
 
-    own = carry(state.inner, coords, before, extra_args)
+    own = carry(state.inner, coords, before)
     old_means, means = (
-      _transport.means_of(_of_inner(x), nodes, each) for x in (state.inner, own)
+      _means_of(_of_inner(x), nodes, each) for x in (state.inner, own)
     )
     if hold is None:
       directions, new = run(own)
@@ -160,7 +159,7 @@ def in_subspace(
       directions, new = _varying.cond(
         hold, functools.partial(_rest, run), run, own
       )
-    new = carry(new, coords, after, extra_args)
+    new = carry(new, coords, after)
     entries = [
       _with_direction(entry, direction, old_means.get(path), means.get(path))
       for (path, entry), (_, direction) in zip(
@@ -169,34 +168,15 @@ def in_subspace(
     ]
     return _tree.replace_entries(updates, entries), InSubspaceState(new)
 
-  def carry(state, coords, moves, extra_args):
-    if transport == 'keep' or not moves:
+  def carry(state, coords, moves):
+    if not moves or not (transport.move or transport.resets):
       return state
     own = _of_inner(state)
-    if plain is not None:
-      coords = _split(coords, moves)[0]
-    if transport == 'reset':
+    if transport.resets:
+      coords = coords if plain is None else _split(coords, moves)[0]
       own = _per_matrix.restart(inner, own, coords, moves)
     else:
-      both, decayed = transport == 'both', None
-      if both and _transport.pairs_moments(own):
-        rates = functools.partial(
-          _transport.decay_rates,
-          inner,
-          None if each else own,
-          coords,
-          extra_args,
-        )
-        moved = [jnp.any(move.moved) for _, move in moves.values()]
-        kinds = _sharding.result_types(rates)
-        decayed = _varying.cond(
-          jnp.any(jnp.stack(moved)),
-          rates,
-          lambda: jax.tree.map(_sharding.zeros, kinds),
-        )
-      own = _transport.carry(
-        own, moves, both=both, decayed=decayed, per_matrix=each
-      )
+      own = _base.carry(transport, own, moves, per_matrix=each)
     return own if plain is None else state._replace(projected=own)
 
   def _of_inner(state):
@@ -245,6 +225,30 @@ def _split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
   mine = [x if path in projected else hide for path, x in pairs]
   rest = [hide if path in projected else x for path, x in pairs]
   return treedef.unflatten(mine), treedef.unflatten(rest)
+
+
+def _means_of(
+  state: Any, nodes: dict[str, _projected.Projected], per_matrix: bool
+) -> dict[str, jax.Array]:
+  """Returns means of gradients by path, for leaves that carry their gradients.
+
+  The first that are found, where a state holds several; none if none is known.
+  """
+  wanted = {p: x.layout for p, x in nodes.items() if x.gradient is not None}
+  known = _moments.moments_in(state) if wanted else []
+  means = next((m.tree for m in known if m.kind == 'mean'), None)
+  if means is None:
+    return {}
+
+  def in_place(layout: Any, x: jax.Array) -> jax.Array:
+    batch = layout.coords_batch
+    return jnp.moveaxis(x, range(len(batch)), batch) if per_matrix else x
+
+  return {
+    path: in_place(wanted[path], x)
+    for path, x in _tree.flatten(means)[0]
+    if path in wanted and not _tree.is_masked(x)
+  }
 
 
 def _rest(run: Any, own: Any) -> tuple[Any, Any]:

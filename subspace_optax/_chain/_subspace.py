@@ -17,6 +17,7 @@ from subspace_optax._matrix import _tree
 from subspace_optax.projectors import _base
 from subspace_optax.projectors import _gap
 from subspace_optax.residuals import _base as _residual
+from subspace_optax.transports import _base as _transport
 
 
 def subspace(
@@ -24,7 +25,7 @@ def subspace(
   projector: _base.Projector,
   inner: optax.GradientTransformation,
   *,
-  transport: str = 'keep',
+  transport: str | _transport.Transport = 'keep',
   params: str | None = None,
   per_matrix: bool = False,
   plain: optax.GradientTransformation | None = None,

@@ -12,6 +12,7 @@ import optax
 
 from subspace_optax import projectors
 from subspace_optax import residuals
+from subspace_optax import transports
 from subspace_optax._chain import _spec
 from subspace_optax._chain import _subspace
 from subspace_optax._matrix import _notices
@@ -78,7 +79,7 @@ def ldadamw(
     _common.spec_or(spec, {'rank': rank, 'seed': seed}),
     projectors.power_iteration(momentum=momentum),
     optax.scale_by_adam(b1, b2, eps, eps_root),
-    transport='both',
+    transport=transports.both(b1, b2),
     residual=residuals.error_feedback(b1) if error_feedback else None,
     scale=scale,
   )

@@ -23,7 +23,7 @@ from subspace_optax._chain import _spec
 from subspace_optax._chain import _subspace
 from subspace_optax._matrix import _notices
 from subspace_optax._optimizers import _common
-from subspace_optax.low_precision import _eight_bit
+from subspace_optax.low_precision import _quantize_moments
 
 
 def subspace_adamw(
@@ -79,7 +79,9 @@ def subspace_adamw(
     >>> import subspace_optax as so
     >>> tx = so.subspace_adamw(5e-3)
   """
-  adam = _eight_bit.scale_by_adam8bit if eight_bit else optax.scale_by_adam
+  adam = (
+    _quantize_moments.scale_by_adam8bit if eight_bit else optax.scale_by_adam
+  )
   _common.check_static(
     'subspace_adamw', rank=rank, update_proj_gap=update_proj_gap, seed=seed
   )

@@ -72,7 +72,7 @@ def grassmann_tracking(
     ...     }
     ...   ),
     ...   optax.scale_by_adam(),
-    ...   transport='both',
+    ...   transport=so.transports.both(b1=0.9, b2=0.999),
     ... )
   """
 

@@ -78,7 +78,7 @@ def power_iteration(
     ...   so.SubspaceSpec(rank=128),
     ...   so.projectors.power_iteration(momentum=0.908),
     ...   optax.scale_by_adam(b1=0.908, b2=0.99),
-    ...   transport='both',
+    ...   transport=so.transports.both(b1=0.908, b2=0.99),
     ... )
   """
   if not isinstance(momentum, jax.Array) and not 0 <= momentum < 1:

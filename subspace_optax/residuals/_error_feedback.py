@@ -54,7 +54,7 @@ def error_feedback(b1: float = 0.9) -> _base.Residual:
     ...   so.SubspaceSpec(rank=128),
     ...   so.projectors.power_iteration(momentum=0.908),
     ...   optax.scale_by_adam(b1=0.908, b2=0.99),
-    ...   transport='both',
+    ...   transport=so.transports.both(b1=0.908, b2=0.99),
     ...   residual=so.residuals.error_feedback(b1=0.908),
     ... )
   """

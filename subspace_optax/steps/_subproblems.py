@@ -37,6 +37,8 @@ from subspace_optax.bases import _quantized_basis
 from subspace_optax.lifted import _trees
 from subspace_optax.projectors import _gap
 from subspace_optax.steps import _merge
+from subspace_optax.transports import _base as _transport
+from subspace_optax.transports import _rules
 
 SAMPLES = ('haar', 'gaussian')
 
@@ -91,7 +93,7 @@ def subproblems(
   update_proj_gap: int = 200,
   sample: str = 'haar',
   eta: Any = None,
-  transport: str = 'reset',
+  transport: str | _transport.Transport = 'reset',
   rounding: str = 'nearest',
   schedule: optax.Schedule | None = None,
   plain: optax.GradientTransformation | None = None,
@@ -112,7 +114,7 @@ def subproblems(
     eta: of the proximal term |B|^2 / (2 eta): a number, a function of the
       number of the subproblem, or None for no such term.
     transport: what a new P means for the optimizer's moments, see
-      `in_subspace`: 'reset', 'keep', 'first' or 'both'.
+      `in_subspace`.
     rounding: of merged weights that are narrower than float32: to the
       'nearest'; of bfloat16 'stochastic', right in the mean; 'compensated',
       which keeps what is lost in an array of the leaf's shape and dtype.
@@ -145,6 +147,7 @@ def subproblems(
     64.0 128.0 (2, 16)
   """
   _check(spec, update_proj_gap, sample, rounding)
+  transport = _rules.as_transport(transport)
   inner = _sign.require_against(inner, 'inner')
   plain = None if plain is None else _sign.require_against(plain, 'plain')
   directions = _in_subspace.in_subspace(
@@ -272,7 +275,7 @@ class _Rule:
   gap: int
   sample: str
   eta: Any
-  transport: str
+  transport: _transport.Transport
   rounding: str
   basis_dtype: Any
 
@@ -330,7 +333,7 @@ class _Rule:
       old = _linalg.widen(self.draw(layout, match.leaf, seeds, k - 1))
       return _sharding.like(_linalg.transition(layout, p, old), same)
 
-    if self.transport in ('first', 'both'):
+    if self.transport.move is not None:
       same = _varying.cond(first, transition, lambda: same)
     return _projected.Move(jnp.broadcast_to(first, layout.batch_shape), same)
 

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a transport is, and how it is applied to the state of an optimizer."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
+from subspace_optax.transports import _moments
+
+# From path to the leaf's node and the move of its basis.
+Moves = Mapping[str, tuple[_projected.Projected, _projected.Move]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """A moment of one leaf whose basis moves from P_o to P_n.
+
+  The matrices of a stack are in one array, so that products with C go through
+  `mix`; all else is elementwise.
+
+  Attributes:
+    value: of the coordinates' shape.
+    kind: 'mean' of gradients, 'sum' of gradients or 'square', a mean of squared
+      gradients.
+    mean: of squares about means, these means, of the same shape; else None.
+    count: of squares about means, the steps behind both, a scalar or one value
+      per matrix that broadcasts against `value`; else None.
+    transition: C = P_n^T P_o (P_o^T P_o)^-1, (*batch, r, r), float32. It maps
+      coordinates in the old basis to those in the new one.
+  """
+
+  value: jax.Array
+  kind: str
+  mean: jax.Array | None
+  count: jax.Array | None
+  transition: jax.Array
+  layout: _layout.Layout
+
+  def mix(self, c: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns C X of each matrix, for C like `transition`, X like `value`."""
+    return self.layout.mix_coords(c, x)
+
+
+class Transport(NamedTuple):
+  """What happens to the inner optimizer's moments when a basis moves.
+
+  Attributes:
+    name: what errors call it.
+    move: from a `Moment` in the old basis to its value in the new one; None to
+      leave all moments as they are.
+    kinds: the kinds of moments that `move` is given; the others stay.
+    resets: whether the state of a matrix starts anew instead, counters and all.
+  """
+
+  name: str
+  move: Callable[[Moment], jax.Array] | None = None
+  kinds: tuple[str, ...] = _moments.KINDS
+  resets: bool = False
+
+
+def carry(
+  transport: Transport, state: Any, moves: Moves, *, per_matrix: bool
+) -> Any:
+  """Returns an inner state with its moments moved to the new bases.
+
+  Args:
+    transport: with a `move`.
+    state: the inner optimizer's.
+    moves: of the leaves whose bases may have moved.
+    per_matrix: whether each matrix has a state of its own, whose arrays are
+      stacked along their first axes.
+  """
+  moved = [jnp.any(move.moved) for _, move in moves.values()]
+
+  def one(moments: _moments.MomentTree) -> Any:
+    if moments.kind not in transport.kinds:
+      return moments.tree
+    return _move_tree(transport, moves, per_matrix, moments)
+
+  return _moments.map_moments(one, state, jnp.any(jnp.stack(moved)))
+
+
+def _move_tree(
+  transport: Transport,
+  moves: Moves,
+  per_matrix: bool,
+  moments: _moments.MomentTree,
+) -> Any:
+  pairs, treedef = _tree.flatten(moments.tree)
+  paths = [path for path, _ in pairs]
+  _check_paths(transport, paths, moves)
+  means, counts = (
+    _by_path(tree, paths) for tree in (moments.mean, moments.count)
+  )
+
+  def one(path: str, value: Any) -> Any:
+    if path not in moves or _tree.is_masked(value):
+      return value
+    args = value, moments.kind, means[path], counts[path]
+    return _move_leaf(transport, per_matrix, *moves[path], *args)
+
+  return treedef.unflatten([one(*pair) for pair in pairs])
+
+
+def _by_path(tree: Any, paths: list[str]) -> dict[str, Any]:
+  """Returns what belongs to each leaf: of a tree its own, or all of it."""
+  if tree is None or hasattr(tree, 'dtype'):
+    return dict.fromkeys(paths, tree)
+  return dict(_tree.flatten(tree)[0])
+
+
+def _move_leaf(
+  transport: Transport,
+  per_matrix: bool,
+  node: _projected.Projected,
+  move: _projected.Move,
+  value: jax.Array,
+  kind: str,
+  mean: Any,
+  count: Any,
+) -> jax.Array:
+  """Returns a leaf's moment, moved for the matrices whose bases did."""
+  layout = node.layout
+  batch = layout.coords_batch
+  first = tuple(range(len(batch)))
+
+  def like_coords(x: Any) -> Any:
+    if x is None or x.ndim == 0:
+      return x
+    if x.ndim == len(batch):
+      return layout.along_coords(x)
+    return jnp.moveaxis(x, first, batch) if per_matrix else x
+
+  def moved() -> jax.Array:
+    old = like_coords(value)
+    new = transport.move(
+      Moment(
+        old,
+        kind,
+        like_coords(mean),
+        like_coords(count),
+        move.transition,
+        layout,
+      )
+    )
+    new = jnp.where(layout.along_coords(move.moved), new, old)
+    new = jnp.moveaxis(new, batch, first) if per_matrix else new
+    return _sharding.like(new, value)
+
+  return _varying.cond(jnp.any(move.moved), moved, lambda: value)
+
+
+def _check_paths(transport: Transport, paths: list[str], moves: Moves) -> None:
+  if paths == ['']:  # a label without leaves
+    return
+  for path in moves:
+    if not any(path == p or path.startswith(f'{p}/') for p in paths):
+      raise ValueError(
+        f'transport {transport.name!r} finds no moments of leaf {path!r} among '
+        f"{paths}; use transport='keep' or 'reset'."
+      )

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moments in the states of optimizers: what they are, and how to change them.
+
+Each type of state names its moments once, by `register_moments`. Transports,
+residual rules and low precision read and write them by `map_moments`, and know
+no optimizer by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+KINDS = ('mean', 'sum', 'square')
+
+
+class MomentTree(NamedTuple):
+  """One field of a state that holds moments of all leaves.
+
+  Attributes:
+    path: of the field in the state, as `0/mu`.
+    kind: 'mean' of gradients, 'sum' of gradients or 'square', a mean of squared
+      gradients.
+    tree: with the parameters' structure.
+    mean: of squares about means, the tree of these means; else None.
+    count: of squares about means, the steps behind both; else None.
+  """
+
+  path: str
+  kind: str
+  tree: Any
+  mean: Any
+  count: Any
+
+
+class _Fields(NamedTuple):
+  """Which fields of a type of state hold moments."""
+
+  kinds: Mapping[str, str]
+  means: Mapping[str, str | None]
+
+
+class _Codec(NamedTuple):
+  """How a state that holds moments in codes is read and changed."""
+
+  decode: Callable[[Any], Any]
+  change: Callable[[Callable[[Any], Any], Any, Any], Any]
+
+
+_fields: dict[type, _Fields] = {}
+_codecs: dict[type, _Codec] = {}
+
+
+def register_moments(
+  state_type: type,
+  first: Sequence[str] = (),
+  second: Mapping[str, str | None] | None = None,
+  *,
+  sums: Sequence[str] = (),
+) -> None:
+  """Names the moments in the state of an optimizer.
+
+  Transports, residual rules and `quantize_moments` then know them. Fields that
+  are not named stay as they are; states inside them are looked into.
+
+  Args:
+    state_type: the state's NamedTuple type.
+    first: fields with means of gradients.
+    second: from each field with means of squared gradients to the field with
+      the means of gradients that go with it, both debiased by 1 - b^count with
+      the state's `count`; or to None if there is no such field.
+    sums: fields with sums of gradients, without a weight of 1 - b.
+
+  Raises:
+    ValueError: a field that the type does not have.
+
+  Example:
+    >>> from typing import NamedTuple
+    >>> import subspace_optax as so
+    >>> class MyState(NamedTuple):
+    ...   velocity: dict
+    >>> so.register_moments(MyState, sums=['velocity'])
+  """
+  second = dict(second or {})
+  kinds = dict.fromkeys(first, 'mean') | dict.fromkeys(sums, 'sum')
+  kinds |= dict.fromkeys(second, 'square')
+  named = [*kinds, *(name for name in second.values() if name)]
+  named += ['count'] if any(second.values()) else []
+  for name in named:
+    if name not in getattr(state_type, '_fields', ()):
+      raise ValueError(f'{state_type} has no field {name!r}.')
+  _fields[state_type] = _Fields(kinds, second)
+
+
+register_moments(optax.ScaleByAdamState, ['mu'], {'nu': 'mu'})
+register_moments(optax.ScaleByBeliefState, ['mu'], {'nu': None})
+register_moments(optax.ScaleByLionState, ['mu'])
+register_moments(optax.TraceState, sums=['trace'])
+register_moments(optax.EmaState, ['ema'])
+register_moments(optax.ScaleByRmsState, [], {'nu': None})
+register_moments(optax.MultiStepsState, sums=['acc_grads'])
+register_moments(optax.contrib.MuonState, ['mu'])
+
+
+def register_codec(
+  state_type: type,
+  decode: Callable[[Any], Any],
+  change: Callable[[Callable[[Any], Any], Any, Any], Any],
+) -> None:
+  """Tells how to read and change moments that a type of state has in codes.
+
+  Args:
+    state_type: the type.
+    decode: state -> the state of the optimizer inside, moments as floats.
+    change: (f, state, wanted) -> the state with `f` of the one inside, or as it
+      is where the scalar `wanted` is False.
+  """
+  _codecs[state_type] = _Codec(decode, change)
+
+
+def map_moments(
+  f: Callable[[MomentTree], Any], state: Any, wanted: Any = True, path: str = ''
+) -> Any:
+  """Returns a state with `f(moments)` in the place of each tree of moments.
+
+  Args:
+    f: from a field of moments to its new tree.
+    state: of any optimizer, or of several in a chain.
+    wanted: a boolean scalar; where it is False `f` changes nothing, so that
+      moments in codes need not be decoded.
+    path: where the state is, for `MomentTree.path`.
+  """
+  if state is None or _is_array(state):
+    return state
+  codec = _codecs.get(type(state))
+  if codec is not None:
+    inside = lambda x: map_moments(f, x, wanted, path)
+    return codec.change(inside, state, wanted)
+  fields = _fields.get(type(state))
+  if fields is not None:
+    new = {
+      name: f(_moments(state, fields, name, path)) for name in fields.kinds
+    }
+    for name in _rest(state, fields):
+      inside = getattr(state, name)
+      new[name] = map_moments(f, inside, wanted, _join(path, name))
+    return state._replace(**new)
+  children, treedef = _children(state)
+  return treedef.unflatten(
+    [map_moments(f, x, wanted, _join(path, key)) for key, x in children]
+  )
+
+
+def moments_in(state: Any) -> list[MomentTree]:
+  """Returns all moments in a state, decoded."""
+  found: list[MomentTree] = []
+
+  def note(moments: MomentTree) -> Any:
+    found.append(moments)
+    return moments.tree
+
+  map_moments(note, _decoded(state))
+  return found
+
+
+def check_registered(state: Any, what: str) -> None:
+  """Raises if a state holds float arrays that no registered moment names.
+
+  Args:
+    state: of any optimizer.
+    what: the argument that needs to know the moments, for the message.
+  """
+  _check(_decoded(state), what, type(state))
+
+
+def _check(state: Any, what: str, owner: type) -> None:
+  if state is None:
+    return
+  if _is_array(state):
+    if state.ndim > 0 and jnp.issubdtype(state.dtype, jnp.floating):
+      known = ', '.join(sorted(t.__name__ for t in _fields))
+      raise ValueError(
+        f'{what} does not know the moments in {owner}, only in {known}; use '
+        "transport='keep' or 'reset', or name them with "
+        '`subspace_optax.register_moments`.'
+      )
+    return
+  fields = _fields.get(type(state))
+  owner = type(state) if hasattr(state, '_fields') else owner
+  if fields is None:
+    for _, child in _children(state)[0]:
+      _check(child, what, owner)
+    return
+  for name in _rest(state, fields):
+    # Other arrays of a type that is registered are none of its moments.
+    if not _is_array(getattr(state, name)) and _has_states(
+      getattr(state, name)
+    ):
+      _check(getattr(state, name), what, owner)
+
+
+def _has_states(x: Any) -> bool:
+  return isinstance(x, tuple)
+
+
+def _decoded(state: Any) -> Any:
+  """Returns a state with all codes in it decoded."""
+  is_coded = lambda x: type(x) in _codecs
+  return jax.tree.map(
+    lambda x: _codecs[type(x)].decode(x) if is_coded(x) else x,
+    state,
+    is_leaf=is_coded,
+  )
+
+
+def _moments(state: Any, fields: _Fields, name: str, path: str) -> MomentTree:
+  mean = fields.means.get(name)
+  return MomentTree(
+    _join(path, name),
+    fields.kinds[name],
+    getattr(state, name),
+    getattr(state, mean) if mean else None,
+    state.count if mean else None,
+  )
+
+
+def _rest(state: Any, fields: _Fields) -> list[str]:
+  """Returns the fields of a registered state that hold no moments."""
+  return [name for name in state._fields if name not in fields.kinds]
+
+
+def _children(state: Any) -> tuple[list[tuple[str, Any]], Any]:
+  """Returns what a node of a tree holds, by key, and the node's structure."""
+  pairs, treedef = jax.tree.flatten_with_path(
+    state, is_leaf=lambda x: x is not state
+  )
+  key = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
+  return [(key(path), x) for path, x in pairs], treedef
+
+
+def _join(path: str, name: str) -> str:
+  return f'{path}/{name}' if path else name
+
+
+def _is_array(x: Any) -> bool:
+  return hasattr(x, 'dtype')

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transports of the papers.
+
+He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024: momentum
+projection, m <- C m with C = P_n^T P_o, or for bases that are not orthonormal
+C = P_n^T P_o (P_o^T P_o)^-1. Robert et al., `LDAdam
+<https://arxiv.org/abs/2410.16103>`_, 2024: second moments, as if coordinates
+had been independent with means m^ and variances v^ - m^^2,
+
+  v^ <- |C^2 (v^ - m^^2) + (C m^)^2|,
+
+where m^ and v^ are debiased and squares are taken element by element.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _linalg
+from subspace_optax.transports import _base
+
+
+def keep() -> _base.Transport:
+  """Leaves moments as they are, whatever the basis does (GaLore).
+
+  Returns:
+    A transport for `in_subspace` and `subspace`; 'keep' is short for it.
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> so.transports.keep().name
+    'keep'
+  """
+  return _base.Transport('keep')
+
+
+def first() -> _base.Transport:
+  """Maps first moments by C, and keeps second moments (GoLore).
+
+  Returns:
+    A transport for `in_subspace` and `subspace`; 'first' is short for it.
+
+  References:
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> tx = so.subspace(
+    ...   so.SubspaceSpec(rank=16),
+    ...   so.projectors.stiefel(200),
+    ...   optax.scale_by_lion(),
+    ...   transport=so.transports.first(),
+    ... )
+  """
+  return _base.Transport('first', _map_mean, ('mean', 'sum'))
+
+
+def both(b1: Any, b2: Any) -> _base.Transport:
+  """Maps first and second moments by LDAdam's rule.
+
+  Second moments without first ones beside them, as RMSProp's, are mapped by the
+  squares of C's elements.
+
+  Args:
+    b1: the inner optimizer's decay rate of first moments.
+    b2: its decay rate of second moments.
+
+  Returns:
+    A transport for `in_subspace` and `subspace`.
+
+  Raises:
+    ValueError: a rate outside of [0, 1).
+
+  References:
+    Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> tx = so.subspace(
+    ...   so.SubspaceSpec(rank=16),
+    ...   so.projectors.power_iteration(),
+    ...   optax.scale_by_adam(0.9, 0.99),
+    ...   transport=so.transports.both(0.9, 0.99),
+    ... )
+  """
+  for name, rate in (('b1', b1), ('b2', b2)):
+    if not isinstance(rate, jax.Array) and not 0 <= rate < 1:
+      raise ValueError(f'{name} must lie in [0, 1), got {rate!r}.')
+
+  def move(moment: _base.Moment) -> jax.Array:
+    if moment.kind != 'square':
+      return _map_mean(moment)
+    if moment.mean is None:
+      return moment.mix(jnp.square(moment.transition), moment.value)
+    return _map_square(moment, b1, b2)
+
+  return _base.Transport('both', move)
+
+
+def reset() -> _base.Transport:
+  """Starts the state of a matrix anew, counters and all (RSO).
+
+  Each matrix has a state of its own, as with `per_matrix`. With `online_pca`,
+  which moves at every step, nothing accumulates.
+
+  Returns:
+    A transport for `in_subspace` and `subspace`; 'reset' is short for it.
+
+  References:
+    Chen et al., `RSO <https://arxiv.org/abs/2502.07222>`_, 2025
+
+  Example:
+    >>> import subspace_optax as so
+    >>> so.transports.reset().resets
+    True
+  """
+  return _base.Transport('reset', resets=True)
+
+
+_BY_NAME = {'keep': keep, 'first': first, 'reset': reset}
+
+
+def as_transport(transport: Any) -> _base.Transport:
+  """Returns a transport, which may have been given by its name."""
+  if isinstance(transport, _base.Transport):
+    return transport
+  if isinstance(transport, str) and transport in _BY_NAME:
+    return _BY_NAME[transport]()
+  names = ', '.join(map(repr, _BY_NAME))
+  raise ValueError(
+    f'transport must be {names} or from subspace_optax.transports, such as '
+    f'transports.both(b1=0.9, b2=0.999), got {transport!r}.'
+  )
+
+
+def _map_mean(moment: _base.Moment) -> jax.Array:
+  return moment.mix(moment.transition, moment.value)
+
+
+def _map_square(moment: _base.Moment, b1: Any, b2: Any) -> jax.Array:
+  weight = _debias(b2, moment.count)
+  square = _linalg.widen(moment.value)
+  mean = _linalg.widen(moment.mean) / _debias(b1, moment.count)
+  variance = square / weight - jnp.square(mean)
+  c = moment.transition
+  new = moment.mix(jnp.square(c), variance)
+  return weight * jnp.abs(new + jnp.square(moment.mix(c, mean)))
+
+
+def _debias(rate: Any, count: Any) -> jax.Array:
+  """Returns 1 - b^t, or 1 where t = 0 and the moments are 0."""
+  rate = jnp.asarray(rate, jnp.float32)
+  return jnp.where(count > 0, 1.0 - rate ** count.astype(jnp.float32), 1.0)

@@ -1,0 +1,103 @@
+"""`quantize_moments`: any optimizer whose moments are registered, in 8 bits."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cases
+import errors
+import subspace_optax as so
+
+PARAMS = {'w': jnp.zeros((64, 128)), 'bias': jnp.zeros(128)}
+INNERS = {
+  'adam': optax.scale_by_adam(),
+  'trace': optax.trace(0.9),
+  'rms': optax.scale_by_rms(0.9),
+  'belief': optax.scale_by_belief(),
+  'ema': optax.ema(0.9),
+  'chain': optax.chain(optax.clip(1.0), optax.scale_by_adam(), optax.ema(0.5)),
+  'injected': optax.inject_hyperparams(optax.scale_by_adam)(b1=0.8),
+  'adamw': optax.adamw(0.1, weight_decay=0.1),
+}
+
+
+def normal(t: int) -> Any:
+  keys = jax.random.split(jax.random.key(t))
+  return {
+    'w': jax.random.normal(keys[0], (64, 128)),
+    'bias': jax.random.normal(keys[1], (128,)),
+  }
+
+
+def run(tx: Any, params: Any = PARAMS) -> tuple[Any, Any]:
+  """Returns the last updates and the state after six steps."""
+  state, update = tx.init(params), cases.jit(tx.update)
+  for t in range(6):
+    updates, state = update(normal(t), state, params)
+  assert update._cache_size() == 1
+  return updates, state
+
+
+@pytest.mark.parametrize('name', INNERS)
+def test_steps_are_nearly_those_of_the_optimizer(name):
+  """Moments within a code of 4 %, and no float matrix left in the state."""
+  inner = INNERS[name]
+  updates, state = run(so.quantize_moments(inner))
+  wanted, own = run(inner)
+  np.testing.assert_allclose(updates['bias'], wanted['bias'], rtol=1e-5)
+  error = np.linalg.norm(updates['w'] - wanted['w'])
+  assert error < 0.06 * np.linalg.norm(wanted['w'])
+  kinds = {x.dtype.name for x in jax.tree.leaves(state) if x.size == 64 * 128}
+  assert kinds and kinds <= {'int8', 'uint8'}
+  sizes = [sum(x.nbytes for x in jax.tree.leaves(s)) for s in (state, own)]
+  assert sizes[0] < 0.4 * sizes[1]
+
+
+def test_adam_and_lion_in_8_bits_are_it():
+  for named, inner in (
+    (so.scale_by_adam8bit(0.8, 0.9, seed=3), optax.scale_by_adam(0.8, 0.9)),
+    (so.scale_by_lion8bit(0.8, 0.9, seed=3), optax.scale_by_lion(0.8, 0.9)),
+  ):
+    found = run(named), run(so.quantize_moments(inner, seed=3))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_in_a_subspace_moments_are_carried_along():
+  tx = so.subspace(
+    so.SubspaceSpec(48, only_if_smaller=False),
+    so.projectors.stiefel(2),
+    so.quantize_moments(optax.scale_by_rms(0.9)),
+    transport=so.transports.both(0.9, 0.9),
+  )
+  updates, state = run(tx)
+  assert state[1].inner.coded.nu['w'].dtype == jnp.uint8
+  assert np.isfinite(updates['w']).all()
+
+
+class Unheard(NamedTuple):
+  velocity: Any
+
+
+def test_moments_that_nobody_registered():
+  inner = optax.GradientTransformation(
+    lambda p: Unheard(jax.tree.map(jnp.zeros_like, p)), lambda g, s, p: (g, s)
+  )
+  with errors.raises(ValueError, 'quantize_moments', 'Unheard', 'register_mom'):
+    so.quantize_moments(inner).init(PARAMS)
+  with errors.raises(ValueError, 'quantize_moments finds no moments'):
+    so.quantize_moments(optax.identity()).init(PARAMS)
+
+
+@pytest.mark.parametrize('bits', [0, 16, 32, '8'])
+def test_other_bits(bits):
+  with errors.raises(ValueError, 'bits', repr(bits)):
+    so.quantize_moments(optax.scale_by_adam(), bits)
+
+
+def test_what_is_no_optimizer():
+  with errors.raises(TypeError, 'inner', 'optax optimizer'):
+    so.quantize_moments(optax.scale_by_adam)
