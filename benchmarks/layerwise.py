@@ -76,7 +76,7 @@ def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
     'GaLore': within(products, optax.scale_by_adam()),
     '8-bit GaLore': within(products, adam8bit),
     '8-bit GoLore, bases drawn': within(drawn, adam8bit),
-    'subspace_adamw, 8-bit': so.subspace_adamw(1e-3, rank, eight_bit=True),
+    'subspace_adamw, 8-bit': so.subspace_adamw(1e-3, rank, moment_bits=8),
     'subspace_muon': so.subspace_muon(1e-3, rank),
   }
 

@@ -6,6 +6,7 @@ schedule, the rank as a share of the width, and the run's settings.
 """
 
 from collections.abc import Callable
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +105,12 @@ def apollo_mini(lr, rank, gap, seed):
   del rank
   scale = 128**0.5
   return so.apollo_adamw(
-    lr, 1, gap, scale=scale, granularity='tensor', seed=seed
+    lr,
+    1,
+    update_proj_gap=gap,
+    scale=scale,
+    granularity='tensor',
+    seed=seed,
   )
 
 
@@ -116,13 +122,13 @@ def adamw_8bit(lr, rank, gap, seed):
 
 
 def galore_8bit(lr, rank, gap, seed):
-  return so.galore(
-    lr, rank, gap, base_optimizer=so.scale_by_adam8bit(seed=seed)
-  )
+  return so.galore(lr, rank, gap, moment_bits=8, seed=seed)
 
 
 def subspace_adamw_8bit(lr, rank, gap, seed):
-  return so.subspace_adamw(lr, rank, gap, eight_bit=True, seed=seed)
+  return so.subspace_adamw(
+    lr, rank, update_proj_gap=gap, moment_bits=8, seed=seed
+  )
 
 
 def orthogonal_sgd(lr, rank, gap, seed):
@@ -152,7 +158,14 @@ def _plain(make: Callable[[Any], optax.GradientTransformation]) -> Callable:
 
 
 def _ours(make: Callable[..., Any]) -> Callable:
-  return lambda lr, rank, gap, seed: make(lr, rank, gap, seed=seed)
+  """One of the library's ready-made optimizers, with what it takes."""
+  takes = inspect.signature(make).parameters
+
+  def build(lr, rank, gap, seed):
+    choices = {'update_proj_gap': gap, 'seed': seed}
+    return make(lr, rank, **{k: choices[k] for k in choices if k in takes})
+
+  return build
 
 
 METHODS: dict[str, Method] = {
@@ -173,42 +186,21 @@ METHODS: dict[str, Method] = {
   'orthogonal_sgd': Method(orthogonal_sgd, 4e-2, ours=True),
   'lora': Method(_plain(optax.adam), 4e-3, ranked=True, lora=True),
   'contrib_galore': Method(contrib_galore, 4e-3, ranked=True),
-  'galore': Method(
-    lambda lr, rank, gap, seed: so.galore(lr, rank, gap),
-    4e-3,
-    ranked=True,
-    ours=True,
-  ),
   'galore_8bit': Method(galore_8bit, 4e-3, ranked=True),
-  'golore': Method(_ours(so.golore), 4e-3, ranked=True, ours=True),
-  'online_subspace_descent': Method(
-    lambda lr, rank, gap, seed: so.online_subspace_descent(lr, rank, seed=seed),
-    4e-3,
-    ranked=True,
-    ours=True,
-  ),
   'rso': rso(variant=False),
   'rso_keep': rso(transport='keep'),
   'rso_first': rso(transport='first', variant=False),
   'rso_both': rso(transport=so.transports.both(0.9, 0.999)),
   'rso_gaussian': rso(sample='gaussian'),
   'rso_eta10': rso(eta=10.0),
-  'fira_adamw': Method(_ours(so.fira_adamw), 1.6e-2, ranked=True, ours=True),
-  'apollo_adamw': Method(_ours(so.apollo_adamw), 8e-3, ranked=True, ours=True),
   'apollo_mini': Method(apollo_mini, 4e-3, ours=True),
-  'ldadamw': Method(
-    lambda lr, rank, gap, seed: so.ldadamw(lr, rank, seed=seed),
-    4e-3,
-    ranked=True,
-    ours=True,
-  ),
-  'subspace_adamw': Method(
-    _ours(so.subspace_adamw), 4e-3, ranked=True, ours=True
-  ),
   'subspace_adamw_8bit': Method(subspace_adamw_8bit, 4e-3, ranked=True),
-  'subspace_muon': Method(
-    _ours(so.subspace_muon), 5e-3, ranked=True, ours=True
-  ),
+}
+# Peak learning rates of ready-made optimizers; 4e-3 of the others.
+_RATES = {'fira_adamw': 1.6e-2, 'apollo_adamw': 8e-3, 'subspace_muon': 5e-3}
+METHODS |= {
+  name: Method(_ours(make), _RATES.get(name, 4e-3), ranked=True, ours=True)
+  for name, make in so.optimizers.READY_MADE.items()
 }
 
 RECIPES = ('subspace_adamw', 'subspace_muon')

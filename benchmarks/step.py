@@ -87,9 +87,9 @@ def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
     ),
     'svd gram, staggered': lambda: galore('gram', True),
     'svd randomized, staggered': lambda: galore('randomized', True),
-    'so.golore': lambda: so.golore(1e-3, args.rank, gap),
+    'so.golore': lambda: so.golore(1e-3, args.rank, update_proj_gap=gap),
     'so.golore, staggered': lambda: so.golore(
-      1e-3, args.rank, gap, stagger=True
+      1e-3, args.rank, update_proj_gap=gap, stagger=True
     ),
     'so.online_subspace_descent': lambda: so.online_subspace_descent(
       1e-3, args.rank

@@ -1,6 +1,7 @@
 """From the name of an optimizer to an optax chain."""
 
 from collections.abc import Callable
+import inspect
 from typing import Any
 
 import jax
@@ -58,94 +59,34 @@ def schedule(peak: float, steps: int, kind: str = 'cosine'):
   )
 
 
-def in_subspace(c) -> dict[str, Any]:
-  """What runs on coordinates, and in how many micro-steps."""
-  options: dict[str, Any] = {}
-  if micro_steps(c) > 1:
-    options['every_k'] = micro_steps(c)
-  if c.eight_bit:
-    options['base_optimizer'] = so.scale_by_adam8bit(seed=c.seed)
-  return options
-
-
 def micro_steps(c) -> int:
   """The microbatches that the optimizer accumulates, in the subspace."""
   inside = getattr(c, 'accumulate_in_subspace', False)
   return c.accumulation if inside else 1
 
 
-def online_subspace_descent(c, lr):
-  return so.online_subspace_descent(
-    lr,
-    c.rank,
-    weight_decay=c.weight_decay,
-    seed=c.seed,
-    **in_subspace(c),
-  )
+def takes(make: Callable, argument: str) -> bool:
+  return argument in inspect.signature(make).parameters
 
 
-def galore(c, lr):
-  return so.galore(
-    lr,
-    c.rank,
-    c.update_proj_gap,
-    weight_decay=c.weight_decay,
-    **in_subspace(c),
-  )
+def ready_made(make: Callable) -> Callable:
+  """From one of the library's optimizers to what is made of the settings."""
 
+  def build(c, lr):
+    steps = micro_steps(c)
+    choices = {
+      'update_proj_gap': c.update_proj_gap,
+      # GoLore@50%: gradients choose the bases, then chance does.
+      'random_from': c.steps // 2,
+      'weight_decay': c.weight_decay,
+      'every_k': steps if steps > 1 else None,
+      'moment_bits': 8 if c.eight_bit else 32,
+      'seed': c.seed,
+    }
+    choices = {k: x for k, x in choices.items() if takes(make, k)}
+    return make(lr, c.rank, **choices)
 
-def golore(c, lr):
-  """GoLore@50%: gradients choose the bases, then chance does."""
-  return so.golore(
-    lr,
-    c.rank,
-    c.update_proj_gap,
-    random_from=c.steps // 2,
-    weight_decay=c.weight_decay,
-    seed=c.seed,
-    **in_subspace(c),
-  )
-
-
-def fira_adamw(c, lr):
-  return so.fira_adamw(
-    lr, c.rank, c.update_proj_gap, weight_decay=c.weight_decay
-  )
-
-
-def apollo_adamw(c, lr):
-  return so.apollo_adamw(
-    lr,
-    c.rank,
-    c.update_proj_gap,
-    weight_decay=c.weight_decay,
-    seed=c.seed,
-  )
-
-
-def ldadamw(c, lr):
-  return so.ldadamw(lr, c.rank, weight_decay=c.weight_decay, seed=c.seed)
-
-
-def subspace_adamw(c, lr):
-  return so.subspace_adamw(
-    lr,
-    c.rank,
-    c.update_proj_gap,
-    eight_bit=c.eight_bit,
-    weight_decay=c.weight_decay,
-    seed=c.seed,
-  )
-
-
-def subspace_muon(c, lr):
-  return so.subspace_muon(
-    lr,
-    c.rank,
-    c.update_proj_gap,
-    weight_decay=c.weight_decay,
-    seed=c.seed,
-  )
+  return build
 
 
 def rso(c, lr):
@@ -205,29 +146,18 @@ def muon(c, lr):
   )
 
 
-OPTIMIZERS = {
-  f.__name__: f
-  for f in (
-    online_subspace_descent,
-    galore,
-    golore,
-    fira_adamw,
-    apollo_adamw,
-    ldadamw,
-    subspace_adamw,
-    subspace_muon,
-    rso,
-    contrib_galore,
-    adamw,
-    adafactor,
-    muon,
-  )
+READY_MADE = so.optimizers.READY_MADE
+OPTIMIZERS = {name: ready_made(make) for name, make in READY_MADE.items()} | {
+  f.__name__: f for f in (rso, contrib_galore, adamw, adafactor, muon)
 }
 
 
 # Which accumulate r-sized sums, and which take moments of a byte each.
-ACCUMULATE = ('online_subspace_descent', 'galore', 'golore')
-EIGHT_BIT = (*ACCUMULATE, 'subspace_adamw', 'adamw')
+ACCUMULATE = tuple(k for k, x in READY_MADE.items() if takes(x, 'every_k'))
+EIGHT_BIT = (
+  *(k for k, x in READY_MADE.items() if takes(x, 'moment_bits')),
+  'adamw',
+)
 
 
 def check(name: str) -> str:
@@ -240,7 +170,7 @@ def check(name: str) -> str:
 
 def rates(c) -> tuple[float, float]:
   """Peak learning rates of the matrices and of the rest."""
-  lr, rest = LEARNING_RATES[check(c.optimizer)]
+  lr, rest = LEARNING_RATES.get(check(c.optimizer), (5e-3, 5e-3))
   if c.lr is not None:
     lr = rest = c.lr
   return lr, rest if c.lr_rest is None else c.lr_rest

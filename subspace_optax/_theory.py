@@ -74,7 +74,10 @@ def theorem_parameters(
     619 1 0.138
     >>> momentum = optax.chain(optax.scale(p.b1), optax.trace(1 - p.b1))
     >>> tx = so.golore(
-    ...   p.learning_rate, 0.25, p.update_proj_gap, base_optimizer=momentum
+    ...   p.learning_rate,
+    ...   0.25,
+    ...   update_proj_gap=p.update_proj_gap,
+    ...   inner=momentum,
     ... )
   """
   _check(theorem, smoothness, gap, noise, share)

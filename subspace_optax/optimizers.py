@@ -1,19 +1,874 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ready-made optimizers in optax's own form."""
+"""Ready-made optimizers in optax's own form.
 
-from subspace_optax._optimizers._apollo_adamw import (
-  apollo_adamw as apollo_adamw,
-)
-from subspace_optax._optimizers._fira_adamw import fira_adamw as fira_adamw
-from subspace_optax._optimizers._galore import galore as galore
-from subspace_optax._optimizers._golore import golore as golore
-from subspace_optax._optimizers._ldadamw import ldadamw as ldadamw
-from subspace_optax._optimizers._online_subspace_descent import (
-  online_subspace_descent as online_subspace_descent,
-)
-from subspace_optax._optimizers._subspace_adamw import (
-  subspace_adamw as subspace_adamw,
-)
-from subspace_optax._optimizers._subspace_muon import (
-  subspace_muon as subspace_muon,
-)
+All take (learning_rate, rank) and then keywords, which mean the same wherever
+they are; `galore` takes the arguments of `optax.contrib.galore` before them.
+"""
+
+from collections.abc import Callable, Mapping
+import operator
+from typing import Any, TypeVar, cast
+
+import jax
+import optax
+
+from subspace_optax import projectors
+from subspace_optax import residuals
+from subspace_optax import transports
+from subspace_optax._chain import _spec
+from subspace_optax._chain import _subspace
+from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _sign
+from subspace_optax.low_precision import _quantize_moments
+from subspace_optax.projectors import _gap
+
+Mask = Any | Callable[[Any], Any] | None
+Transformation = optax.GradientTransformationExtraArgs
+
+_T = TypeVar('_T')
+
+
+class _Default:
+  """A default that can be told from an equal value that a caller passed.
+
+  It is no number, so that `optax.inject_hyperparams` does not trace it.
+  """
+
+  def __init__(self, value: Any):
+    self.value = value
+
+  def __eq__(self, other: Any) -> bool:
+    return self.value == _value(other)
+
+  def __hash__(self) -> int:
+    return hash(self.value)
+
+  def __repr__(self) -> str:
+    return repr(self.value)
+
+
+def _default(value: _T) -> _T:
+  """Returns a default of an argument that must be static."""
+  return cast(_T, _Default(value))
+
+
+def _value(argument: Any) -> Any:
+  """Returns what a caller passed, or the default."""
+  return argument.value if isinstance(argument, _Default) else argument
+
+
+def galore(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(128),
+  update_proj_gap: Any = _default(200),
+  scale: Any = 1.0,
+  base_optimizer: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  weight_dimension_numbers: Any = None,
+  *,
+  plain: optax.GradientTransformation | None = None,
+  stagger: bool = False,
+  every_k: int | None = None,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """GaLore: an optimizer in the gradient's leading singular subspace.
+
+  Takes the arguments of `optax.contrib.galore` and takes the same steps on
+  trees of plain kernels. Beyond it: stacked and sharded kernels, any dtypes,
+  zero and NaN gradients; embeddings, heads, norms and biases stay plain, see
+  `describe`.
+
+  The GaLore of its authors and of Hugging Face differs in two defaults: it
+  projects the short side (`proj_type='std'`), as `spec=SubspaceSpec(128)` does
+  here, where this one, like contrib, projects the long side (their
+  'reverse_std'); and its `scale` is 0.25.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    update_proj_gap: T, steps between SVDs; the first is at step 0.
+    scale: alpha, factor of the projected leaves' updates.
+    base_optimizer: what runs in the subspace and on plain leaves,
+      `optax.scale_by_adam()` by default. It returns directions along the
+      gradient. `optax.adam(...)` steps against it, so that with `learning_rate`
+      behind the loss would grow: an error here, contrib runs it. A b2 that
+      `optax.inject_hyperparams` gives it needs `hyperparam_dtype=jnp.float32`
+      beside bfloat16 parameters, in whose dtype 0.999 is 1: unseen from here,
+      Adam would divide by zero.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
+    plain: optimizer of the leaves that are not projected, `base_optimizer` by
+      default.
+    stagger: whether matrices take turns within each T steps, starting from
+      random bases, so that no step pays for all SVDs.
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+      `subspace`. None for one.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of the first bases if staggered, and of rounding.
+    spec: takes the place of `rank` and `weight_dimension_numbers`; beside them
+      it is an error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the long side: mr + 2nr.
+
+  Raises:
+    ValueError: see `SubspaceSpec` and `projectors.svd`; at `init`, a
+      `base_optimizer` that steps against the gradient.
+    TypeError: likewise.
+
+  References:
+    Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
+    Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2
+
+  Example:
+    >>> import jax.numpy as jnp, optax, subspace_optax as so
+    >>> tx = so.galore(learning_rate=0.01, rank=16)
+    >>> params = {'w': jnp.ones((100, 100)), 'b': jnp.ones((100,))}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(params, state, params)
+    >>> so.memory_report(tx, params).state < so.memory_report(tx, params).adam
+    True
+  """
+  _check_static(
+    'galore', rank=rank, every_k=every_k, moment_bits=moment_bits, seed=seed
+  )
+  dims = weight_dimension_numbers
+  spec = _spec_or(
+    spec,
+    {'rank': rank, 'seed': seed, 'weight_dimension_numbers': dims},
+    side='long',
+    only_if_smaller=False,
+  )
+  return _assemble(
+    spec,
+    projectors.svd(_value(update_proj_gap), stagger=stagger),
+    _adam_or(base_optimizer, 'base_optimizer'),
+    scale=scale,
+    plain=plain,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    mask=mask,
+    every_k=every_k,
+    moment_bits=moment_bits,
+  )
+
+
+def golore(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(128),
+  *,
+  update_proj_gap: Any = _default(200),
+  scale: Any = 1.0,
+  random_from: int = _default(0),
+  inner: optax.GradientTransformation | None = None,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  every_k: int | None = None,
+  stagger: bool = False,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """GoLore: GaLore whose bases turn random, so that noise can't trap it.
+
+  Bases come from the gradient's SVD before step `random_from` and are Haar
+  samples after it; first moments move along (momentum projection). A tree
+  without a matrix to project is left to the inner optimizer, see `describe`.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    update_proj_gap: tau, steps between refreshes.
+    scale: factor of the projected leaves' updates.
+    random_from: first step with random bases; 0 for pure GoLore, 8,000 for
+      GoLore@20% of 10,000 steps.
+    inner: what runs in the subspace and on plain leaves, one whose
+      first moments are known: see `in_subspace`. `optax.scale_by_adam()` by
+      default. It returns directions along the gradient, as `optax.adam(...)`
+      does not.
+    plain: optimizer of the leaves that are not projected, `inner` by default.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+      `subspace`. None for one.
+    stagger: whether matrices take turns within each tau steps, so that no step
+      pays for all refreshes.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of the random bases.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: mr + 2nr.
+
+  Raises:
+    ValueError: see `SubspaceSpec` and `projectors.switch`; at `init`, a
+      `inner` that steps against the gradient.
+    TypeError: likewise, or `random_from` is no int.
+
+  References:
+    He et al., `Subspace Optimization for Large Language Models with
+    Convergence Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.golore(1e-3, rank=128, random_from=8_000)
+  """
+  _check_static(
+    'golore',
+    rank=rank,
+    random_from=random_from,
+    seed=seed,
+    every_k=every_k,
+    moment_bits=moment_bits,
+  )
+  gap, start = map(_value, (update_proj_gap, random_from))
+  _gap.check_int(start, 'random_from', least=0)
+  random = projectors.stiefel(gap, stagger=stagger)
+  rule = random
+  if start != 0:
+    svd = projectors.svd(gap, stagger=stagger)
+    rule = projectors.switch({0: svd, operator.index(start): random})
+  return _assemble(
+    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    rule,
+    _adam_or(inner, 'inner'),
+    transport='first',
+    scale=scale,
+    plain=plain,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    mask=mask,
+    every_k=every_k,
+    moment_bits=moment_bits,
+  )
+
+
+def online_subspace_descent(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(128),
+  *,
+  scale: Any = 1.0,
+  alpha: Any = 5.0,
+  orthogonality: float = 0.1,
+  basis_optimizer: optax.GradientTransformation | None = None,
+  inner: optax.GradientTransformation | None = None,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  every_k: int | None = None,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """Online Subspace Descent: bases learned along with the weights, no SVD.
+
+  A tree without a matrix to project is left to the inner optimizer, see
+  `describe`.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    scale: factor of the projected leaves' updates; 0.25 in the authors'
+      scripts, whose bases move at 0.005 times the schedule whatever the
+      learning rate is.
+    alpha: learning rate of the bases over that of the weights.
+    orthogonality: lambda of Eq. (6).
+    basis_optimizer: OptimizerP with its own learning rate; Adam at `alpha`
+      times `learning_rate` by default. `optax.sgd` saves its 2mr of state.
+    inner: OptimizerW, what runs in the subspace and on plain leaves,
+      `optax.scale_by_adam()` by default. It returns directions along the
+      gradient, as `optax.adam(...)` does not.
+    plain: optimizer of the leaves that are not projected, `inner` by default.
+    weight_decay: of the weights, decoupled, before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
+      `subspace`. None for one.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of the first bases.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: 3mr + 2nr, or
+    mr + 2nr with SGD on the bases.
+
+  Raises:
+    ValueError: a negative `alpha`; see `SubspaceSpec` and
+      `projectors.online_pca`; at `init`, a `inner` that steps against
+      the gradient.
+    TypeError: likewise.
+
+  References:
+    Liang et al., `Memory-Efficient LLM Training with Online Subspace Descent
+    <https://arxiv.org/abs/2408.12857>`_, 2024, Algorithm 1
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.online_subspace_descent(1e-3, rank=128)
+  """
+  _check_static(
+    'online_subspace_descent',
+    rank=rank,
+    seed=seed,
+    every_k=every_k,
+    moment_bits=moment_bits,
+  )
+  if not isinstance(alpha, jax.Array) and not alpha >= 0:
+    raise ValueError(f'alpha must not be negative, got {alpha}.')
+  if basis_optimizer is None:
+    basis_optimizer = optax.adam(_times(alpha, learning_rate))
+  return _assemble(
+    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    projectors.online_pca(
+      _sign.require_against(basis_optimizer, 'basis_optimizer'), orthogonality
+    ),
+    _adam_or(inner, 'inner'),
+    scale=scale,
+    plain=plain,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    mask=mask,
+    every_k=every_k,
+    moment_bits=moment_bits,
+  )
+
+
+def fira_adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(128),
+  *,
+  update_proj_gap: Any = _default(200),
+  scale: Any = 0.25,
+  b1: Any = 0.9,
+  b2: Any = 0.999,
+  eps: Any = 1e-8,
+  eps_root: Any = 0.0,
+  limiter: Any = 1.01,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  stagger: bool = False,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """Fira: GaLore's Adam in the subspace, and the scaled residual beside it.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    update_proj_gap: T, steps between SVDs; the first is at step 0.
+    scale: alpha, factor of what comes back from the subspace; the residual is
+      not multiplied by it. The authors take 0.25, and 0.0625 from a billion
+      parameters on.
+    b1: decay of first moments.
+    b2: decay of second moments.
+    eps: added to the root of second moments.
+    eps_root: added under that root; above 0 for derivatives through a step.
+    limiter: gamma, the most that the residual's norm may grow in a step.
+    plain: optimizer of the leaves that are not projected, Adam by default. It
+      returns directions along the gradient.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices take turns within each T steps, starting from
+      random bases.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of the first bases if staggered.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: mr + 2nr + 1.
+
+  Raises:
+    ValueError: see `SubspaceSpec`, `projectors.svd` and `residuals.fira`.
+    TypeError: likewise.
+
+  References:
+    Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.fira_adamw(1e-2, rank=128)
+  """
+  _check_static('fira_adamw', rank=rank, seed=seed, moment_bits=moment_bits)
+  tx = _assemble(
+    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    projectors.svd(_value(update_proj_gap), stagger=stagger),
+    optax.scale_by_adam(b1, b2, eps, eps_root),
+    residual=residuals.fira(limiter),
+    scale=scale,
+    plain=plain,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    mask=mask,
+    moment_bits=moment_bits,
+  )
+  return _notices.warning_of_ones(tx, b1=b1, b2=b2)
+
+
+def apollo_adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(128),
+  *,
+  update_proj_gap: Any = _default(200),
+  scale: Any = 1.0,
+  granularity: str = 'channel',
+  b1: Any = 0.9,
+  b2: Any = 0.999,
+  eps: Any = 1e-8,
+  eps_root: Any = 0.0,
+  limiter: Any = 1.01,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  stagger: bool = False,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """APOLLO: whole gradients, scaled column by column or matrix by matrix.
+
+  The random bases are drawn anew at every step from their seeds instead of
+  stored. APOLLO-Mini is `rank=1, scale=128**0.5, granularity='tensor'`.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    update_proj_gap: T, steps between new bases.
+    scale: alpha, factor of the scaled gradients. The authors' and Hugging
+      Face's `scale` is its square: their 128 is 128**0.5 here, and 128 here
+      would be steps 11.3 times as long.
+    granularity: 'channel' or 'tensor'; see `residuals.apollo`.
+    b1: decay of first moments.
+    b2: decay of second moments.
+    eps: added to the root of second moments.
+    eps_root: added under that root; above 0 for derivatives through a step.
+    limiter: gamma, the most that an update's norm may grow in a step.
+    plain: optimizer of the leaves that are not projected, Adam by default. It
+      returns directions along the gradient.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices take turns within each T steps.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of the bases.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: 2nr and a few
+    numbers.
+
+  Raises:
+    ValueError: see `SubspaceSpec`, `projectors.gaussian`, `residuals.apollo`.
+    TypeError: likewise.
+
+  References:
+    Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> apollo = so.apollo_adamw(1e-2, rank=128)
+    >>> mini = so.apollo_adamw(
+    ...   1e-2, rank=1, scale=128**0.5, granularity='tensor'
+    ... )
+  """
+  _check_static(
+    'apollo_adamw',
+    rank=rank,
+    update_proj_gap=update_proj_gap,
+    seed=seed,
+    moment_bits=moment_bits,
+  )
+  tx = _assemble(
+    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    projectors.gaussian(
+      _value(update_proj_gap), stagger=stagger, regenerate=True
+    ),
+    optax.scale_by_adam(b1, b2, eps, eps_root),
+    residual=residuals.apollo(granularity, limiter),
+    scale=scale,
+    plain=plain,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    mask=mask,
+    moment_bits=moment_bits,
+  )
+  return _notices.warning_of_ones(tx, b1=b1, b2=b2)
+
+
+def ldadamw(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(128),
+  *,
+  scale: Any = 1.0,
+  b1: Any = 0.908,
+  b2: Any = 0.99,
+  eps: Any = 1e-8,
+  eps_root: Any = 0.0,
+  momentum: float = 0.908,
+  error_feedback: bool = True,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """LDAdam: power iteration, transport of both moments, error feedback.
+
+  The first bases are Haar samples, of which the first power step is taken,
+  where the authors' code takes an SVD.
+
+  Args:
+    learning_rate: a float or a schedule.
+    rank: r, clipped to the short side; see `SubspaceSpec`.
+    scale: factor of the projected leaves' updates.
+    b1: decay of first moments.
+    b2: decay of second moments.
+    eps: added to the root of second moments.
+    eps_root: added under that root; above 0 for derivatives through a step.
+    momentum: rho, the weight of past coordinates in the power steps.
+    error_feedback: whether the residual returns with the next gradient, for
+      which a buffer of the whole matrix is kept.
+    plain: optimizer of the leaves that are not projected, Adam by default. It
+      returns directions along the gradient.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of the first bases.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: mr + 3nr, and mn
+    for error feedback; all of it in float32, of narrower parameters, too,
+    unless `spec` says otherwise.
+
+  Raises:
+    ValueError: see `SubspaceSpec`, `projectors.power_iteration` and
+      `residuals.error_feedback`.
+    TypeError: likewise.
+
+  References:
+    Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.ldadamw(1e-3, rank=128)
+  """
+  _check_static('ldadamw', rank=rank, seed=seed, moment_bits=moment_bits)
+  tx = _assemble(
+    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    projectors.power_iteration(momentum=momentum),
+    optax.scale_by_adam(b1, b2, eps, eps_root),
+    transport=transports.both(b1, b2),
+    residual=residuals.error_feedback(b1) if error_feedback else None,
+    scale=scale,
+    plain=plain,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    mask=mask,
+    moment_bits=moment_bits,
+  )
+  return _notices.warning_of_ones(tx, b1=b1, b2=b2)
+
+
+def subspace_adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(0.25),
+  *,
+  update_proj_gap: Any = _default(200),
+  scale: Any = 1.0,
+  b1: Any = 0.9,
+  b2: Any = 0.999,
+  eps: Any = 1e-8,
+  eps_root: Any = 0.0,
+  limiter: Any = 1.01,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  stagger: bool = False,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """AdamW for whole matrices with the moments of a quarter of their rows.
+
+  Our recipe for memory: Adam in GoLore's Haar basis, drawn again every T steps
+  and not stored, first moments carried along, and Fira's residual at the
+  paper's alpha = 1. With N Adam's direction, L its limiter and phi the ratio of
+  |N| to |R| in each column,
+
+    W <- W - lr (P N + L(phi (G - P R))).
+
+  In a random basis every column has about r / m of its energy inside, so that
+  phi, and with it the step, is the same at every rank.
+
+  Args:
+    learning_rate: a float or a schedule, about Adam's.
+    rank: r, here a share of the short side; see `SubspaceSpec`.
+    update_proj_gap: T, steps between new bases.
+    scale: alpha, factor of what comes back from the subspace.
+    b1: decay of first moments.
+    b2: decay of second moments, which stay as they are when a basis moves.
+    eps: added to the root of second moments.
+    eps_root: added under that root; above 0 for derivatives through a step.
+    limiter: gamma, the most that the residual's norm may grow in a step.
+    plain: optimizer of the leaves that are not projected, Adam by default. It
+      returns directions along the gradient.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices take turns within each T steps.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of the bases.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: 2nr numbers, and a
+    few more.
+
+  Raises:
+    ValueError: see `SubspaceSpec`, `projectors.stiefel`, `residuals.fira`.
+    TypeError: likewise.
+
+  References:
+    Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024; He et al.,
+    `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.subspace_adamw(5e-3)
+  """
+  _check_static(
+    'subspace_adamw',
+    rank=rank,
+    update_proj_gap=update_proj_gap,
+    seed=seed,
+    moment_bits=moment_bits,
+  )
+  tx = _assemble(
+    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    projectors.stiefel(
+      _value(update_proj_gap), stagger=stagger, regenerate=True
+    ),
+    optax.scale_by_adam(b1, b2, eps, eps_root),
+    transport='first',
+    residual=residuals.fira(limiter),
+    scale=scale,
+    plain=plain,
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    mask=mask,
+    moment_bits=moment_bits,
+  )
+  return _notices.warning_of_ones(tx, b1=b1, b2=b2)
+
+
+def subspace_muon(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(0.25),
+  *,
+  update_proj_gap: Any = _default(200),
+  scale: Any = 8.0,
+  b: Any = 0.9,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  stagger: bool = False,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """Muon with the momentum of a random subspace, and no basis in its state.
+
+  Our recipe for quality: Muon orthogonalises momentum. Here the momentum is
+  that of r coordinates in a Haar basis, drawn again every T steps and carried
+  along by GoLore's C, and what is orthogonalised is momentum inside and this
+  step's gradient outside, E, each with the weight at which a constant gradient
+  would come out as it is:
+
+    M <- b M + R,   W <- W - lr alpha NS(P (R + b M) + E / (1 - b)).
+
+  Updates have singular values near `scale` times the learning rate (times
+  sqrt(out / in) for kernels that widen) whatever the rank and the width, so
+  that one learning rate serves all of them. A step costs Muon's products and
+  3 products with a basis.
+
+  Args:
+    learning_rate: a float or a schedule, about Adam's for embeddings, heads
+      and norms.
+    rank: r, here a share of the short side; see `SubspaceSpec`.
+    update_proj_gap: T, steps between new bases.
+    scale: alpha, the step of matrices over that of the other leaves.
+    b: decay of the momentum, in [0, 1).
+    plain: optimizer of the leaves that are not projected,
+      `optax.scale_by_adam()` by default; it returns directions along the
+      gradient, as `optax.adam(...)` does not.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices take turns within each T steps.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of the bases.
+    spec: takes the place of `rank` and `seed`; beside them it is an error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: nr, and a few
+    numbers.
+
+  Raises:
+    ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.stiefel`.
+    TypeError: see `projectors.stiefel`.
+
+  References:
+    Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024;
+    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.subspace_muon(5e-3)
+  """
+  if not isinstance(b, jax.Array) and not 0 <= b < 1:
+    raise ValueError(f'b must lie in [0, 1), got {b}.')
+  _check_static(
+    'subspace_muon',
+    rank=rank,
+    update_proj_gap=update_proj_gap,
+    seed=seed,
+    moment_bits=moment_bits,
+  )
+  tx = _assemble(
+    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    projectors.stiefel(
+      _value(update_proj_gap), stagger=stagger, regenerate=True
+    ),
+    optax.trace(b, nesterov=True),
+    transport='first',
+    residual=residuals.orthogonal(1.0 / (1.0 - b)),
+    scale=scale,
+    plain=_adam_or(plain, 'plain'),
+    learning_rate=learning_rate,
+    weight_decay=weight_decay,
+    mask=mask,
+    moment_bits=moment_bits,
+  )
+  return _notices.warning_of_ones(tx, b=b)
+
+
+# By name: what tests, benchmarks, the planner and the example trainer go over.
+READY_MADE: dict[str, Callable[..., Transformation]] = {
+  make.__name__: make
+  for make in (
+    galore,
+    golore,
+    online_subspace_descent,
+    fira_adamw,
+    apollo_adamw,
+    ldadamw,
+    subspace_adamw,
+    subspace_muon,
+  )
+}
+
+
+def _check_static(optimizer: str, **arguments: Any) -> None:
+  """Raises if any of the optimizer's arguments is an array, traced maybe."""
+  traced = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
+  if traced:
+    names = tuple(k for k, x in arguments.items() if _is_passed(x))
+    shown = ', '.join(f'{k}={x!r}' for k, x in traced.items())
+    raise TypeError(
+      f'{" and ".join(traced)} must be static, got {shown}; with '
+      'optax.inject_hyperparams, write optax.inject_hyperparams('
+      f'so.{optimizer}, static_args={names}).'
+    )
+
+
+def _is_passed(argument: Any) -> bool:
+  return argument is not None and not isinstance(argument, _Default)
+
+
+def _spec_or(
+  spec: _spec.SubspaceSpec | None, arguments: Mapping[str, Any], **rest: Any
+) -> _spec.SubspaceSpec:
+  """Returns the spec, or the one that the optimizer's arguments describe.
+
+  The latter takes a tree without matrices, too.
+
+  Args:
+    spec: what the caller passed.
+    arguments: of the optimizer, whose place the spec takes.
+    rest: further fields of a spec made of the arguments.
+  """
+  if spec is None:
+    fields = {name: _value(x) for name, x in arguments.items()}
+    return _spec.SubspaceSpec(**fields, allow_empty=True, **rest)
+  _spec.check_spec(spec)
+  passed = {k: x for k, x in arguments.items() if _is_passed(x)}
+  if passed:
+    shown = ', '.join(f'{name}={x!r}' for name, x in passed.items())
+    has = ', '.join(f'{name}={getattr(spec, name)!r}' for name in passed)
+    raise ValueError(
+      f'{shown} was passed beside a spec with {has}, which takes its place; '
+      f'leave it out, or write spec=so.SubspaceSpec({shown}, ...).'
+    )
+  return spec
+
+
+def _adam_or(
+  optimizer: optax.GradientTransformation | None, name: str
+) -> optax.GradientTransformation:
+  """Returns the optimizer of directions called `name`, by default Adam."""
+  if optimizer is None:
+    return optax.scale_by_adam()
+  return _sign.require_along(optimizer, name, with_params=name == 'plain')
+
+
+def _times(alpha: Any, learning_rate: Any) -> Any:
+  """Returns alpha times a learning rate or schedule."""
+  if callable(learning_rate):
+    return lambda count: alpha * learning_rate(count)
+  return alpha * learning_rate
+
+
+def _assemble(
+  spec: _spec.SubspaceSpec,
+  projector: projectors.Projector,
+  inner: optax.GradientTransformation,
+  *,
+  learning_rate: Any,
+  weight_decay: Any,
+  mask: Mask,
+  plain: optax.GradientTransformation | None,
+  moment_bits: Any,
+  every_k: int | None = None,
+  **how: Any,
+) -> Transformation:
+  """Returns `subspace` with decoupled weight decay and a learning rate.
+
+  `every_k` is None for one micro-step, since `inject_hyperparams` would trace
+  a number.
+  """
+  bits = _value(moment_bits)
+  if bits not in (8, 32):
+    raise ValueError(f'moment_bits must be 32 or 8, got {bits!r}.')
+
+  def in_bits(optimizer: Any) -> Any:
+    if bits == 32 or optimizer is None:
+      return optimizer
+    return _quantize_moments.quantize_moments(optimizer, bits, seed=spec.seed)
+
+  after = optax.chain(
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+  return _subspace.subspace(
+    spec,
+    projector,
+    in_bits(inner),
+    plain=in_bits(plain),
+    every_k=1 if every_k is None else every_k,
+    after=after,
+    **how,
+  )

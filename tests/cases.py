@@ -19,18 +19,15 @@ import optax
 import subspace_optax as so
 from subspace_optax import projectors
 
-# The ready-made optimizers.
-READY_MADE = (
-  'galore',
-  'golore',
-  'online_subspace_descent',
-  'fira_adamw',
-  'apollo_adamw',
-  'ldadamw',
-  'subspace_adamw',
-  'subspace_muon',
-)
+READY_MADE = tuple(so.optimizers.READY_MADE)
 LEARNING_RATE = 0.02
+
+
+def inner_of(name: str) -> str:
+  """Returns what a ready-made optimizer calls its inner optimizer."""
+  return 'base_optimizer' if name == 'galore' else 'inner'
+
+
 STEPS = 6
 
 jit = functools.partial(
@@ -193,7 +190,7 @@ CASES = {
       LEARNING_RATE,
       update_proj_gap=2,
       random_from=3,
-      base_optimizer=optax.trace(0.9),
+      inner=optax.trace(0.9),
       spec=_spec(leaves),
     ),
     inner=lambda: optax.trace(0.9),

@@ -201,8 +201,9 @@ def _along():
 @pytest.mark.parametrize('kind', _against())
 @pytest.mark.parametrize('factory', FACTORIES)
 def test_base_optimizer_that_would_climb_fails_at_init(kind, factory):
-  tx = factory(0.5, rank=2, base_optimizer=_against()[kind])
-  with errors.raises(ValueError, 'base_optimizer', 'optax.scale_by_adam()'):
+  name = cases.inner_of(factory.__name__)
+  tx = factory(0.5, rank=2, **{name: _against()[kind]})
+  with errors.raises(ValueError, name, 'optax.scale_by_adam()'):
     jax.eval_shape(tx.init, PARAMS)
 
 
@@ -211,7 +212,8 @@ def test_optimizers_of_directions_are_taken(kind):
   along = _along()[kind]
   spec = so.SubspaceSpec(2, side='in')
   for factory in (so.galore, so.online_subspace_descent):
-    jax.eval_shape(factory(0.5, rank=2, base_optimizer=along).init, PARAMS)
+    name = cases.inner_of(factory.__name__)
+    jax.eval_shape(factory(0.5, rank=2, **{name: along}).init, PARAMS)
   jax.eval_shape(so.subspace_muon(0.5, rank=2, plain=along).init, PARAMS)
   loop = so.rso.subproblems(spec, optax.chain(along, optax.scale(-1.0)))
   jax.eval_shape(loop.init, PARAMS)
@@ -355,8 +357,8 @@ def test_online_pca_without_an_optimizer(optimizer):
     projectors.svd,
     projectors.stiefel,
     lambda gap: so.galore(1e-3, 2, gap),
-    lambda gap: so.golore(1e-3, 2, gap),
-    lambda gap: so.golore(1e-3, 2, gap, random_from=3),
+    lambda gap: so.golore(1e-3, 2, update_proj_gap=gap),
+    lambda gap: so.golore(1e-3, 2, update_proj_gap=gap, random_from=3),
   ],
   ids=['svd', 'stiefel', 'galore', 'golore', 'golore_late'],
 )
@@ -376,7 +378,7 @@ def test_update_proj_gap_that_is_no_int(gap):
   [
     ('update_proj_gap', projectors.svd),
     ('update_proj_gap', lambda n: so.galore(1e-3, 2, n)),
-    ('update_proj_gap', lambda n: so.subspace_muon(1e-3, 2, n)),
+    ('update_proj_gap', lambda n: so.subspace_muon(1e-3, 2, update_proj_gap=n)),
     ('update_proj_gap', lambda n: _subproblems(update_proj_gap=n)),
     ('start', projectors.LazyGap),
     ('factor', lambda n: projectors.LazyGap(factor=n)),
@@ -457,7 +459,7 @@ def test_metrics_of_a_state_without_project():
 def test_noise_does_not_decide_on_which_side_an_optimizer_steps():
   for seed in range(4):
     noisy = optax.chain(optax.add_noise(1.0, 0.55, seed), optax.scale_by_adam())
-    so.golore(0.1, rank=2, base_optimizer=noisy).init({'w': jnp.ones((8, 12))})
+    so.golore(0.1, rank=2, inner=noisy).init({'w': jnp.ones((8, 12))})
 
 
 def test_a_learning_rate_in_inner_and_another_after():

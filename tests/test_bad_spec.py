@@ -24,14 +24,7 @@ def _project(spec=SPEC, projector=None):
 
 
 FACTORIES = [so.galore, so.golore, so.online_subspace_descent]
-READY_MADE = [
-  *FACTORIES,
-  so.fira_adamw,
-  so.apollo_adamw,
-  so.ldadamw,
-  so.subspace_adamw,
-  so.subspace_muon,
-]
+READY_MADE = list(so.optimizers.READY_MADE.values())
 every_factory = pytest.mark.parametrize(
   'factory', READY_MADE, ids=lambda factory: factory.__name__
 )
@@ -135,7 +128,7 @@ def test_rank_beside_a_spec(factory, rank):
   factory(1e-3, spec=spec)
 
 
-@pytest.mark.parametrize('factory', READY_MADE[1:])
+@pytest.mark.parametrize('factory', READY_MADE)
 @pytest.mark.parametrize('seed', [0, 3])
 def test_seed_beside_a_spec(factory, seed):
   with errors.raises(ValueError, f'seed={seed}', 'seed=7', 'spec'):

@@ -195,7 +195,7 @@ def _matrix_loss(params, x):
 def _matrix_program(m, n, r, b, compress, side='in'):
   """Returns the compiled step of one layer."""
   spec = so.SubspaceSpec(r, side=side)
-  tx = so.golore(1e-3, base_optimizer=optax.identity(), spec=spec)
+  tx = so.golore(1e-3, inner=optax.identity(), spec=spec)
   make = rso.compressed_step if compress else _whole_step
   params = {'w': jnp.zeros((m, n), jnp.float32)}
   x = jnp.zeros((b, m), jnp.float32)
@@ -387,7 +387,7 @@ def test_bfloat16_parameters_learn_and_keep_their_types():
     y = rso.dot(x, params['w']).astype(jnp.float32)
     return jnp.mean((y - x.astype(jnp.float32) @ target) ** 2)
 
-  tx = so.golore(0.1, 8, 5)
+  tx = so.golore(0.1, 8, update_proj_gap=5)
   params = {'w': jnp.zeros((16, 24), jnp.bfloat16)}
   step = rso.compressed_step(loss, tx)
   _, _, losses = _run(step, tx, params, 100, lambda _: x)

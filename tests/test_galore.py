@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+import cases
 import references as ref
 import subspace_optax as so
 
@@ -245,7 +246,12 @@ def test_full_rank_sgd_is_sgd(recipe):
   loss = lambda p: sum(jnp.sum(jnp.cos(x)) for x in p.values())
   spec = so.SubspaceSpec(1.0, only_if_smaller=False)
   make = getattr(so, recipe)
-  tx = make(0.1, update_proj_gap=2, base_optimizer=optax.identity(), spec=spec)
+  tx = make(
+    0.1,
+    update_proj_gap=2,
+    spec=spec,
+    **{cases.inner_of(recipe): optax.identity()},
+  )
   ours = trajectory(tx, params, loss, 6)
   sgd = trajectory(optax.sgd(0.1), params, loss, 6)
   for name in params:

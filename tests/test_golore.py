@@ -47,7 +47,7 @@ def test_momentum_projection(inner):
     ref.RANK,
     GAP,
     0.5,
-    base_optimizer=optimizer if inner == 'momentum' else None,
+    inner=optimizer if inner == 'momentum' else None,
     weight_decay=0.2,
     mask={'tall': False, 'stack': True, 'vec': True},
   )

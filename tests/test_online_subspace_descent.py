@@ -30,7 +30,7 @@ RECIPES = {
       'scale': 0.25,
       'alpha': 2.0,
       'orthogonality': 1.0,
-      'base_optimizer': optax.scale_by_lion(),
+      'inner': optax.scale_by_lion(),
       'weight_decay': 0.3,
       'mask': {'tall': False, 'stack': True, 'vec': True},
     },

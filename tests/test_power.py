@@ -130,7 +130,7 @@ def test_ldadam():
     SPEC,
     so.projectors.power_iteration(1, RHO),
     optax.scale_by_adam(b1=RHO, b2=0.99),
-    transport=so.transports.both(0.9, 0.999),
+    transport=so.transports.both(RHO, 0.99),
   )
   update = ref.jit(tx.update)
   grads = [gradients(t) for t in range(8)]

@@ -194,9 +194,9 @@ def derivatives(tx, params, gradient):
 _ADAM = optax.scale_by_adam(eps_root=0.01)
 _ROOTS = {
   'galore': {'base_optimizer': _ADAM},
-  'golore': {'base_optimizer': _ADAM},
+  'golore': {'inner': _ADAM},
   'online_subspace_descent': {
-    'base_optimizer': _ADAM,
+    'inner': _ADAM,
     'basis_optimizer': optax.adam(1e-3, eps_root=0.01),
   },
   'fira_adamw': {'eps_root': 0.01},

@@ -387,10 +387,10 @@ def test_another_optimizer_is_refused():
   _refused(
     online, state, params, 'projector', 'PeriodicState', 'OnlinePcaState'
   )
-  lion = so.golore(0.1, base_optimizer=optax.scale_by_lion(), spec=_spec(4))
+  lion = so.golore(0.1, inner=optax.scale_by_lion(), spec=_spec(4))
   _refused(lion, state, params, '0/1/inner', 'ScaleByAdamState')
   # The same fields, but not the same rule.
-  belief = so.golore(0.1, base_optimizer=optax.scale_by_belief(), spec=_spec(4))
+  belief = so.golore(0.1, inner=optax.scale_by_belief(), spec=_spec(4))
   _refused(belief, state, params, '0/1/inner', 'ScaleByBeliefState')
   _refused(optax.adam(0.1), state, params, 'no `subspace_optax.project`')
 

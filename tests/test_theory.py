@@ -108,7 +108,7 @@ def golore(inner, random_from=0):
     LR,
     update_proj_gap=GAP,
     random_from=random_from,
-    base_optimizer=inner,
+    inner=inner,
     spec=spec(R),
   )
 
@@ -264,9 +264,7 @@ def test_golore_follows_theorem_4():
     )
     eta, tau = p.learning_rate, p.update_proj_gap
     inner = msgd(p.b1)
-    tx = so.golore(
-      eta, update_proj_gap=tau, base_optimizer=inner, spec=spec(share)
-    )
+    tx = so.golore(eta, update_proj_gap=tau, inner=inner, spec=spec(share))
     measure = lambda w: jnp.mean(jnp.sum(w**2, (1, 2)))[None]
     means.append(descend(tx, w, steps, gradient, measure)[:-1].mean())
     rates.append(p.rate)

@@ -71,7 +71,7 @@ def golore(
     lr,
     update_proj_gap=gap,
     random_from=random_from,
-    base_optimizer=inner,
+    inner=inner,
     spec=spec(),
   )
 

@@ -71,7 +71,7 @@ def gradient_error() -> float:
 def losses(compressed: bool) -> np.ndarray:
   """Of all steps of GoLore."""
   loss, params = problem()
-  tx = so.golore(0.01, RANK, GAP)
+  tx = so.golore(0.01, RANK, update_proj_gap=GAP)
 
   def whole(params, state, x):
     value, gradients = jax.value_and_grad(loss)(params, x)

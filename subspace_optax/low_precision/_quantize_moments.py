@@ -281,7 +281,8 @@ def encoded(new: Any, state: EightBitState, noise: Any) -> EightBitState:
         _noise.salt(noise[0], f'{moments.path} {path}'),
         noise[1],
       )
-      return _encode(*args, salt)
+      x, codes, scales = args
+      return _encode(x, codes, scales, salt)
 
     old = codes[moments.path]
     paths = jax.tree.map_with_path(lambda path, _: _tree.path_str(path), old)

@@ -134,7 +134,7 @@ def _gaussian8bit(s: Settings) -> Any:
 
 
 def _subspace_adamw8bit(s: Settings) -> Any:
-  return so.subspace_adamw(_LR, spec=_spec(_eight_bit(s)), eight_bit=True)
+  return so.subspace_adamw(_LR, spec=_spec(_eight_bit(s)), moment_bits=8)
 
 
 def _ours(make: Callable[..., Any]) -> Callable[[Settings], Any]:
@@ -158,16 +158,15 @@ METHODS: dict[str, Method] = {
   'golore': Method(_golore, True, True),
   'golore8bit': Method(_golore8bit, True, True),
   'gaussian8bit': Method(_gaussian8bit, True, True),
-  'online_subspace_descent': Method(
-    _ours(so.online_subspace_descent), ranked=True
-  ),
-  'fira_adamw': Method(_ours(so.fira_adamw), ranked=True),
-  'apollo_adamw': Method(_ours(so.apollo_adamw), True, True),
-  'ldadamw': Method(_ours(so.ldadamw), ranked=True),
-  'subspace_adamw': Method(_ours(so.subspace_adamw), True, True),
   'subspace_adamw8bit': Method(_subspace_adamw8bit, True, True),
-  'subspace_muon': Method(_ours(so.subspace_muon), True, True),
   'rso': Method(_rso, ranked=True, random=True),
+}
+# Those that draw their bases again in any case.
+_RANDOM = ('apollo_adamw', 'subspace_adamw', 'subspace_muon')
+METHODS |= {
+  name: Method(_ours(make), ranked=True, random=name in _RANDOM)
+  for name, make in so.optimizers.READY_MADE.items()
+  if name not in METHODS
 }
 
 

@@ -132,6 +132,9 @@ def _move_leaf(
   batch = layout.coords_batch
   first = tuple(range(len(batch)))
 
+  move_moment = transport.move
+  assert move_moment is not None  # `carry` is for transports that have one
+
   def like_coords(x: Any) -> Any:
     if x is None or x.ndim == 0:
       return x
@@ -141,7 +144,7 @@ def _move_leaf(
 
   def moved() -> jax.Array:
     old = like_coords(value)
-    new = transport.move(
+    new = move_moment(
       Moment(
         old,
         kind,

@@ -96,7 +96,7 @@ def both(b1: Any, b2: Any) -> _base.Transport:
       return _map_mean(moment)
     if moment.mean is None:
       return moment.mix(jnp.square(moment.transition), moment.value)
-    return _map_square(moment, b1, b2)
+    return _map_square(moment, moment.mean, b1, b2)
 
   return _base.Transport('both', move)
 
@@ -141,10 +141,12 @@ def _map_mean(moment: _base.Moment) -> jax.Array:
   return moment.mix(moment.transition, moment.value)
 
 
-def _map_square(moment: _base.Moment, b1: Any, b2: Any) -> jax.Array:
+def _map_square(
+  moment: _base.Moment, mean: jax.Array, b1: Any, b2: Any
+) -> jax.Array:
   weight = _debias(b2, moment.count)
   square = _linalg.widen(moment.value)
-  mean = _linalg.widen(moment.mean) / _debias(b1, moment.count)
+  mean = _linalg.widen(mean) / _debias(b1, moment.count)
   variance = square / weight - jnp.square(mean)
   c = moment.transition
   new = moment.mix(jnp.square(c), variance)

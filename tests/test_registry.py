@@ -1,0 +1,112 @@
+"""One row in the registry of ready-made optimizers is all that one needs."""
+
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cases
+import errors
+import subspace_optax as so
+
+ROOT = pathlib.Path(__file__).parents[1]
+KEYWORDS = (
+  'update_proj_gap',
+  'scale',
+  'inner',
+  'plain',
+  'weight_decay',
+  'mask',
+  'every_k',
+  'stagger',
+  'moment_bits',
+  'seed',
+  'spec',
+)
+PARAMS = {'up': jnp.ones((128, 256)), 'bias': jnp.ones(256)}
+
+
+@pytest.mark.parametrize('name', cases.READY_MADE)
+def test_signatures_are_alike(name):
+  """(learning_rate, rank, *, keywords in one order), `galore` as contrib's."""
+  make = so.optimizers.READY_MADE[name]
+  assert getattr(so, name) is make
+  arguments = inspect.signature(make).parameters
+  kinds = [x.kind for x in arguments.values()]
+  first = 8 if name == 'galore' else 2
+  assert kinds[:first] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * first
+  assert set(kinds[first:]) == {inspect.Parameter.KEYWORD_ONLY}
+  assert list(arguments)[:2] == ['learning_rate', 'rank']
+  if name == 'galore':
+    contrib = inspect.signature(optax.contrib.galore).parameters
+    assert list(arguments)[:8] == list(contrib)[:8]
+  shared = [k for k in arguments if k in KEYWORDS and k in list(arguments)[2:]]
+  always = {'scale', 'plain', 'weight_decay', 'mask', 'moment_bits', 'seed'}
+  assert always | {'spec'} <= set(shared)
+  if name != 'galore':
+    assert shared == [k for k in KEYWORDS if k in shared]
+
+
+@pytest.mark.parametrize('name', cases.READY_MADE)
+def test_moments_in_8_bits(name):
+  """Of every one: few floats left, and the same step at first."""
+  make = so.optimizers.READY_MADE[name]
+  states, updates = [], []
+  for bits in (32, 8):
+    tx = make(0.1, rank=32, moment_bits=bits)
+    state = tx.init(PARAMS)
+    gradient = jax.tree.map(
+      lambda x: jax.random.normal(jax.random.key(x.ndim), x.shape), PARAMS
+    )
+    update, state = cases.jit(tx.update)(gradient, state, PARAMS)
+    updates.append(update)
+    states.append(state)
+  dtypes = {x.dtype for x in jax.tree.leaves(states[1])}
+  assert jnp.dtype('int8') in dtypes
+  assert jnp.dtype('int8') not in {x.dtype for x in jax.tree.leaves(states[0])}
+  error = np.linalg.norm(updates[1]['up'] - updates[0]['up'])
+  assert error <= 0.1 * np.linalg.norm(updates[0]['up'])
+
+
+@pytest.mark.parametrize('bits', [4, 16, None, '8'])
+def test_other_moment_bits(bits):
+  with errors.raises(ValueError, 'moment_bits', repr(bits)):
+    so.golore(1e-3, moment_bits=bits)
+
+
+DUMMY = """
+import sys
+for folder in ('examples', 'benchmarks', 'tests'):
+  sys.path.append({root!r} + '/' + folder)
+import jax.numpy as jnp
+import subspace_optax as so
+
+def dummy(learning_rate, rank=8, *, update_proj_gap=10, seed=0, spec=None):
+  spec = spec or so.SubspaceSpec(rank, seed=seed, allow_empty=True)
+  return so.golore(learning_rate, update_proj_gap=update_proj_gap, spec=spec)
+
+so.optimizers.READY_MADE['dummy'] = dummy
+import cases, methods, recipes, settings
+from subspace_optax import plan
+assert 'dummy' in cases.READY_MADE
+assert 'dummy' in methods.METHODS
+methods.METHODS['dummy'].make(1e-3, 4, 5, 0).init({{'w': jnp.ones((16, 32))}})
+plan.optimizer('dummy', rank=4).init({{'w': jnp.ones((16, 32))}})
+made = recipes.make(settings.Config(optimizer='dummy', rank=4))
+made.init({{'kernel': jnp.ones((16, 32))}})
+"""
+
+
+def test_a_new_row_is_known_everywhere():
+  """To tests, benchmarks, the planner and the example trainer."""
+  program = DUMMY.format(root=str(ROOT))
+  done = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
