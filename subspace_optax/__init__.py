@@ -1,72 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training in gradient subspaces: composable optax transformations."""
+"""Training in gradient subspaces: composable optax transformations.
 
-import importlib
+The gradient of a matrix is projected on a subspace of rank r, an optimizer runs
+on its coordinates there, and directions come back as updates of the matrix:
 
-from subspace_optax import projectors as projectors
-from subspace_optax import residuals as residuals
-from subspace_optax import rso as rso
-from subspace_optax import transports as transports
-from subspace_optax._chain._describe import describe as describe
-from subspace_optax._chain._in_subspace import in_subspace as in_subspace
-from subspace_optax._chain._project import project as project
-from subspace_optax._chain._spec import DimensionNumbers as DimensionNumbers
-from subspace_optax._chain._spec import SubspaceSpec as SubspaceSpec
-from subspace_optax._chain._subspace import subspace as subspace
-from subspace_optax._chain._unproject import unproject as unproject
-from subspace_optax._matrix._boxes import register_box as register_box
-from subspace_optax._matrix._projected import Projected as Projected
-from subspace_optax._theory import TheoremParameters as TheoremParameters
-from subspace_optax._theory import theorem_parameters as theorem_parameters
-from subspace_optax.low_precision._quantize_moments import (
-  quantize_moments as quantize_moments,
-)
-from subspace_optax.low_precision._quantize_moments import (
-  scale_by_adam8bit as scale_by_adam8bit,
-)
-from subspace_optax.low_precision._quantize_moments import (
-  scale_by_lion8bit as scale_by_lion8bit,
-)
-from subspace_optax.low_precision._round_updates import (
-  round_updates as round_updates,
-)
-from subspace_optax.optimizers import apollo_adamw as apollo_adamw
-from subspace_optax.optimizers import fira_adamw as fira_adamw
-from subspace_optax.optimizers import galore as galore
-from subspace_optax.optimizers import golore as golore
-from subspace_optax.optimizers import ldadamw as ldadamw
-from subspace_optax.optimizers import (
-  online_subspace_descent as online_subspace_descent,
-)
-from subspace_optax.optimizers import subspace_adamw as subspace_adamw
-from subspace_optax.optimizers import subspace_muon as subspace_muon
-from subspace_optax.state._maxtext import (
-  dimension_numbers_from_paths as dimension_numbers_from_paths,
-)
-from subspace_optax.state._memory import MemoryReport as MemoryReport
-from subspace_optax.state._memory import memory_report as memory_report
-from subspace_optax.state._metrics import subspace_metrics as subspace_metrics
-from subspace_optax.state._resize import resize_rank as resize_rank
-from subspace_optax.state._state_sharding import (
-  state_sharding as state_sharding,
-)
-from subspace_optax.steps._data_parallel import (
-  data_parallel_step as data_parallel_step,
-)
-from subspace_optax.steps._layerwise import Layerwise as Layerwise
-from subspace_optax.steps._layerwise import (
-  LayerwiseAuxMetrics as LayerwiseAuxMetrics,
-)
-from subspace_optax.steps._layerwise import LayerwiseMetrics as LayerwiseMetrics
-from subspace_optax.steps._layerwise import LayerwiseState as LayerwiseState
-from subspace_optax.steps._layerwise import layerwise as layerwise
-from subspace_optax.transports._moments import (
-  register_moments as register_moments,
-)
+  project -> in_subspace -> unproject, or `subspace`, which chains them.
+
+A subspace optimizer is a choice of each of these:
+
+  SubspaceSpec   which leaves, as which matrices, at which rank
+  projectors     how bases are found and moved
+  an optax transformation, which runs on coordinates; `quantize_moments` keeps
+                 its moments in 8 bits
+  transports     what happens to its moments when a basis moves
+  residuals      what happens to the rest of the gradient
+
+Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
+`apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`.
+
+Before and during training: `describe`, `memory_report`, `subspace_metrics`,
+`state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`. Steps that
+need more than gradients: `layerwise`, `data_parallel_step`, `rso`.
+"""
+
+from subspace_optax import projectors
+from subspace_optax import residuals
+from subspace_optax import rso
+from subspace_optax import transports
+from subspace_optax._chain._describe import describe
+from subspace_optax._chain._in_subspace import in_subspace
+from subspace_optax._chain._project import project
+from subspace_optax._chain._spec import DimensionNumbers
+from subspace_optax._chain._spec import SubspaceSpec
+from subspace_optax._chain._subspace import subspace
+from subspace_optax._chain._unproject import unproject
+from subspace_optax._matrix._boxes import register_box
+from subspace_optax._matrix._projected import Projected
+from subspace_optax._theory import TheoremParameters
+from subspace_optax._theory import theorem_parameters
+from subspace_optax.low_precision._quantize_moments import quantize_moments
+from subspace_optax.low_precision._quantize_moments import scale_by_adam8bit
+from subspace_optax.low_precision._quantize_moments import scale_by_lion8bit
+from subspace_optax.low_precision._round_updates import round_updates
+from subspace_optax.optimizers import apollo_adamw
+from subspace_optax.optimizers import fira_adamw
+from subspace_optax.optimizers import galore
+from subspace_optax.optimizers import golore
+from subspace_optax.optimizers import ldadamw
+from subspace_optax.optimizers import online_subspace_descent
+from subspace_optax.optimizers import subspace_adamw
+from subspace_optax.optimizers import subspace_muon
+from subspace_optax.state._maxtext import dimension_numbers_from_paths
+from subspace_optax.state._memory import MemoryReport
+from subspace_optax.state._memory import memory_report
+from subspace_optax.state._metrics import subspace_metrics
+from subspace_optax.state._resize import resize_rank
+from subspace_optax.state._state_sharding import state_sharding
+from subspace_optax.steps._data_parallel import data_parallel_step
+from subspace_optax.steps._layerwise import Layerwise
+from subspace_optax.steps._layerwise import LayerwiseAuxMetrics
+from subspace_optax.steps._layerwise import LayerwiseMetrics
+from subspace_optax.steps._layerwise import LayerwiseState
+from subspace_optax.steps._layerwise import layerwise
+from subspace_optax.transports._moments import register_moments
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'DimensionNumbers',
+  'Layerwise',
+  'LayerwiseAuxMetrics',
+  'LayerwiseMetrics',
+  'LayerwiseState',
+  'MemoryReport',
+  'Projected',
+  'SubspaceSpec',
+  'TheoremParameters',
+  'apollo_adamw',
+  'data_parallel_step',
+  'describe',
+  'dimension_numbers_from_paths',
+  'fira_adamw',
+  'galore',
+  'golore',
+  'in_subspace',
+  'layerwise',
+  'ldadamw',
+  'memory_report',
+  'online_subspace_descent',
+  'project',
+  'projectors',
+  'quantize_moments',
+  'register_box',
+  'register_moments',
+  'residuals',
+  'resize_rank',
+  'round_updates',
+  'rso',
+  'scale_by_adam8bit',
+  'scale_by_lion8bit',
+  'state_sharding',
+  'subspace',
+  'subspace_adamw',
+  'subspace_metrics',
+  'subspace_muon',
+  'theorem_parameters',
+  'transports',
+  'unproject',
+]
 
 
 def __getattr__(name: str):
   """Imports `plan` when it is asked for: run by -m, it must not be there."""
   if name != 'plan':
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  import importlib
+
   return importlib.import_module('subspace_optax.plan')

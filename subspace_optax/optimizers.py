@@ -6,10 +6,13 @@ they are; `galore` takes the arguments of `optax.contrib.galore` before them.
 """
 
 from collections.abc import Callable, Mapping
+import inspect
+import numbers
 import operator
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 import optax
 
 from subspace_optax import projectors
@@ -832,6 +835,18 @@ def _times(alpha: Any, learning_rate: Any) -> Any:
   return alpha * learning_rate
 
 
+def _check_number(name: str, value: Any, rest: str = '') -> None:
+  """Raises for what is in the place of a number, as by its position."""
+  if isinstance(value, jax.Array | np.ndarray) or (rest and callable(value)):
+    return
+  if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    names = ', '.join(inspect.signature(galore).parameters)
+    raise TypeError(
+      f'{name} must be a number {rest}'.rstrip() + f', got {value!r}; the '
+      f'arguments of galore are ({names}), those of the others keywords.'
+    )
+
+
 def _assemble(
   spec: _spec.SubspaceSpec,
   projector: projectors.Projector,
@@ -850,6 +865,9 @@ def _assemble(
   `every_k` is None for one micro-step, since `inject_hyperparams` would trace
   a number.
   """
+  _check_number('learning_rate', learning_rate, 'or a schedule')
+  _check_number('scale', how['scale'])
+  _check_number('weight_decay', weight_decay, 'or a schedule')
   bits = _value(moment_bits)
   if bits not in (8, 32):
     raise ValueError(f'moment_bits must be 32 or 8, got {bits!r}.')

@@ -471,3 +471,103 @@ def test_a_learning_rate_in_inner_and_another_after():
   )
   with errors.raises(ValueError, 'inner', '`after`', 'scale_by_adam'):
     tx.init({'w': jnp.ones((8, 12))})
+
+
+# --- Pieces in the wrong places, and what poses as something else ------------
+
+
+def _between(middle, *, behind='project'):
+  """The three pieces with a transformation between two of them."""
+  pieces = [
+    so.project(SPEC, projectors.stiefel(2)),
+    so.in_subspace(optax.scale_by_adam(), SPEC),
+    so.unproject(),
+  ]
+  pieces.insert({'project': 1, 'in_subspace': 2}[behind], middle)
+  return optax.chain(*pieces)
+
+
+@pytest.mark.parametrize('behind', ['project', 'in_subspace'])
+@pytest.mark.parametrize(
+  'middle',
+  [optax.clip(1.0), optax.scale(0.1), optax.scale_by_learning_rate(0.1)],
+  ids=['clip', 'scale', 'learning rate'],
+)
+def test_what_maps_over_arrays_between_the_pieces(middle, behind):
+  """It would change the bases, too."""
+  tx = _between(middle, behind=behind)
+  with errors.raises(ValueError, 'was changed before', 'basis included'):
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_what_lets_the_arrays_be_may_stand_between_the_pieces():
+  tx = _between(optax.masked(optax.identity(), True))
+  wanted = _between(optax.identity())
+  updates = [x.update(PARAMS, x.init(PARAMS), PARAMS)[0] for x in (tx, wanted)]
+  jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
+def test_no_unproject():
+  tx = optax.chain(
+    so.project(SPEC, projectors.stiefel(2)),
+    so.in_subspace(optax.scale_by_adam(), SPEC),
+  )
+  updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+  with errors.raises(TypeError, 'chain `subspace_optax.unproject`'):
+    optax.apply_updates(PARAMS, updates)
+
+
+@pytest.mark.parametrize(
+  'inner',
+  [optax.contrib.scale_by_muon(), optax.contrib.scale_by_muon(beta=0.9)],
+)
+def test_optimizers_of_one_matrix(inner):
+  with errors.raises(ValueError, 'per_matrix=True', 'plain='):
+    so.golore(1e-3, rank=2, inner=inner).init(PARAMS)
+
+
+def test_lifted_leaf_as_an_array():
+  lifted = so.rso.lift(
+    {'w': jnp.ones((8, 16))}, {'w': jnp.ones((8, 2))}, None, so.SubspaceSpec(2)
+  )
+  x = jnp.ones((4, 8))
+  for use in (
+    lambda w: x @ w,
+    lambda w: w @ x.T,
+    lambda w: 2 * w,
+    lambda w: w - 1,
+    lambda w: jax.grad(lambda w: jnp.sum(x @ w))(w),
+  ):
+    with errors.raises(TypeError, "'w'", 'rso.dot(x, w)', 'exclude'):
+      use(lifted['w'])
+
+
+@pytest.mark.parametrize(
+  'name, arguments',
+  [
+    ('learning_rate', (optax.scale_by_adam(), 8)),
+    ('scale', (1e-3, 8, 200, optax.scale_by_adam())),
+    ('scale', (1e-3, 8, 200, True)),
+    ('base_optimizer', (1e-3, 8, 200, 0.25, 0.01)),
+    ('weight_decay', (1e-3, 8, 200, 0.25, None, None)),
+    ('update_proj_gap', (1e-3, 8, 0.25)),
+  ],
+)
+def test_positional_arguments_of_galore_in_another_order(name, arguments):
+  with errors.raises(TypeError, f'{name} must be', 'got'):
+    so.galore(*arguments)
+
+
+@pytest.mark.parametrize('name', ['golore', 'apollo_adamw', 'subspace_muon'])
+def test_state_of_another_rank(name):
+  make = getattr(so, name)
+  params = {'w': jnp.ones((16, 32))}
+  state = make(1e-3, rank=2).init(params)
+  with errors.raises(ValueError, "'w'", 'resize_rank'):
+    make(1e-3, rank=4).update(params, state, params)
+
+
+def test_adafactor_in_a_ready_made_optimizer():
+  inner = optax.scale_by_factored_rms()
+  with errors.raises(ValueError, "so.subspace(..., params='coordinates')"):
+    so.galore(1e-3, rank=2, base_optimizer=inner).init(PARAMS)

@@ -117,6 +117,8 @@ def in_subspace(
     mine = templates if plain is None else _split(templates, layouts)[0]
     alone = _per_matrix.per_matrix(inner, batch_axes) if each else inner
     _check_params(alone, mine, takes_params)
+    if not each:
+      _check_trees(inner, mine, layouts, batch_axes)
     state = run.init(templates)
     if transport.move is not None:
       _moments.check_registered(
@@ -288,27 +290,43 @@ def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   return layout.place_coords(jnp.zeros, static, (), match.leaf)
 
 
+def _works(run: Any, tree: Any, params: Any) -> bool:
+  """Whether an optimizer takes a step on a tree, as far as types tell."""
+  try:
+    jax.eval_shape(lambda u, p: run.update(u, run.init(u), p), tree, params)
+    return True
+  except Exception:  # for any reason: an extra argument may be missing, too
+    return False
+
+
+def _check_trees(
+  inner: Any, templates: Any, layouts: Any, batch_axes: _per_matrix.BatchAxes
+) -> None:
+  """Raises if the inner optimizer can only see one matrix at a time."""
+  if _works(inner, templates, None) or _works(inner, templates, templates):
+    return
+  alone = _per_matrix.per_matrix(inner, batch_axes)
+  matrices = _split(templates, layouts)[0]
+  if jax.tree.leaves(matrices) and _works(alone, matrices, None):
+    raise ValueError(
+      'inner fails on a tree of coordinates and works on one matrix at a time, '
+      'as Muon does: so.subspace(..., per_matrix=True, plain='
+      'optax.scale_by_adam()) gives it one.'
+    )
+
+
 def _check_params(run: Any, templates: Any, takes_params: bool) -> None:
   """Raises if the inner optimizer needs params that it does not get."""
-
-  def works(params: Any) -> bool:
-    try:
-      jax.eval_shape(
-        lambda u, p: run.update(u, run.init(u), p), templates, params
-      )
-      return True
-    except Exception:  # for any reason: an extra argument may be missing, too
-      return False
-
   if not jax.tree.leaves(templates):
     return
+  works = functools.partial(_works, run, templates)
   if not takes_params and not works(None) and works(templates):
     raise ValueError(
-      "inner needs params; params='coordinates' gives it their coordinates "
-      'in the subspace. For weight decay of the whole matrix, use '
-      '`weight_decay` of the ready-made optimizers or chain '
-      '`optax.add_decayed_weights` after `unproject`, with '
-      '`optax.scale_by_adam` in place of `optax.adamw` here.'
+      "inner needs params: so.subspace(..., params='coordinates') gives it "
+      'their coordinates in the subspace, which no ready-made optimizer does. '
+      'For weight decay of the whole matrix, use `weight_decay` of the '
+      'ready-made optimizers or chain `optax.add_decayed_weights` after '
+      '`unproject`, with `optax.scale_by_adam` in place of `optax.adamw` here.'
     )
   if takes_params and _copies_params(run, templates):
     raise ValueError(
@@ -338,7 +356,10 @@ def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
   """Raises where `project` should have been, and was not."""
   if any(_is_projected(entry) for _, entry in pairs):
     for path, entry in pairs:
-      if _is_projected(entry) and entry.direction is not None:
+      if not _is_projected(entry):
+        continue
+      _projected.check_intact(path, entry, 'in_subspace')
+      if entry.direction is not None:
         raise ValueError(
           f'gradient {path!r} went through `in_subspace` already; chain '
           '`project`, `in_subspace` and `unproject` in this order, once.'
@@ -364,7 +385,8 @@ def _check_moments(runner: Any, state: Any, coords: Any) -> None:
       raise ValueError(
         f'gradient {path!r} has coordinates of shape {coord.shape}, but init '
         f'made moments of shape {moment.shape}; give update the tree that init '
-        'was given.'
+        'was given, or take a state of another rank over by '
+        'subspace_optax.resize_rank.'
       )
 
   optax.tree.map_params(

@@ -291,5 +291,6 @@ def _not_made(
   return (
     f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, but '
     f'init made {found}; give update the tree that init was given, in the same '
-    'boxes, or call init once in this process.'
+    'boxes, or call init once in this process. A state of another rank is '
+    'taken over by subspace_optax.resize_rank.'
   )

@@ -409,6 +409,7 @@ def _node(
     old_mean=None,
     mean=None,
     direction=None,
+    intact=jnp.array(True),
     layout=dataclasses.replace(matrix.layout, axis_name=None),
     orthonormal=orthonormal,
     dtype=matrix.gradient.dtype,

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from subspace_optax._matrix import _layout
 
@@ -51,8 +52,8 @@ class Projected:
   """A matrix in the coordinates of its subspace, on its way down the chain.
 
   Made by `project`, given a direction by `in_subspace`, and turned into a full
-  update by `unproject`. An elementwise transformation placed between those
-  acts on every array in here, the basis included.
+  update by `unproject`. A transformation between those that maps over arrays
+  would change every array in here, the basis included: the pieces refuse that.
 
   Attributes:
     coords: P^T G (or G Q), float32 or wider, the leaf's axes with the rank in
@@ -68,6 +69,8 @@ class Projected:
     mean: that moment as it was carried.
     direction: what the inner optimizer made of the coordinates; None until
       `in_subspace` has run.
+    intact: a boolean scalar, which is none any more once anything has
+      multiplied or clipped all arrays.
     layout: which axes are projected.
     orthonormal: whether P^T P = I, up to rounding.
     dtype: the gradient's dtype.
@@ -85,8 +88,31 @@ class Projected:
   old_mean: Any
   mean: Any
   direction: Any
+  intact: jax.Array
   layout: _layout.Layout = dataclasses.field(metadata={'static': True})
   orthonormal: bool = dataclasses.field(metadata={'static': True})
   dtype: Any = dataclasses.field(metadata={'static': True})
   update_dtype: Any = dataclasses.field(metadata={'static': True})
   sharding: Any = dataclasses.field(metadata={'static': True})
+
+  def _refuse(self, *args: Any) -> Any:
+    del args
+    raise TypeError(
+      'a leaf is still in the coordinates of its subspace; chain '
+      '`subspace_optax.unproject` behind `in_subspace`, which makes updates of '
+      "the parameters' shapes."
+    )
+
+  __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+  __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _refuse
+
+
+def check_intact(path: str, node: Projected, before: str) -> None:
+  """Raises if something has changed a node on its way to the piece `before`."""
+  if node.intact.dtype != jnp.bool_:
+    raise ValueError(
+      f'leaf {path!r} was changed before `{before}` by a transformation that '
+      'maps over all arrays, the basis included. Chain clipping and the like '
+      'before `project` or into the inner optimizer, and weight decay and '
+      'learning rates behind `unproject`.'
+    )

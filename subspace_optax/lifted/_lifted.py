@@ -72,6 +72,17 @@ class Lifted:
       'there for its layer alone. Name it in the `exclude` of the spec.'
     )
 
+  def _refuse(self, *args: Any) -> Any:
+    del args
+    raise TypeError(
+      f'the lifted leaf {self.path!r} is there for its layer alone: write '
+      'rso.dot(x, w) in the place of x @ w, or name the leaf in the `exclude` '
+      'of the spec.'
+    )
+
+  __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+  __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = _refuse
+
   @property
   def here(self) -> _layout.Layout:
     """The layout of the arrays as they are, their first batch axes gone."""

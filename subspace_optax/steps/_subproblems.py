@@ -315,6 +315,7 @@ class _Rule:
       old_mean=None,
       mean=None,
       direction=None,
+      intact=jnp.array(True),
       layout=layout,
       orthonormal=False,
       dtype=leaf.dtype,

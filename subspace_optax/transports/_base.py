@@ -105,7 +105,7 @@ def _move_tree(
     if path not in moves or _tree.is_masked(value):
       return value
     args = value, moments.kind, means[path], counts[path]
-    return _move_leaf(transport, per_matrix, *moves[path], *args)
+    return _move_leaf(transport, per_matrix, path, *moves[path], *args)
 
   return treedef.unflatten([one(*pair) for pair in pairs])
 
@@ -120,6 +120,7 @@ def _by_path(tree: Any, paths: list[str]) -> dict[str, Any]:
 def _move_leaf(
   transport: Transport,
   per_matrix: bool,
+  path: str,
   node: _projected.Projected,
   move: _projected.Move,
   value: jax.Array,
@@ -144,6 +145,7 @@ def _move_leaf(
 
   def moved() -> jax.Array:
     old = like_coords(value)
+    _check_shape(path, old, layout)
     new = move_moment(
       Moment(
         old,
@@ -159,6 +161,16 @@ def _move_leaf(
     return _sharding.like(new, value)
 
   return _varying.cond(jnp.any(move.moved), moved, lambda: value)
+
+
+def _check_shape(path: str, moment: Any, layout: _layout.Layout) -> None:
+  if moment.shape != layout.coords_shape:
+    raise ValueError(
+      f'gradient {path!r} has coordinates of shape {layout.coords_shape}, but '
+      f'init made moments of shape {moment.shape}; give update the tree that '
+      'init was given, or take a state of another rank over by '
+      'subspace_optax.resize_rank.'
+    )
 
 
 def _check_paths(transport: Transport, paths: list[str], moves: Moves) -> None:
