@@ -26,6 +26,7 @@ need more than gradients: `layerwise`, `data_parallel_step`, `rso`.
 from subspace_optax import projectors
 from subspace_optax import residuals
 from subspace_optax import rso
+from subspace_optax import testing
 from subspace_optax import transports
 from subspace_optax._chain._describe import describe
 from subspace_optax._chain._in_subspace import in_subspace
@@ -104,6 +105,7 @@ __all__ = [
   'subspace_adamw',
   'subspace_metrics',
   'subspace_muon',
+  'testing',
   'theorem_parameters',
   'transports',
   'unproject',

@@ -453,6 +453,13 @@ class Layout:
     perm = [order.index(i) for i in self._basis_axes]
     return jnp.transpose(split, (*perm, len(perm)))
 
+  def basis_to_matrix(self, basis: jax.Array) -> jax.Array:
+    """Returns a basis as (*batch, m, r)."""
+    order = self.batch + self.projected
+    perm = [self._basis_axes.index(i) for i in order]
+    split = jnp.transpose(basis, (*perm, len(perm)))
+    return split.reshape(*self.batch_shape, self.m, basis.shape[-1])
+
 
 def square(batch_shape: tuple[int, ...], size: int, rank: int) -> Layout:
   """Returns the layout of a batch of size x size matrices."""

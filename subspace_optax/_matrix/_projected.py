@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
 
 
 class Move(NamedTuple):
@@ -94,6 +95,23 @@ class Projected:
   dtype: Any = dataclasses.field(metadata={'static': True})
   update_dtype: Any = dataclasses.field(metadata={'static': True})
   sharding: Any = dataclasses.field(metadata={'static': True})
+
+  def combine(self, weights: jax.Array) -> jax.Array:
+    """Returns P C for weights C of P's columns, of the leaf's shape.
+
+    In float32 or wider; C has the shape of `coords`.
+    """
+    basis = _linalg.widen(self.basis)
+    return self.layout.unproject(basis, weights, self.sharding)
+
+  def outside(self) -> jax.Array:
+    """Returns G - P (P^T P)^-1 R, the part of the gradient outside P's span."""
+    weights = _linalg.widen(self.coords)
+    if not self.orthonormal:
+      weights = _linalg.solve_gram(
+        self.layout, _linalg.widen(self.basis), weights
+      )
+    return _linalg.widen(self.gradient) - self.combine(weights)
 
   def _refuse(self, *args: Any) -> Any:
     del args

@@ -13,6 +13,8 @@ from subspace_optax.projectors._grassmann import (
 from subspace_optax.projectors._importance import (
   importance_svd as importance_svd,
 )
+from subspace_optax.projectors._one_matrix import Matrix as Matrix
+from subspace_optax.projectors._one_matrix import periodic as periodic
 from subspace_optax.projectors._online_pca import online_pca as online_pca
 from subspace_optax.projectors._power import power_iteration as power_iteration
 from subspace_optax.projectors._stiefel import stiefel as stiefel

@@ -112,8 +112,7 @@ def check_limiter(limiter: Any) -> None:
 
 def combine(node: _projected.Projected, weights: jax.Array) -> jax.Array:
   """Returns P C, a whole leaf, for weights C of P's columns."""
-  basis = _linalg.widen(node.basis)
-  return node.layout.unproject(basis, weights, node.sharding)
+  return node.combine(weights)
 
 
 def lift(

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that are written for one matrix, as papers write them.
+
+What a stack, a mesh, a mapped axis and a leaf's own axes make of it is done
+here, once for all such rules.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _sharding
+from subspace_optax.projectors import _base
+from subspace_optax.projectors import _periodic
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+  """The gradient G of one matrix, m x n, m the side that the basis spans.
+
+  Attributes:
+    gradient: G, (m, n), float32 or wider; along a mapped axis of data
+      parallelism one of the gradients whose mean is G, so that products with
+      it are those of `coordinates` and `image`.
+    seed: a uint32 scalar, of this matrix alone.
+    rank: r.
+    axis_name: the mapped axis, or None.
+  """
+
+  gradient: jax.Array
+  seed: jax.Array
+  rank: int
+  axis_name: Any = None
+
+  @property
+  def m(self) -> int:
+    """Length of the side that the basis spans."""
+    return self.gradient.shape[0]
+
+  @property
+  def n(self) -> int:
+    """Length of the other side."""
+    return self.gradient.shape[1]
+
+  def coordinates(self, p: jax.Array) -> jax.Array:
+    """Returns P^T G, (k, n), for P of (m, k)."""
+    return self._mean(jnp.matmul(p.T, self.gradient, precision=_HIGHEST))
+
+  def image(self, x: jax.Array) -> jax.Array:
+    """Returns G X^T, (m, k), for X of (k, n)."""
+    return self._mean(jnp.matmul(self.gradient, x.T, precision=_HIGHEST))
+
+  def key(self, period: jax.Array) -> jax.Array:
+    """Returns a random key, the same on every host and after a resume."""
+    key = jax.random.key(self.seed, impl='threefry2x32')
+    return jax.random.fold_in(key, period)
+
+  def _mean(self, x: jax.Array) -> jax.Array:
+    return x if self.axis_name is None else lax.pmean(x, self.axis_name)
+
+
+# (matrix, its basis (m, r), period) -> its new basis (m, r).
+Draw = Callable[[Matrix, jax.Array, jax.Array], jax.Array]
+
+
+def periodic(
+  name: str,
+  draw: Draw,
+  update_proj_gap: Any,
+  *,
+  stagger: bool = False,
+  uses_gradient: bool = True,
+  orthonormal: bool = True,
+) -> _base.Projector:
+  """Makes a projector of a rule for one matrix, called every T steps.
+
+  Gaps, turns, stacks of matrices, gradients that are zero or not finite and
+  factorisations that fail are taken care of: such a matrix keeps its basis and
+  is refreshed at its next good gradient. On a mesh of explicit axes the rule
+  runs under automatic sharding, and the compiler decides what crosses devices.
+
+  Args:
+    name: what `describe` calls the rule.
+    draw: (matrix, basis, period) -> the new basis, (m, r). `matrix` is a
+      `Matrix`, `basis` the old one, float32, and `period` counts refreshes, an
+      int32 scalar.
+    update_proj_gap: T, an int, or a `LazyGap`.
+    stagger: whether matrices take turns within each T steps.
+    uses_gradient: whether `draw` looks at the gradient.
+    orthonormal: whether all bases have P^T P = I; one that has not is taken for
+      a factorisation that failed.
+
+  Returns:
+    A projector for `project` and `subspace`.
+
+  Raises:
+    ValueError: a gap below 1.
+    TypeError: a gap that is no int.
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> def draw(matrix, basis, period):
+    ...   q, _ = jnp.linalg.qr(matrix.image(matrix.coordinates(basis)))
+    ...   return q
+    >>> rule = so.projectors.periodic('power', draw, update_proj_gap=10)
+    >>> so.testing.check_projector(rule)
+  """
+
+  def draw_all(
+    leaf: _base.Matrix, basis: jax.Array, period: jax.Array
+  ) -> jax.Array:
+    args = leaf.gradient, leaf.seed, basis, period
+    run = lambda *args: _over_stack(draw, leaf, *args)
+    if _sharding.explicit(leaf.gradient) is None:
+      return run(*args)
+    return _sharding.automatic(run, basis, *args)
+
+  return _periodic.periodic(
+    name,
+    draw_all,
+    update_proj_gap,
+    stagger=stagger,
+    uses_gradient=uses_gradient,
+    orthonormal=orthonormal,
+  )
+
+
+def _over_stack(
+  draw: Draw,
+  leaf: _base.Matrix,
+  gradient: jax.Array,
+  seed: jax.Array,
+  basis: jax.Array,
+  period: jax.Array,
+) -> jax.Array:
+  """Returns new bases of all matrices of a leaf, in the leaf's own axes."""
+  layout = leaf.layout
+  g = layout.to_matrix(_linalg.widen(gradient))
+  g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)
+  p = layout.basis_to_matrix(_linalg.widen(basis))
+
+  def one(g: jax.Array, seed: jax.Array, p: jax.Array, period: jax.Array):
+    matrix = Matrix(g, seed, layout.rank, layout.axis_name)
+    new = draw(matrix, p, period)
+    if new.shape != p.shape:
+      raise ValueError(
+        f'draw returned a basis of shape {new.shape}, for a matrix of '
+        f'{g.shape} and rank {layout.rank} it must be {p.shape}.'
+      )
+    return new
+
+  for _ in layout.batch:
+    one = jax.vmap(one)
+  period = jnp.broadcast_to(period, layout.batch_shape)
+  return layout.from_matrix(one(g, seed, p, period))

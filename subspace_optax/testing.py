@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of rules that are written outside of this package.
+
+Each trains a small tree with the rule, of a matrix, a stack of matrices along a
+middle axis and a vector, and raises an AssertionError that names the property
+which does not hold.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from subspace_optax import projectors
+from subspace_optax import residuals
+from subspace_optax import transports
+from subspace_optax._chain import _project
+from subspace_optax._chain import _spec
+from subspace_optax._chain import _subspace
+from subspace_optax._matrix import _tree
+
+_STEPS = 6
+_SPEC = _spec.SubspaceSpec(
+  3,
+  weight_dimension_numbers={
+    'matrix': _spec.DimensionNumbers(0, 1),
+    'stack': _spec.DimensionNumbers(0, 2),
+    'vector': None,
+  },
+  only_if_smaller=False,
+)
+_SHAPES = {'matrix': (8, 12), 'stack': (12, 2, 8), 'vector': (12,)}
+
+
+def check_projector(projector: projectors.Projector) -> None:
+  """Checks that a projector can be trusted with a training run.
+
+  It keeps structure, shapes and dtypes of its state through jitted steps
+  without a second compilation; the same steps come out of `jax.lax.scan`;
+  bases stay finite, and orthonormal where the projector says so, whatever
+  gradients are zero, NaN or bfloat16; every matrix of a stack gets one.
+
+  Args:
+    projector: from `subspace_optax.projectors.periodic`, say.
+
+  Raises:
+    AssertionError: a property does not hold.
+
+  Example:
+    >>> import subspace_optax as so
+    >>> so.testing.check_projector(so.projectors.svd(2))
+  """
+  inner = optax.scale_by_adam()
+  for dtype in (jnp.float32, jnp.bfloat16):
+    tx = _subspace.subspace(_SPEC, projector, inner, transport='first')
+    for state in _train(tx, dtype):
+      _check_bases(projector, state)
+
+
+def check_residual(residual: residuals.Residual) -> None:
+  """Checks that a residual rule can be trusted with a training run.
+
+  It keeps structure, shapes and dtypes of updates and state through jitted
+  steps without a second compilation, the same steps come out of `jax.lax.scan`,
+  a zero gradient makes a finite update, and one that is NaN does not stay in
+  the updates of other matrices.
+
+  Args:
+    residual: the rule.
+
+  Raises:
+    AssertionError: a property does not hold.
+
+  Example:
+    >>> import subspace_optax as so
+    >>> so.testing.check_residual(so.residuals.fira())
+  """
+  for dtype in (jnp.float32, jnp.bfloat16):
+    for projector in (projectors.stiefel(2), projectors.gaussian(2)):
+      tx = _subspace.subspace(
+        _SPEC, projector, optax.scale_by_adam(), residual=residual
+      )
+      _train(tx, dtype)
+
+
+def check_transport(transport: transports.Transport) -> None:
+  """Checks that a transport can be trusted with a training run.
+
+  It keeps structure, shapes and dtypes of moments through jitted steps without
+  a second compilation, also where each matrix has a state of its own; the same
+  steps come out of `jax.lax.scan`; and nothing happens while no basis moves.
+
+  Args:
+    transport: the rule.
+
+  Raises:
+    AssertionError: a property does not hold.
+
+  Example:
+    >>> import subspace_optax as so
+    >>> so.testing.check_transport(so.transports.first())
+  """
+  for per_matrix in (False, True):
+    make = lambda gap, transport, each=per_matrix: _subspace.subspace(
+      _SPEC,
+      projectors.stiefel(gap),
+      optax.scale_by_adam(),
+      transport=transport,
+      per_matrix=each,
+    )
+    _train(make(2, transport), jnp.float32)
+    resting = [
+      jax.tree.leaves(_run(make(99, x), jnp.float32)[0])
+      for x in (transport, 'keep')
+    ]
+    for found, wanted in zip(*resting, strict=True):
+      np.testing.assert_array_equal(
+        found, wanted, 'moments change where no basis moves'
+      )
+
+
+def _gradients(step: int, dtype: Any) -> Any:
+  """Returns gradients: zero once, NaN once, in one matrix of the stack."""
+  rng = np.random.default_rng(step)
+  made = {k: rng.standard_normal(shape) for k, shape in _SHAPES.items()}
+  if step == 2:
+    made['matrix'] *= 0.0
+    made['stack'][:, 1] = np.nan
+  return {k: jnp.asarray(x, dtype) for k, x in made.items()}
+
+
+def _run(tx: Any, dtype: Any) -> tuple[list[Any], list[Any]]:
+  """Returns the updates and states of some jitted steps."""
+  params = jax.tree.map(jnp.zeros_like, _gradients(0, dtype))
+  state, traces = tx.init(params), []
+  all_updates, states = [], []
+
+  @jax.jit
+  def update(gradients: Any, state: Any) -> tuple[Any, Any]:
+    traces.append(None)
+    return tx.update(gradients, state, params)
+
+  for t in range(_STEPS):
+    gradients = _gradients(t, dtype)
+    kinds = _kinds(state)
+    updates, state = update(gradients, state)
+    assert _kinds(state) == kinds, (
+      f'the state changes structure, shape or dtype in step {t}: from {kinds} '
+      f'to {_kinds(state)}'
+    )
+    assert _kinds(updates) == _kinds(gradients), (
+      f'updates are {_kinds(updates)} for gradients of {_kinds(gradients)}'
+    )
+    all_updates.append(updates)
+    states.append(state)
+  assert len(traces) == 1, f'{len(traces)} programs are compiled for one step'
+  return all_updates, states
+
+
+def _train(tx: Any, dtype: Any) -> list[Any]:
+  """Returns the states of some steps, which a scan repeats."""
+  all_updates, states = _run(tx, dtype)
+  for t, updates in enumerate(all_updates):
+    for name, x in updates.items():
+      x = np.asarray(x, np.float32)
+      x = x[:, :1] if name == 'stack' else x
+      assert np.isfinite(x).all(), f'the update of {name} is not finite in {t}'
+
+  def step(state: Any, gradients: Any) -> tuple[Any, Any]:
+    updates, state = tx.update(gradients, state, params)
+    return state, updates
+
+  params = jax.tree.map(jnp.zeros_like, _gradients(0, dtype))
+  stacked = jax.tree.map(
+    lambda *x: jnp.stack(x), *(_gradients(t, dtype) for t in range(_STEPS))
+  )
+  _, scanned = jax.jit(lambda s: jax.lax.scan(step, s, stacked))(
+    tx.init(params)
+  )
+  for name in _SHAPES:
+    found = np.asarray(scanned[name], np.float32)
+    wanted = np.stack([np.asarray(x[name], np.float32) for x in all_updates])
+    np.testing.assert_allclose(
+      found,
+      wanted,
+      0.02,
+      0.02,
+      err_msg=f'jax.lax.scan takes other steps: {name}',
+    )
+  return states
+
+
+def _kinds(tree: Any) -> Any:
+  shapes = [(x.shape, x.dtype.name) for x in jax.tree.leaves(tree)]
+  return jax.tree.structure(tree), shapes
+
+
+def _check_bases(projector: projectors.Projector, state: Any) -> None:
+  is_it = lambda x: isinstance(x, _project.ProjectState)
+  leaves = jax.tree.leaves(state, is_leaf=is_it)
+  (own,) = [x for x in leaves if is_it(x)]
+  if projector.rebuild:  # not in the state
+    return
+  for path, basis in _tree.flatten(own.subspaces.basis)[0]:
+    if _tree.is_masked(basis):
+      continue
+    p = np.asarray(basis, np.float64)
+    assert np.isfinite(p).all(), f'a basis of {path} is not finite'
+    # (8, 3), and (12, 2, 3) or (2, 8, 3), whose axis of layers is the short one
+    layers = [p] if p.ndim == 2 else np.moveaxis(p, p.shape.index(2), 0)
+    for one in layers if projector.orthonormal else ():
+      np.testing.assert_allclose(
+        one.T @ one, np.eye(3), atol=1e-3, err_msg=f'P^T P of {path} is not I'
+      )
