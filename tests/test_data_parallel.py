@@ -188,11 +188,11 @@ def _plain_step(tx):
 
 
 OPTIMIZERS = {
-  'golore': lambda: so.golore(0.02, 2, 2),
+  'golore': lambda: so.golore(0.02, 2, update_proj_gap=2),
   'online_subspace_descent': lambda: so.online_subspace_descent(0.02, 2),
   # The rest in another place, which `project` does not see.
   'partition': lambda: optax.partition(
-    {'matrix': so.golore(0.02, 2, 2), 'rest': optax.sgd(0.1)},
+    {'matrix': so.golore(0.02, 2, update_proj_gap=2), 'rest': optax.sgd(0.1)},
     {'w': 'matrix', 'v': 'rest', 'bias': 'rest'},
   ),
   'residual': lambda: so.subspace_adamw(0.02, 2, 2),
@@ -254,7 +254,7 @@ def test_a_step_moves_r_m_plus_n_numbers_of_a_matrix(name):
 
 def test_beside_a_mesh_axis_that_shards_parameters():
   mesh = _mesh((2, 2), ('data', 'fsdp'))
-  tx = so.golore(0.02, 2, 2)
+  tx = so.golore(0.02, 2, update_proj_gap=2)
   specs = {'w': P('fsdp'), 'v': P(None, 'fsdp'), 'bias': P()}
   with jax.set_mesh(mesh):
     params = {
@@ -303,7 +303,7 @@ def test_losses_that_need_the_check_off():
     total, _ = jax.lax.scan(lambda c, row: (c + row, None), jnp.zeros(16), h)
     return jnp.mean(total) / len(x)
 
-  tx = so.golore(0.02, 2, 2)
+  tx = so.golore(0.02, 2, update_proj_gap=2)
   step = so.data_parallel_step(loss, tx, _mesh(), check_vma=False)
   got, wanted = _steps(step, tx), _steps(_plain_step(tx), tx)
   measure.assert_trees_close(got, wanted, rtol=0, atol=2e-5)
@@ -311,7 +311,7 @@ def test_losses_that_need_the_check_off():
 
 def test_several_axes_have_parts_of_the_batch():
   mesh = _mesh((2, 2), ('slices', 'data'))
-  tx = so.golore(0.02, 2, 2)
+  tx = so.golore(0.02, 2, update_proj_gap=2)
   step = so.data_parallel_step(_loss, tx, mesh, ('slices', 'data'))
   got, wanted = _steps(step, tx), _steps(_plain_step(tx), tx)
   measure.assert_trees_close(got, wanted, rtol=0, atol=2e-5)

@@ -262,7 +262,7 @@ def test_full_rank_sgd_is_sgd(recipe):
   'tx',
   [
     so.galore(1.0, ref.RANK, 2),
-    so.golore(1.0, ref.RANK, 2),
+    so.golore(1.0, ref.RANK, update_proj_gap=2),
     so.online_subspace_descent(1.0, ref.RANK, alpha=0.01),
   ],
   ids=['galore', 'golore', 'online_subspace_descent'],

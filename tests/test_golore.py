@@ -45,8 +45,8 @@ def test_momentum_projection(inner):
   tx = so.golore(
     SCHEDULE,
     ref.RANK,
-    GAP,
-    0.5,
+    update_proj_gap=GAP,
+    scale=0.5,
     inner=optimizer if inner == 'momentum' else None,
     weight_decay=0.2,
     mask={'tall': False, 'stack': True, 'vec': True},
@@ -74,8 +74,10 @@ def test_momentum_projection(inner):
 
 def test_bases():
   """Stiefel's, by spec and seed; SVD's before `random_from` if there is one."""
-  params, states = run(so.golore(0.01, ref.RANK, GAP, seed=3), 8, offset=1.0)
-  late = so.golore(0.01, ref.RANK, GAP, random_from=4, seed=3)
+  params, states = run(
+    so.golore(0.01, ref.RANK, update_proj_gap=GAP, seed=3), 8, offset=1.0
+  )
+  late = so.golore(0.01, ref.RANK, update_proj_gap=GAP, random_from=4, seed=3)
   late_params, late_states = run(late, 8, offset=1.0)
   spec = so.SubspaceSpec(ref.RANK, seed=3)
   haar = so.project(spec, so.projectors.stiefel(GAP))
@@ -98,7 +100,7 @@ def test_bases():
 
 def test_state_dtypes_stay():
   """bfloat16 params and gradients, float32 bases and moments."""
-  tx = so.golore(0.1, ref.RANK, GAP, weight_decay=0.1)
+  tx = so.golore(0.1, ref.RANK, update_proj_gap=GAP, weight_decay=0.1)
   to_bf16 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
   params = to_bf16(ref.like(ref.KERNELS))
   state, update = tx.init(params), ref.jit(tx.update)

@@ -123,10 +123,10 @@ OPTIMIZERS = {
   'adam8bit': chain(so.scale_by_adam8bit(rounding='nearest')),
   'galore': so.galore(0.01, rank=4, update_proj_gap=7),
   'golore, staggered': so.golore(
-    optax.linear_schedule(0.02, 0.0, STEPS), 4, 5, stagger=True,
+    optax.linear_schedule(0.02, 0.0, STEPS), 4, update_proj_gap=5, stagger=True,
     weight_decay=0.1,
   ),
-  'subspace_adamw': so.subspace_adamw(0.01, 4, 5),
+  'subspace_adamw': so.subspace_adamw(0.01, 4, update_proj_gap=5),
   'reset': chain(
     so.subspace(
       SPEC, so.projectors.gaussian(6, regenerate=True), optax.scale_by_adam(),
@@ -151,9 +151,9 @@ def test_equals_the_ordinary_step(name):
 
 def test_gradients_that_are_accumulated_in_the_subspace():
   params = make_params()
-  wanted, _, _ = run_ordinary(so.golore(0.01, 4, 5), params, 3)
+  wanted, _, _ = run_ordinary(so.golore(0.01, 4, update_proj_gap=5), params, 3)
   got, state, _ = run_layers(
-    layers(so.golore(0.01, 4, 5, every_k=4)), params, 12
+    layers(so.golore(0.01, 4, update_proj_gap=5, every_k=4)), params, 12
   )
   assert_close(got, wanted)
   means = jax.tree.leaves(state.blocks.mean)
@@ -285,7 +285,10 @@ def test_temporaries_and_copies(twelve, name):
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize('name', ['adam', 'golore'])
 def test_on_a_mesh(name, kind):
-  tx = {'adam': optax.adam(0.01), 'golore': so.golore(0.01, 4, 3)}[name]
+  tx = {
+    'adam': optax.adam(0.01),
+    'golore': so.golore(0.01, 4, update_proj_gap=3),
+  }[name]
   params, step = make_params(), layers(tx)
   wanted, _, _ = run_layers(step, params, 6)
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(kind,) * 2)
