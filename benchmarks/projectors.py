@@ -93,7 +93,7 @@ def gradient(m: int, n: int, seed: int) -> jax.Array:
 def matrix(layout: _layout.Layout, g: jax.Array) -> _base.Matrix:
   """The gradient as `project` hands it to projectors."""
   energy = layout.energy(g)
-  return _base.Matrix(g, layout, jnp.uint32(1), energy, jnp.array(True))
+  return _base.Matrix(g, g, layout, jnp.uint32(1), energy, jnp.array(True))
 
 
 def update(rule: _base.Projector, layout: _layout.Layout) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ import measure
 import rso_models as models
 import subspace_optax as so
 from subspace_optax import rso
+from subspace_optax._chain import _project
 
 STEPS = 9
 
@@ -509,12 +510,27 @@ def test_project_refuses_other_coordinates():
   spec, params = so.SubspaceSpec(2), {'w': jnp.ones((8, 16))}
   tx = so.project(spec, so.projectors.stiefel(5))
   state, coords = tx.init(params), {'w': jnp.ones((2, 16))}
-  with errors.raises(ValueError, 'coordinates=True', 'params'):
-    tx.update(coords, state, coordinates=True)
+  given = _project.Given(refreshed={})
+  with errors.raises(ValueError, 'compressed step', 'params'):
+    tx.update(coords, state, given=given)
   with errors.raises(ValueError, "'w'", '(8, 16)', '(2, 16)'):
-    tx.update(params, state, params, coordinates=True)
+    tx.update(params, state, params, given=given)
   with errors.raises(ValueError, 'refresh_gradients'):
-    tx.update(coords, state, params, coordinates=True, refresh_gradients=params)
+    tx.update(coords, state, params, given=given, refresh_gradients=params)
   keeping = so.project(spec, so.projectors.stiefel(5), keep_gradient=True)
   with errors.raises(ValueError, 'residual'):
-    keeping.update(coords, state, params, coordinates=True)
+    keeping.update(coords, state, params, given=given)
+
+
+def test_no_more_branches_and_factorisations_than_a_plain_step():
+  """Of GoLore's random bases: nothing is refreshed twice."""
+  tx = so.golore(0.1, 4, update_proj_gap=5)
+  params = {'up': jnp.ones((16, 24)), 'down': jnp.ones((24, 16))}
+  loss = lambda p, x: jnp.mean(rso.dot(rso.dot(x, p['up']), p['down']) ** 2)
+  counts = []
+  for step in (_whole_step(loss, tx), rso.compressed_step(loss, tx)):
+    jaxpr = jax.make_jaxpr(step)(params, tx.init(params), jnp.ones((4, 16)))
+    names = [e.primitive.name for e, _ in measure.equations(jaxpr.jaxpr)]
+    counts.append([names.count(x) for x in ('cond', 'cholesky')])
+  assert counts[0] == counts[1]
+  assert min(counts[0]) > 0

@@ -195,7 +195,7 @@ OPTIMIZERS = {
     {'matrix': so.golore(0.02, 2, update_proj_gap=2), 'rest': optax.sgd(0.1)},
     {'w': 'matrix', 'v': 'rest', 'bias': 'rest'},
   ),
-  'residual': lambda: so.subspace_adamw(0.02, 2, 2),
+  'residual': lambda: so.subspace_adamw(0.02, 2, update_proj_gap=2),
   'adam': lambda: optax.adam(0.02),
 }
 

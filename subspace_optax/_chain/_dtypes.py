@@ -6,7 +6,6 @@ where it leaves the subspace, the weight decay that is added next would be lost:
 it is smaller than half the spacing of bfloat16 there.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import optax
 
 from subspace_optax._chain import _spec
-from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _tree
 
 Transformation = optax.GradientTransformationExtraArgs
@@ -28,24 +26,6 @@ def widen(spec: _spec.SubspaceSpec, gradient: Any) -> Any:
   if not _spec.is_float(gradient.dtype):
     return gradient.astype(moments)
   return gradient.astype(jnp.promote_types(gradient.dtype, moments))
-
-
-def keep_wide(
-  project: Transformation, spec: _spec.SubspaceSpec
-) -> Transformation:
-  """Returns `project` whose output makes updates of float32 or wider."""
-
-  def one(entry: Any) -> Any:
-    if not isinstance(entry, _projected.Projected):
-      return widen(spec, entry)
-    wide = jnp.promote_types(entry.dtype, jnp.float32)
-    return dataclasses.replace(entry, update_dtype=wide)
-
-  def update(updates, state, params=None, **extra_args):
-    updates, state = project.update(updates, state, params, **extra_args)
-    return jax.tree.map(one, updates, is_leaf=_tree.is_entry), state
-
-  return Transformation(project.init, update)
 
 
 def round_last(tx: Transformation) -> Transformation:

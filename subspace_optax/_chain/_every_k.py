@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _project
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
@@ -36,8 +37,8 @@ class EveryKState(NamedTuple):
 def every_k(
   k: int,
   spec: _spec.SubspaceSpec,
-  project: optax.GradientTransformationExtraArgs,
-  in_subspace: optax.GradientTransformationExtraArgs,
+  project: _project.Projection,
+  in_subspace: _in_subspace.InSubspace,
   rest: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
   """Chains the three, taking a step with the mean of every k gradients.
@@ -62,14 +63,26 @@ def every_k(
     )
     return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
-  def update(updates, state, params=None, **extra_args):
-    window = _project.Window(state.micro_step == 0, state.micro_step == k - 1)
-    nodes, project_state = project.update(
-      updates, state.project, params, window=window, **extra_args
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    refresh_gradients=None,
+    given=None,
+    **extra_args,
+  ):
+    given = given or _project.Given()
+    first, last = state.micro_step == 0, state.micro_step == k - 1
+    seen = project.see(
+      updates, state.project, params, refresh_gradients, given, first
+    )
+    nodes, project_state = project.track(
+      updates, state.project, seen, given, last
     )
     entries, treedef = jax.tree.flatten(nodes, is_leaf=_tree.is_entry)
     means = [
-      _add(mean, entry, window.first, k)
+      _add(mean, entry, first, k)
       for mean, entry in zip(
         jax.tree.leaves(state.mean, is_leaf=_tree.is_masked),
         entries,
@@ -77,8 +90,15 @@ def every_k(
       )
     ]
     nodes = treedef.unflatten(map(_with_mean, entries, means))
-    nodes, in_state = in_subspace.update(
-      nodes, state.in_subspace, params, hold=~window.last, **extra_args
+    own = in_subspace.carry_before(nodes, state.in_subspace)
+    directions, new = _varying.cond(
+      last,
+      lambda own: in_subspace.run(nodes, own, params, **extra_args),
+      lambda own: in_subspace.rest(nodes, own, params, **extra_args),
+      own,
+    )
+    nodes, in_state = in_subspace.carry_after(
+      nodes, state.in_subspace, own, directions, new
     )
 
     def finish(rest_state):
@@ -90,7 +110,7 @@ def every_k(
       kinds, _ = _sharding.result_types(finish, rest_state)
       return jax.tree.map(_sharding.zeros, kinds), rest_state
 
-    updates, rest_state = _varying.cond(window.last, finish, wait, state.rest)
+    updates, rest_state = _varying.cond(last, finish, wait, state.rest)
     mean = jax.tree.structure(state.mean, is_leaf=_tree.is_masked)
     return updates, EveryKState(
       (state.micro_step + 1) % k,

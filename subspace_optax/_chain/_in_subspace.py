@@ -19,7 +19,6 @@ from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
-from subspace_optax._matrix import _varying
 from subspace_optax.transports import _base
 from subspace_optax.transports import _moments
 from subspace_optax.transports import _rules
@@ -87,81 +86,129 @@ def in_subspace(
     ...   plain=optax.scale_by_adam(),
     ... )
   """
-  _spec.check_spec(spec)
-  transport = _rules.as_transport(transport)
-  if params not in (None, 'coordinates'):
-    raise ValueError(f"params must be None or 'coordinates', got {params!r}.")
-  _sign.require_optimizer(inner, 'inner')
-  if plain is not None:
-    _sign.require_optimizer(plain, 'plain')
-  inner = optax.with_extra_args_support(inner)
-  each = per_matrix or transport.resets
-  takes_params = params is not None
+  phases = InSubspace(inner, spec, transport, params, per_matrix, plain)
+  update = _boxes.bare(phases.update)
+  return optax.GradientTransformationExtraArgs(phases.init, update)
 
-  def runner(batch_axes: _per_matrix.BatchAxes) -> Any:
-    run = _per_matrix.per_matrix(inner, batch_axes) if each else inner
-    if plain is None:
-      return run
-    return _beside(plain, run, batch_axes, takes_params)
 
-  def init(params):
-    return _boxes.box_state(first_state, params)
+class InSubspace:
+  """The phases of `in_subspace`: `carry`, `run`, and `carry` once more.
 
-  def first_state(params):
-    matches = spec.match(params)
+  Moments are carried along where a basis moved before the coordinates, then the
+  inner optimizer runs, then they are carried where one moved behind it. Takes
+  the arguments of `in_subspace`.
+  """
+
+  def __init__(
+    self,
+    inner: optax.GradientTransformation,
+    spec: _spec.SubspaceSpec,
+    transport: str | _base.Transport = 'keep',
+    params: str | None = None,
+    per_matrix: bool = False,
+    plain: optax.GradientTransformation | None = None,
+  ):
+    _spec.check_spec(spec)
+    if params not in (None, 'coordinates'):
+      raise ValueError(f"params must be None or 'coordinates', got {params!r}.")
+    _sign.require_optimizer(inner, 'inner')
+    if plain is not None:
+      _sign.require_optimizer(plain, 'plain')
+    self.inner = optax.with_extra_args_support(inner)
+    self.spec, self.plain = spec, plain
+    self.transport = _rules.as_transport(transport)
+    self.each = per_matrix or self.transport.resets
+    self.takes_params = params is not None
+
+  def init(self, params: Any) -> Any:
+    """Returns the first state, boxed as the parameters are."""
+    return _boxes.box_state(self._first_state, params)
+
+  def _first_state(self, params: Any) -> InSubspaceState:
+    matches = self.spec.match(params)
     _, treedef = _tree.flatten(params)
-    templates = treedef.unflatten([_template(spec, match) for match in matches])
+    templates = treedef.unflatten(
+      [_template(self.spec, match) for match in matches]
+    )
     layouts = {m.path: m.layout for m in matches if m and m.layout}
     batch_axes = {path: x.coords_batch for path, x in layouts.items()}
-    run = runner(batch_axes)
-    mine = templates if plain is None else _split(templates, layouts)[0]
-    alone = _per_matrix.per_matrix(inner, batch_axes) if each else inner
-    _check_params(alone, mine, takes_params)
-    if not each:
-      _check_trees(inner, mine, layouts, batch_axes)
-    state = run.init(templates)
-    if transport.move is not None:
-      _moments.check_registered(
-        _of_inner(state), f'transport={transport.name!r}'
-      )
+    mine = templates if self.plain is None else _split(templates, layouts)[0]
+    _check_params(self._alone(batch_axes), mine, self.takes_params)
+    if not self.each:
+      _check_trees(self.inner, mine, layouts, batch_axes)
+    state = self._runner(batch_axes).init(templates)
+    if self.transport.move is not None:
+      what = f'transport={self.transport.name!r}'
+      _moments.check_registered(self._of_inner(state), what)
     state = _sharding.on_mesh_of([m.leaf for m in matches if m], state)
     return InSubspaceState(state)
 
-  def update(updates, state, params=None, *, hold=None, **extra_args):
+  def update(
+    self, updates: Any, state: InSubspaceState, params: Any = None, **extra: Any
+  ) -> tuple[Any, InSubspaceState]:
+    """Gives every node its direction: all phases, one after the other."""
+    own = self.carry_before(updates, state)
+    directions, new = self.run(updates, own, params, **extra)
+    return self.carry_after(updates, state, own, directions, new)
+
+  def carry_before(self, updates: Any, state: InSubspaceState) -> Any:
+    """Returns the inner state in the bases of this step's coordinates."""
+    pairs, _ = _tree.flatten(updates)
+    _check_projected(self.spec, updates, pairs)
+    nodes = _nodes(pairs)
+    moves = {path: (x, x.before) for path, x in nodes.items() if x.before}
+    return self._carry(updates, state.inner, moves)
+
+  def run(
+    self, updates: Any, own: Any, params: Any, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    """Returns directions, and the inner state, whose dtypes stay."""
     pairs, treedef = _tree.flatten(updates)
-    _check_projected(spec, updates, pairs)
-    nodes = {path: node for path, node in pairs if _is_projected(node)}
-    batch_axes = {path: x.layout.coords_batch for path, x in nodes.items()}
-    coords = treedef.unflatten([_coords(spec, entry) for _, entry in pairs])
-    before = {path: (x, x.before) for path, x in nodes.items() if x.before}
-    after = {path: (x, x.after) for path, x in nodes.items() if x.after}
+    runner = self._runner(_batch_axes(_nodes(pairs)))
+    coords, weights = self._coords(updates), None
+    if self.takes_params or (self.plain is not None and params is not None):
+      entries = _param_coords(pairs, params, self.takes_params)
+      weights = treedef.unflatten(entries)
+    try:
+      directions, new = runner.update(coords, own, weights, **extra_args)
+    except (TypeError, ValueError):
+      if not self.each:
+        _check_moments(runner, own, coords)
+      raise
+    return directions, jax.tree.map(_sharding.like, new, own)
 
-    def run(own):
-      weights = None
-      if takes_params or (plain is not None and params is not None):
-        weights = treedef.unflatten(_param_coords(pairs, params, takes_params))
-      try:
-        directions, new = runner(batch_axes).update(
-          coords, own, weights, **extra_args
-        )
-      except (TypeError, ValueError):
-        if not each:
-          _check_moments(runner(batch_axes), own, coords)
-        raise
-      # Whatever dtype the inner optimizer computes in, its state keeps its own.
-      return directions, jax.tree.map(_sharding.like, new, own)
+  def rest(
+    self, updates: Any, own: Any, params: Any, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    """Returns what `run` does where it does not run: zeros, and the state."""
+    run = functools.partial(self.run, updates, params=params, **extra_args)
+    directions, _ = _sharding.result_types(run, own)
+    return jax.tree.map(_sharding.zeros, directions), own
 
-    own = carry(state.inner, coords, before)
+  def carry_after(
+    self,
+    updates: Any,
+    state: InSubspaceState,
+    own: Any,
+    directions: Any,
+    new: Any,
+  ) -> tuple[Any, InSubspaceState]:
+    """Returns nodes with directions, and the state in the bases that follow.
+
+    Args:
+      updates: the nodes.
+      state: as it was before the step.
+      own: of `carry_before`.
+      directions: of `run`, as the next.
+      new: the inner state after it.
+    """
+    pairs, _ = _tree.flatten(updates)
+    nodes = _nodes(pairs)
+    moves = {path: (x, x.after) for path, x in nodes.items() if x.after}
     old_means, means = (
-      _means_of(_of_inner(x), nodes, each) for x in (state.inner, own)
+      _means_of(self._of_inner(x), nodes, self.each) for x in (state.inner, own)
     )
-    if hold is None:
-      directions, new = run(own)
-    else:
-      directions, new = _varying.cond(
-        hold, functools.partial(_rest, run), run, own
-      )
-    new = carry(new, coords, after)
+    new = self._carry(updates, new, moves)
     entries = [
       _with_direction(entry, direction, old_means.get(path), means.get(path))
       for (path, entry), (_, direction) in zip(
@@ -170,21 +217,46 @@ def in_subspace(
     ]
     return _tree.replace_entries(updates, entries), InSubspaceState(new)
 
-  def carry(state, coords, moves):
-    if not moves or not (transport.move or transport.resets):
+  def _carry(self, updates: Any, state: Any, moves: _base.Moves) -> Any:
+    if not moves or not (self.transport.move or self.transport.resets):
       return state
-    own = _of_inner(state)
-    if transport.resets:
-      coords = coords if plain is None else _split(coords, moves)[0]
-      own = _per_matrix.restart(inner, own, coords, moves)
+    own = self._of_inner(state)
+    if self.transport.resets:
+      coords = self._coords(updates)
+      coords = coords if self.plain is None else _split(coords, moves)[0]
+      own = _per_matrix.restart(self.inner, own, coords, moves)
     else:
-      own = _base.carry(transport, own, moves, per_matrix=each)
-    return own if plain is None else state._replace(projected=own)
+      own = _base.carry(self.transport, own, moves, per_matrix=self.each)
+    return own if self.plain is None else state._replace(projected=own)
 
-  def _of_inner(state):
-    return state if plain is None else state.projected
+  def _coords(self, updates: Any) -> Any:
+    pairs, treedef = _tree.flatten(updates)
+    return treedef.unflatten([_coords(self.spec, x) for _, x in pairs])
 
-  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+  def _alone(self, batch_axes: _per_matrix.BatchAxes) -> Any:
+    if not self.each:
+      return self.inner
+    return _per_matrix.per_matrix(self.inner, batch_axes)
+
+  def _runner(self, batch_axes: _per_matrix.BatchAxes) -> Any:
+    """Returns the inner optimizer, and beside it that of plain leaves."""
+    run = self._alone(batch_axes)
+    if self.plain is None:
+      return run
+    return _beside(self.plain, run, batch_axes, self.takes_params)
+
+  def _of_inner(self, state: Any) -> Any:
+    return state if self.plain is None else state.projected
+
+
+def _nodes(pairs: list) -> dict[str, _projected.Projected]:
+  return {path: node for path, node in pairs if _is_projected(node)}
+
+
+def _batch_axes(
+  nodes: dict[str, _projected.Projected],
+) -> _per_matrix.BatchAxes:
+  return {path: x.layout.coords_batch for path, x in nodes.items()}
 
 
 class BesideState(NamedTuple):
@@ -251,12 +323,6 @@ def _means_of(
     for path, x in _tree.flatten(means)[0]
     if path in wanted and not _tree.is_masked(x)
   }
-
-
-def _rest(run: Any, own: Any) -> tuple[Any, Any]:
-  """Returns zeros in place of directions, and the state as it is."""
-  directions, _ = _sharding.result_types(run, own)
-  return jax.tree.map(_sharding.zeros, directions), own
 
 
 def _param_coords(pairs: list, params: Any, projected: bool) -> list[Any]:

@@ -37,20 +37,16 @@ def per_matrix(
 
 
 def of_gradients(
-  spec: _spec.SubspaceSpec,
   state: Any,  # a ProjectState
+  matches: list[_spec.Match | None],
   axis_name: Any,
   keep_gradient: bool,
   gradients: Any,
-) -> tuple[list[_spec.Match | None], Any]:
-  """Returns the matches of gradients, and the tree of their matrices."""
-  matches = _match_as_at_init(spec, gradients, state)
-  _, treedef = _tree.flatten(gradients)
+) -> Any:
+  """Returns the tree of the matrices of gradients."""
   seeds = dict(_tree.flatten(state.seed)[0])
-  bases = dict(_tree.flatten(state.subspaces.basis)[0])
 
   def matrix(path: str, leaf: jax.Array, layout: _layout.Layout):
-    _check_placed(path, leaf, layout, seeds[path], bases.get(path))
     if axis_name is None:
       return _matrix(leaf, layout, seeds[path])
     if keep_gradient:
@@ -58,7 +54,26 @@ def of_gradients(
     layout = dataclasses.replace(layout, axis_name=axis_name)
     return _matrix(leaf, layout, seeds[path])
 
-  return matches, per_matrix(matches, treedef, matrix)
+  return per_matrix(matches, _tree.flatten(gradients)[1], matrix)
+
+
+def without_gradients(
+  state: Any,  # a ProjectState
+  matches: list[_spec.Match | None],
+  params: Any,
+  axis_name: Any = None,
+) -> Any:
+  """Returns the tree of matrices whose gradients nobody looks at."""
+  seeds = dict(_tree.flatten(state.seed)[0])
+
+  def matrix(path: str, leaf: jax.Array, layout: _layout.Layout):
+    layout = dataclasses.replace(layout, axis_name=axis_name)
+    seed = seeds[path]
+    one = jnp.ones_like(seed, jnp.float32)
+    ok = jnp.ones_like(seed, jnp.bool_)
+    return _base.Matrix(leaf, None, layout, seed, one, ok)
+
+  return per_matrix(matches, _tree.flatten(params)[1], matrix)
 
 
 def _check_placed(
@@ -95,7 +110,7 @@ def _matrix(
   # A sum of squares is finite only if all elements are.
   ok = jnp.isfinite(energy) & (energy > 0)
   energy = jnp.where(ok, energy, 1.0)  # a divisor, whatever the gradient
-  return _base.Matrix(gradient, layout, seed, energy, ok)
+  return _base.Matrix(gradient, gradient, layout, seed, energy, ok)
 
 
 def given_coords(updates: Any, matrices: Any) -> tuple[Any, Any]:
@@ -117,11 +132,11 @@ def _given(path: str, coords: Any, matrix: _base.Matrix) -> jax.Array:
   layout = matrix.layout
   if coords.shape != layout.coords_shape:
     raise ValueError(
-      f'gradient {path!r} has shape {coords.shape}; with coordinates=True it '
-      f'must be that of its coordinates, {layout.coords_shape}.'
+      f'gradient {path!r} has shape {coords.shape}; in a compressed step '
+      f'it must be that of its coordinates, {layout.coords_shape}.'
     )
   coords = layout.mean(_linalg.widen(coords))
-  return layout.settle_coords(coords, matrix.gradient)
+  return layout.settle_coords(coords, matrix.like)
 
 
 def _is_good(matrix: _base.Matrix, coords: jax.Array) -> jax.Array:
@@ -135,12 +150,12 @@ def check_coordinates(
   """Raises where coordinates alone are not enough."""
   if params is None:
     raise ValueError(
-      'coordinates=True needs params, which tell the shapes of the gradients.'
+      'a compressed step needs params, which tell the shapes of the gradients.'
     )
   if keep_gradient or refresh_gradients is not None:
     what = 'a residual rule' if keep_gradient else 'refresh_gradients'
     raise ValueError(
-      f'coordinates=True has no gradients, and {what} needs them.'
+      f'a compressed step has no gradients, and {what} needs them.'
     )
 
 
@@ -162,10 +177,25 @@ def masked_like(updates: Any, refresh_gradients: Any) -> Any:
   )
 
 
+def matches_of(
+  spec: _spec.SubspaceSpec, state: Any, updates: Any
+) -> list[_spec.Match | None]:
+  """Returns the matches of the gradients, which must be those of `init`."""
+  matches = _match_as_at_init(spec, updates, state)
+  seeds = dict(_tree.flatten(state.seed)[0])
+  bases = dict(_tree.flatten(state.subspaces.basis)[0])
+  for match in matches:
+    if match and match.layout:
+      path = match.path
+      _check_placed(
+        path, match.leaf, match.layout, seeds[path], bases.get(path)
+      )
+  return matches
+
+
 def _match_as_at_init(
   spec: _spec.SubspaceSpec, updates: Any, state: Any
 ) -> list[_spec.Match | None]:
-  """Returns the matches of the gradients, which must be those of `init`."""
   pairs, _ = _tree.flatten(updates)
   for path, entry in pairs:
     if isinstance(entry, _projected.Projected):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From gradients to coordinates: the piece that owns the bases."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import optax
 
 from subspace_optax._chain import _check_matches
 from subspace_optax._chain import _describe
+from subspace_optax._chain import _dtypes
 from subspace_optax._chain import _matrices
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
@@ -27,11 +29,21 @@ from subspace_optax.bases import _quantized_basis
 from subspace_optax.projectors import _base
 
 
-class Window(NamedTuple):
-  """Where a micro-step stands among those that are accumulated."""
+class Given(NamedTuple):
+  """What the caller of an optimizer's `update` does in the place of `project`.
 
-  first: jax.Array  # shape=(), dtype=bool: bases may be refreshed
-  last: jax.Array  # shape=(), dtype=bool: bases may be tracked, the step ends
+  Steps that compose the phases of `project` hand it down the chain as the extra
+  argument `given`.
+
+  Attributes:
+    axis_name: a mapped axis along which coordinates are to be averaged; plain
+      leaves are averages already.
+    refreshed: by the paths of its leaves, what each `project` makes of its
+      bases in this step. Updates are coordinates then.
+  """
+
+  axis_name: Any = None
+  refreshed: Mapping[tuple[str, ...], 'Refreshed'] | None = None
 
 
 class Refreshed(NamedTuple):
@@ -42,6 +54,15 @@ class Refreshed(NamedTuple):
   moves: Any  # from one to the other; None if the rule makes none
   own: Any  # the projector's own state
   stored: Any  # the basis as it is kept
+
+
+class Seen(NamedTuple):
+  """What the gradients of a step are, once their coordinates are taken."""
+
+  matches: list[_spec.Match | None]
+  matrices: Any
+  coords: Any
+  refreshed: Refreshed
 
 
 class ProjectState(NamedTuple):
@@ -76,12 +97,7 @@ def project(
   they do; plain leaves are averaged as always. Where the norm of the mean is
   wanted, as in `captured_energy`, the mean of the squared norms stands for its
   square: an upper bound, so that `captured_energy` is a lower one. Refresh
-  gradients are averaged likewise. See `data_parallel_step`; it gives `update`
-  the name as `coordinates_axis_name`, and averages the plain leaves itself.
-
-  With `coordinates=True`, `update` takes P^T G itself of the leaves that are
-  projected, and needs params: see `rso.compressed_step`. The projector must not
-  look at gradients in this step; `captured_energy` stays as it is.
+  gradients are averaged likewise. See `data_parallel_step`.
 
   Args:
     spec: which leaves, as which matrices, at which rank.
@@ -99,10 +115,8 @@ def project(
   Raises:
     ValueError: at `init`, what `SubspaceSpec.match` raises; bases in integers
       for a projector that moves them by small steps, or draws them again at
-      every step; at `update`, a tree
-      unlike that at `init`, of refresh gradients too, or gradients that are
-      already projected; coordinates without params or of other shapes, with
-      refresh gradients or for a residual rule.
+      every step; at `update`, a tree unlike that at `init`, of refresh
+      gradients too, or gradients that are already projected.
     TypeError: `spec` or `projector` is something else.
 
   References:
@@ -122,22 +136,50 @@ def project(
     >>> print(updates['w'].shape, state[0].subspaces.basis['w'].shape)
     (8, 16) (8, 2)
   """
-  _spec.check_spec(spec)
-  if not isinstance(projector, _base.Projector):
-    raise TypeError(
-      f'projector must come from subspace_optax.projectors, got {projector!r}.'
-    )
+  phases = Projection(spec, projector, keep_gradient, axis_name)
+  update = _boxes.bare(phases.update)
+  return optax.GradientTransformationExtraArgs(phases.init, update)
 
-  def init(params):
-    matches = spec.match(params)
-    _check_matches.check_matches(spec, matches)
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+  """The phases of `project`: `refresh`, `coordinates`, `track`.
+
+  Attributes:
+    spec: see `project`, as the next three.
+    projector: how bases are found and moved.
+    keep_gradient: whether nodes carry the gradient.
+    axis_name: of a mapped axis, along which plain leaves are averaged, too.
+    keep_wide: whether updates come back in float32 or wider, and plain leaves
+      in the dtype of their moments, to be rounded behind all that follows.
+  """
+
+  spec: _spec.SubspaceSpec
+  projector: _base.Projector
+  keep_gradient: bool = False
+  axis_name: Any = None
+  keep_wide: bool = False
+
+  def __post_init__(self):
+    _spec.check_spec(self.spec)
+    if not isinstance(self.projector, _base.Projector):
+      raise TypeError(
+        'projector must come from subspace_optax.projectors, got '
+        f'{self.projector!r}.'
+      )
+
+  def init(self, params: Any) -> Any:
+    """Returns the first state, boxed as the parameters are."""
+    matches = self.spec.match(params)
+    _check_matches.check_matches(self.spec, matches)
     if not _describe.is_asked():
       _matrices.remember_names(params)
-    _quantized_basis.check(spec.basis_dtype, projector)
-    _describe.record(spec, matches, projector, keep_gradient)
-    return _boxes.box_state(first_state, params)
+    _quantized_basis.check(self.spec.basis_dtype, self.projector)
+    _describe.record(self.spec, matches, self.projector, self.keep_gradient)
+    return _boxes.box_state(self._first_state, params)
 
-  def first_state(params):
+  def _first_state(self, params: Any) -> ProjectState:
+    spec, projector = self.spec, self.projector
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     make = functools.partial(_matrices.per_matrix, matches, treedef)
@@ -162,109 +204,195 @@ def project(
     return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
   def update(
-    updates,
-    state,
-    params=None,
+    self,
+    updates: Any,
+    state: ProjectState,
+    params: Any = None,
     *,
-    refresh_gradients=None,
-    window=None,
-    coordinates_axis_name=None,
-    coordinates=False,
-    refreshed=None,  # by paths, what `compressed_step` has refreshed already
-    **extra_args,
-  ):
+    refresh_gradients: Any = None,
+    given: Given | None = None,
+    **extra_args: Any,
+  ) -> tuple[Any, ProjectState]:
+    """Takes gradients to nodes: all phases, one after the other."""
     del extra_args
-    if None not in (coordinates_axis_name, axis_name):
-      raise ValueError(
-        f'`project` averages along axis_name={axis_name!r} already; leave it '
-        'out inside `data_parallel_step`.'
+    given = given or Given()
+    always = jnp.array(True)
+    seen = self.see(updates, state, params, refresh_gradients, given, always)
+    return self.track(updates, state, seen, given)
+
+  def see(
+    self,
+    updates: Any,
+    state: ProjectState,
+    params: Any,
+    refresh_gradients: Any,
+    given: Given,
+    active: jax.Array,
+  ) -> Seen:
+    """Refreshes bases and takes coordinates of the gradients.
+
+    Args:
+      updates: gradients; or coordinates, if `given.refreshed`.
+      state: of `init`.
+      params: the parameters, if they are known.
+      refresh_gradients: see `project`.
+      given: what the caller does itself.
+      active: a boolean scalar: whether bases may be refreshed.
+    """
+    if given.refreshed is not None:
+      return self._see_coordinates(
+        updates, state, params, refresh_gradients, given
       )
-    averaged = coordinates_axis_name or axis_name
-    matrices_of = functools.partial(
-      _matrices.of_gradients, spec, state, averaged, keep_gradient
-    )
-    if coordinates:
-      _matrices.check_coordinates(params, keep_gradient, refresh_gradients)
-      # A stand-in, of the gradients' shapes and shardings.
-      matches, matrices = matrices_of(params)
-      coords, matrices = _matrices.given_coords(updates, matrices)
-    else:
-      _matrices.check_shapes(updates, params, 'its parameter')
-      matches, matrices = matrices_of(updates)
+    _matrices.check_shapes(updates, params, 'its parameter')
+    axis_name = self._averaged(given)
+    matches, matrices = self._matrices(state, updates, axis_name)
     sources = matrices
     if refresh_gradients is not None:
       _matrices.check_shapes(updates, refresh_gradients, 'refresh_gradients')
       shown = _matrices.masked_like(updates, refresh_gradients)
-      _, sources = matrices_of(shown)
-    track = (
-      projector.track if window is None else _base.resting(projector.track)
-    )
-    yes = jnp.array(True)
-    window = Window(yes, yes) if window is None else window
+      _, sources = self._matrices(state, shown, axis_name)
+    refreshed = self.refresh(state, matrices, sources, active)
+    return self.coordinates(matches, matrices, refreshed)
 
-    found = (refreshed or {}).get(paths(state))
-    if found is None:
-      found = _refresh(spec, projector, state, window.first, matrices, sources)
-    old_basis, subspaces, before, own, stored = found
-    basis = subspaces.basis
-    if not coordinates:
-      coords = jax.tree.map(_coords, basis, matrices)
-      captured = jax.tree.map(
-        _captured, subspaces.captured_energy, matrices, coords, basis
-      )
-      subspaces = subspaces._replace(captured_energy=captured)
-    context = _base.Context(state.count, window.last, before)
-    subspaces, after, own = track(context, matrices, coords, subspaces, own)
+  def refresh(
+    self, state: ProjectState, matrices: Any, sources: Any, active: jax.Array
+  ) -> Refreshed:
+    """Moves the bases that are due, if `active`, by the gradients `sources`."""
+    return _refresh(self.spec, self.projector, state, active, matrices, sources)
 
-    nothing = jax.tree.map(lambda _: None, basis)
-    nodes = jax.tree.map(
-      functools.partial(_node, keep_gradient, projector.orthonormal),
-      basis,
-      old_basis,
-      matrices,
-      coords,
-      nothing if before is None else before,
-      nothing if after is None else after,
+  def refresh_without_gradients(
+    self, state: ProjectState, params: Any, active: jax.Array
+  ) -> Refreshed:
+    """Does so where no rule looks at a gradient in this step."""
+    matches = _matrices.matches_of(self.spec, state, params)
+    matrices = _matrices.without_gradients(state, matches, params)
+    return self.refresh(state, matrices, matrices, active)
+
+  def coordinates(
+    self, matches: list[_spec.Match | None], matrices: Any, refreshed: Refreshed
+  ) -> Seen:
+    """Takes P^T G of every matrix, and notes how much of G that is."""
+    basis = refreshed.subspaces.basis
+    coords = jax.tree.map(_coords, basis, matrices)
+    captured = jax.tree.map(
+      _captured, refreshed.subspaces.captured_energy, matrices, coords, basis
     )
-    plain = lambda x: x
-    if axis_name is not None and coordinates_axis_name is None:
-      plain = lambda x: lax.pmean(x, axis_name)
-    entries = [
-      plain(entry) if match and not match.layout else node
-      for match, (_, entry), (_, node) in zip(
-        matches, _tree.flatten(updates)[0], _tree.flatten(nodes)[0], strict=True
-      )
-    ]
-    count = jnp.where(
-      window.last, optax.safe_increment(state.count), state.count
+    subspaces = refreshed.subspaces._replace(captured_energy=captured)
+    refreshed = refreshed._replace(subspaces=subspaces)
+    return Seen(matches, matrices, coords, refreshed)
+
+  def track(
+    self,
+    updates: Any,
+    state: ProjectState,
+    seen: Seen,
+    given: Given,
+    active: jax.Array | None = None,
+  ) -> tuple[Any, ProjectState]:
+    """Moves the bases behind the coordinates; returns nodes and the state.
+
+    Args:
+      updates: the gradients, whose plain leaves pass.
+      state: as it was before the step.
+      seen: of `see`.
+      given: what the caller does itself.
+      active: a boolean scalar: whether bases move and the step counts; None
+        for always.
+    """
+    projector, refreshed = self.projector, seen.refreshed
+    move = projector.track if active is None else _base.resting(projector.track)
+    active = jnp.array(True) if active is None else active
+    context = _base.Context(state.count, active, refreshed.moves)
+    subspaces, after, own = move(
+      context, seen.matrices, seen.coords, refreshed.subspaces, refreshed.own
     )
     if projector.rebuild:
       subspaces = subspaces._replace(basis=())
-    if _quantized_basis.is_quantized(spec.basis_dtype):
-      subspaces = subspaces._replace(basis=stored)
+    if _quantized_basis.is_quantized(self.spec.basis_dtype):
+      subspaces = subspaces._replace(basis=refreshed.stored)
     own = jax.tree.map(_varying.vary_as, own, state.projector)
+    steps = optax.safe_increment(state.count)
+    count = jnp.where(active, steps, state.count)
     new_state = ProjectState(count, state.seed, subspaces, own)
-    return _tree.replace_entries(updates, entries), new_state
+    return self._nodes(updates, seen, after, given), new_state
 
-  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+  def _nodes(self, updates: Any, seen: Seen, after: Any, given: Given) -> Any:
+    """Returns gradients with a node in the place of every projected leaf."""
+    refreshed = seen.refreshed
+    basis = refreshed.subspaces.basis
+    nothing = jax.tree.map(lambda _: None, basis)
+    nodes = jax.tree.map(
+      functools.partial(_node, self),
+      basis,
+      refreshed.old_basis,
+      seen.matrices,
+      seen.coords,
+      nothing if refreshed.moves is None else refreshed.moves,
+      nothing if after is None else after,
+    )
+
+    def plain(x: Any) -> Any:
+      if self.axis_name is not None and given.axis_name is None:
+        x = lax.pmean(x, self.axis_name)
+      return x
+
+    widen = _dtypes.widen if self.keep_wide else lambda spec, x: x
+    entries = [
+      node
+      if match and match.layout
+      else widen(self.spec, plain(entry) if match else entry)
+      for match, (_, entry), (_, node) in zip(
+        seen.matches,
+        _tree.flatten(updates)[0],
+        _tree.flatten(nodes)[0],
+        strict=True,
+      )
+    ]
+    return _tree.replace_entries(updates, entries)
+
+  def _see_coordinates(
+    self,
+    updates: Any,
+    state: ProjectState,
+    params: Any,
+    refresh_gradients: Any,
+    given: Given,
+  ) -> Seen:
+    _matrices.check_coordinates(params, self.keep_gradient, refresh_gradients)
+    matches = _matrices.matches_of(self.spec, state, params)
+    matrices = _matrices.without_gradients(
+      state, matches, params, self._averaged(given)
+    )
+    coords, matrices = _matrices.given_coords(updates, matrices)
+    refreshed = (given.refreshed or {}).get(paths(state))
+    if refreshed is None:
+      active = jnp.array(True)
+      refreshed = self.refresh(state, matrices, matrices, active)
+    return Seen(matches, matrices, coords, refreshed)
+
+  def _matrices(
+    self, state: ProjectState, gradients: Any, axis_name: Any
+  ) -> tuple[list[_spec.Match | None], Any]:
+    matches = _matrices.matches_of(self.spec, state, gradients)
+    matrices = _matrices.of_gradients(
+      state, matches, axis_name, self.keep_gradient, gradients
+    )
+    return matches, matrices
+
+  def _averaged(self, given: Given) -> Any:
+    """Returns the mapped axis along which coordinates are averaged."""
+    if None not in (given.axis_name, self.axis_name):
+      raise ValueError(
+        f'`project` averages along axis_name={self.axis_name!r} already; leave '
+        'it out inside `data_parallel_step`.'
+      )
+    return given.axis_name or self.axis_name
 
 
 def paths(state: ProjectState) -> tuple[str, ...]:
   """Returns the paths of the leaves that a state has bases for."""
   pairs, _ = _tree.flatten(state.seed)
   return tuple(path for path, seed in pairs if not _tree.is_masked(seed))
-
-
-def refresh_without_gradient(
-  spec: _spec.SubspaceSpec,
-  projector: _base.Projector,
-  params: Any,
-  state: ProjectState,
-  first: jax.Array,
-) -> Refreshed:
-  """Returns what the next step refreshes, if that depends on no gradient."""
-  _, matrices = _matrices.of_gradients(spec, state, None, False, params)
-  return _refresh(spec, projector, state, first, matrices, matrices)
 
 
 def _refresh(
@@ -375,7 +503,7 @@ def _place_rebuilt(
   dtype: Any, basis: jax.Array, matrix: _base.Matrix
 ) -> jax.Array:
   """Returns a basis as it would have come from the state."""
-  return matrix.layout.settle_basis(basis.astype(dtype), matrix.gradient)
+  return matrix.layout.settle_basis(basis.astype(dtype), matrix.like)
 
 
 def _coords(basis: jax.Array, matrix: _base.Matrix) -> jax.Array:
@@ -397,22 +525,24 @@ def _captured(
 
 
 def _node(
-  keep_gradient, orthonormal, basis, old_basis, matrix, coords, before, after
-):
+  phases: Projection, basis, old_basis, matrix, coords, before, after
+) -> _projected.Projected:
+  dtype = matrix.like.dtype
+  wide = jnp.promote_types(dtype, jnp.float32)
   return _projected.Projected(
     coords=coords,
     basis=basis,
     before=before,
     after=after,
-    gradient=matrix.gradient if keep_gradient else None,
-    old_basis=old_basis if keep_gradient else None,
+    gradient=matrix.gradient if phases.keep_gradient else None,
+    old_basis=old_basis if phases.keep_gradient else None,
     old_mean=None,
     mean=None,
     direction=None,
     intact=jnp.array(True),
     layout=dataclasses.replace(matrix.layout, axis_name=None),
-    orthonormal=orthonormal,
-    dtype=matrix.gradient.dtype,
-    update_dtype=matrix.gradient.dtype,
-    sharding=_sharding.explicit(matrix.gradient),
+    orthonormal=phases.projector.orthonormal,
+    dtype=dtype,
+    update_dtype=wide if phases.keep_wide else dtype,
+    sharding=_sharding.explicit(matrix.like),
   )

@@ -12,6 +12,7 @@ from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _project
 from subspace_optax._chain import _spec
 from subspace_optax._chain import _unproject
+from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
 from subspace_optax.projectors import _base
@@ -99,24 +100,22 @@ def subspace(
     inner = _sign.require_along(inner, name, with_params=with_params)
   if after is not None:
     inner = _sign.require_one_turn(inner, after, with_params=with_params)
-  project = _project.project(
-    spec, projector, keep_gradient=residual is not None
+  project = _project.Projection(
+    spec, projector, keep_gradient=residual is not None, keep_wide=True
   )
-  project = _dtypes.keep_wide(project, spec)
-  in_subspace = _in_subspace.in_subspace(
-    inner,
-    spec,
-    transport=transport,
-    params=params,
-    per_matrix=per_matrix,
-    plain=plain,
+  in_subspace = _in_subspace.InSubspace(
+    inner, spec, transport, params, per_matrix, plain
   )
   unproject = _unproject.unproject_any(scale, residual, spec, allow_empty=True)
   if every_k > 1:
     rest = unproject if after is None else optax.chain(unproject, after)
     tx = _every_k.every_k(every_k, spec, project, in_subspace, rest)
     return _dtypes.round_last(tx)
-  tx = optax.chain(project, in_subspace, unproject)
+  pieces = [
+    optax.GradientTransformationExtraArgs(x.init, _boxes.bare(x.update))
+    for x in (project, in_subspace)
+  ]
+  tx = optax.chain(*pieces, unproject)
   if residual is not None and residual.feedback:
     tx = _with_feedback(tx, residual.feedback)
   return _dtypes.round_last(tx if after is None else optax.chain(tx, after))

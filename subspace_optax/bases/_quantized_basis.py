@@ -119,7 +119,7 @@ def read(orthonormal: bool, matrix: _base.Matrix, stored: Any) -> jax.Array:
   if not isinstance(stored, QuantizedBasis):
     return stored
   basis = decode(matrix.layout, stored, orthonormal)
-  return matrix.layout.settle_basis(basis, matrix.gradient)
+  return matrix.layout.settle_basis(basis, matrix.like)
 
 
 class Stored(NamedTuple):

@@ -42,8 +42,10 @@ class Matrix:
   """One projected leaf, as projectors see it.
 
   Attributes:
+    like: an array of the leaf's shape, dtype and sharding, which is not to be
+      read: the gradient, or the parameter where no gradient is known.
     gradient: G, the leaf's own axes; along a mapped axis of the layout, one of
-      the gradients whose mean is G.
+      the gradients whose mean is G. None in steps in which no rule looks at it.
     layout: which of them are projected.
     seed: (*batch), uint32, one per matrix.
     energy: (*batch), ||G||_F^2, or 1 where not `ok`; along a mapped axis, the
@@ -53,7 +55,8 @@ class Matrix:
     mean: of past coordinates, for a rule that keeps it.
   """
 
-  gradient: jax.Array
+  like: jax.Array
+  gradient: Any
   layout: _layout.Layout
   seed: jax.Array
   energy: jax.Array
@@ -129,7 +132,7 @@ def still(matrix: Matrix) -> _projected.Move:
   eye = jnp.eye(layout.rank, dtype=jnp.float32)
   eye = jnp.broadcast_to(eye.reshape((1,) * len(shape[:-2]) + eye.shape), shape)
   axes = layout.batch_axes + 'yz'
-  eye = _sharding.settle(eye, matrix.gradient, layout.leaf_axes, axes)
+  eye = _sharding.settle(eye, matrix.like, layout.leaf_axes, axes)
   return _projected.Move(jnp.zeros_like(matrix.ok), eye)
 
 

@@ -96,8 +96,11 @@ def periodic(
       good = matrix.ok if uses_gradient else jnp.ones_like(matrix.ok)
       wanted = (due | (owed & context.active)) & good
       old = _Bases(basis, error, drift, *_base.still(matrix))
-      whole = not in_turn or not _can_take_apart(matrix)
-      new = _refresh(draw, orthonormal, matrix, wanted, period, old, whole)
+      if uses_gradient and matrix.gradient is None:
+        new = old  # nothing is due: see `needs_gradient`
+      else:
+        whole = not in_turn or not _can_take_apart(matrix)
+        new = _refresh(draw, orthonormal, matrix, wanted, period, old, whole)
       move = _projected.Move(new.moved, new.transition)
       # A factorisation that failed is owed, too.
       owed = (owed | due) & ~new.moved
@@ -190,7 +193,7 @@ def random(
 
 def _can_take_apart(matrix: _base.Matrix) -> bool:
   batch = matrix.layout.batch
-  return bool(batch) and _sharding.is_whole(matrix.gradient, batch)
+  return bool(batch) and _sharding.is_whole(matrix.like, batch)
 
 
 def _refresh(
@@ -225,10 +228,11 @@ def _refresh(
   def turn(k: jax.Array, state: _Bases) -> _Bases:
     i = turns[k]
     take = lambda x, axes: layout.take(x, axes, i)
-    mean = matrix.mean
+    mean, g = matrix.mean, matrix.gradient
     one = dataclasses.replace(
       matrix,
-      gradient=take(matrix.gradient, layout.leaf_axes),
+      like=take(matrix.like, layout.leaf_axes),
+      gradient=None if g is None else take(g, layout.leaf_axes),
       layout=layout.one,
       seed=take(matrix.seed, each),
       energy=take(matrix.energy, each),
@@ -248,6 +252,8 @@ def _only(wanted: jax.Array, matrix: _base.Matrix) -> _base.Matrix:
 
   LAPACK's SVD may never return from a matrix that holds an Inf.
   """
+  if matrix.gradient is None:
+    return matrix
   gradient = jnp.where(matrix.layout.along_leaf(wanted), matrix.gradient, 0)
   return dataclasses.replace(matrix, gradient=gradient)
 

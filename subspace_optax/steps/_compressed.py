@@ -102,7 +102,7 @@ def compressed_step(
       known = {
         one.paths: new for one, new in zip(found, refreshed, strict=True)
       }
-      return take(f, at, state, coordinates=True, refreshed=known)
+      return take(f, at, state, given=_project.Given(refreshed=known))
 
     if needs is False:
       return compressed(state)
@@ -186,13 +186,9 @@ def _refresh(one: _Found, params: Any) -> _project.Refreshed:
     x if match else optax.MaskedNode()
     for match, (_, x) in zip(one.record.matches, pairs, strict=True)
   ]
-  return _project.refresh_without_gradient(
-    one.record.spec,
-    one.record.projector,
-    _tree.replace_entries(params, mine),
-    one.state,
-    one.first,
-  )
+  phases = _project.Projection(one.record.spec, one.record.projector)
+  params = _tree.replace_entries(params, mine)
+  return phases.refresh_without_gradients(one.state, params, one.first)
 
 
 def _bases(

@@ -93,9 +93,8 @@ def data_parallel_step(
     mine = jax.tree.map(lambda x: lax.pcast(x, axis_name, to='varying'), params)
     value, gradients = jax.value_and_grad(loss)(mine, batch)
     gradients = _mean_of_rest(gradients, state, axis_names)
-    updates, state = update(
-      gradients, state, params, coordinates_axis_name=axis_names
-    )
+    given = _project.Given(axis_name=axis_names)
+    updates, state = update(gradients, state, params, given=given)
     params = optax.apply_updates(params, updates)
     return params, state, lax.pmean(value, axis_names)
 
