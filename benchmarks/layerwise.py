@@ -102,7 +102,7 @@ class Model:
     """What has `init`, and (params, state, tokens) -> (params, state, ...)."""
     if by_layer:
       made = so.layerwise(tx, *train_step.by_layer(self.model))
-      return made, made.update
+      return made, made.step
     gradient = train_step.placed_gradient(
       self.loss, mesh.shardings(self.params)
     )

@@ -205,7 +205,7 @@ def layerwise(mesh: Mesh, row: Row) -> Step:
     lambda layer, x, tokens: llama.place(model.block(layer, x), rows),
     jax.checkpoint(model.head),
   )
-  return with_state(step, parameters(mesh, model.params), step.update)
+  return with_state(step, parameters(mesh, model.params), step.step)
 
 
 def compiled(args: Args, row: Row) -> Any:

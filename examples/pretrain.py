@@ -329,7 +329,8 @@ def summarize(
     ),
     'tokens_per_second': speed * c.batch * c.seq,
     'memory': so.memory_report(
-      run.tx, params, compressed=c.compressed
+      so.rso.compressed_step(run.loss, run.tx) if c.compressed else run.tx,
+      params,
     )._asdict(),
     'data_sha256': corpus.sha256,
     'params_sha256': digest(params),

@@ -127,7 +127,7 @@ def method(
   `clip` is the global norm that gradients are clipped to, for subproblems;
   optimizers have that in their chain. With `accumulates`, the optimizer does.
   """
-  if isinstance(tx, so.Layerwise):
+  if isinstance(tx, so.TrainStep):
     return layerwise_method(tx)
   if isinstance(tx, so.rso.Subproblems):
     if compressed:
@@ -152,11 +152,11 @@ def method(
   return Method(tx.init, step, alone, alone, not compressed, compressed)
 
 
-def layerwise_method(layers: so.Layerwise) -> Method:
+def layerwise_method(layers: so.TrainStep) -> Method:
   """Takes gradients and steps at once, a microbatch after the other."""
 
   def one(params, opt_state, batch_BxT1):
-    params, opt_state, metrics = layers.update(params, opt_state, batch_BxT1)
+    params, opt_state, metrics = layers.step(params, opt_state, batch_BxT1)
     return params, opt_state, tuple(metrics)
 
   alone = lambda params, opt_state: params

@@ -20,7 +20,8 @@ Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
 
 Before and during training: `describe`, `memory_report`, `subspace_metrics`,
 `state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`. Steps that
-need more than gradients: `layerwise`, `data_parallel_step`, `rso`.
+need more than gradients: `layerwise`, `data_parallel_step`, `rso`; all are
+`TrainStep`s, as is the plain `train_step`.
 """
 
 from subspace_optax import projectors
@@ -33,6 +34,7 @@ from subspace_optax._chain._in_subspace import in_subspace
 from subspace_optax._chain._project import project
 from subspace_optax._chain._spec import DimensionNumbers
 from subspace_optax._chain._spec import SubspaceSpec
+from subspace_optax._chain._state_sharding import state_sharding
 from subspace_optax._chain._subspace import subspace
 from subspace_optax._chain._unproject import unproject
 from subspace_optax._matrix._boxes import register_box
@@ -56,20 +58,19 @@ from subspace_optax.state._memory import MemoryReport
 from subspace_optax.state._memory import memory_report
 from subspace_optax.state._metrics import subspace_metrics
 from subspace_optax.state._resize import resize_rank
-from subspace_optax.state._state_sharding import state_sharding
 from subspace_optax.steps._data_parallel import data_parallel_step
-from subspace_optax.steps._layerwise import Layerwise
 from subspace_optax.steps._layerwise import LayerwiseAuxMetrics
 from subspace_optax.steps._layerwise import LayerwiseMetrics
 from subspace_optax.steps._layerwise import LayerwiseState
 from subspace_optax.steps._layerwise import layerwise
+from subspace_optax.steps._train_step import TrainStep
+from subspace_optax.steps._train_step import train_step
 from subspace_optax.transports._moments import register_moments
 
 __version__ = '0.1.0'
 
 __all__ = [
   'DimensionNumbers',
-  'Layerwise',
   'LayerwiseAuxMetrics',
   'LayerwiseMetrics',
   'LayerwiseState',
@@ -77,6 +78,7 @@ __all__ = [
   'Projected',
   'SubspaceSpec',
   'TheoremParameters',
+  'TrainStep',
   'apollo_adamw',
   'data_parallel_step',
   'describe',
@@ -107,6 +109,7 @@ __all__ = [
   'subspace_muon',
   'testing',
   'theorem_parameters',
+  'train_step',
   'transports',
   'unproject',
 ]

@@ -88,7 +88,7 @@ def run_ordinary(tx, params, steps=STEPS):
 
 
 def run_layers(step, params, steps=STEPS, batch=BATCH, **options):
-  run = lambda p, s: step.update(p, s, batch)
+  run = lambda p, s: step.step(p, s, batch)
   update = cases.jit(run, donate_argnums=(0, 1), **options)
   params = jax.tree.map(jnp.copy, params)
   result = repeat(update, params, step.init(params), steps)
@@ -179,9 +179,9 @@ def test_two_passes_clip_the_norm_of_the_whole_gradient():
 def test_the_norm_of_the_step_before():
   params = make_params()
   step = layers(optax.sgd(1.0), max_norm=0.1, clip='previous')
-  _, state, (_, norm) = step.update(params, step.init(params), BATCH)
+  _, state, (_, norm) = step.step(params, step.init(params), BATCH)
   np.testing.assert_allclose(state.norm, norm)
-  after, _, _ = step.update(params, state, BATCH)
+  after, _, _ = step.step(params, state, BATCH)
   gradient = jax.grad(loss)(params, BATCH)
   moved = jax.tree.map(jnp.subtract, params, after)
   wanted = jax.tree.map(lambda g: 0.1 / norm * g, gradient)
@@ -197,7 +197,7 @@ def test_the_norm_of_each_layer(clip):
   """In the first step, also for want of one before."""
   params = make_params()
   step = layers(optax.sgd(1.0), max_norm=0.02, clip=clip)
-  after, _, _ = step.update(params, step.init(params), BATCH)
+  after, _, _ = step.step(params, step.init(params), BATCH)
   moved = jax.tree.map(jnp.subtract, params, after)
   gradient = jax.grad(loss)(params, BATCH)
   for i in range(LAYERS):
@@ -221,7 +221,7 @@ def test_a_gradient_that_is_nan_is_not_hidden():
   )
   for clip in (None, 1.0):
     step = layers(optax.sgd(0.1), max_norm=clip)
-    after, _, metrics = step.update(params, step.init(params), BATCH)
+    after, _, metrics = step.step(params, step.init(params), BATCH)
     assert np.isnan(metrics.loss) and np.isnan(metrics.norm)
     assert np.isnan(after['net']['blocks']['up']).all()
 
@@ -231,8 +231,8 @@ def test_a_norm_that_is_not_finite_is_forgotten():
   params = make_params()
   step = layers(optax.sgd(1.0), max_norm=0.02, clip='previous')
   state = step.init(params)
-  wanted, _, _ = step.update(params, state, BATCH)
-  got, _, _ = step.update(params, state._replace(norm=jnp.nan), BATCH)
+  wanted, _, _ = step.step(params, state, BATCH)
+  got, _, _ = step.step(params, state._replace(norm=jnp.nan), BATCH)
   jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
@@ -270,7 +270,7 @@ def test_temporaries_and_copies(twelve, name):
   states = (jax.eval_shape(init, params) for init in (tx.init, step.init))
   old, new = (
     program(f, params, state, batch)
-    for f, state in zip((ordinary, step.update), states, strict=True)
+    for f, state in zip((ordinary, step.step), states, strict=True)
   )
   temporary = [x.memory_analysis().temp_size_in_bytes for x in (old, new)]
   assert temporary[1] < 0.5 * temporary[0], temporary
@@ -401,7 +401,7 @@ def test_blocks_must_keep_shapes():
     stack='net/blocks',
   )  # fmt: skip
   with pytest.raises(ValueError, match='block must return what it is given'):
-    step.update(make_params(), step.init(make_params()), BATCH)
+    step.step(make_params(), step.init(make_params()), BATCH)
 
 
 # The trainer.

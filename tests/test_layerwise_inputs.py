@@ -68,7 +68,7 @@ def loss(params, batch=BATCH):
 
 def run(step, params, steps=3, batch=BATCH, state=None):
   """Parameters, state and metrics after some steps, compiled once."""
-  update = cases.jit(step.update)
+  update = cases.jit(step.step)
   state = step.init(params) if state is None else state
   rows = []
   for _ in range(steps):
@@ -128,7 +128,7 @@ def test_the_tree_stays_what_it_was(name, plain):
     sorted(map(np.asarray, jax.tree.leaves(got)), key=by_size),
     sorted(map(np.asarray, plain), key=by_size),
   )
-  one = lambda carry, _: (step.update(*carry, BATCH)[:2], None)
+  one = lambda carry, _: (step.step(*carry, BATCH)[:2], None)
   jax.eval_shape(lambda c: jax.lax.scan(one, c, length=2), (got, state))
 
 
@@ -170,7 +170,7 @@ def test_a_stack_below_other_mappings():
     lambda rest, x, batch: head({'a_head': rest['net']['z']}, x, batch),
     stack='net/blocks',
   )
-  got, _, _ = cases.jit(step.update)(params, step.init(params), BATCH)
+  got, _, _ = cases.jit(step.step)(params, step.init(params), BATCH)
   assert jax.tree.structure(got) == jax.tree.structure(params)
   wanted = cases.jit(jax.grad(loss))(make_params())
   moved = (inner['z'] - got['net']['z'], params['embed'] - got['embed'])
@@ -266,7 +266,7 @@ def test_a_stack_of_vectors_is_no_matrix(name):
   # Each layer has a seed of its own, and the update takes the state.
   seeds = optax.tree.get(state.blocks, 'seed')['blocks']['w']
   assert len(set(seeds.tolist())) == LAYERS
-  jax.eval_shape(step.update, params, state, BATCH)
+  jax.eval_shape(step.step, params, state, BATCH)
 
 
 def test_another_matrix_in_a_stack():
@@ -375,7 +375,7 @@ def test_gradients_beside_leaves_without_one():
 
   wanted = jax.grad(whole)(trained)
   step = so.layerwise(optax.sgd(1.0), my_embed, my_block, my_head)
-  got, _, metrics = step.update(params, step.init(params), BATCH)
+  got, _, metrics = step.step(params, step.init(params), BATCH)
   only = lambda p: (
     {k: p[k] for k in ('embed', 'a_head')}
     | {'blocks': {k: p['blocks'][k] for k in 'wgs'}}
@@ -393,7 +393,7 @@ def test_complex_parameters():
     lambda layer, x, batch: x * jnp.real(jnp.vdot(layer['w'], layer['w'])),
     lambda rest, x, batch: jnp.sum(x),
   )
-  got, _, metrics = step.update(params, step.init(params), jnp.ones(3))
+  got, _, metrics = step.step(params, step.init(params), jnp.ones(3))
   whole = lambda w: 3 * jnp.prod(jnp.sum(jnp.abs(w) ** 2, 1))
   wanted = jax.grad(whole)(params['blocks']['w'])
   moved = params['blocks']['w'] - got['blocks']['w']
@@ -429,7 +429,7 @@ def test_dropout_that_differs_by_layer():
     head,
     with_index=True,
   )
-  got, _, metrics = step.update(params, step.init(params), batch)
+  got, _, metrics = step.step(params, step.init(params), batch)
   np.testing.assert_allclose(metrics.loss, wanted, rtol=1e-6)
   assert_close(jax.tree.map(jnp.subtract, params, got), gradient)
 
@@ -452,7 +452,7 @@ def test_the_step_of_polyak():
   step = so.layerwise(
     optax.sgd(0.0), embed, block, head, rest=optax.polyak_sgd(1.0)
   )
-  got, _, metrics = step.update(params, step.init(params), BATCH)
+  got, _, metrics = step.step(params, step.init(params), BATCH)
   gradient = jax.grad(loss)(params)
   rest = {k: gradient[k] for k in ('embed', 'a_head')}
   size = metrics.loss / optax.tree.norm(rest, squared=True)
@@ -466,7 +466,7 @@ def test_what_head_returns_besides():
   params = make_params()
   got, _, rows = run(step, params, 1)
   plain = so.layerwise(optax.sgd(0.1), embed, block, head)
-  wanted, _, metrics = plain.update(params, plain.init(params), BATCH)
+  wanted, _, metrics = plain.step(params, plain.init(params), BATCH)
   assert_close(got, wanted)
   assert rows[0].loss.shape == () and metrics._fields == ('loss', 'norm')
   assert rows[0].aux['n'] == 3 and rows[0].aux['x'].shape == (6, WIDTH)
@@ -487,7 +487,7 @@ def test_heads_that_return_something_else(my_head, has_aux, message):
   params = make_params()
   step = so.layerwise(optax.sgd(0.1), embed, block, my_head, has_aux=has_aux)
   with pytest.raises(ValueError, match=message):
-    step.update(params, step.init(params), BATCH)
+    step.step(params, step.init(params), BATCH)
 
 
 # --- Numbers that are set for all layers -------------------------------------
@@ -497,7 +497,7 @@ def test_heads_that_return_something_else(my_head, has_aux, message):
 def test_a_learning_rate_that_is_set(rate):
   tx, params = optax.inject_hyperparams(optax.sgd)(0.1), make_params()
   step = so.layerwise(tx, embed, block, head)
-  update = cases.jit(step.update)
+  update = cases.jit(step.step)
   _, state, _ = update(params, step.init(params), BATCH)
   shapes = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
   state = optax.tree.set(state, learning_rate=rate)
@@ -524,17 +524,17 @@ def test_rates_of_each_layer_and_of_too_many():
   rates = lambda x: state._replace(
     blocks=optax.tree.set(state.blocks, learning_rate=x)
   )
-  got, _, _ = step.update(params, rates(jnp.array([1.0, 0.0, 2.0])), BATCH)
+  got, _, _ = step.step(params, rates(jnp.array([1.0, 0.0, 2.0])), BATCH)
   gradient = jax.grad(loss)(params)['blocks']['w']
   wanted = gradient * jnp.array([1.0, 0.0, 2.0])[:, None, None]
   assert_close(params['blocks']['w'] - got['blocks']['w'], wanted)
   with pytest.raises(ValueError, match=r"learning_rate'.* has shape \(4,\)"):
-    step.update(params, rates(jnp.ones(4)), BATCH)
+    step.step(params, rates(jnp.ones(4)), BATCH)
   for wrong in (jnp.ones((3, 1)), jnp.ones((3, 12))):
     with pytest.raises(ValueError, match=r'state\.blocks .*learning_rate'):
-      step.update(params, rates(wrong), BATCH)
+      step.step(params, rates(wrong), BATCH)
   with pytest.raises(ValueError, match=r'state\.rest .*learning_rate'):
-    step.update(
+    step.step(
       params, optax.tree.set(state, learning_rate=jnp.ones(LAYERS)), BATCH
     )
 
@@ -545,7 +545,7 @@ def test_a_loss_that_is_not_real(dtype):
   my_head = lambda *args: head(*args).astype(dtype)
   step = so.layerwise(optax.sgd(0.1), embed, block, my_head)
   with pytest.raises(ValueError, match='real loss, got'):
-    jax.eval_shape(step.update, params, step.init(params), BATCH)
+    jax.eval_shape(step.step, params, step.init(params), BATCH)
 
 
 def test_masks_of_the_whole_tree_are_told_of_its_parts():

@@ -340,7 +340,7 @@ def test_layer_by_layer(rounding):
   state = step.init(params)
   shapes = {x.shape for x in jax.tree.leaves(state.blocks)}
   assert shapes == ({(3,)} if rounding == 'stochastic' else {(3, 8, 8)})
-  update = cases.jit(step.update)
+  update = cases.jit(step.step)
   after, new, _ = update(params, state, jnp.ones((4, 8), BF16))
   measure.assert_trees_close(after, params)  # the learning rate is none
   assert measure.types(new) == measure.types(state)

@@ -86,7 +86,7 @@ def small() -> dict[str, int]:
   found = {}
   for name, init, step in (
     ('ordinary', tx.init, ordinary),
-    ('layerwise', layers.init, layers.update),
+    ('layerwise', layers.init, layers.step),
   ):
     state = jax.eval_shape(init, params)
     run = jax.jit(step, donate_argnums=(0, 1))

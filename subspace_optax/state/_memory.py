@@ -9,10 +9,6 @@ import optax
 
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _notices
-from subspace_optax.lifted import _trees
-from subspace_optax.steps import _compressed
-from subspace_optax.steps import _layerwise
-from subspace_optax.steps import _subproblems
 
 
 class MemoryReport(NamedTuple):
@@ -38,23 +34,15 @@ class MemoryReport(NamedTuple):
     return '\n'.join([*lines, f'{"state / adam":<14}{ratio:>12.3f}'])
 
 
-def memory_report(
-  tx: optax.GradientTransformation
-  | _subproblems.Subproblems
-  | _layerwise.Layerwise,
-  params: Any,
-  *,
-  compressed: bool = False,
-) -> MemoryReport:
+def memory_report(tx: Any, params: Any) -> MemoryReport:
   """Counts the bytes of an optimizer's state beside Adam's.
 
   Args:
-    tx: any optax optimizer, `rso.subproblems`, or a step made by `layerwise`,
-      of whose gradients one layer's and those of no layer are alive.
+    tx: any optax optimizer, a `TrainStep` or `rso.subproblems`. For
+      `layerwise`, counts one layer's gradient plus the gradients outside of the
+      stack; for `rso.compressed_step`, those of coordinates.
     params: the parameters, or their shapes (`jax.eval_shape`); nothing is
       allocated.
-    compressed: whether `tx` takes its steps by `rso.compressed_step`, so that
-      gradients are those of coordinates.
 
   Returns:
     Exact bytes over all devices, as if nothing were replicated.
@@ -72,13 +60,8 @@ def memory_report(
   with _notices.quiet():
     state = jax.eval_shape(tx.init, params)
   adam = jax.eval_shape(optax.adam(1.0).init, params)
-  gradients = params
-  if isinstance(tx, _subproblems.Subproblems):
-    gradients = _trees.trained(params, state.coords)
-  elif isinstance(tx, _layerwise.Layerwise):
-    gradients = tx.gradients(params)
-  elif compressed:
-    gradients = _compressed.gradients_like(tx, params)
+  alive = getattr(tx, 'gradients', None)
+  gradients = params if alive is None else alive(params, state)
   return MemoryReport(*map(tree_bytes, (params, gradients, state, adam)))
 
 

@@ -24,17 +24,16 @@ from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
 from subspace_optax.lifted import _trees
 from subspace_optax.projectors import _base
-
-Differentiate = Callable[[Callable[..., Any]], Callable[..., tuple[Any, Any]]]
+from subspace_optax.steps import _train_step
 
 
 def compressed_step(
   loss: Callable[..., jax.Array],
   tx: optax.GradientTransformation,
   *,
-  value_and_grad: Differentiate = jax.value_and_grad,
-) -> Callable[..., tuple[Any, Any, Any]]:
-  """Returns a training step whose gradients are born projected.
+  value_and_grad: _train_step.Differentiate = jax.value_and_grad,
+) -> _train_step.TrainStep:
+  """Makes a training step whose gradients are born projected.
 
   The parameters, the state and the steps are those of `tx`, up to rounding. For
   b inputs of an m x n layer, the projected side first, gradient and step cost
@@ -59,7 +58,8 @@ def compressed_step(
       that accumulates over microbatches, say.
 
   Returns:
-    (params, state, *args) -> (params, state, value), to be jitted.
+    A `TrainStep`, (params, state, *args) -> (params, state, value), to be
+    jitted.
 
   Raises:
     ValueError: when called: a projector that looks at every gradient, such as
@@ -109,10 +109,11 @@ def compressed_step(
     whole = functools.partial(take, loss, params)
     return _varying.cond(needs, whole, compressed, state)
 
-  return step
+  of_coords = lambda params, state: _gradients_like(tx, params)
+  return _train_step.TrainStep(tx.init, step, gradients=of_coords)
 
 
-def gradients_like(tx: Any, params: Any) -> Any:
+def _gradients_like(tx: Any, params: Any) -> Any:
   """Returns the shapes of the gradients of a compressed step."""
   pairs, _ = _tree.flatten(params)
   entries = [x for _, x in pairs]

@@ -17,6 +17,7 @@ import optax
 
 from subspace_optax._chain import _project
 from subspace_optax._matrix import _tree
+from subspace_optax.steps import _train_step
 
 
 def data_parallel_step(
@@ -26,8 +27,8 @@ def data_parallel_step(
   axis_name: str | tuple[str, ...] = 'data',
   *,
   check_vma: bool = True,
-) -> Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]:
-  """Returns a training step that moves coordinates between devices.
+) -> _train_step.TrainStep:
+  """Makes a training step that moves coordinates between devices.
 
   Every device computes the gradient of its part of the batch. Of leaves that
   `tx` projects, `project` averages the coordinates; all others are averaged
@@ -47,15 +48,16 @@ def data_parallel_step(
       `every_k`: `optax.MultiSteps` and `apply_if_finite` around `tx` fail.
     mesh: its axis `axis_name` divides the first axis of all arrays of a batch.
       Other mesh axes may shard parameters and state, automatically. Along
-      `axis_name` both are the same: place state by `state_sharding(tx, params,
-      replicated=('data',))`.
+      `axis_name` both are the same: place state by the step's own
+      `state_sharding(params)`.
     axis_name: along which devices have different parts of a batch, one name or
       several.
     check_vma: as of `jax.shard_map`; False for losses that it refuses, such as
       those with Pallas kernels or scans that start from constants.
 
   Returns:
-    (params, state, batch) -> (params, state, loss), to be jitted.
+    A `TrainStep`, (params, state, batch) -> (params, state, loss), to be
+    jitted.
 
   Raises:
     ValueError: the mesh has no such axis, or explicit ones.
@@ -99,7 +101,7 @@ def data_parallel_step(
     return params, state, lax.pmean(value, axis_names)
 
   same, parts = PartitionSpec(), PartitionSpec(tuple(axis_names))
-  return jax.shard_map(
+  step = jax.shard_map(
     local_step,
     mesh=mesh,
     in_specs=(same, same, parts),
@@ -107,6 +109,7 @@ def data_parallel_step(
     axis_names=set(axis_names),
     check_vma=check_vma,
   )
+  return _train_step.TrainStep(tx.init, step, replicated=tuple(axis_names))
 
 
 def _mean_of_rest(

@@ -16,7 +16,6 @@ It costs what recomputing layers costs: one more forward pass.
 
 from collections.abc import Callable, Iterator
 import contextlib
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _sharding
 from subspace_optax.steps import _stacks
+from subspace_optax.steps import _train_step
 
 CLIPS = ('layer', 'previous', 'two_pass')
 
@@ -57,23 +57,6 @@ class LayerwiseAuxMetrics(NamedTuple):
   aux: Any  # what `head` returned beside the loss
 
 
-@dataclasses.dataclass(frozen=True)
-class Layerwise:
-  """A layer-wise training step, made by `layerwise`.
-
-  Attributes:
-    init: params -> state.
-    update: (params, state, batch) -> (params, state, metrics), to be jitted
-      with params and state donated.
-    gradients: params -> what is alive of their gradient at a time: that of one
-      layer, and of all that is no layer.
-  """
-
-  init: Callable[[Any], LayerwiseState]
-  update: Callable[[Any, LayerwiseState, Any], Any]
-  gradients: Callable[[Any], Any]
-
-
 def layerwise(
   tx: optax.GradientTransformation,
   embed: Callable[[Any, Any], Any],
@@ -86,7 +69,7 @@ def layerwise(
   clip: str = 'layer',
   with_index: bool = False,
   has_aux: bool = False,
-) -> Layerwise:
+) -> _train_step.TrainStep:
   """Makes a training step whose backward pass updates layer by layer.
 
   The model is head(rest, block(... block(embed(rest)))), with one function for
@@ -131,14 +114,14 @@ def layerwise(
     has_aux: whether `head` returns (loss, aux); `metrics.aux` is that tree.
 
   Returns:
-    The step, as `init` and `update`. Parameters keep their treedef. Numbers of
+    The step. Parameters keep their treedef. Numbers of
     the state may be set for all layers at once by `optax.tree.set(state,
     learning_rate=0.01)`.
 
   Raises:
     ValueError: an unknown `clip`; at `init`, no mapping at `stack`, leaves that
       disagree on the number of layers, or a spec that takes the axis of layers
-      for one of a matrix; at `update`, a block that changes its input's shapes,
+      for one of a matrix; at the step, a block that changes its input's shapes,
       or a head that returns no scalar.
 
   References:
@@ -159,7 +142,7 @@ def layerwise(
     ...   head=lambda rest, x, batch: jnp.mean((x @ rest['head']) ** 2),
     ... )
     >>> state = step.init(params)
-    >>> update = jax.jit(step.update, donate_argnums=(0, 1))
+    >>> update = jax.jit(step.step, donate_argnums=(0, 1))
     >>> params, state, metrics = update(params, state, jnp.ones((8, 16)))
     >>> metrics.loss.shape
     ()
@@ -252,11 +235,12 @@ def layerwise(
       metrics = LayerwiseAuxMetrics(*metrics, aux)
     return params, state, metrics
 
-  def gradients(params):
+  def gradients(params, state):
+    del state
     (blocks, _), (others, _) = parted(params)
     return _stacks.layer_shapes(blocks), others
 
-  return Layerwise(init, update, gradients)
+  return _train_step.TrainStep(init, update, gradients=gradients)
 
 
 def _loss_and_aux(found: Any, has_aux: bool) -> tuple[Any, Any]:

@@ -37,6 +37,7 @@ from subspace_optax.bases import _quantized_basis
 from subspace_optax.lifted import _trees
 from subspace_optax.projectors import _gap
 from subspace_optax.steps import _merge
+from subspace_optax.steps import _train_step
 from subspace_optax.transports import _base as _transport
 from subspace_optax.transports import _rules
 
@@ -63,7 +64,7 @@ class Subproblems(NamedTuple):
 
   Attributes:
     init: params -> state.
-    step: (loss, value_and_grad=jax.value_and_grad) -> a training step, (params,
+    step: (loss, value_and_grad=jax.value_and_grad) -> a `TrainStep`, (params,
       state, *args) -> (params, state, value), to be jitted. The loss takes
       (params, *args), where some of the params are lifted: see `nnx_merge`,
       `linen_apply` and `dot`. It must use these in their layers alone, since a
@@ -76,14 +77,17 @@ class Subproblems(NamedTuple):
       are those of B, all others as always.
     lifted: (params, state) -> what the loss is given: W, P and B.
     merged: (params, state) -> W + P B, as plain parameters.
+    gradients: (params, state) -> what has the gradients' shapes: B of lifted
+      leaves, and all others.
   """
 
   init: Callable[[Any], SubproblemState]
-  step: Callable[..., Callable[..., tuple[Any, SubproblemState, Any]]]
+  step: Callable[..., _train_step.TrainStep]
   bases: Callable[[Any, SubproblemState], Any]
   update: Callable[[Any, SubproblemState, Any], tuple[Any, SubproblemState]]
   lifted: Callable[[Any, SubproblemState], Any]
   merged: Callable[[Any, SubproblemState], Any]
+  gradients: Callable[[Any, SubproblemState], Any]
 
 
 def subproblems(
@@ -241,9 +245,12 @@ def subproblems(
       value, gradients = value_and_grad(f)(at, *args)
       return *update(gradients, state, params), value
 
-    return run
+    return _train_step.TrainStep(init, run, merged, gradients_like)
 
-  return Subproblems(init, step, bases, update, lifted, merged)
+  def gradients_like(params, state):
+    return _trees.trained(params, state.coords)
+
+  return Subproblems(init, step, bases, update, lifted, merged, gradients_like)
 
 
 def _check(spec, gap, sample, rounding) -> None:

@@ -18,17 +18,15 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
-import optax
 
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
-from subspace_optax.steps import _subproblems
 
 
 def state_sharding(
-  tx: optax.GradientTransformation | _subproblems.Subproblems,
+  tx: Any,
   params: Any,
   *,
   replicated: tuple[str, ...] = (),
@@ -45,7 +43,7 @@ def state_sharding(
   no device ever holds all of it; as those of a jitted step it keeps it there.
 
   Args:
-    tx: the optimizer, or `rso.subproblems`.
+    tx: the optimizer, `rso.subproblems` or a `TrainStep`.
     params: arrays, or `jax.ShapeDtypeStruct`s with shardings, or either in
       flax's boxes, whose names of mesh axes are taken where an array has no
       sharding. Those on one device are replicated if others have a mesh.

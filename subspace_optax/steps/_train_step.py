@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One protocol for training steps of every kind."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from subspace_optax._chain import _state_sharding
+
+Differentiate = Callable[[Callable[..., Any]], Callable[..., tuple[Any, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+  """A training step, whichever way it takes to the gradients.
+
+  Made by `train_step`, `layerwise`, `data_parallel_step`, `rso.compressed_step`
+  and `rso.Subproblems.step`. Calling it is calling `step`.
+
+  Attributes:
+    init: params -> state.
+    step: (params, state, *batch) -> (params, state, metrics), to be jitted with
+      params and state donated. Metrics are the loss, or a NamedTuple with it.
+    params: (params, state) -> the parameters to evaluate and to save.
+    gradients: (params, state) -> what is alive of gradients at a time, or its
+      shapes.
+    replicated: mesh axes along which all state is the same.
+  """
+
+  init: Callable[[Any], Any]
+  step: Callable[..., tuple[Any, Any, Any]]
+  params: Callable[[Any, Any], Any] = lambda params, state: params
+  gradients: Callable[[Any, Any], Any] = lambda params, state: params
+  replicated: tuple[str, ...] = ()
+
+  def __call__(
+    self, params: Any, state: Any, *batch: Any
+  ) -> tuple[Any, Any, Any]:
+    """Takes a step; see `step`."""
+    return self.step(params, state, *batch)
+
+  def state_sharding(self, params: Any) -> Any:
+    """Returns the sharding of every array of the state; see `state_sharding`.
+
+    Args:
+      params: arrays or shapes with shardings.
+    """
+    return _state_sharding.state_sharding(
+      self, params, replicated=self.replicated
+    )
+
+
+def train_step(
+  loss: Callable[..., jax.Array],
+  tx: optax.GradientTransformation,
+  *,
+  value_and_grad: Differentiate = jax.value_and_grad,
+) -> TrainStep:
+  """Makes the plain training step: gradients, updates, new parameters.
+
+  Args:
+    loss: (params, *batch) -> the mean loss, a scalar.
+    tx: any optax optimizer.
+    value_and_grad: how to differentiate a function by its first argument; one
+      that accumulates over microbatches, say.
+
+  Returns:
+    A `TrainStep`, whose metrics are the loss before the step.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
+    >>> loss = lambda params, x: jnp.mean((x @ params['w']) ** 2)
+    >>> train = so.train_step(loss, so.golore(1e-3, rank=2))
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> state = train.init(params)
+    >>> step = jax.jit(train.step, donate_argnums=(0, 1))
+    >>> params, state, value = step(params, state, jnp.ones((4, 8)))
+    >>> print(value)
+    64.0
+  """
+
+  def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, Any]:
+    value, gradients = value_and_grad(loss)(params, *batch)
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  return TrainStep(tx.init, step)

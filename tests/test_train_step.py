@@ -1,0 +1,159 @@
+"""One protocol of training steps, whichever way they take."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import subspace_optax as so
+
+RANK, ROWS = 4, 8
+
+
+def loss(params, x):
+  h = jnp.tanh(so.rso.dot(x, params['up']))
+  return jnp.mean((so.rso.dot(h, params['down']) + params['bias'][None]) ** 2)
+
+
+def parameters():
+  rng = np.random.default_rng(0)
+  make = lambda *shape: jnp.asarray(0.3 * rng.standard_normal(shape))
+  return jax.tree.map(
+    jnp.float32, {'up': make(16, 24), 'down': make(24, 16), 'bias': make(16)}
+  )
+
+
+def batch(t):
+  return jax.random.normal(jax.random.key(t), (ROWS, 16))
+
+
+TX = so.golore(0.01, RANK, update_proj_gap=3)
+
+
+def by_layer():
+  return so.layerwise(
+    TX,
+    embed=lambda rest, x: x,
+    block=lambda layer, x, _: x + jnp.tanh(x @ layer['up']) @ layer['down'],
+    head=lambda rest, x, _: jnp.mean((x + rest['bias'][None]) ** 2),
+  )
+
+
+def in_parallel():
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+  return so.data_parallel_step(loss, TX, mesh)
+
+
+def subproblems():
+  spec = so.SubspaceSpec(RANK, side='in')
+  rso = so.rso.subproblems(spec, optax.adam(0.01), update_proj_gap=3)
+  return rso.step(loss)
+
+
+STEPS = {
+  'plain': lambda: so.train_step(loss, TX),
+  'compressed': lambda: so.rso.compressed_step(loss, TX),
+  'data_parallel': in_parallel,
+  'layerwise': by_layer,
+  'subproblems': subproblems,
+}
+
+
+def first(name):
+  params = parameters()
+  if name == 'layerwise':
+    stack = lambda x: jnp.stack([x, x])
+    return {
+      'blocks': {k: stack(params[k]) for k in ('up', 'down')},
+      'bias': params['bias'],
+    }
+  return params
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_every_step_keeps_the_protocol(name):
+  """init, step, params, gradients; the loss falls; nothing compiles twice."""
+  train, params = STEPS[name](), first(name)
+  assert isinstance(train, so.TrainStep)
+  state, step = train.init(params), cases.jit(train.step)
+  kinds = lambda: [
+    (x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves((params, state))
+  ]
+  values, before = [], (jax.tree.structure((params, state)), kinds())
+  for t in range(12):
+    params, state, metrics = step(params, state, batch(t % 2))
+    values.append(float(getattr(metrics, 'loss', metrics)))
+  assert (jax.tree.structure((params, state)), kinds()) == before
+  assert step._cache_size() <= 2  # jit spells a mesh's arrays otherwise
+  assert values[-1] < values[0]
+  plain = train.params(params, state)
+  assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, params)
+  report = so.memory_report(train, params)
+  alive = jax.eval_shape(train.gradients, params, state)
+  assert report.gradients == sum(x.size * 4 for x in jax.tree.leaves(alive))
+  assert report.state == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_a_step_may_be_called():
+  train, params = STEPS['plain'](), parameters()
+  state = train.init(params)
+  for a, b in zip(
+    jax.tree.leaves(train(params, state, batch(0))),
+    jax.tree.leaves(train.step(params, state, batch(0))),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+  jax.jit(train)(params, state, batch(0))
+
+
+def test_the_plain_step_is_optax():
+  train, params = STEPS['plain'](), parameters()
+  found, _, value = train(params, train.init(params), batch(0))
+  wanted, gradients = jax.value_and_grad(loss)(params, batch(0))
+  updates, _ = TX.update(gradients, TX.init(params), params)
+  np.testing.assert_array_equal(value, wanted)
+  jax.tree.map(
+    np.testing.assert_array_equal, found, optax.apply_updates(params, updates)
+  )
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_where_the_state_goes(name):
+  """Along the data axis it is the same, where a step says so."""
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+  train = STEPS[name]()
+  cut = () if train.replicated else ('data',)
+  put = lambda x: jax.ShapeDtypeStruct(
+    x.shape,
+    x.dtype,
+    sharding=NamedSharding(mesh, P(*[None] * (x.ndim - 1), *cut)),
+  )
+  params = jax.tree.map(put, first(name))
+  places = train.state_sharding(params)
+  state = jax.eval_shape(train.init, params)
+  assert jax.tree.structure(state) == jax.tree.structure(places)
+  used = {k for x in jax.tree.leaves(places) for k in x.spec if k}
+  assert used == (set() if train.replicated else {'data'})
+
+
+def test_losses_of_all_ways_to_the_same_step():
+  """Compressed and data-parallel steps are the plain ones, up to rounding."""
+
+  @functools.cache
+  def values(name):
+    train, params = STEPS[name](), parameters()
+    state, step, found = train.init(params), cases.jit(train.step), []
+    for t in range(5):
+      params, state, value = step(params, state, batch(t))
+      found.append(value)
+    return np.array(found)
+
+  for name in ('compressed', 'data_parallel'):
+    np.testing.assert_allclose(values(name), values('plain'), rtol=1e-4)
