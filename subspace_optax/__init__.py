@@ -116,7 +116,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-  """Imports `plan` when it is asked for: run by -m, it must not be there."""
+  """Imports `plan` when it is asked for: nothing else here needs it."""
   if name != 'plan':
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   import importlib

@@ -12,6 +12,7 @@ import operator
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,6 +25,7 @@ from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _sign
 from subspace_optax.low_precision import _quantize_moments
 from subspace_optax.projectors import _gap
+from subspace_optax.transports import _moments
 
 Mask = Any | Callable[[Any], Any] | None
 Transformation = optax.GradientTransformationExtraArgs
@@ -112,8 +114,8 @@ def galore(
       `subspace`. None for one.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the first bases if staggered, and of rounding.
-    spec: takes the place of `rank` and `weight_dimension_numbers`; beside them
-      it is an error.
+    spec: takes the place of `rank`, `seed` and `weight_dimension_numbers`;
+      beside them it is an error.
 
   Returns:
     An optimizer. State per m x n matrix, m the long side: mr + 2nr.
@@ -209,7 +211,7 @@ def golore(
     An optimizer. State per m x n matrix, m the short side: mr + 2nr.
 
   Raises:
-    ValueError: see `SubspaceSpec` and `projectors.switch`; at `init`, a
+    ValueError: see `SubspaceSpec` and `projectors.switch`; at `init`, an
       `inner` that steps against the gradient.
     TypeError: likewise, or `random_from` is no int.
 
@@ -301,7 +303,7 @@ def online_subspace_descent(
 
   Raises:
     ValueError: a negative `alpha`; see `SubspaceSpec` and
-      `projectors.online_pca`; at `init`, a `inner` that steps against
+      `projectors.online_pca`; at `init`, an `inner` that steps against
       the gradient.
     TypeError: likewise.
 
@@ -835,6 +837,13 @@ def _times(alpha: Any, learning_rate: Any) -> Any:
   return alpha * learning_rate
 
 
+def _quantizes(optimizer: optax.GradientTransformation) -> bool:
+  """Whether an optimizer has moments in 32 bits."""
+  state = jax.eval_shape(optimizer.init, {'x': jnp.zeros((1, 1))})
+  coded = _moments.holds_codes(state)
+  return not coded and bool(_moments.moments_in(state))
+
+
 def _check_number(name: str, value: Any, rest: str = '') -> None:
   """Raises for what is in the place of a number, as by its position."""
   if isinstance(value, jax.Array | np.ndarray) or (rest and callable(value)):
@@ -842,8 +851,8 @@ def _check_number(name: str, value: Any, rest: str = '') -> None:
   if isinstance(value, bool) or not isinstance(value, numbers.Real):
     names = ', '.join(inspect.signature(galore).parameters)
     raise TypeError(
-      f'{name} must be a number {rest}'.rstrip() + f', got {value!r}; the '
-      f'arguments of galore are ({names}), those of the others keywords.'
+      f'{name} must be a number {rest}'.rstrip() + f', got {value!r}. Only '
+      f'`galore` takes its first arguments by position: ({names}).'
     )
 
 
@@ -873,7 +882,7 @@ def _assemble(
     raise ValueError(f'moment_bits must be 32 or 8, got {bits!r}.')
 
   def in_bits(optimizer: Any) -> Any:
-    if bits == 32 or optimizer is None:
+    if bits == 32 or optimizer is None or not _quantizes(optimizer):
       return optimizer
     return _quantize_moments.quantize_moments(optimizer, bits, seed=spec.seed)
 

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,3 +102,91 @@ def test_other_bits(bits):
 def test_what_is_no_optimizer():
   with errors.raises(TypeError, 'inner', 'optax optimizer'):
     so.quantize_moments(optax.scale_by_adam)
+
+
+@pytest.mark.parametrize(
+  'inner', [optax.scale_by_rms(initial_scale=1.0), optax.scale_by_yogi()]
+)
+def test_moments_that_do_not_start_at_zero(inner):
+  with errors.raises(ValueError, 'must start at zero'):
+    so.quantize_moments(inner).init(PARAMS)
+
+
+class Averaged(NamedTuple):
+  mu: Any
+  z: Any
+
+
+class Counted(NamedTuple):
+  mu: Any
+  seen: Any
+
+
+def test_other_arrays_of_the_parameters_shapes():
+  zeros = lambda p: jax.tree.map(jnp.zeros_like, p)
+  so.register_moments(Averaged, ['mu'])
+  so.register_moments(Counted, ['mu'])
+  count = lambda p: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), p)
+  for init in (
+    lambda p: Averaged(zeros(p), p),
+    lambda p: Counted(zeros(p), count(p)),
+  ):
+    inner = optax.GradientTransformation(init, lambda g, s, p: (g, s))
+    with errors.raises(ValueError, 'no registered moment names'):
+      so.quantize_moments(inner).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+  'inner',
+  [
+    optax.masked(optax.scale_by_adam(), {'w': True, 'bias': False}),
+    optax.partition(
+      {'a': optax.scale_by_adam(), 'b': optax.trace(0.9)},
+      {'w': 'a', 'bias': 'b'},
+    ),
+    optax.MultiSteps(optax.scale_by_adam(), 2).gradient_transformation(),
+  ],
+  ids=['masked', 'partition', 'MultiSteps'],
+)
+def test_optimizers_that_hide_leaves_or_wait(inner):
+  updates, state = run(so.quantize_moments(inner))
+  wanted, _ = run(inner)
+  np.testing.assert_allclose(updates['bias'], wanted['bias'], rtol=1e-5)
+  error = np.linalg.norm(updates['w'] - wanted['w'])
+  assert error < 0.06 * np.linalg.norm(wanted['w'])
+
+
+def test_optimizers_that_read_params_in_boxes():
+  tx = so.quantize_moments(optax.adamw(0.1, weight_decay=0.1))
+  box = lambda x: nn.Partitioned(x, (None,) * x.ndim)
+  params = jax.tree.map(lambda x: x + 1.0, PARAMS)
+  boxed = jax.tree.map(box, params)
+  found, _ = tx.update(jax.tree.map(box, normal(0)), tx.init(boxed), boxed)
+  wanted, _ = tx.update(normal(0), tx.init(params), params)
+  jax.tree.map(np.testing.assert_array_equal, nn.unbox(found), wanted)
+
+
+def test_what_has_its_moments_in_8_bits_already():
+  with errors.raises(ValueError, 'already'):
+    so.quantize_moments(so.scale_by_adam8bit()).init(PARAMS)
+
+
+@pytest.mark.parametrize('inner', [so.scale_by_adam8bit(), optax.identity()])
+def test_moment_bits_of_what_has_none_in_32(inner):
+  updates = []
+  for bits in (8, 32):
+    tx = so.golore(0.1, 48, inner=inner, moment_bits=bits)
+    updates.append(tx.update(normal(0), tx.init(PARAMS), PARAMS)[0])
+  jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
+def test_a_state_of_32_bits():
+  inner = optax.scale_by_adam()
+  with errors.raises(ValueError, 'ScaleByAdamState', '8 bits'):
+    so.quantize_moments(inner).update(normal(0), inner.init(PARAMS), PARAMS)
+
+
+def test_bits_that_are_traced():
+  tx = optax.inject_hyperparams(so.quantize_moments)(optax.scale_by_adam())
+  with errors.raises(TypeError, 'bits must be static', 'static_args'):
+    jax.eval_shape(tx.init, PARAMS)

@@ -91,8 +91,11 @@ def test_residuals(residual):
 
 @pytest.mark.parametrize(
   'transport',
-  [shrunk(0.5), so.transports.first(), so.transports.both(0.9, 0.999)],
-  ids=lambda x: x.name,
+  [
+    *(shrunk(0.5), so.transports.first(), so.transports.both(0.9, 0.999)),
+    *(so.transports.keep(), so.transports.reset(), 'reset'),
+  ],
+  ids=lambda x: getattr(x, 'name', 'by name'),
 )
 def test_transports(transport):
   so.testing.check_transport(transport)
@@ -118,28 +121,30 @@ def test_columns_of_most_energy_are_taken():
 
 
 def test_residual_is_the_whole_gradient_with_sgd():
-  """P R + (G - P R) = G."""
+  """P R + (G - P R) = G, and for bases of any scale."""
   params = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)))}
-  tx = so.subspace(
-    SPEC,
-    so.projectors.gaussian(2),
-    optax.identity(),
-    residual=gradient_descent(1.0),
+  for projector in (so.projectors.stiefel(2), so.projectors.stiefel(1)):
+    tx = so.subspace(
+      SPEC, projector, optax.identity(), residual=gradient_descent(1.0)
+    )
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates['w'], params['w'], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_outside_of_any_basis():
+  """G - P (P^T P)^-1 P^T G, in float64 from the basis in the state."""
+  params = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)))}
+  only = so.residuals.Residual(
+    'only', lambda node, scale, count, state: (node.outside(), state)
   )
-  node = {}
-
-  def keep(x, *args):
-    node['outside'] = x.outside()
-    return jnp.zeros(x.layout.shape), None
-
-  spy = so.residuals.Residual('spy', keep)
-  so.subspace(
-    SPEC, so.projectors.stiefel(2), optax.identity(), residual=spy
-  ).update(params, tx.init(params), params)
-  updates, _ = tx.update(params, tx.init(params), params)
-  inside = np.asarray(updates['w'] - node['outside'])
-  assert np.linalg.matrix_rank(np.asarray(node['outside']), 1e-4) == 5
-  assert np.isfinite(inside).all()
+  tx = so.subspace(
+    SPEC, so.projectors.gaussian(2), optax.identity(), residual=only
+  )
+  updates, state = tx.update(params, tx.init(params), params)
+  p = np.asarray(measure.bases(state)['w'], np.float64)
+  g = np.asarray(params['w'], np.float64)
+  wanted = g - p @ np.linalg.solve(p.T @ p, p.T @ g)
+  np.testing.assert_allclose(updates['w'], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_moments_are_shorter():
@@ -245,8 +250,56 @@ def test_a_residual_that_is_not_finite():
     so.testing.check_residual(rule)
 
 
-def test_a_transport_that_acts_where_no_basis_moves():
-  """A rule is not asked there, so that only a wrong `resets` could."""
+def test_a_transport_that_is_not_finite():
   rule = so.transports.Transport('wrong', lambda moment: jnp.nan * moment.value)
   with pytest.raises(AssertionError, match='is not finite'):
     so.testing.check_transport(rule)
+
+
+def exact_svd(update_proj_gap):
+  def draw(matrix, basis, period):
+    return jnp.linalg.svd(matrix.gradient, full_matrices=False)[0][:, :2]
+
+  return so.projectors.periodic('exact', draw, update_proj_gap)
+
+
+@pytest.mark.parametrize('rule', [exact_svd, dct_columns, random_of_one_matrix])
+def test_a_rule_for_one_matrix_sees_the_mean_gradient(rule):
+  """In data-parallel steps, which are those of the whole batch."""
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+  loss = lambda p, x: jnp.mean((jnp.tanh(x @ p['w']) - 1.0) ** 2)
+  tx = so.subspace(
+    so.SubspaceSpec(2), rule(2), optax.trace(0.9), after=optax.scale(-0.1)
+  )
+  rng = np.random.default_rng(0)
+  make = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  start, batches = {'w': make(8, 12)}, [make(16, 8) for _ in range(4)]
+  found = []
+  for train in (
+    so.train_step(loss, tx),
+    so.data_parallel_step(loss, tx, mesh, check_vma=False),
+  ):
+    params, state, step = start, train.init(start), cases.jit(train.step)
+    for x in batches:
+      params, state, _ = step(params, state, x)
+    found.append(params['w'])
+  np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rule_for_one_matrix_in_a_compressed_step():
+  loss = lambda p, x: jnp.mean(so.rso.dot(x, p['w']) ** 2)
+  tx = so.subspace(
+    so.SubspaceSpec(2),
+    random_of_one_matrix(2),
+    optax.scale_by_adam(),
+    after=optax.scale(-0.1),
+  )
+  found = []
+  for train in (so.train_step(loss, tx), so.rso.compressed_step(loss, tx)):
+    params = {'w': jnp.ones((8, 12))}
+    state = train.init(params)
+    for t in range(3):
+      x = jax.random.normal(jax.random.key(t), (4, 8))
+      params, state, _ = cases.jit(train.step)(params, state, x)
+    found.append(params['w'])
+  np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)

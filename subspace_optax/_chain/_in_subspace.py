@@ -422,10 +422,7 @@ def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
   """Raises where `project` should have been, and was not."""
   if any(_is_projected(entry) for _, entry in pairs):
     for path, entry in pairs:
-      if not _is_projected(entry):
-        continue
-      _projected.check_intact(path, entry, 'in_subspace')
-      if entry.direction is not None:
+      if _is_projected(entry) and entry.direction is not None:
         raise ValueError(
           f'gradient {path!r} went through `in_subspace` already; chain '
           '`project`, `in_subspace` and `unproject` in this order, once.'

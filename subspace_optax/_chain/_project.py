@@ -539,7 +539,7 @@ def _node(
     old_mean=None,
     mean=None,
     direction=None,
-    intact=jnp.array(True),
+    seal=_projected.seal(),
     layout=dataclasses.replace(matrix.layout, axis_name=None),
     orthonormal=phases.projector.orthonormal,
     dtype=dtype,

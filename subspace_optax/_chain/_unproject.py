@@ -177,7 +177,6 @@ def _check_directed(
       '`project` and `in_subspace` before `unproject`.'
     )
   for path, node in nodes:
-    _projected.check_intact(path, node, 'unproject')
     if node.direction is None:
       raise ValueError(
         f'update {path!r} has no direction yet; chain `in_subspace` before '

@@ -54,7 +54,7 @@ class Projected:
 
   Made by `project`, given a direction by `in_subspace`, and turned into a full
   update by `unproject`. A transformation between those that maps over arrays
-  would change every array in here, the basis included: the pieces refuse that.
+  would change every array in here, the basis included; `seal` makes it fail.
 
   Attributes:
     coords: P^T G (or G Q), float32 or wider, the leaf's axes with the rank in
@@ -70,8 +70,8 @@ class Projected:
     mean: that moment as it was carried.
     direction: what the inner optimizer made of the coordinates; None until
       `in_subspace` has run.
-    intact: a boolean scalar, which is none any more once anything has
-      multiplied or clipped all arrays.
+    seal: a random key, (1, 1), which no arithmetic takes: jax says of what
+      scales, clips or casts all arrays that it does not accept dtype key<fry>.
     layout: which axes are projected.
     orthonormal: whether P^T P = I, up to rounding.
     dtype: the gradient's dtype.
@@ -89,7 +89,7 @@ class Projected:
   old_mean: Any
   mean: Any
   direction: Any
-  intact: jax.Array
+  seal: jax.Array
   layout: _layout.Layout = dataclasses.field(metadata={'static': True})
   orthonormal: bool = dataclasses.field(metadata={'static': True})
   dtype: Any = dataclasses.field(metadata={'static': True})
@@ -125,12 +125,7 @@ class Projected:
   __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _refuse
 
 
-def check_intact(path: str, node: Projected, before: str) -> None:
-  """Raises if something has changed a node on its way to the piece `before`."""
-  if node.intact.dtype != jnp.bool_:
-    raise ValueError(
-      f'leaf {path!r} was changed before `{before}` by a transformation that '
-      'maps over all arrays, the basis included. Chain clipping and the like '
-      'before `project` or into the inner optimizer, and weight decay and '
-      'learning rates behind `unproject`.'
-    )
+def seal() -> jax.Array:
+  """Returns what makes arithmetic on all arrays of a node fail."""
+  data = jnp.zeros((1, 1, 2), jnp.uint32)
+  return jax.random.wrap_key_data(data, impl='threefry2x32')

@@ -9,11 +9,13 @@ keep moments in float32, or in their own dtype where that is wider or complex.
 """
 
 from collections.abc import Callable
+import functools
 import math
 import re
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
@@ -33,7 +35,6 @@ ROUNDING = ('stochastic', 'nearest')
 
 # Smaller matrices stay float32: what they would save is nothing.
 _LEAST_SIZE = 4096
-_AXES = 'abcdefghijklmnopqrstuvw'
 
 
 class EightBitState(NamedTuple):
@@ -90,8 +91,10 @@ def quantize_moments(
 
   Raises:
     ValueError: other bits or an unknown rounding; at `init`, an optimizer
-      without moments, or with float arrays that no registered moment names.
-    TypeError: `inner` is no optimizer.
+      without moments, with moments that do not start at zero or are coded
+      already, or with arrays that no registered moment names; at `update`, the
+      state of another optimizer.
+    TypeError: `inner` is no optimizer; `bits` is traced.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -104,6 +107,11 @@ def quantize_moments(
     >>> print(state.coded.trace['w'].dtype, state.scales['trace']['w'].shape)
     int8 (64, 4)
   """
+  if isinstance(bits, jax.Array):
+    raise TypeError(
+      f'bits must be static, got {bits!r}; with optax.inject_hyperparams, pass '
+      "static_args=('bits', 'seed')."
+    )
   if bits != 8:
     raise ValueError(f'bits must be 8, got {bits!r}.')
   if rounding not in ROUNDING:
@@ -117,22 +125,38 @@ def quantize_moments(
 
   def first_state(params):
     params = _tree.unbox(params)
-    is_coded = jax.tree.map_with_path(
-      lambda path, x: _is_large(x) and not _is_excluded(exclude, path), params
-    )
-    count = jnp.zeros((), jnp.int32)
-    coded = _first_codes(inner, params, is_coded)
-    scales = {
-      moments.path: jax.tree.map(_zero_scales, params, is_coded)
-      for moments in _moments.moments_in(coded)
-    }
+    leaves = dict(_tree.flatten(params)[0])
+    count, scales = jnp.zeros((), jnp.int32), {}
+
+    def zeros(moments: _moments.MomentTree) -> Any:
+      dtype = jnp.uint8 if moments.kind == 'square' else jnp.int8
+      first = functools.partial(_first_codes, leaves, exclude, dtype)
+      paths = jax.tree.map_with_path(
+        lambda path, _: _tree.path_str(path), moments.tree
+      )
+      codes, scales[moments.path] = _tree.map_unzip(first, 2, paths)
+      return codes
+
+    coded = _moments.map_moments(zeros, _small_state(inner, params))
     state = EightBitState(count, coded, scales)
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
   def update(updates, state, params=None, **extra_args):
+    if not isinstance(state, EightBitState):
+      raise ValueError(
+        f'the state is {type(state).__name__}, and not one with moments in 8 '
+        'bits: call init of this optimizer, or train on with the one that made '
+        'the state.'
+      )
+    params = None if params is None else _tree.unbox(params)
     bare, wide = _tree.unbox(updates), decoded(state)
-    first = _moments.moments_in(wide)[0].tree
-    gradients = jax.tree.map(lambda g, m: g.astype(m.dtype), bare, first)
+    kinds = {
+      path: x.dtype
+      for moments in _moments.moments_in(wide)
+      for path, x in _tree.flatten(moments.tree)[0]
+      if not _tree.is_masked(x)
+    }
+    gradients = jax.tree.map_with_path(functools.partial(_widen, kinds), bare)
     directions, new = inner.update(gradients, wide, params, **extra_args)
     directions = jax.tree.map(_as_gradient, directions, bare)
     entries = [entry for _, entry in _tree.flatten(directions)[0]]
@@ -228,29 +252,62 @@ def scale_by_lion8bit(
   return quantize_moments(lion, rounding=rounding, exclude=exclude, seed=seed)
 
 
-def _first_codes(
-  inner: optax.GradientTransformation, params: Any, is_coded: Any
-) -> Any:
-  """Returns the first state of an optimizer, with codes of zeros as moments.
+def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
+  """Returns the first state of an optimizer, with one number for each moment.
 
-  Its moments are never whole in memory: only their types are traced.
+  Whole moments in float32 are never in memory, only their types are traced.
   """
-  kinds = jax.eval_shape(inner.init, params)
-  _moments.check_registered(kinds, 'quantize_moments')
-  if not _moments.moments_in(kinds):
+  shape = lambda x: (1,) * len(x.shape)
+  small = jax.tree.map(lambda x: jnp.zeros(shape(x), x.dtype), params)
+  whole, state = jax.eval_shape(inner.init, params), inner.init(small)
+  if _moments.holds_codes(whole):
+    raise ValueError('inner has moments in 8 bits already; pass it as it is.')
+  _moments.check_registered(whole, 'quantize_moments')
+  found = _moments.moments_in(state)
+  if not found:
     raise ValueError(
-      f'quantize_moments finds no moments in {type(kinds).__name__}; name them '
-      'with `subspace_optax.register_moments`.'
+      f'quantize_moments finds no moments in {type(whole).__name__}; pass an '
+      'optimizer without any as it is, or name them with '
+      '`subspace_optax.register_moments`.'
     )
+  for moments in found:
+    if any(map(_is_not_zero, jax.tree.leaves(moments.tree))):
+      raise ValueError(
+        f'the moments {moments.path!r} must start at zero to be coded.'
+      )
+  nothing = lambda moments: None
+  rest = [
+    jax.tree.leaves(_moments.map_moments(nothing, x)) for x in (whole, state)
+  ]
+  if [x.shape for x in rest[0]] != [x.shape for x in rest[1]]:
+    raise ValueError(
+      "inner keeps arrays of the parameters' shapes that no registered moment "
+      'names, and quantize_moments knows no others.'
+    )
+  return state
 
-  def zeros(moments: _moments.MomentTree) -> Any:
-    dtype = jnp.uint8 if moments.kind == 'square' else jnp.int8
-    return jax.tree.map(lambda x, c: _zeros(x, c, dtype), params, is_coded)
 
-  small = jax.tree.map(
-    lambda x: jnp.zeros((1,) * len(x.shape), x.dtype), params
-  )
-  return _moments.map_moments(zeros, inner.init(small))
+def _is_not_zero(x: jax.Array) -> bool:
+  return not isinstance(x, Tracer) and bool(jnp.any(x != 0))
+
+
+def _first_codes(
+  leaves: dict[str, Any], exclude: str | None, dtype: Any, path: str
+) -> tuple[jax.Array, jax.Array]:
+  """Returns codes of zeros for the moment of a leaf, and their scales."""
+  if path not in leaves:
+    raise ValueError(
+      f'quantize_moments finds no parameter {path!r} for a moment; inner must '
+      'keep the tree of the parameters.'
+    )
+  leaf = leaves[path]
+  coded = _is_large(leaf) and not _is_excluded(exclude, path)
+  return _zeros(leaf, coded, dtype), _zero_scales(leaf, coded)
+
+
+def _widen(kinds: dict[str, Any], path: Any, gradient: jax.Array) -> jax.Array:
+  """Returns a gradient in the dtype of its moments, if it has any."""
+  return gradient.astype(kinds.get(_tree.path_str(path), gradient.dtype))
 
 
 def decoded(state: EightBitState) -> Any:
@@ -343,8 +400,7 @@ def _is_large(leaf: Any) -> bool:
   )
 
 
-def _is_excluded(exclude: str | None, path: Any) -> bool:
-  name = _tree.path_str(path)
+def _is_excluded(exclude: str | None, name: str) -> bool:
   if exclude == 'auto':
     return _names.is_norm(name) or _names.is_bias(name)
   return exclude is not None and bool(re.search(exclude, name))

@@ -25,37 +25,44 @@ _HIGHEST = lax.Precision.HIGHEST
 class Matrix:
   """The gradient G of one matrix, m x n, m the side that the basis spans.
 
+  Along a mapped axis of data parallelism every device has one of the gradients
+  whose mean is G; `coordinates` and `image` average their products, which is
+  cheaper than `gradient`, which averages G.
+
   Attributes:
-    gradient: G, (m, n), float32 or wider; along a mapped axis of data
-      parallelism one of the gradients whose mean is G, so that products with
-      it are those of `coordinates` and `image`.
+    local: (m, n), float32 or wider, G or this device's part of the mean.
     seed: a uint32 scalar, of this matrix alone.
     rank: r.
     axis_name: the mapped axis, or None.
   """
 
-  gradient: jax.Array
+  local: jax.Array
   seed: jax.Array
   rank: int
   axis_name: Any = None
 
   @property
+  def gradient(self) -> jax.Array:
+    """G, (m, n)."""
+    return self._mean(self.local)
+
+  @property
   def m(self) -> int:
     """Length of the side that the basis spans."""
-    return self.gradient.shape[0]
+    return self.local.shape[0]
 
   @property
   def n(self) -> int:
     """Length of the other side."""
-    return self.gradient.shape[1]
+    return self.local.shape[1]
 
   def coordinates(self, p: jax.Array) -> jax.Array:
     """Returns P^T G, (k, n), for P of (m, k)."""
-    return self._mean(jnp.matmul(p.T, self.gradient, precision=_HIGHEST))
+    return self._mean(jnp.matmul(p.T, self.local, precision=_HIGHEST))
 
   def image(self, x: jax.Array) -> jax.Array:
     """Returns G X^T, (m, k), for X of (k, n)."""
-    return self._mean(jnp.matmul(self.gradient, x.T, precision=_HIGHEST))
+    return self._mean(jnp.matmul(self.local, x.T, precision=_HIGHEST))
 
   def key(self, period: jax.Array) -> jax.Array:
     """Returns a random key, the same on every host and after a resume."""
@@ -116,9 +123,12 @@ def periodic(
   def draw_all(
     leaf: _base.Matrix, basis: jax.Array, period: jax.Array
   ) -> jax.Array:
-    args = leaf.gradient, leaf.seed, basis, period
+    g = leaf.gradient
+    # Of steps in which no rule looks at gradients.
+    g = jnp.zeros_like(leaf.like) if g is None else g
+    args = g, leaf.seed, basis, period
     run = lambda *args: _over_stack(draw, leaf, *args)
-    if _sharding.explicit(leaf.gradient) is None:
+    if _sharding.explicit(leaf.like) is None:
       return run(*args)
     return _sharding.automatic(run, basis, *args)
 

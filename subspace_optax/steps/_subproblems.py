@@ -322,7 +322,7 @@ class _Rule:
       old_mean=None,
       mean=None,
       direction=None,
-      intact=jnp.array(True),
+      seal=_projected.seal(),
       layout=layout,
       orthonormal=False,
       dtype=leaf.dtype,

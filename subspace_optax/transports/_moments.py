@@ -165,6 +165,12 @@ def moments_in(state: Any) -> list[MomentTree]:
   return found
 
 
+def holds_codes(state: Any) -> bool:
+  """Whether there are moments in codes in a state."""
+  is_coded = lambda x: type(x) in _codecs
+  return any(map(is_coded, jax.tree.leaves(state, is_leaf=is_coded)))
+
+
 def check_registered(state: Any, what: str) -> None:
   """Raises if a state holds float arrays that no registered moment names.
 
@@ -182,9 +188,9 @@ def _check(state: Any, what: str, owner: type) -> None:
     if state.ndim > 0 and jnp.issubdtype(state.dtype, jnp.floating):
       known = ', '.join(sorted(t.__name__ for t in _fields))
       raise ValueError(
-        f'{what} does not know the moments in {owner}, only in {known}; use '
-        "transport='keep' or 'reset', or name them with "
-        '`subspace_optax.register_moments`.'
+        f'{what} does not know the moments in {owner}, only in {known}; name '
+        'them with `subspace_optax.register_moments`, or do without: '
+        "transport='keep' and 'reset' need not know them."
       )
     return
   fields = _fields.get(type(state))
