@@ -179,8 +179,8 @@ def _walk(
   """Moves P along a random tangent."""
   layout = matrix.layout
   z = _linalg.gaussian(layout, matrix.seed, period)
-  z = layout.align_basis(z, matrix.gradient)
-  p = layout.align_basis(p, matrix.gradient)
+  z = layout.align_basis(z, matrix.like)
+  p = layout.align_basis(p, matrix.like)
   d = z - layout.mix_basis(p, layout.gram(p, z))
   length = jnp.sqrt(layout.basis_energy(d) / layout.rank)
   d *= layout.along_basis(step_size / jnp.where(length > 0, length, 1.0))

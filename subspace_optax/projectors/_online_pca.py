@@ -218,7 +218,7 @@ def _step(old, update, matrix, ok):
 def _orthonormal(basis, matrix, ok):
   """Returns the basis made exactly orthonormal, if it moves and that works."""
   layout = matrix.layout
-  q = _linalg.orthonormalize(layout, layout.align_basis(basis, matrix.gradient))
+  q = _linalg.orthonormalize(layout, layout.align_basis(basis, matrix.like))
   good = ok & jnp.isfinite(layout.basis_energy(q))
   return jnp.where(layout.along_basis(good), _sharding.like(q, basis), basis)
 

@@ -114,7 +114,7 @@ def _auto(
 ) -> jax.Array:
   """Exact where that gathers nothing, and compiles within the day."""
   randomized = _ordered(functools.partial(_randomized, rounds))
-  if _sharding.is_sharded(matrix.gradient):
+  if _sharding.is_sharded(matrix.like):
     return randomized(matrix, basis, period)
   # XLA takes two minutes to compile an SVD of 512 x 512 for a TPU.
   return lax.platform_dependent(
@@ -225,7 +225,7 @@ def _warm(
 ) -> jax.Array:
   """The same from the last basis."""
   del period
-  p = matrix.layout.align_basis(_linalg.widen(basis), matrix.gradient)
+  p = matrix.layout.align_basis(_linalg.widen(basis), matrix.like)
   return _iterate(rounds, matrix, p)
 
 
