@@ -213,7 +213,7 @@ def test_a_layer_wise_step_keeps_its_own_state():
   assert made.states + made.bases == sum(
     x.size * x.dtype.itemsize for x in wanted
   )
-  alive = jax.tree.leaves(step.gradients(model.params))
+  alive = jax.tree.leaves(step.gradients(model.params, None))
   assert made.gradients == sum(2 * math.prod(x.shape) for x in alive)
 
 
