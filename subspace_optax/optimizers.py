@@ -151,7 +151,8 @@ def galore(
   return _assemble(
     spec,
     projectors.svd(_value(update_proj_gap), stagger=stagger),
-    _adam_or(base_optimizer, 'base_optimizer'),
+    base_optimizer,
+    inner_name='base_optimizer',
     scale=scale,
     plain=plain,
     learning_rate=learning_rate,
@@ -241,7 +242,8 @@ def golore(
   return _assemble(
     _spec_or(spec, {'rank': rank, 'seed': seed}),
     rule,
-    _adam_or(inner, 'inner'),
+    inner,
+    inner_name='inner',
     transport='first',
     scale=scale,
     plain=plain,
@@ -331,7 +333,8 @@ def online_subspace_descent(
     projectors.online_pca(
       _sign.require_against(basis_optimizer, 'basis_optimizer'), orthogonality
     ),
-    _adam_or(inner, 'inner'),
+    inner,
+    inner_name='inner',
     scale=scale,
     plain=plain,
     learning_rate=learning_rate,
@@ -752,7 +755,8 @@ def subspace_muon(
     transport='first',
     residual=residuals.orthogonal(1.0 / (1.0 - b)),
     scale=scale,
-    plain=_adam_or(plain, 'plain'),
+    plain=optax.scale_by_adam() if plain is None else plain,
+    plain_name='' if plain is None else 'plain',
     learning_rate=learning_rate,
     weight_decay=weight_decay,
     mask=mask,
@@ -821,15 +825,6 @@ def _spec_or(
   return spec
 
 
-def _adam_or(
-  optimizer: optax.GradientTransformation | None, name: str
-) -> optax.GradientTransformation:
-  """Returns the optimizer of directions called `name`, by default Adam."""
-  if optimizer is None:
-    return optax.scale_by_adam()
-  return _sign.require_along(optimizer, name, with_params=name == 'plain')
-
-
 def _times(alpha: Any, learning_rate: Any) -> Any:
   """Returns alpha times a learning rate or schedule."""
   if callable(learning_rate):
@@ -838,8 +833,13 @@ def _times(alpha: Any, learning_rate: Any) -> Any:
 
 
 def _quantizes(optimizer: optax.GradientTransformation) -> bool:
-  """Whether an optimizer has moments in 32 bits."""
-  state = jax.eval_shape(optimizer.init, {'x': jnp.zeros((1, 1))})
+  """Whether an optimizer has moments in 32 bits, as far as types tell."""
+  try:
+    # Of types alone: arrays would start the backend.
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    state = jax.eval_shape(optimizer.init, {'x': one})
+  except Exception:  # an optimizer of certain trees; `init` will say more
+    return True
   coded = _moments.holds_codes(state)
   return not coded and bool(_moments.moments_in(state))
 
@@ -859,12 +859,14 @@ def _check_number(name: str, value: Any, rest: str = '') -> None:
 def _assemble(
   spec: _spec.SubspaceSpec,
   projector: projectors.Projector,
-  inner: optax.GradientTransformation,
+  inner: optax.GradientTransformation | None,
   *,
   learning_rate: Any,
   weight_decay: Any,
   mask: Mask,
   plain: optax.GradientTransformation | None,
+  inner_name: str = '',
+  plain_name: str = '',
   moment_bits: Any,
   every_k: int | None = None,
   **how: Any,
@@ -872,7 +874,8 @@ def _assemble(
   """Returns `subspace` with decoupled weight decay and a learning rate.
 
   `every_k` is None for one micro-step, since `inject_hyperparams` would trace
-  a number.
+  a number. `inner_name` and `plain_name` are those of the arguments if a caller
+  passed them, who may have passed optimizers that step against the gradient.
   """
   _check_number('learning_rate', learning_rate, 'or a schedule')
   _check_number('scale', how['scale'])
@@ -881,11 +884,21 @@ def _assemble(
   if bits not in (8, 32):
     raise ValueError(f'moment_bits must be 32 or 8, got {bits!r}.')
 
-  def in_bits(optimizer: Any) -> Any:
-    if bits == 32 or optimizer is None or not _quantizes(optimizer):
+  def ready(optimizer: Any, name: str) -> Any:
+    if optimizer is None:
+      return None
+    if name:
+      _sign.require_optimizer(optimizer, name)
+    if bits != 32 and _quantizes(optimizer):
+      optimizer = _quantize_moments.quantize_moments(
+        optimizer, bits, seed=spec.seed
+      )
+    if not name:
       return optimizer
-    return _quantize_moments.quantize_moments(optimizer, bits, seed=spec.seed)
+    return _sign.require_along(optimizer, name, with_params=name == 'plain')
 
+  if inner is None:
+    inner, inner_name = optax.scale_by_adam(), ''
   after = optax.chain(
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
@@ -893,8 +906,8 @@ def _assemble(
   return _subspace.subspace(
     spec,
     projector,
-    in_bits(inner),
-    plain=in_bits(plain),
+    ready(inner, inner_name),
+    plain=ready(plain, plain_name),
     every_k=1 if every_k is None else every_k,
     after=after,
     **how,

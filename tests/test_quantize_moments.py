@@ -190,3 +190,25 @@ def test_bits_that_are_traced():
   tx = optax.inject_hyperparams(so.quantize_moments)(optax.scale_by_adam())
   with errors.raises(TypeError, 'bits must be static', 'static_args'):
     jax.eval_shape(tx.init, PARAMS)
+
+
+def test_moment_bits_of_an_optimizer_of_certain_trees():
+  """Nothing is known of it before `init`, which must not fail."""
+  inner = optax.masked(optax.scale_by_adam(), {'w': True, 'bias': False})
+  tx = so.golore(0.1, 48, inner=inner, moment_bits=8)
+  dtypes = {x.dtype for x in jax.tree.leaves(tx.init(PARAMS))}
+  assert jnp.dtype('int8') in dtypes
+
+
+def test_optimizers_are_made_without_arrays():
+  """A program may build its optimizer before it starts its devices."""
+  seen = []
+
+  def init(params):
+    seen.append(jax.tree.leaves(params))
+    return optax.scale_by_adam().init(params)
+
+  inner = optax.GradientTransformation(init, optax.scale_by_adam().update)
+  so.golore(0.1, 8, inner=inner, moment_bits=8)
+  (leaves,) = seen
+  assert all(isinstance(x, jax.core.Tracer) for x in leaves)
