@@ -16,7 +16,7 @@ import optax
 from subspace_optax import projectors
 from subspace_optax import residuals
 from subspace_optax import transports
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
 from subspace_optax._chain import _subspace
 from subspace_optax._matrix import _tree
@@ -205,7 +205,7 @@ def _kinds(tree: Any) -> Any:
 
 
 def _check_bases(projector: projectors.Projector, state: Any) -> None:
-  is_it = lambda x: isinstance(x, _project.ProjectState)
+  is_it = lambda x: isinstance(x, _projection.ProjectState)
   leaves = jax.tree.leaves(state, is_leaf=is_it)
   (own,) = [x for x in leaves if is_it(x)]
   if projector.rebuild:  # not in the state

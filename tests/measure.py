@@ -12,13 +12,13 @@ import numpy as np
 import optax
 
 import cases
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 from subspace_optax._chain import _unproject
 
 
 def project_state(state: Any) -> Any:
   """Returns the one state of `project` in an optimizer's state."""
-  is_it = lambda x: isinstance(x, _project.ProjectState)
+  is_it = lambda x: isinstance(x, _projection.ProjectState)
   leaves = jax.tree.leaves(state, is_leaf=is_it)
   found = [leaf for leaf in leaves if is_it(leaf)]
   assert len(found) == 1, f'{len(found)} states of `project`'

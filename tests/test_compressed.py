@@ -20,7 +20,7 @@ import measure
 import rso_models as models
 import subspace_optax as so
 from subspace_optax import rso
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 
 STEPS = 9
 
@@ -514,7 +514,7 @@ def test_project_refuses_other_coordinates():
   spec, params = so.SubspaceSpec(2), {'w': jnp.ones((8, 16))}
   tx = so.project(spec, so.projectors.stiefel(5))
   state, coords = tx.init(params), {'w': jnp.ones((2, 16))}
-  given = _project.Given(refreshed={})
+  given = _projection.Given(refreshed={})
   with errors.raises(ValueError, 'compressed step', 'params'):
     tx.update(coords, state, given=given)
   with errors.raises(ValueError, "'w'", '(8, 16)', '(2, 16)'):

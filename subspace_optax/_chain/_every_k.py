@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_optax._chain import _in_subspace
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _projected
@@ -37,7 +37,7 @@ class EveryKState(NamedTuple):
 def every_k(
   k: int,
   spec: _spec.SubspaceSpec,
-  project: _project.Projection,
+  project: _projection.Projection,
   in_subspace: _in_subspace.InSubspace,
   rest: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,7 +72,7 @@ def every_k(
     given=None,
     **extra_args,
   ):
-    given = given or _project.Given()
+    given = given or _projection.Given()
     first, last = state.micro_step == 0, state.micro_step == k - 1
     seen = project.see(
       updates, state.project, params, refresh_gradients, given, first

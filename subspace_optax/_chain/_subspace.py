@@ -9,7 +9,7 @@ import optax
 from subspace_optax._chain import _dtypes
 from subspace_optax._chain import _every_k
 from subspace_optax._chain import _in_subspace
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
 from subspace_optax._chain import _unproject
 from subspace_optax._matrix import _boxes
@@ -100,7 +100,7 @@ def subspace(
     inner = _sign.require_along(inner, name, with_params=with_params)
   if after is not None:
     inner = _sign.require_one_turn(inner, after, with_params=with_params)
-  project = _project.Projection(
+  project = _projection.Projection(
     spec, projector, keep_gradient=residual is not None, keep_wide=True
   )
   in_subspace = _in_subspace.InSubspace(

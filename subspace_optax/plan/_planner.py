@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
 from subspace_optax.lifted import _trees
 from subspace_optax.plan import _cut
@@ -252,7 +252,7 @@ def _parted(model: _models.Model, params: Any) -> tuple[Any, Any]:
 
 def _bases(state: Any) -> int:
   """Returns the bytes of all stored bases in a state."""
-  is_project = lambda x: isinstance(x, _project.ProjectState)
+  is_project = lambda x: isinstance(x, _projection.ProjectState)
   found = jax.tree.leaves(state, is_leaf=is_project)
   return sum(
     _cut.local_bytes(x.subspaces.basis) for x in found if is_project(x)

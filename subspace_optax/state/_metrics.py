@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 from subspace_optax._matrix import _tree
 
 
@@ -56,4 +56,4 @@ def subspace_metrics(state: Any) -> dict[str, dict[str, jax.Array]]:
 
 
 def _is_project_state(x: Any) -> bool:
-  return isinstance(x, _project.ProjectState)
+  return isinstance(x, _projection.ProjectState)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from subspace_optax._chain import _describe
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
@@ -143,7 +143,7 @@ def _projected_leaves(
 ) -> dict[str, _Leaf]:
   """Returns by path the projected parameters, and where their bases are."""
   ranks = {path: old.shape[-1] for path, old, _ in pairs if old.ndim}
-  is_it = lambda x: isinstance(x, _project.ProjectState)
+  is_it = lambda x: isinstance(x, _projection.ProjectState)
   found = jax.tree_util.tree_leaves_with_path(start, is_leaf=is_it)
   leaves = {}
   for path, state in found:

@@ -18,7 +18,7 @@ import optax
 
 from subspace_optax._chain import _describe
 from subspace_optax._chain import _every_k
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
@@ -102,7 +102,7 @@ def compressed_step(
       known = {
         one.paths: new for one, new in zip(found, refreshed, strict=True)
       }
-      return take(f, at, state, given=_project.Given(refreshed=known))
+      return take(f, at, state, given=_projection.Given(refreshed=known))
 
     if needs is False:
       return compressed(state)
@@ -131,13 +131,13 @@ class _Found(NamedTuple):
 
   record: _describe.Record  # what it was made with
   paths: tuple[str, ...]  # of its leaves
-  state: _project.ProjectState
+  state: _projection.ProjectState
   first: jax.Array  # shape=(), dtype=bool: whether it may refresh now
 
 
 def _projections(tx: Any, params: Any, state: Any) -> list[_Found]:
   """Returns every `project` in `tx` that has leaves, with its state."""
-  states = {_project.paths(x): (x, first) for x, first in _states(state)}
+  states = {_projection.paths(x): (x, first) for x, first in _states(state)}
   found = []
   for record in _describe.records_of(tx, params):
     paths = tuple(m.path for m in record.matches if m and m.layout)
@@ -151,9 +151,9 @@ def _projections(tx: Any, params: Any, state: Any) -> list[_Found]:
   return found
 
 
-def _states(state: Any) -> list[tuple[_project.ProjectState, jax.Array]]:
+def _states(state: Any) -> list[tuple[_projection.ProjectState, jax.Array]]:
   """Returns the states of all `project`s, and whether they may refresh."""
-  windows = (_project.ProjectState, _every_k.EveryKState)
+  windows = (_projection.ProjectState, _every_k.EveryKState)
   leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, windows))
   return [
     (x.project, x.micro_step == 0)
@@ -180,20 +180,20 @@ def _needs_gradient(found: list[_Found]) -> Any:
   return needs
 
 
-def _refresh(one: _Found, params: Any) -> _project.Refreshed:
+def _refresh(one: _Found, params: Any) -> _projection.Refreshed:
   """Returns what one `project` refreshes in the coming step."""
   pairs, _ = _tree.flatten(params)
   mine = [
     x if match else optax.MaskedNode()
     for match, (_, x) in zip(one.record.matches, pairs, strict=True)
   ]
-  phases = _project.Projection(one.record.spec, one.record.projector)
+  phases = _projection.Projection(one.record.spec, one.record.projector)
   params = _tree.replace_entries(params, mine)
   return phases.refresh_without_gradients(one.state, params, one.first)
 
 
 def _bases(
-  found: list[_Found], refreshed: list[_project.Refreshed], params: Any
+  found: list[_Found], refreshed: list[_projection.Refreshed], params: Any
 ) -> tuple[list[_spec.Match | None], Any]:
   """Returns the matches and bases of all leaves in the coming step."""
   pairs, treedef = _tree.flatten(params)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 import optax
 
-from subspace_optax._chain import _project
+from subspace_optax._chain import _projection
 from subspace_optax._matrix import _tree
 from subspace_optax.steps import _train_step
 
@@ -95,7 +95,7 @@ def data_parallel_step(
     mine = jax.tree.map(lambda x: lax.pcast(x, axis_name, to='varying'), params)
     value, gradients = jax.value_and_grad(loss)(mine, batch)
     gradients = _mean_of_rest(gradients, state, axis_names)
-    given = _project.Given(axis_name=axis_names)
+    given = _projection.Given(axis_name=axis_names)
     updates, state = update(gradients, state, params, given=given)
     params = optax.apply_updates(params, updates)
     return params, state, lax.pmean(value, axis_names)
@@ -126,7 +126,7 @@ def _mean_of_rest(
 
 def _projected_paths(state: Any) -> set[str]:
   """Returns the paths of the leaves that a state has bases or seeds for."""
-  is_ours = lambda x: isinstance(x, _project.ProjectState)
+  is_ours = lambda x: isinstance(x, _projection.ProjectState)
   return {
     path
     for x in jax.tree.leaves(state, is_leaf=is_ours)
