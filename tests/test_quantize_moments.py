@@ -212,3 +212,24 @@ def test_optimizers_are_made_without_arrays():
   so.golore(0.1, 8, inner=inner, moment_bits=8)
   (leaves,) = seen
   assert all(isinstance(x, jax.core.Tracer) for x in leaves)
+
+
+class Odd(NamedTuple):
+  mu: Any
+  n: Any
+
+
+def test_moments_in_numpy_and_numbers_of_python():
+  so.register_moments(Odd, ['mu'])
+  zeros = lambda p: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), p)
+  made = lambda init: optax.GradientTransformation(init, lambda g, s, p: (g, s))
+  inner = made(lambda p: Odd(zeros(p), 0))
+  for init in (jax.jit, lambda f: f):
+    state = init(so.quantize_moments(inner).init)(PARAMS)
+    assert state.coded.mu['w'].dtype == jnp.int8
+  spec = so.SubspaceSpec(4, only_if_smaller=False)
+  tx = so.subspace(spec, so.projectors.stiefel(2), inner, transport='first')
+  cases.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+  copied = made(lambda p: Odd(p, jnp.zeros(())))
+  with errors.raises(ValueError, "'mu'", 'must start at zero'):
+    so.quantize_moments(copied).init(PARAMS)

@@ -157,3 +157,13 @@ def test_losses_of_all_ways_to_the_same_step():
 
   for name in ('compressed', 'data_parallel'):
     np.testing.assert_allclose(values(name), values('plain'), rtol=1e-4)
+
+
+def test_a_data_parallel_step_knows_its_mesh():
+  """State placed from parameters on one device, or from their shapes."""
+  train, params = STEPS['data_parallel'](), parameters()
+  for given in (params, jax.eval_shape(lambda: params)):
+    places = train.state_sharding(given)
+    state = jax.jit(train.init, out_shardings=places)(params)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {4}
+    cases.jit(train.step)(params, state, batch(0))

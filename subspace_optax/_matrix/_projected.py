@@ -71,7 +71,8 @@ class Projected:
     direction: what the inner optimizer made of the coordinates; None until
       `in_subspace` has run.
     seal: a random key, (1, 1), which no arithmetic takes: jax says of what
-      scales, clips or casts all arrays that it does not accept dtype key<fry>.
+      scales or clips all arrays that it does not accept dtype key<fry>, and of
+      other arithmetic that a method of a key is abstract.
     layout: which axes are projected.
     orthonormal: whether P^T P = I, up to rounding.
     dtype: the gradient's dtype.

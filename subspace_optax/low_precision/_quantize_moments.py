@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from subspace_optax._matrix import _boxes
@@ -258,7 +259,8 @@ def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
   Whole moments in float32 are never in memory, only their types are traced.
   """
   shape = lambda x: (1,) * len(x.shape)
-  small = jax.tree.map(lambda x: jnp.zeros(shape(x), x.dtype), params)
+  # Ones, so that moments which start as a copy are none that start at zero.
+  small = jax.tree.map(lambda x: jnp.ones(shape(x), x.dtype), params)
   whole, state = jax.eval_shape(inner.init, params), inner.init(small)
   if _moments.holds_codes(whole):
     raise ValueError('inner has moments in 8 bits already; pass it as it is.')
@@ -279,7 +281,9 @@ def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
   rest = [
     jax.tree.leaves(_moments.map_moments(nothing, x)) for x in (whole, state)
   ]
-  if [x.shape for x in rest[0]] != [x.shape for x in rest[1]]:
+  # A Python number has no shape in the one, and none in the other.
+  shapes = [[getattr(x, 'shape', ()) for x in leaves] for leaves in rest]
+  if shapes[0] != shapes[1]:
     raise ValueError(
       "inner keeps arrays of the parameters' shapes that no registered moment "
       'names, and quantize_moments knows no others.'
@@ -288,7 +292,7 @@ def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
 
 
 def _is_not_zero(x: jax.Array) -> bool:
-  return not isinstance(x, Tracer) and bool(jnp.any(x != 0))
+  return not isinstance(x, Tracer) and bool(np.any(np.asarray(x) != 0))
 
 
 def _first_codes(

@@ -109,7 +109,9 @@ def data_parallel_step(
     axis_names=set(axis_names),
     check_vma=check_vma,
   )
-  return _train_step.TrainStep(tx.init, step, replicated=tuple(axis_names))
+  return _train_step.TrainStep(
+    tx.init, step, replicated=tuple(axis_names), mesh=mesh
+  )
 
 
 def _mean_of_rest(

@@ -2,10 +2,12 @@
 """One protocol for training steps of every kind."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 import optax
 
 from subspace_optax._chain import _state_sharding
@@ -28,6 +30,7 @@ class TrainStep:
     gradients: (params, state) -> what is alive of gradients at a time, or its
       shapes.
     replicated: mesh axes along which all state is the same.
+    mesh: on which the step runs, if it has one of its own.
   """
 
   init: Callable[[Any], Any]
@@ -35,6 +38,7 @@ class TrainStep:
   params: Callable[[Any, Any], Any] = lambda params, state: params
   gradients: Callable[[Any, Any], Any] = lambda params, state: params
   replicated: tuple[str, ...] = ()
+  mesh: Mesh | None = None
 
   def __call__(
     self, params: Any, state: Any, *batch: Any
@@ -46,11 +50,14 @@ class TrainStep:
     """Returns the sharding of every array of the state; see `state_sharding`.
 
     Args:
-      params: arrays or shapes with shardings.
+      params: arrays or shapes, with shardings unless the step has a mesh of its
+        own.
     """
-    return _state_sharding.state_sharding(
-      self, params, replicated=self.replicated
-    )
+    none = contextlib.nullcontext()
+    with none if self.mesh is None else jax.set_mesh(self.mesh):
+      return _state_sharding.state_sharding(
+        self, params, replicated=self.replicated
+      )
 
 
 def train_step(

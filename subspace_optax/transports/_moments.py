@@ -132,7 +132,7 @@ def map_moments(
       moments in codes need not be decoded.
     path: where the state is, for `MomentTree.path`.
   """
-  if state is None or _is_array(state):
+  if _is_leaf(state):
     return state
   codec = _codecs.get(type(state))
   if codec is not None:
@@ -182,10 +182,12 @@ def check_registered(state: Any, what: str) -> None:
 
 
 def _check(state: Any, what: str, owner: type) -> None:
-  if state is None:
-    return
-  if _is_array(state):
-    if state.ndim > 0 and jnp.issubdtype(state.dtype, jnp.floating):
+  if _is_leaf(state):
+    if (
+      _is_array(state)
+      and state.ndim > 0
+      and jnp.issubdtype(state.dtype, jnp.floating)
+    ):
       known = ', '.join(sorted(t.__name__ for t in _fields))
       raise ValueError(
         f'{what} does not know the moments in {owner}, only in {known}; name '
@@ -248,6 +250,11 @@ def _children(state: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 def _join(path: str, name: str) -> str:
   return f'{path}/{name}' if path else name
+
+
+def _is_leaf(x: Any) -> bool:
+  """Whether a part of a state is None, an array or a number."""
+  return x is None or _is_array(x) or jax.tree_util.all_leaves([x])
 
 
 def _is_array(x: Any) -> bool:
