@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
@@ -158,7 +159,7 @@ def _for_each(x: jax.Array, leaf: Any, axes: tuple[int, ...]) -> jax.Array:
   if x.ndim != len(rest):
     rest = _AXES[::-1][: x.ndim]
   counts = tuple(leaf.shape[i] for i in axes)
-  return _sharding.place(_repeat, (counts,), (x,), leaf, names, first + rest)
+  return _placement.place(_repeat, (counts,), (x,), leaf, names, first + rest)
 
 
 def _repeat(counts: tuple[int, ...], x: jax.Array) -> jax.Array:

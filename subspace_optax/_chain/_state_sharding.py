@@ -21,6 +21,7 @@ import numpy as np
 
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 
@@ -76,14 +77,14 @@ def state_sharding(
   if mesh is None:
     return _on_one_device(tx, params)
   twin = _twin(mesh, replicated)
-  whole = _sharding.whole_ranks_along(_sharding.axes_without_rank(mesh))
+  whole = _placement.whole_ranks_along(_placement.axes_without_rank(mesh))
   set_mesh = jax.sharding.use_abstract_mesh(twin.abstract_mesh)
   with _notices.quiet(), whole, set_mesh:
     state = jax.eval_shape(tx.init, _shapes(params, twin))
 
   def on_mesh(x: jax.ShapeDtypeStruct) -> NamedSharding:
     spec = getattr(x.sharding, 'spec', PartitionSpec())
-    return NamedSharding(mesh, _sharding.as_jit_spells(spec, mesh))
+    return NamedSharding(mesh, _placement.as_jit_spells(spec, mesh))
 
   return jax.tree.map(on_mesh, _tree.unbox(state))
 

@@ -22,11 +22,11 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _varying
 
 _AXES = 'abcdefghijklmnopqrstuvw'
-_COPIES = (_AXES, 'ABCDEFGHIJKLM', 'NOPQRSTUVWXYZ')  # of axes in a Gram matrix
 _HIGHEST = lax.Precision.HIGHEST
 
 
@@ -135,13 +135,11 @@ class Layout:
 
   def coords_axes(self, r: str = 'y') -> str:
     """Subscripts of the coordinates."""
-    gone = set(self.projected)
-    first = min(self.projected)
-    return ''.join(
-      r if i == first else _AXES[i]
-      for i in range(len(self.shape))
-      if i == first or i not in gone
-    )
+    axes = [
+      '' if i in self.projected else _AXES[i] for i in range(len(self.shape))
+    ]
+    axes[min(self.projected)] = r
+    return ''.join(axes)
 
   @property
   def coords_batch(self) -> tuple[int, ...]:
@@ -195,46 +193,6 @@ class Layout:
     """Returns S R for S of (*batch, r, r)."""
     eq = f'{self.batch_axes}zy,{self.coords_axes("y")}->{self.coords_axes("z")}'
     return _sharding.einsum(eq, square, coords, precision=_HIGHEST)
-
-  def gram_leaf(self, leaf: jax.Array) -> jax.Array:
-    """Returns X X^T, of the matrix's short side."""
-    other = self._renamed(self.leaf_axes, 1)
-    eq = f'{self.leaf_axes},{other}->{self._square_axes(0, 1)}'
-    return _sharding.einsum(eq, leaf, leaf)
-
-  def multiply_grams(self, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Returns A B for two of the shape of `gram_leaf`."""
-    eq = f'{self._square_axes(0, 1)},{self._square_axes(1, 2)}'
-    return _sharding.einsum(f'{eq}->{self._square_axes(0, 2)}', left, right)
-
-  def mix_leaf(self, square: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Returns A X for A of the shape of `gram_leaf`."""
-    other = self._renamed(self.leaf_axes, 1)
-    eq = f'{self._square_axes(0, 1)},{other}->{self.leaf_axes}'
-    return _sharding.einsum(eq, square, leaf)
-
-  def split_long_side(self, leaf: jax.Array) -> jax.Array:
-    """Returns a leaf whose short side every device has, where explicit.
-
-    Its Gram matrix is then a sum of the devices' own.
-    """
-    long = self.free if self._short == self.projected else self.projected
-    return _sharding.regroup(leaf, self._short, long)
-
-  @property
-  def _short(self) -> tuple[int, ...]:
-    return self.projected if self.m <= self.n else self.free
-
-  def _renamed(self, axes: str, times: int) -> str:
-    """Returns subscripts with those of the short side replaced."""
-    new = dict(zip(_AXES, _COPIES[times], strict=False))
-    names = {_AXES[i] for i in self._short}
-    return ''.join(new[c] if c in names else c for c in axes)
-
-  def _square_axes(self, first: int, second: int) -> str:
-    short = ''.join(_AXES[i] for i in self._short)
-    sides = self._renamed(short, first) + self._renamed(short, second)
-    return self.batch_axes + sides
 
   def fold(self, leaf: jax.Array, weights: jax.Array) -> jax.Array:
     """Returns G S, of the basis's shape, where S_ij = w_i if i = j mod r.
@@ -299,8 +257,7 @@ class Layout:
   def energy(self, leaf: jax.Array) -> jax.Array:
     """Returns ||G||_F^2 of every matrix, in float32 or wider."""
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    axes = self.rows + self.cols
-    return jnp.sum(jnp.square(leaf.astype(wide)), axis=axes)
+    return self._sum_squares(leaf.astype(wide), self.leaf_axes)
 
   def largest(self, leaf: jax.Array) -> jax.Array:
     """Returns the largest absolute value of every matrix."""
@@ -308,15 +265,30 @@ class Layout:
 
   def coords_energy(self, coords: jax.Array) -> jax.Array:
     """Returns ||R||_F^2 of every matrix."""
-    keep = set(self.batch_axes)
-    axes = tuple(i for i, c in enumerate(self.coords_axes()) if c not in keep)
-    return jnp.sum(jnp.square(coords), axis=axes)
+    return self._sum_squares(coords, self.coords_axes())
 
   def basis_energy(self, x: jax.Array) -> jax.Array:
     """Returns ||X||_F^2 of every matrix for X of the basis's shape."""
-    keep = set(self.batch_axes)
-    axes = tuple(i for i, c in enumerate(self.basis_axes()) if c not in keep)
-    return jnp.sum(jnp.square(x), axis=axes)
+    return self._sum_squares(x, self.basis_axes())
+
+  def along_leaf(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against the leaf."""
+    return jnp.expand_dims(x, self._of_matrix(self.leaf_axes))
+
+  def along_basis(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against the basis."""
+    return jnp.expand_dims(x, self._of_matrix(self.basis_axes()))
+
+  def along_coords(self, x: jax.Array) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against coords."""
+    return jnp.expand_dims(x, self._of_matrix(self.coords_axes()))
+
+  def _sum_squares(self, x: jax.Array, axes: str) -> jax.Array:
+    return jnp.sum(jnp.square(x), axis=self._of_matrix(axes))
+
+  def _of_matrix(self, axes: str) -> tuple[int, ...]:
+    """Returns where axes of a matrix stand, and not those that count them."""
+    return tuple(i for i, c in enumerate(axes) if c not in self.batch_axes)
 
   # One value per column: the leaf's axes without the projected ones.
 
@@ -330,11 +302,11 @@ class Layout:
 
   def sum_columns(self, x: jax.Array) -> jax.Array:
     """Returns the sum of a matrix's values, one of them per column."""
-    return jnp.sum(x, axis=self._column_axes)
+    return jnp.sum(x, axis=self._of_matrix(self.coords_axes(r='')))
 
   def along_columns(self, x: jax.Array) -> jax.Array:
     """Returns one value per matrix, shaped to broadcast against columns."""
-    return jnp.expand_dims(x, self._column_axes)
+    return jnp.expand_dims(x, self._of_matrix(self.coords_axes(r='')))
 
   def columns_to_leaf(self, x: jax.Array) -> jax.Array:
     """Returns one value per column, shaped to broadcast against the leaf."""
@@ -348,83 +320,52 @@ class Layout:
   def _rank_axis(self) -> int:
     return self.coords_axes().index('y')
 
-  @property
-  def _column_axes(self) -> tuple[int, ...]:
-    axes = self.coords_axes().replace('y', '')
-    return tuple(i for i, c in enumerate(axes) if c not in self.batch_axes)
-
   # Where arrays of state live, given where the leaf lives.
 
   def place_leaf(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, of the leaf's shape, sharded as it."""
-    return _sharding.place(
-      make, static, args, leaf, self.leaf_axes, self.leaf_axes
-    )
+    return self._place(make, static, args, leaf, self.leaf_axes)
 
   def place_basis(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, a basis, sharded as `leaf`."""
-    return _sharding.place(
-      make, static, args, leaf, self.leaf_axes, self.basis_axes()
-    )
+    return self._place(make, static, args, leaf, self.basis_axes())
 
   def place_coords(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, coordinates, sharded as `leaf`."""
-    return _sharding.place(
-      make, static, args, leaf, self.leaf_axes, self.coords_axes()
-    )
+    return self._place(make, static, args, leaf, self.coords_axes())
 
   def place_values(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, a value per matrix, sharded as `leaf`."""
-    return _sharding.place(
-      make, static, args, leaf, self.leaf_axes, self.batch_axes
-    )
+    return self._place(make, static, args, leaf, self.batch_axes)
+
+  def _place(self, make, static, args, leaf, axes: str) -> jax.Array:
+    return _placement.place(make, static, args, leaf, self.leaf_axes, axes)
 
   def align_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
     """Returns `x` with the sharding that products with `leaf` give it."""
-    return _sharding.settle(x, leaf, self.leaf_axes, self.basis_axes())
+    return _placement.align(x, leaf, self.leaf_axes, self.basis_axes())
 
   def settle_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
     """Returns `x` where `place_basis` puts it, under explicit sharding."""
-    return _sharding.settle(
-      x, leaf, self.leaf_axes, self.basis_axes(), rest=True
-    )
+    return _placement.settle(x, leaf, self.leaf_axes, self.basis_axes())
 
   def settle_coords(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
     """Returns `x` where `place_coords` puts it, under explicit sharding."""
-    return _sharding.settle(
-      x, leaf, self.leaf_axes, self.coords_axes(), rest=True
-    )
-
-  def along_leaf(self, x: jax.Array) -> jax.Array:
-    """Returns one value per matrix, shaped to broadcast against the leaf."""
-    return self._expand(x, self.leaf_axes)
-
-  def along_basis(self, x: jax.Array) -> jax.Array:
-    """Returns one value per matrix, shaped to broadcast against the basis."""
-    return self._expand(x, self.basis_axes())
-
-  def along_coords(self, x: jax.Array) -> jax.Array:
-    """Returns one value per matrix, shaped to broadcast against coords."""
-    return self._expand(x, self.coords_axes())
-
-  def _expand(self, x: jax.Array, axes: str) -> jax.Array:
-    keep = set(self.batch_axes)
-    gone = [i for i, c in enumerate(axes) if c not in keep]
-    return jnp.expand_dims(x, gone)
+    return _placement.settle(x, leaf, self.leaf_axes, self.coords_axes())
 
   # One matrix of a stack, its batch axes kept at size 1.
 
   @property
   def one(self) -> 'Layout':
     """The layout of a single matrix of this leaf."""
-    batch = set(self.batch)
-    shape = tuple(1 if i in batch else s for i, s in enumerate(self.shape))
+    sizes = enumerate(self.shape)
+    shape = tuple(1 if i in self.batch else size for i, size in sizes)
     return dataclasses.replace(self, shape=shape)
 
   def take(self, x: jax.Array, axes: str, i: jax.Array) -> jax.Array:
     """Returns the part of `x`, of `axes`, that belongs to the i-th matrix."""
-    keep = set(self.batch_axes)
-    sizes = [1 if c in keep else n for c, n in zip(axes, x.shape, strict=True)]
+    letters = zip(axes, x.shape, strict=True)
+    sizes = [1 if c in self.batch_axes else n for c, n in letters]
     return lax.dynamic_slice(x, self._start(axes, i), sizes)
 
   def put(self, x: jax.Array, axes: str, i: jax.Array, part: jax.Array):
@@ -432,9 +373,8 @@ class Layout:
     return lax.dynamic_update_slice(x, part, self._start(axes, i))
 
   def _start(self, axes: str, i: jax.Array) -> list[jax.Array]:
-    at = dict(
-      zip(self.batch_axes, jnp.unravel_index(i, self.batch_shape), strict=True)
-    )
+    indices = jnp.unravel_index(i, self.batch_shape)
+    at = dict(zip(self.batch_axes, indices, strict=True))
     return [at.get(c, jnp.zeros_like(i)) for c in axes]
 
   # Plain matrices, for factorisations that need them; never of sharded axes.
@@ -442,8 +382,7 @@ class Layout:
   def to_matrix(self, leaf: jax.Array) -> jax.Array:
     """Returns the leaf as (*batch, rows, columns)."""
     perm = self.batch + self.rows + self.cols
-    rows, cols = self._sizes(self.rows), self._sizes(self.cols)
-    shape = (*self.batch_shape, math.prod(rows), math.prod(cols))
+    shape = (*self.batch_shape, self.inputs, self.outputs)
     return jnp.transpose(leaf, perm).reshape(shape)
 
   def from_matrix(self, matrix: jax.Array) -> jax.Array:

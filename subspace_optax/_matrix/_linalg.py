@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from subspace_optax._matrix import _jacobi
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _sharding
-from subspace_optax._matrix import _varying
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -30,9 +29,6 @@ SHIFTS = (1e-6, 1e-6, 0.0, 0.0)
 FEW_SHIFTS = (1e-6, 0.0, 0.0)
 ROUGH = (1e-6,)
 _NONE = (0.0, 0.0)
-
-# Of Muon's quintic iteration.
-_QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -202,7 +198,7 @@ def each(f: Callable[..., Any], *stacks: jax.Array) -> Any:
     rows = [x.reshape(-1, *x.shape[-2:]) for x in rows]
     found = lax.map(lambda row: f(*row), tuple(rows))
     return jax.tree.map(
-      lambda x, kind: _sharding.move(x.reshape(kind.shape), kind), found, wanted
+      lambda x, kind: _sharding.like(x.reshape(kind.shape), kind), found, wanted
     )
 
   if math.prod(batch_shape) == 1:
@@ -312,33 +308,6 @@ def _eigenvectors(square: jax.Array) -> jax.Array:
     tpu=_jacobi.eigenvectors,
     default=lambda square: jnp.linalg.eigh(square)[1][:, ::-1],
   )
-
-
-def newton_schulz(
-  layout: _layout.Layout, x: jax.Array, steps: int
-) -> jax.Array:
-  """Returns matrices with the singular vectors of `x` and values near 1.
-
-  By X <- a X + (b A + c A^2) X, A = X X^T, from X over its norm. At the default
-  precision of products, which five steps forgive. Zeros stay zeros.
-
-  References:
-    Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024
-  """
-  a, b, c = _QUINTIC
-  original = x
-  x = layout.split_long_side(x)
-  largest = layout.largest(x)  # the squares of what is left can't overflow
-  x = x / layout.along_leaf(jnp.where(largest > 0, largest, 1.0))
-  norm = jnp.maximum(safe_sqrt(layout.energy(x)), 1.0)
-
-  def step(_: Any, x: jax.Array) -> jax.Array:
-    gram = layout.gram_leaf(x)
-    poly = b * gram + c * layout.multiply_grams(gram, gram)
-    return _sharding.like(a * x + layout.mix_leaf(poly, x), x)
-
-  x = _varying.fori_loop(0, steps, step, x / layout.along_leaf(norm))
-  return _sharding.like(x, original)
 
 
 def safe_sqrt(squares: jax.Array) -> jax.Array:

@@ -13,62 +13,56 @@ import jax
 from jax.core import Tracer
 import jax.numpy as jnp
 
-# What becomes of a refusal; of contexts around each other the loosest holds.
 _RAISED, _WARNED_OF, _IGNORED = range(3)
-_refusals: contextvars.ContextVar[int] = contextvars.ContextVar(
-  'refusals', default=_RAISED
-)
-_silent: contextvars.ContextVar[bool] = contextvars.ContextVar(
-  'silent', default=False
-)
 _INSIDE = ('subspace_optax.', 'optax.', 'jax.', 'flax.', 'contextlib.')
 
 
-@contextlib.contextmanager
-def lenient() -> Iterator[None]:
+# What becomes of a refusal, and whether warnings are left out.
+_rules: contextvars.ContextVar[tuple[int, bool]] = contextvars.ContextVar(
+  'rules', default=(_RAISED, False)
+)
+
+
+def lenient() -> contextlib.AbstractContextManager[None]:
   """A context in which a part of a tree without anything to project is told of.
 
   As the parameters outside of a stack, which alone may hold a small matrix.
   """
-  with _loosened(_WARNED_OF, _silent.get()):
-    yield
+  return _loosened(_WARNED_OF)
 
 
-@contextlib.contextmanager
-def quiet(errors: bool = False) -> Iterator[None]:
+def quiet(errors: bool = False) -> contextlib.AbstractContextManager[None]:
   """A context in which `init` is only traced for what it would make.
 
   With `errors` not even a tree without anything to project is refused.
   """
-  with _loosened(_IGNORED if errors else _RAISED, True):
-    yield
+  return _loosened(_IGNORED if errors else _RAISED, silent=True)
 
 
 @contextlib.contextmanager
-def _loosened(refusals: int, silent: bool) -> Iterator[None]:
+def _loosened(refusals: int, silent: bool = False) -> Iterator[None]:
   """A context that is at least as loose as the one that it is in."""
-  tokens = (
-    _refusals.set(max(refusals, _refusals.get())),
-    _silent.set(silent),
-  )
+  outer = _rules.get()
+  token = _rules.set((max(refusals, outer[0]), silent or outer[1]))
   try:
     yield
   finally:
-    _refusals.reset(tokens[0])
-    _silent.reset(tokens[1])
+    _rules.reset(token)
 
 
 def refuse(message: str) -> None:
   """Raises a ValueError, or warns of a part of a tree."""
-  if _refusals.get() == _RAISED:
+  refusals, _ = _rules.get()
+  if refusals == _RAISED:
     raise ValueError(message)
-  if _refusals.get() == _WARNED_OF:
+  if refusals == _WARNED_OF:
     warn(message)
 
 
 def warn(message: str) -> None:
   """Warns at the line of the user's that called for it."""
-  if not _silent.get():
+  _, silent = _rules.get()
+  if not silent:
     warnings.warn(message, UserWarning, stacklevel=_levels_to_user())
 
 

@@ -20,41 +20,6 @@ from subspace_optax._matrix import _sharding
 _MOST_STEPS = 32
 
 
-def sign_of(optimizer: Any, *, with_params: bool = True) -> int:
-  """Returns 1 for steps along the gradient, -1 against it, 0 if unknown.
-
-  That is the sign of the first update that a constant gradient changes: of the
-  difference between the updates of g and of -g, so that noise does not decide.
-  It is unknown where hyperparameters are traced or `update` takes more
-  arguments.
-
-  Args:
-    optimizer: an optax transformation.
-    with_params: whether the optimizer is given params where it runs.
-  """
-  try:
-    with jax.ensure_compile_time_eval(), _sharding.no_mesh():
-      return _first_sign(optimizer, with_params)
-  except Exception:  # whatever an optimizer says to inputs that are not its own
-    return 0
-
-
-def _first_sign(optimizer: Any, with_params: bool) -> int:
-  zeros = {'x': jnp.zeros((1, 1))}
-  states = [optimizer.init(zeros)] * 2
-  for _ in range(_MOST_STEPS):
-    moved = []
-    for i, g in enumerate((1.0, -1.0)):
-      updates, states[i] = optimizer.update(
-        {'x': jnp.full((1, 1), g)}, states[i], zeros if with_params else None
-      )
-      moved.append(updates['x'][0, 0])
-    sign = int(jnp.sign(moved[0] - moved[1]))
-    if sign:
-      return sign
-  return 0
-
-
 def require_optimizer(optimizer: Any, name: str) -> None:
   """Raises unless an argument is an optimizer, as `optax.adam` is not."""
   if not hasattr(optimizer, 'init') or not hasattr(optimizer, 'update'):
@@ -71,10 +36,9 @@ def require_along(
     name: of the argument.
     with_params: whether the optimizer is given params where it runs.
   """
-  require_optimizer(optimizer, name)
   return _checked(
-    optimizer,
-    lambda: sign_of(optimizer, with_params=with_params) >= 0,
+    {name: optimizer},
+    lambda: _sign(optimizer, with_params) >= 0,
     f'{name} steps against the gradient, but must return directions along it: '
     'learning rate and sign are applied behind it. Pass optax.scale_by_adam() '
     'in the place of optax.adam(...), or chain optax.scale(-1.0) behind it.',
@@ -83,10 +47,9 @@ def require_along(
 
 def require_against(optimizer: Any, name: str) -> Any:
   """Returns an optimizer whose `init` raises if it steps along gradients."""
-  require_optimizer(optimizer, name)
   return _checked(
-    optimizer,
-    lambda: sign_of(optimizer) <= 0,
+    {name: optimizer},
+    lambda: _sign(optimizer) <= 0,
     f'{name} steps along the gradient, so that the loss would grow, but must '
     'bring learning rate and sign. Pass optax.adam(1e-3) in the place of '
     'optax.scale_by_adam(), or chain optax.scale_by_learning_rate(1e-3) behind '
@@ -96,11 +59,9 @@ def require_against(optimizer: Any, name: str) -> Any:
 
 def require_same_side(plain: Any, inner: Any, *, with_params: bool) -> Any:
   """Returns `plain`, whose `init` raises if one of the two would climb."""
-  require_optimizer(plain, 'plain')
-  require_optimizer(inner, 'inner')
   return _checked(
-    plain,
-    lambda: sign_of(plain) * sign_of(inner, with_params=with_params) >= 0,
+    {'plain': plain, 'inner': inner},
+    lambda: _sign(plain) * _sign(inner, with_params) >= 0,
     'inner and plain step to different sides of the gradient, so that one of '
     'them climbs. Pass optax.scale_by_adam() and the like for both, or '
     'optax.adam(...) and the like.',
@@ -109,24 +70,62 @@ def require_same_side(plain: Any, inner: Any, *, with_params: bool) -> Any:
 
 def require_one_turn(inner: Any, after: Any, *, with_params: bool) -> Any:
   """Returns `inner`, whose `init` raises if `after` turns its steps uphill."""
-  require_optimizer(inner, 'inner')
-  require_optimizer(after, 'after')
   return _checked(
-    inner,
-    lambda: sign_of(inner, with_params=with_params) >= 0 or sign_of(after) >= 0,
+    {'inner': inner, 'after': after},
+    lambda: _sign(inner, with_params) >= 0 or _sign(after) >= 0,
     'inner and `after` both turn steps against the gradient, so that the loss '
     'would grow. Pass optax.scale_by_adam() in the place of optax.adam(...), '
     'or leave the learning rate out of `after`.',
   )
 
 
-def _checked(optimizer: Any, is_right: Callable[[], bool], error: str) -> Any:
-  """Returns an optimizer that checks at `init`: arrays start the backend."""
+def _checked(
+  optimizers: dict[str, Any], is_right: Callable[[], bool], error: str
+) -> Any:
+  """Returns the first optimizer, which checks at `init`.
+
+  Not before, since arrays start the backend.
+  """
+  for name, optimizer in optimizers.items():
+    require_optimizer(optimizer, name)
+  first = next(iter(optimizers.values()))
   is_right = functools.cache(is_right)  # since `init` is traced in every update
 
   def init(params):
     if not is_right():
       raise ValueError(error)
-    return optimizer.init(params)
+    return first.init(params)
 
-  return optax.with_extra_args_support(optimizer)._replace(init=init)
+  return optax.with_extra_args_support(first)._replace(init=init)
+
+
+def _sign(optimizer: Any, with_params: bool = True) -> int:
+  """Returns 1 for steps along the gradient, -1 against it, 0 if unknown.
+
+  It is unknown where hyperparameters are traced or `update` takes more
+  arguments.
+  """
+  try:
+    with jax.ensure_compile_time_eval(), _sharding.no_mesh():
+      return _first_sign(optimizer, with_params)
+  except Exception:  # whatever an optimizer says to inputs that are not its own
+    return 0
+
+
+def _first_sign(optimizer: Any, with_params: bool) -> int:
+  """Returns the sign of the first update that a constant gradient changes.
+
+  Of the difference between the updates of 1 and of -1, so that noise does not
+  decide.
+  """
+  zeros = {'x': jnp.zeros((1, 1))}
+  params = zeros if with_params else None
+  gradients = [{'x': jnp.full((1, 1), g)} for g in (1.0, -1.0)]
+  states = [optimizer.init(zeros)] * 2
+  for _ in range(_MOST_STEPS):
+    steps = map(optimizer.update, gradients, states, [params] * 2)
+    (up, down), states = zip(*steps, strict=True)
+    sign = int(jnp.sign(up['x'] - down['x'])[0, 0])
+    if sign:
+      return sign
+  return 0

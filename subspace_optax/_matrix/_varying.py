@@ -68,9 +68,7 @@ def _is_manual() -> bool:
 
 
 def _varying(x: Any) -> frozenset[Any]:
-  known = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-  # None with check_vma=False, where nothing is tracked.
-  return getattr(known.manual_axis_type, 'varying', frozenset())
+  return jax.typeof(x).manual_axis_type.varying
 
 
 def _all_axes(tree: Any) -> list[frozenset[Any]]:

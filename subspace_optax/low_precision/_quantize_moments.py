@@ -24,6 +24,7 @@ from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _names
 from subspace_optax._matrix import _noise
 from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
@@ -431,7 +432,7 @@ def _zero_scales(leaf: Any, coded: bool) -> jax.Array:
   """Returns a zero for each block."""
   if not coded:
     return jnp.zeros((), jnp.float32)
-  return _sharding.zeros_along(leaf, _blocks.counts(leaf.shape))
+  return _placement.zeros_along(leaf, _blocks.counts(leaf.shape))
 
 
 def _decode(codes: jax.Array, scales: jax.Array) -> jax.Array:

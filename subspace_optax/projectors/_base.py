@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _varying
@@ -132,7 +133,7 @@ def still(matrix: Matrix) -> _projected.Move:
   eye = jnp.eye(layout.rank, dtype=jnp.float32)
   eye = jnp.broadcast_to(eye.reshape((1,) * len(shape[:-2]) + eye.shape), shape)
   axes = layout.batch_axes + 'yz'
-  eye = _sharding.settle(eye, matrix.like, layout.leaf_axes, axes)
+  eye = _placement.align(eye, matrix.like, layout.leaf_axes, axes)
   return _projected.Move(jnp.zeros_like(matrix.ok), eye)
 
 

@@ -14,6 +14,7 @@ Directions outside the subspace take part with this step's gradient alone.
 from typing import Any
 
 from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _newton_schulz
 from subspace_optax._matrix import _projected
 from subspace_optax.projectors import _gap
 from subspace_optax.residuals import _base
@@ -62,6 +63,6 @@ def orthogonal(weight: Any = 1.0, steps: int = 5) -> _base.Residual:
     coords = _linalg.widen(node.direction) - weight * _base.inside(node)
     whole = _base.combine(node, coords) + weight * g
     factor = scale * max(1.0, layout.outputs / layout.inputs) ** 0.5
-    return factor * _linalg.newton_schulz(layout, whole, steps), state
+    return factor * _newton_schulz.newton_schulz(layout, whole, steps), state
 
   return _base.Residual('orthogonal', update)

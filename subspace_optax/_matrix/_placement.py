@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where arrays of state live, given where their leaf lives.
+
+State is placed once, at `init`, from the shardings of the parameters. Axes that
+it shares with its leaf are split alike, and the mesh axes that are left split
+the rank.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+import contextlib
+import contextvars
+import functools
+from string import ascii_lowercase
+from typing import Any
+
+import jax
+from jax.core import Tracer
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _varying
+
+
+def place(
+  make: Callable[..., jax.Array],
+  static: tuple[Hashable, ...],
+  args: tuple[Any, ...],
+  leaf: Any,
+  leaf_axes: str,
+  axes: str,
+) -> jax.Array:
+  """Returns `make(*static, *args)`, of `axes`, sharded along with `leaf`.
+
+  An axis that both name is sharded alike. All other mesh axes go to the rank
+  axis where they divide it, so that bytes per device fall with the mesh.
+  (Joined to an axis that is split already, they made the compiler pass the
+  gradient around.)
+  """
+  sharding = _sharding.of_leaf(leaf)
+  if sharding is None:
+    return _varying.vary_as(make(*static, *args), leaf)
+  shape = jax.eval_shape(functools.partial(make, *static), *args).shape
+  spec = _spec_at_rest(sharding, leaf, leaf_axes, axes, shape)
+  target = NamedSharding(sharding.mesh, spec)
+  if isinstance(leaf, Tracer):
+    return jax.reshard(make(*static, *args), target)
+  return _compiled(make, static, target)(*args)
+
+
+def zeros_along(leaf: Any, counts: tuple[int, ...]) -> jax.Array:
+  """Returns float32 zeros, one for each block of a leaf, sharded as it is.
+
+  An axis is not cut where that would cut blocks.
+  """
+  axes = ascii_lowercase[: len(counts)]
+  static = (counts, jnp.dtype(jnp.float32))
+  return place(jnp.zeros, static, (), leaf, axes, axes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(
+  make: Callable[..., jax.Array],
+  static: tuple[Hashable, ...],
+  target: NamedSharding,
+) -> Callable[..., jax.Array]:
+  """Returns `make` compiled once for all leaves of a shape and placement."""
+  return jax.jit(functools.partial(make, *static), out_shardings=target)
+
+
+def settle(
+  x: jax.Array, leaf: jax.Array, leaf_axes: str, axes: str
+) -> jax.Array:
+  """Returns `x` sharded along with `leaf` as `place` does, where explicit."""
+  sharding = _sharding.explicit(leaf)
+  if sharding is None:
+    return x
+  spec = _spec_at_rest(sharding, leaf, leaf_axes, axes, x.shape)
+  return jax.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
+def align(
+  x: jax.Array, leaf: jax.Array, leaf_axes: str, axes: str
+) -> jax.Array:
+  """Returns `x` sharded along with `leaf`, its rank not split, where explicit.
+
+  That is the sharding that products with the leaf have.
+  """
+  sharding = _sharding.explicit(leaf)
+  if sharding is None:
+    return x
+  of_leaf = _splits(sharding, leaf_axes)
+  spec = _sharding.spec_of([of_leaf.get(axis, ()) for axis in axes])
+  spec = as_jit_spells(spec, sharding.mesh)
+  return jax.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
+def _splits(sharding: Any, leaf_axes: str) -> dict[str, tuple[str, ...]]:
+  """Returns the mesh axes that split each axis of a leaf."""
+  entries = _sharding.pad(sharding.spec, len(leaf_axes))
+  return dict(zip(leaf_axes, map(_sharding.names, entries), strict=True))
+
+
+def _spec_at_rest(
+  sharding: Any,
+  leaf: Any,
+  leaf_axes: str,
+  axes: str,
+  shape: tuple[int, ...],
+) -> PartitionSpec:
+  """Returns the spec of state of a shape, its rank axis split as well."""
+  mesh, of_leaf = sharding.mesh, _splits(sharding, leaf_axes)
+  whole = dict(zip(leaf_axes, leaf.shape, strict=True))
+  splits = [
+    of_leaf[axis]
+    if axis in whole and _can_cut(mesh, of_leaf[axis], size, whole[axis])
+    else ()
+    for size, axis in zip(shape, axes, strict=True)
+  ]
+  if _sharding.RANK[0] in axes and _sharding.RANK[1] not in axes:
+    i = axes.index(_sharding.RANK[0])
+    kept = {name for split in splits for name in split}
+    of_rest = [name for axis in leaf_axes for name in of_leaf[axis]]
+    # Those of the rest of the leaf, then those that the leaf does not use.
+    usable = [name for name in _rank_axes(mesh) if name not in kept]
+    left = dict.fromkeys([name for name in of_rest if name in usable] + usable)
+    for name in left:
+      more = (*splits[i], name)
+      if shape[i] % _sharding.parts(mesh, more) == 0:
+        splits[i] = more
+  return as_jit_spells(_sharding.spec_of(splits), mesh)
+
+
+def _can_cut(
+  mesh: Any, split: tuple[str, ...], size: int, of_leaf: int
+) -> bool:
+  """Whether a mesh cuts an axis of a state that is one of its leaf.
+
+  Blocks of rows may be fewer than devices; of the meshes that boxes stand for,
+  whose axes are of one device here, nothing is known.
+  """
+  count = _sharding.parts(mesh, split)
+  return size % count == 0 and (count > 1 or size == of_leaf)
+
+
+def _rank_axes(mesh: Any) -> tuple[str, ...]:
+  """Returns the mesh axes that may split a rank.
+
+  On a mesh of both types the compiler decides about automatic axes: what it
+  makes of an entry that mixes both would change the type of the state.
+  """
+  usable = mesh.explicit_axes or mesh.axis_names
+  return tuple(name for name in usable if name not in _whole_along.get())
+
+
+def axes_without_rank(mesh: Mesh) -> frozenset[str]:
+  """Returns the axes of a mesh that split no rank."""
+  return frozenset(mesh.axis_names) - frozenset(_rank_axes(mesh))
+
+
+_whole_along: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+  'whole_along', default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def whole_ranks_along(axes: frozenset[str]) -> Iterator[None]:
+  """A context in which ranks are not split along some axes of meshes."""
+  token = _whole_along.set(axes)
+  try:
+    yield
+  finally:
+    _whole_along.reset(token)
+
+
+def as_jit_spells(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
+  """Returns a spec in the form that jit gives its results.
+
+  P('x') and P('x', None) are one placement, but two keys of jit's cache.
+  """
+  entries = list(spec)
+  used = {name for entry in entries for name in _sharding.names(entry)}
+  if mesh.explicit_axes and used <= set(mesh.explicit_axes):
+    return spec
+  while entries and entries[-1] is None:
+    entries.pop()
+  return PartitionSpec(*entries)
