@@ -56,10 +56,6 @@ class Axes(NamedTuple):
     return self._replace(rows=self.cols, cols=self.rows)
 
 
-def _without_matrix(reason: str, how: str = '') -> Axes:
-  return Axes((), (), how, reason)
-
-
 def of_form(form: str, how: str) -> Axes:
   """Returns the axes of a form such as 'bio': `i` rows, `o` columns.
 
@@ -67,6 +63,10 @@ def of_form(form: str, how: str) -> Axes:
   """
   of = lambda kind: tuple(i for i, c in enumerate(form) if c == kind)
   return Axes(of('i'), of('o'), how)
+
+
+def _without_matrix(reason: str, how: str = '') -> Axes:
+  return Axes((), (), how, reason)
 
 
 class Decisions:
@@ -83,10 +83,7 @@ class Decisions:
   @functools.cached_property
   def axes(self) -> dict[str, Axes]:
     """The axes of every leaf."""
-    return {
-      leaf.path: _with_order(leaf, _decide(leaf, self.family), self.family)
-      for leaf in self._leaves
-    }
+    return {leaf.path: _axes_of(leaf, self.family) for leaf in self._leaves}
 
   @functools.cached_property
   def plain_kinds(self) -> dict[str, str]:
@@ -110,60 +107,80 @@ def _plain_kind(leaf: _siblings.Leaf, family: _siblings.Family) -> str:
   return _names.plain_kind(path, len(leaf.shape), beside)
 
 
-def _decide(leaf: _siblings.Leaf, family: _siblings.Family) -> Axes:
-  """Asks metadata, then other leaves, then the name."""
-  ndim = len(leaf.shape)
+class _Clues(NamedTuple):
+  """What is known of a leaf.
+
+  Attributes:
+    path: the leaf's path.
+    shape: its shape.
+    counted: its axes of layers or experts; None if nothing tells.
+    bias: the shape of its bias, if it has one.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  counted: tuple[int, ...] | None
+  bias: tuple[int, ...] | None
+
+  @property
+  def core(self) -> list[int]:
+    """The axes that are not known to count matrices."""
+    return [i for i in range(len(self.shape)) if i not in (self.counted or ())]
+
+
+def _axes_of(leaf: _siblings.Leaf, family: _siblings.Family) -> Axes:
+  """Asks what needs no other leaves, then all that is known."""
+  ndim, bias = len(leaf.shape), family.bias(leaf)
   if ndim < 2:
     return _without_matrix('has fewer than two axes')
   if 0 in leaf.shape:
-    return Axes((ndim - 2,), (ndim - 1,), 'two axes')
-  if ndim > 2 and sum(size != 1 for size in leaf.shape) < 2:
+    axes = Axes((ndim - 2,), (ndim - 1,), 'two axes')
+  elif ndim > 2 and sum(size != 1 for size in leaf.shape) < 2:
     return _without_matrix('has fewer than two axes longer than 1')
-  found = _by_metadata(leaf)
-  if found:
-    return found
-  counted = family.counted(leaf)
-  core = [i for i in range(ndim) if i not in (counted or ())]
-  if ndim == 2:
-    return _two_axes(leaf, counted)
-  if len(core) < 2:  # the layers are as many as the units
-    return _assumed(leaf, (0,))
-  found = _by_bias(leaf, counted, family) or _by_bias(leaf, None, family)
-  if len(core) == 2 and not found:
+  else:
+    axes = _by_metadata(leaf) or _by_clues(
+      _Clues(leaf.path, leaf.shape, family.counted(leaf), bias)
+    )
+  return _with_order(axes, leaf.shape, bias)
+
+
+def _by_clues(leaf: _Clues) -> Axes:
+  """Asks other leaves, then the name."""
+  if len(leaf.shape) == 2:
+    return _two_axes(leaf)
+  if len(leaf.core) < 2:  # the layers are as many as the units
+    return _assumed(leaf._replace(counted=(0,)))
+  found = _by_bias(leaf) or _by_bias(leaf._replace(counted=None))
+  if len(leaf.core) == 2 and not found:
+    rows, cols = leaf.core
     how = 'assumed' if _names.may_be_vector(leaf.path) else 'siblings'
-    return Axes((core[0],), (core[1],), how)
-  return (
-    found
-    or _by_name(leaf, counted)
-    or _convolution(leaf, counted, family)
-    or _assumed(leaf, counted)
-  )
+    return Axes((rows,), (cols,), how)
+  return found or _by_name(leaf) or _convolution(leaf) or _assumed(leaf)
 
 
 def _with_order(
-  leaf: _siblings.Leaf, axes: Axes, family: _siblings.Family
+  axes: Axes, shape: tuple[int, ...], bias: tuple[int, ...] | None
 ) -> Axes:
   """Returns the axes with what a bias tells of their order, if it does."""
   if not len(axes.rows) == len(axes.cols) == 1:
     return axes
-  bias = family.bias(leaf) or ()
-  inputs, outputs = (leaf.shape[i] for i in axes.rows + axes.cols)
-  layers = [n for i, n in enumerate(leaf.shape) if i not in axes[0] + axes[1]]
-  orders: dict[tuple[int, ...], str]
-  orders = {(*layers, outputs): 'in_out', (*layers, inputs): 'out_in'}
-  return axes._replace(order=orders.get(bias, '') if len(orders) > 1 else '')
+  inputs, outputs = (shape[i] for i in axes.rows + axes.cols)
+  layers = [n for i, n in enumerate(shape) if i not in axes.rows + axes.cols]
+  if inputs == outputs or bias not in ((*layers, inputs), (*layers, outputs)):
+    return axes
+  return axes._replace(order='in_out' if bias[-1] == outputs else 'out_in')
 
 
-def _two_axes(leaf: _siblings.Leaf, counted: tuple[int, ...] | None) -> Axes:
+def _two_axes(leaf: _Clues) -> Axes:
   """Takes a leaf for a matrix, or for a vector in each layer, by its name.
 
   If other leaves are stacked along one of its axes, it may be either.
   """
-  if not counted:
+  if not leaf.counted:
     return Axes((0,), (1,), 'two axes')
   if _names.is_weight(leaf.path):
     return Axes((0,), (1,), 'assumed')
-  layers = ' x '.join(str(leaf.shape[i]) for i in counted)
+  layers = ' x '.join(str(leaf.shape[i]) for i in leaf.counted)
   return _without_matrix(f'is a vector in each of {layers} layers', 'assumed')
 
 
@@ -190,31 +207,29 @@ def _by_metadata(leaf: _siblings.Leaf) -> Axes | None:
   return Axes(rows, cols, 'metadata')
 
 
-def _spread(form: str, ndim: int, counted: tuple[int, ...] | None) -> list[str]:
-  """Returns a layer's form with `l` where axes of layers may stand."""
-  if counted is None:
-    spread = [form, 'l' + form, form[0] + 'l' + form[1:]]
-  else:
-    axes = list(form)
-    for i in sorted(counted):
-      axes.insert(i, 'l')
-    spread = [''.join(axes)]
-  return [form for form in spread if len(form) == ndim]
+def _spread(forms: Iterable[str], leaf: _Clues) -> list[str]:
+  """Returns a layer's forms with `l` where axes of layers may stand."""
+  spread = []
+  for form in forms:
+    if leaf.counted is None:
+      spread += [form, 'l' + form, form[0] + 'l' + form[1:]]
+    else:
+      axes = list(form)
+      for i in leaf.counted:
+        axes.insert(i, 'l')
+      spread.append(''.join(axes))
+  return [form for form in spread if len(form) == len(leaf.shape)]
 
 
-def _by_bias(
-  leaf: _siblings.Leaf,
-  counted: tuple[int, ...] | None,
-  family: _siblings.Family,
-) -> Axes | None:
+def _by_bias(leaf: _Clues) -> Axes | None:
   """Finds the columns as the axes that the bias of a kernel has."""
-  bias = family.bias(leaf)
-  if bias is None:
-    return None
   own = (*_names.forms(leaf.path), *_names.attention_forms(leaf.path))
   for forms in (own, ('io', 'ioo', 'iio')):
-    spread = [x for f in forms for x in _spread(f, len(leaf.shape), counted)]
-    fits = [form for form in spread if _bias_shape(form, leaf.shape) == bias]
+    fits = [
+      form
+      for form in _spread(forms, leaf)
+      if _bias_shape(form, leaf.shape) == leaf.bias
+    ]
     if len(fits) == 1:
       return of_form(fits[0], 'siblings')
   return None
@@ -230,35 +245,23 @@ def _bias_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(bias)
 
 
-def _by_name(
-  leaf: _siblings.Leaf, counted: tuple[int, ...] | None
-) -> Axes | None:
+def _by_name(leaf: _Clues) -> Axes | None:
   """Takes what a name stands for in every library, if the sizes agree."""
-  ndim = len(leaf.shape)
-  own = ndim - len(counted or ())
-  forms = [x for x in _names.forms(leaf.path) if len(x) == own]
+  forms = [x for x in _names.forms(leaf.path) if len(x) == len(leaf.core)]
   if forms:
-    spread = [_spread(form, ndim, counted)[0] for form in forms]
-    return of_form(squarest(spread, leaf.shape), 'name')
-  forms = _attention(leaf, counted)
-  exact = [x for x in forms if _is_exact(x, leaf, counted is not None)]
+    return of_form(squarest(_spread(forms, leaf), leaf.shape), 'name')
+  forms = _spread(_names.attention_forms(leaf.path), leaf)
+  exact = [form for form in forms if _is_exact(form, leaf)]
   if exact:
     # Where layers are as many as units, they may stand on either side.
     of_layer = [x.replace('l', '') for x in exact]
     is_sure = of_layer.count(of_layer[0]) == 1
     return of_form(exact[0], 'name' if is_sure else 'assumed')
-  if not forms or counted is None:
+  if not forms or leaf.counted is None:
     return None
   form = squarest(forms, leaf.shape)
   # Far from square, it is not what the name says.
   return of_form(form, 'name') if _ratio(form, leaf.shape) <= 8 else None
-
-
-def _attention(
-  leaf: _siblings.Leaf, counted: tuple[int, ...] | None
-) -> list[str]:
-  forms = _names.attention_forms(leaf.path)
-  return [x for f in forms for x in _spread(f, len(leaf.shape), counted)]
 
 
 def squarest(forms: Iterable[str], shape: tuple[int, ...]) -> str:
@@ -273,51 +276,48 @@ def _ratio(form: str, shape: tuple[int, ...]) -> float:
 
 def _widths(form: str, shape: tuple[int, ...]) -> tuple[int, int]:
   """Returns the width of all heads, and the model's."""
-  heads = 'o' if form.count('o') > 1 else 'i'
   size = lambda kind: math.prod(
     n for n, c in zip(shape, form, strict=True) if c == kind
   )
-  return size(heads), size('i' if heads == 'o' else 'o')
+  inputs, outputs = size('i'), size('o')
+  return (outputs, inputs) if form.count('o') > 1 else (inputs, outputs)
 
 
-def _is_exact(form: str, leaf: _siblings.Leaf, is_known: bool) -> bool:
+def _is_exact(form: str, leaf: _Clues) -> bool:
   """Whether all heads are as wide as the model, or key's a part of that.
 
   Heads around the model's axis may as well be layers, unless that is known.
   """
   heads, width = _widths(form, leaf.shape)
+  is_known = leaf.counted is not None
   if _names.is_grouped(leaf.path) and (is_known or 'oio' not in form):
     return width % heads == 0
   return heads == width
 
 
-def _convolution(
-  leaf: _siblings.Leaf,
-  counted: tuple[int, ...] | None,
-  family: _siblings.Family,
-) -> Axes | None:
+def _convolution(leaf: _Clues) -> Axes | None:
   """Tells convolutions, which are no matrices: each author flattens another.
 
   Flax keeps (height, width, in, out), equinox (out, in, height, width).
   """
-  shape, bias = leaf.shape, family.bias(leaf)
+  shape, bias = leaf.shape, leaf.bias
   reason = 'looks like a convolution'
   of_equinox = shape[:1] + (1,) * (len(shape) - 2)
   if bias == of_equinox or (len(shape) > 3 and bias == shape[-1:]):
     return _without_matrix(reason, 'siblings')
-  if _siblings.has_window(shape) and not counted:
+  if _siblings.has_window(shape) and not leaf.counted:
     return _without_matrix(reason, 'assumed')
   return None
 
 
-def _assumed(leaf: _siblings.Leaf, counted: tuple[int, ...] | None) -> Axes:
+def _assumed(leaf: _Clues) -> Axes:
   """Takes the squarest matrix for attention's kernels, or the last two axes."""
   forms = _names.attention_forms(leaf.path)[:1]
   if forms:
-    layers = (0,) if leaf.shape[0] <= leaf.shape[1] else (1,)
-    spread = _spread(forms[0], len(leaf.shape), counted)
-    spread += _spread('io', len(leaf.shape), counted or layers)
+    layers = leaf.counted or ((0,) if leaf.shape[0] <= leaf.shape[1] else (1,))
+    spread = _spread(forms, leaf)
+    spread += _spread(['io'], leaf._replace(counted=layers))
     if spread:
       return of_form(squarest(spread, leaf.shape), 'assumed')
-  core = [i for i in range(len(leaf.shape)) if i not in (counted or ())]
-  return Axes((core[-2],), (core[-1],), 'assumed')
+  *_, rows, cols = leaf.core
+  return Axes((rows,), (cols,), 'assumed')

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 
 from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
-from subspace_optax._matrix import _varying
 
 _AXES = 'abcdefghijklmnopqrstuvw'
 _HIGHEST = lax.Precision.HIGHEST
@@ -152,13 +151,11 @@ class Layout:
 
   def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
     """Returns R = P^T G."""
-    eq = f'{self.leaf_axes},{self.basis_axes()}->{self.coords_axes()}'
-    return self._with_leaf(eq, leaf, basis)
+    return self.multiply(leaf, basis, self.basis_axes(), self.coords_axes())
 
   def back(self, leaf: jax.Array, coords: jax.Array) -> jax.Array:
     """Returns G R^T, of the basis's shape."""
-    eq = f'{self.leaf_axes},{self.coords_axes()}->{self.basis_axes()}'
-    return self._with_leaf(eq, leaf, coords)
+    return self.multiply(leaf, coords, self.coords_axes(), self.basis_axes())
 
   def unproject(self, basis, coords, sharding) -> jax.Array:
     """Returns P R, of the leaf's shape and, where explicit, sharding.
@@ -166,7 +163,7 @@ class Layout:
     In float32 or wider, whatever the dtype that both factors have.
     """
     eq = f'{self.basis_axes()},{self.coords_axes()}->{self.leaf_axes}'
-    wide = jnp.promote_types(basis.dtype, jnp.float32)
+    wide = _wide(basis)
     basis = _sharding.with_whole_rank(basis, self.basis_axes())
     coords = _sharding.with_whole_rank(coords, self.coords_axes())
     return _sharding.einsum(
@@ -194,53 +191,28 @@ class Layout:
     eq = f'{self.batch_axes}zy,{self.coords_axes("y")}->{self.coords_axes("z")}'
     return _sharding.einsum(eq, square, coords, precision=_HIGHEST)
 
-  def fold(self, leaf: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns G S, of the basis's shape, where S_ij = w_i if i = j mod r.
-
-    For weights of (*batch, n). As a sum where a device has all of the free
-    axes, else as the product that it is.
-    """
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    r, n = self.rank, self.n
-    if _sharding.is_whole(leaf, self.free):
-      g = jnp.transpose(leaf, (*self._basis_axes, *self.free)).astype(wide)
-      g = g.reshape(*g.shape[: -len(self.free)], n)
-      gone = [i for i, a in enumerate(self._basis_axes) if a in self.projected]
-      w = jnp.expand_dims(weights, gone)
-      # A sum over an axis of blocks would be some ten times slower on a CPU.
-      block = lambda x, k: lax.dynamic_slice_in_dim(x, k * r, r, axis=-1)
-      even = n - n % r
-      y = g[..., even:] * w[..., even:]
-      y = jnp.pad(y, [(0, 0)] * (g.ndim - 1) + [(0, even + r - n)])
-      y = _varying.fori_loop(
-        0, n // r, lambda k, y: y + block(g, k) * block(w, k), y
-      )
-      return self.mean(y)
-    rows = jnp.arange(n)[:, None] % r == jnp.arange(r)[None, :]
-    s = jnp.where(rows, weights[..., None], 0.0)
-    s = s.reshape(*self.batch_shape, *self._sizes(self.free), r)
-    names = self.batch_axes + ''.join(_AXES[i] for i in self.free) + 'y'
-    eq = f'{self.leaf_axes},{names}->{self.basis_axes()}'
-    return self._with_leaf(eq, leaf, s)
-
-  def _with_leaf(self, eq: str, leaf: jax.Array, other: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    other = _sharding.with_whole_rank(other, eq.split('->')[0].split(',')[1])
-    multiply = functools.partial(
-      _sharding.einsum, eq, preferred_element_type=wide
+  def multiply(
+    self, leaf: jax.Array, other: jax.Array, axes: str, result_axes: str
+  ) -> jax.Array:
+    """Returns the product of a leaf and of what has `axes`."""
+    wide = _wide(leaf)
+    product = functools.partial(
+      _sharding.einsum,
+      f'{self.leaf_axes},{axes}->{result_axes}',
+      preferred_element_type=wide,
     )
-    other = other.astype(leaf.dtype)
+    other = _sharding.with_whole_rank(other, axes).astype(leaf.dtype)
     if leaf.dtype == jnp.bfloat16 and not self._is_in_order:
       # XLA:CPU has no kernel for these products of bfloat16.
-      product = lax.platform_dependent(
+      result = lax.platform_dependent(
         leaf,
         other,
-        cpu=lambda x, y: multiply(x.astype(wide), y.astype(wide)),
-        default=multiply,
+        cpu=lambda x, y: product(x.astype(wide), y.astype(wide)),
+        default=product,
       )
     else:
-      product = multiply(leaf, other)
-    return self.mean(_sharding.with_whole_rank(product, eq.split('->')[1]))
+      result = product(leaf, other)
+    return self.mean(_sharding.with_whole_rank(result, result_axes))
 
   @property
   def _is_in_order(self) -> bool:
@@ -256,8 +228,7 @@ class Layout:
 
   def energy(self, leaf: jax.Array) -> jax.Array:
     """Returns ||G||_F^2 of every matrix, in float32 or wider."""
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    return self._sum_squares(leaf.astype(wide), self.leaf_axes)
+    return self._sum_squares(leaf.astype(_wide(leaf)), self.leaf_axes)
 
   def largest(self, leaf: jax.Array) -> jax.Array:
     """Returns the largest absolute value of every matrix."""
@@ -273,15 +244,19 @@ class Layout:
 
   def along_leaf(self, x: jax.Array) -> jax.Array:
     """Returns one value per matrix, shaped to broadcast against the leaf."""
-    return jnp.expand_dims(x, self._of_matrix(self.leaf_axes))
+    return self.along(x, self.leaf_axes)
 
   def along_basis(self, x: jax.Array) -> jax.Array:
     """Returns one value per matrix, shaped to broadcast against the basis."""
-    return jnp.expand_dims(x, self._of_matrix(self.basis_axes()))
+    return self.along(x, self.basis_axes())
 
   def along_coords(self, x: jax.Array) -> jax.Array:
     """Returns one value per matrix, shaped to broadcast against coords."""
-    return jnp.expand_dims(x, self._of_matrix(self.coords_axes()))
+    return self.along(x, self.coords_axes())
+
+  def along(self, x: jax.Array, axes: str) -> jax.Array:
+    """Returns one value per matrix, shaped to broadcast against some axes."""
+    return jnp.expand_dims(x, self._of_matrix(axes))
 
   def _sum_squares(self, x: jax.Array, axes: str) -> jax.Array:
     return jnp.sum(jnp.square(x), axis=self._of_matrix(axes))
@@ -306,7 +281,7 @@ class Layout:
 
   def along_columns(self, x: jax.Array) -> jax.Array:
     """Returns one value per matrix, shaped to broadcast against columns."""
-    return jnp.expand_dims(x, self._of_matrix(self.coords_axes(r='')))
+    return self.along(x, self.coords_axes(r=''))
 
   def columns_to_leaf(self, x: jax.Array) -> jax.Array:
     """Returns one value per column, shaped to broadcast against the leaf."""
@@ -398,6 +373,11 @@ class Layout:
     perm = [self._basis_axes.index(i) for i in order]
     split = jnp.transpose(basis, (*perm, len(perm)))
     return split.reshape(*self.batch_shape, self.m, basis.shape[-1])
+
+
+def _wide(x: jax.Array) -> Any:
+  """Returns the dtype of `x`, or float32 if that is wider."""
+  return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def square(batch_shape: tuple[int, ...], size: int, rank: int) -> Layout:

@@ -61,7 +61,7 @@ def gaussian(
   def draw(key: jax.Array) -> jax.Array:
     return jax.random.normal(key, (layout.m, layout.rank), jnp.float32)
 
-  flat = _draw_each(draw, seeds, period)
+  flat = draw_each(draw, seeds, period)
   shape = (*layout.batch_shape, layout.m, layout.rank)
   return layout.from_matrix(flat.reshape(shape))
 
@@ -69,10 +69,10 @@ def gaussian(
 def gumbel(size: int, seeds: jax.Array, period: jax.Array | int) -> jax.Array:
   """Returns `size` standard Gumbel numbers for every matrix, (*batch, size)."""
   draw = lambda key: jax.random.gumbel(key, (size,), jnp.float32)
-  return _draw_each(draw, seeds, period).reshape(*seeds.shape, size)
+  return draw_each(draw, seeds, period).reshape(*seeds.shape, size)
 
 
-def _draw_each(
+def draw_each(
   draw: Callable[[jax.Array], jax.Array],
   seeds: jax.Array,
   period: jax.Array | int,
@@ -101,33 +101,6 @@ def _key(seed: jax.Array | int) -> jax.Array:
   # Whatever generator the program has chosen: what others draw may depend on
   # the backend, and for a matrix of a batch on the batch.
   return jax.random.key(seed, impl='threefry2x32')
-
-
-def sketch(
-  layout: _layout.Layout,
-  leaf: jax.Array,
-  seeds: jax.Array,
-  period: jax.Array | int,
-) -> jax.Array:
-  """Returns G S for a random sign matrix S with one entry a row.
-
-  Each of the r columns sums every r-th column of G with random signs: a sketch
-  of G's range at the price of reading it (CountSketch; Clarkson and Woodruff,
-  `Low rank approximation <https://arxiv.org/abs/1207.6365>`_, 2013).
-
-  Args:
-    layout: of the leaf.
-    leaf: G.
-    seeds: (*batch), uint32, one per matrix.
-    period: int32, a scalar or (*batch), folded into every key.
-
-  Returns:
-    (*batch and projected axes, r), float32 or wider.
-  """
-  signs = lambda key: jax.random.rademacher(key, (layout.n,), jnp.float32)
-  flat = _draw_each(signs, seeds, period)
-  flat = flat.reshape(*layout.batch_shape, layout.n)
-  return layout.fold(leaf, flat)
 
 
 def orthonormalize(

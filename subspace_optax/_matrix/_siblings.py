@@ -7,6 +7,7 @@ kernels of an MLP differ in the order of their two sides.
 """
 
 from collections.abc import Iterable
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -62,20 +63,23 @@ class Family:
 
     Such as `classifier` with layers below it, which are matrices.
     """
-    parts = _parts(path)
-    kept = [
-      '~'
-      if _names.may_be_model(part, path) and self._is_model(parts[: i + 1])
-      else part
-      for i, part in enumerate(parts)
-    ]
+    kept = list(_parts(path))
+    for i, part in enumerate(_parts(path)):
+      above = _parts(path)[: i + 1]
+      if _names.may_be_model(part, path) and self._is_model(above):
+        kept[i] = '~'
     return '/'.join(kept)
 
   def _is_model(self, above: tuple[str, ...]) -> bool:
     """Whether several weights stand below a component."""
-    leaves = [x for x in self._below.get(above, ()) if len(x.shape) > 1]
-    weights = [x for x in leaves if _names.is_weight(x.path)]
-    return sum(not _names.is_norm(x.path) for x in weights) > 1
+    weights = [
+      x
+      for x in self._below.get(above, ())
+      if len(x.shape) > 1
+      and _names.is_weight(x.path)
+      and not _names.is_norm(x.path)
+    ]
+    return len(weights) > 1
 
   def bias(self, leaf: Leaf) -> tuple[int, ...] | None:
     """Returns the shape of a weight's bias, which has one entry per output."""
@@ -94,16 +98,14 @@ class Family:
     ndim = len(leaf.shape) if _is_kernel(leaf) else 0
     # The weight of a router may share an axis with its experts.
     is_matrix = len(leaf.shape) == 2 and _names.is_weight(leaf.path)
-    axes: set[int] | None = None
+    told = []
     for above in _ancestors(leaf.path):
       by_norms, by_kernels = self._told(above, ndim)
-      by_kernels = None if is_matrix else by_kernels
-      if by_norms is None and by_kernels is None:
-        continue
-      axes = {*(axes or ()), *(by_norms or ()), *(by_kernels or ())}
+      told += [by_norms, None if is_matrix else by_kernels]
       if by_norms is not None:
         break
-    return None if axes is None else tuple(sorted(axes))
+    told = [axes for axes in told if axes is not None]
+    return tuple(sorted({*itertools.chain(*told)})) if told else None
 
   def _told(self, above: tuple[str, ...], ndim: int) -> tuple:
     """Returns what norms tell, and kernels of `ndim` axes, or all of them."""
@@ -145,11 +147,10 @@ def _layers(leaves: list[Leaf]) -> tuple[int, ...] | None:
 
   If they are as many, nothing tells.
   """
-  sizes = [(_size(leaves, axis), axis) for axis in (0, 1)]
-  shared = [(size, axis) for size, axis in sizes if size is not None]
-  if len({size for size, _ in shared}) < len(shared):
+  axes = {_size(leaves, axis): (axis,) for axis in (0, 1)}
+  if len(axes) < 2:
     return None
-  return (min(shared)[1],) if shared else None
+  return axes[min(size for size in axes if size is not None)]
 
 
 def _size(leaves: list[Leaf], axis: int) -> int | None:

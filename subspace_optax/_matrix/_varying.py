@@ -68,7 +68,8 @@ def _is_manual() -> bool:
 
 
 def _varying(x: Any) -> frozenset[Any]:
-  return jax.typeof(x).manual_axis_type.varying
+  # None with check_vma=False, where nothing is tracked.
+  return getattr(jax.typeof(x).manual_axis_type, 'varying', frozenset())
 
 
 def _all_axes(tree: Any) -> list[frozenset[Any]]:

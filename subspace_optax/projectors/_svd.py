@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _sketch
 from subspace_optax.projectors import _base
 from subspace_optax.projectors import _gap
 from subspace_optax.projectors import _periodic
@@ -190,7 +191,7 @@ def _leading(
     return vectors[..., ::-1][..., :r], values[..., ::-1][..., :r]
   # Plain matrices, whatever the axes of the leaf are.
   square = _layout.square(layout.batch_shape, size, r)
-  p = _fill(square, _linalg.sketch(square, gram, matrix.seed, period), gram)
+  p = _fill(square, _sketch.sketch(square, gram, matrix.seed, period), gram)
   for _ in range(_GRAM_ROUNDS):
     p = _linalg.orthonormalize(square, p, _linalg.FEW_SHIFTS)
     image = _linalg.matmul(gram, p)
@@ -206,7 +207,7 @@ def _randomized(
   """Rounds of subspace iteration from a sketch of the range of G."""
   del basis
   layout, g = matrix.layout, matrix.gradient
-  y = _linalg.sketch(layout, g, matrix.seed, period)
+  y = _sketch.sketch(layout, g, matrix.seed, period)
   y *= layout.along_basis(lax.rsqrt(matrix.energy))
   y = _fill(layout, y, g)
   p = _linalg.orthonormalize(layout, y, _linalg.ROUGH)
