@@ -8,6 +8,7 @@ like their parameter's, with names for the axes that they have.
 
 from collections.abc import Callable, Iterable
 import contextvars
+import math
 from typing import Any, NamedTuple
 
 from flax import linen
@@ -20,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _sharding
 
 Names = tuple[str | None, ...]
 
@@ -107,20 +109,7 @@ def content(box: Any) -> Any:
   return jax.tree.leaves(box, is_leaf=lambda x: x is not box)[0]
 
 
-def check_known(params: Any) -> None:
-  """Raises if an array is in a wrapper that nobody has registered."""
-  pairs = jax.tree.leaves_with_path(params, is_leaf=_is_unknown)
-  for path, x in pairs:
-    if _is_unknown(x):
-      where = jax.tree_util.keystr(path, simple=True, separator='/')
-      raise TypeError(
-        f'leaf {where!r} is an array in a {type(x).__name__}, which is none of '
-        'the known boxes; tell how to read and to make one with '
-        'subspace_optax.register_box, or give arrays.'
-      )
-
-
-def _is_unknown(x: Any) -> bool:
+def is_unknown(x: Any) -> bool:
   """Whether `x` poses as an array, and is a node around one."""
   if not (hasattr(x, 'shape') and hasattr(x, 'dtype')) or is_box(x):
     return False
@@ -208,9 +197,8 @@ def _traced_by_axes(init: Callable[[Any], Any], params: Any) -> Any:
     sharding = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-  set_mesh = jax.sharding.use_abstract_mesh
   # From one mesh to another there is no way but over none.
-  with set_mesh(AbstractMesh((), ())), set_mesh(mesh):
+  with _sharding.no_mesh(), jax.sharding.use_abstract_mesh(mesh):
     return jax.eval_shape(init, jax.tree.map(shape, params))
 
 
@@ -223,8 +211,7 @@ def _box_like(box: Any, x: jax.Array, kind: jax.ShapeDtypeStruct) -> Any:
   names: list[Any] = [None] * x.ndim
   for i, entry in enumerate(spec):
     # Ranks are split along all axes of a mesh, those of longer leaves, too.
-    axes = entry if isinstance(entry, tuple) else (entry,)
-    found = [name_of[k] for k in axes if k in name_of and name_of[k]]
+    found = [name_of[k] for k in _sharding.names(entry) if name_of.get(k)]
     if found and _divides(box, found[0], x.shape[i]):
       names[i] = found[0]
   return _kind(box).wrap(box, x, tuple(names))
@@ -235,15 +222,10 @@ def _divides(box: Any, name: Any, size: int) -> bool:
   mesh = getattr(box, 'mesh', None) or jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return True
-  rules = dict(_rules(box))
-  axes = rules.get(name, name)
+  axes = dict(_rules(box)).get(name, name)
   axes = (axes,) if isinstance(axes, str) else axes or ()
-  for axis in axes:
-    parts = dict(mesh.shape).get(axis, 1)
-    if size % parts:
-      return False
-    size //= parts
-  return True
+  sizes = dict(mesh.shape)
+  return size % math.prod(sizes.get(axis, 1) for axis in axes) == 0
 
 
 def _rules(box: Any) -> Iterable[Any]:

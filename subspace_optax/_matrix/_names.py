@@ -5,6 +5,7 @@ A name is a whole component of a path, in snake case and without its number:
 `LMHead_0` is `lm_head`, `ln_1` is `ln`. Its words are what underscores part.
 """
 
+from collections.abc import Callable
 import functools
 import re
 
@@ -158,9 +159,8 @@ def shortens_bias(path: str) -> bool:
   """Whether a leaf is called as a bias is for short: `b1`, `b_q`, `attn_b`."""
   leaf = _parts(path)[-1]
   words = _snake(leaf).split('_')
-  if 'lora' in words or words[-1] in _MATRIX:
-    return False
-  return bool(_B.fullmatch(leaf))
+  is_matrix = 'lora' in words or words[-1] in _MATRIX
+  return bool(_B.fullmatch(leaf)) and not is_matrix
 
 
 def plain_kind(path: str, axes: int, in_attention: bool) -> str:
@@ -205,10 +205,8 @@ def _is_embedding(path: str) -> bool:
   if names[-1] in ('embedding', 'embeddings') or _is_table(path):
     return True
   # An embedder that has layers has matrices in them.
-  flags = zip(_numbered(path), map(_is_layers, names[:-1]), strict=False)
-  layers = [
-    i for i, (has_number, named) in enumerate(flags) if has_number or named
-  ]
+  above = enumerate(_layered(path, _is_layers)[:-1])
+  layers = [i for i, is_layer in above if is_layer]
   names = names[layers[-1] + 1 if layers else 0 :]
   embeds = [i for i, name in enumerate(names) if _embeds(name)]
   return bool(embeds) and not any(
@@ -224,9 +222,7 @@ def _is_table(path: str) -> bool:
 
 def _embeds(name: str) -> bool:
   words = name.split('_')
-  if _TABLE.fullmatch(name):
-    return True
-  if _EMBEDDING.fullmatch(words[-1]):
+  if _TABLE.fullmatch(name) or _EMBEDDING.fullmatch(words[-1]):
     return True
   starts = _EMBEDDING.fullmatch(words[0])
   return bool(starts) and not any(word in _NO_TABLE for word in words)
@@ -244,20 +240,24 @@ def may_be_model(part: str, path: str) -> bool:
   return _ends_model(name) and not _HEAD.fullmatch(name)
 
 
-def _numbered(path: str) -> list[bool]:
-  """Whether each name is a layer's by its number, of those above a module.
+def _layered(path: str, is_layer: Callable[[str], bool]) -> list[bool]:
+  """Whether each name is a layer's, by itself or by a number above a module."""
+  parts = _parts(path)
+  above = parts[: -2 if _snake(parts[-1]) in _WEIGHTS else -1]
+  first = sum(part in ('params', 'model') for part in parts[:2])
+  numbered = [_is_numbered(part, i <= first) for i, part in enumerate(above)]
+  return [
+    is_layer(name) or (i < len(numbered) and numbered[i])
+    for i, name in enumerate(components(path))
+  ]
+
+
+def _is_numbered(part: str, is_first: bool) -> bool:
+  """Whether a name is a layer's by its number.
 
   As of `encoder/3`, `cell_2`, `stage1/unit2`; not of `gpt2`, which is a model,
   of Flax's `Transformer_0`, or of one of several heads.
   """
-  parts, names = _parts(path), components(path)
-  above = parts[: -2 if _snake(parts[-1]) in _WEIGHTS else -1]
-  first = sum(part in ('params', 'model') for part in parts[:2])
-  found = [_is_number(part, i <= first) for i, part in enumerate(above)]
-  return found + [False] * (len(names) - len(found))
-
-
-def _is_number(part: str, is_first: bool) -> bool:
   name = _snake(part)
   if part.isdigit():
     return True
@@ -283,13 +283,11 @@ def _is_head(path: str, axes: int) -> bool:
     return True
   if module(path) == 'decoder' and 'predictions' in names:
     return True
-  numbered = zip(_numbered(path), names, strict=False)
-  layered = [has_number or _in_layers(name) for has_number, name in numbered]
+  layered = _layered(path, _in_layers)[: len(names)]
   for i, name in enumerate(names):
-    others = layered[:i] + layered[i + 1 :]
-    if _HEAD.fullmatch(name) and not any(layered[i + 1 :]):
-      return True
-    if axes == 2 and _ends_model(name) and not any(others):
+    above, below = any(layered[:i]), any(layered[i + 1 :])
+    ends = axes == 2 and _ends_model(name) and not above
+    if (ends or _HEAD.fullmatch(name)) and not below:
       return True
   return False
 
@@ -342,10 +340,8 @@ def _in_feed_forward(path: str) -> bool:
   """Whether the nearest block above a leaf is an MLP or of experts."""
   for name in reversed(components(path)):
     words = name.split('_')
-    if any(map(_ATTENTION.fullmatch, words)):
-      return False
-    if any(map(_FEED_FORWARD.fullmatch, words)):
-      return True
+    if any(map(_is_block, words)):
+      return not any(map(_ATTENTION.fullmatch, words))
   return False
 
 

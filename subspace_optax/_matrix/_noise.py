@@ -40,7 +40,7 @@ def bits(salt: Any, count: jax.Array, like: jax.Array) -> jax.Array:
   for axis in range(like.ndim):
     along = lax.broadcasted_iota(jnp.uint32, like.shape, axis)
     index = index * jnp.uint32(like.shape[axis]) + along
-  index = _sharding.like(index, _uint32(like))
+  index = _sharding.like(index, like.astype(jnp.uint32))
   step = _mixed(jnp.asarray(salt, jnp.uint32) + count.astype(jnp.uint32))
   return _mixed(index ^ step)
 
@@ -48,10 +48,6 @@ def bits(salt: Any, count: jax.Array, like: jax.Array) -> jax.Array:
 def uniform(salt: jax.Array, count: jax.Array, like: jax.Array) -> jax.Array:
   """Returns float32 in [0, 1) for each number of an array; see `bits`."""
   return (bits(salt, count, like) >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def _uint32(x: jax.Array) -> jax.Array:
-  return x if x.dtype == jnp.uint32 else lax.convert_element_type(x, jnp.uint32)
 
 
 def _mixed(x: jax.Array) -> jax.Array:

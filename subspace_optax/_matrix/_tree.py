@@ -40,9 +40,7 @@ def path_str(path: Sequence[Any]) -> str:
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
   """Returns the (path, entry) pairs of the un-boxed tree, and its treedef."""
-  pairs, treedef = jax.tree_util.tree_flatten_with_path(
-    unbox(tree), is_leaf=is_entry
-  )
+  pairs, treedef = jax.tree.flatten_with_path(unbox(tree), is_leaf=is_entry)
   return [(path_str(path), entry) for path, entry in pairs], treedef
 
 
@@ -52,7 +50,7 @@ def flatten_params(params: Any) -> tuple[list[tuple[str, Any]], Any]:
   Raises:
     TypeError: a leaf is no array, or in a wrapper that nobody registered.
   """
-  _boxes.check_known(params)
+  _check_known(params)
   pairs, treedef = flatten(params)
   check_arrays(pairs)
   return pairs, treedef
@@ -70,20 +68,29 @@ def check_arrays(pairs: Sequence[tuple[str, Any]]) -> None:
       )
 
 
+def _check_known(params: Any) -> None:
+  """Raises if an array is in a wrapper that nobody has registered."""
+  pairs = jax.tree.leaves_with_path(params, is_leaf=_boxes.is_unknown)
+  for path, x in pairs:
+    if _boxes.is_unknown(x):
+      raise TypeError(
+        f'leaf {path_str(path)!r} is an array in a {type(x).__name__}, which '
+        'is none of the known boxes; tell how to read and to make one with '
+        'subspace_optax.register_box, or give arrays.'
+      )
+
+
 AxisNames = dict[str, _boxes.Names]
 
 
 def axis_names(tree: Any) -> AxisNames:
   """Returns the names of axes that boxes hold, by the path of their array."""
-  pairs, _ = jax.tree_util.tree_flatten_with_path(
+  pairs = jax.tree.leaves_with_path(
     tree, is_leaf=lambda x: is_entry(x) or _boxes.is_box(x)
   )
-  found = {path_str(path): _names(x) for path, x in pairs}
+  boxes = {path_str(path): x for path, x in pairs if _boxes.is_box(x)}
+  found = {path: _boxes.axes_of(box) for path, box in boxes.items()}
   return {path: names for path, names in found.items() if names is not None}
-
-
-def _names(x: Any) -> _boxes.Names | None:
-  return _boxes.axes_of(x) if _boxes.is_box(x) else None
 
 
 def replace_entries(tree: Any, entries: Sequence[Any]) -> Any:

@@ -93,13 +93,11 @@ def dimension_numbers_from_paths(
     for path, leaf in pairs
     if not _tree.is_masked(leaf)
   )
-  scan_axis = operator.index(scan_axis)
   decisions = _axes.decisions_of(leaves)
   found = {
-    leaf.path: None
-    if _stays_plain(decisions, leaf.path, exclude)
-    else _numbers(decisions, leaf, scan_axis)
+    leaf.path: _numbers(decisions, leaf, operator.index(scan_axis))
     for leaf in leaves
+    if not _stays_plain(decisions, leaf.path, exclude)
   }
   return treedef.unflatten([found.get(path) for path, _ in pairs])
 
@@ -117,8 +115,9 @@ def _numbers(
 ) -> _spec.DimensionNumbers | None:
   """Returns the dimension numbers of a leaf, None if it is no kernel."""
   path, shape = leaf.path, leaf.shape
-  forms = _forms(path)
-  if not forms:
+  kernels = (forms for name, forms in _KERNELS if re.search(name, path))
+  forms = next(kernels, None)
+  if forms is None:
     return None
   alone = [form for form in forms if len(form) == len(shape)]
   scanned = [
@@ -126,19 +125,22 @@ def _numbers(
     for form in forms
     if len(form) + 1 == len(shape) and scan_axis <= len(form)
   ]
+  likely = alone + scanned
+  if not likely:
+    counts = ' or '.join(str(len(form)) for form in forms)
+    raise ValueError(
+      f'leaf {path!r} has shape {shape}, but by its name it has {counts} axes, '
+      f'and one more at scan_axis={scan_axis} for scanned layers; match it '
+      'with `exclude`, or give weight_dimension_numbers of your own.'
+    )
   if alone and scanned and alone != scanned:
     counted = decisions.family.counted(leaf)
     if counted is None:
-      return _of_axes(_by_sizes(path, shape, scan_axis, alone + scanned))
-    alone, scanned = (scanned, []) if scan_axis in counted else (alone, [])
-  if alone + scanned:
-    return _of_axes((alone + scanned)[0])
-  counts = ' or '.join(str(len(form)) for form in forms)
-  raise ValueError(
-    f'leaf {path!r} has shape {shape}, but by its name it has {counts} axes, '
-    f'and one more at scan_axis={scan_axis} for scanned layers; match it with '
-    '`exclude`, or give weight_dimension_numbers of your own.'
-  )
+      likely = [_by_sizes(path, shape, scan_axis, likely)]
+    elif scan_axis in counted:
+      likely = scanned
+  axes = _axes.of_form(likely[0], 'name')
+  return _spec.DimensionNumbers(axes.rows, axes.cols)
 
 
 def _by_sizes(
@@ -152,15 +154,3 @@ def _by_sizes(
       'weight_dimension_numbers of your own.'
     )
   return _axes.squarest(forms, shape)
-
-
-def _forms(path: str) -> tuple[str, ...]:
-  for pattern, forms in _KERNELS:
-    if re.search(pattern, path):
-      return forms
-  return ()
-
-
-def _of_axes(axes: str) -> _spec.DimensionNumbers:
-  found = _axes.of_form(axes, 'name')
-  return _spec.DimensionNumbers(found.rows, found.cols)

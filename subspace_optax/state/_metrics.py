@@ -36,11 +36,8 @@ def subspace_metrics(state: Any) -> dict[str, dict[str, jax.Array]]:
     >>> print(so.subspace_metrics(state)['w']['captured_energy'].round(3))
     1.0
   """
-  found = [
-    leaf
-    for leaf in jax.tree.leaves(state, is_leaf=_is_project_state)
-    if _is_project_state(leaf)
-  ]
+  parts = jax.tree.leaves(state, is_leaf=_is_project_state)
+  found = [part for part in parts if _is_project_state(part)]
   if not found:
     raise ValueError(
       f'state of type {type(state)} holds no state of `subspace_optax.project`.'

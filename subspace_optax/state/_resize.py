@@ -144,12 +144,11 @@ def _projected_leaves(
   """Returns by path the projected parameters, and where their bases are."""
   ranks = {path: old.shape[-1] for path, old, _ in pairs if old.ndim}
   is_it = lambda x: isinstance(x, _projection.ProjectState)
-  found = jax.tree_util.tree_leaves_with_path(start, is_leaf=is_it)
+  found = jax.tree.leaves_with_path(start, is_leaf=is_it)
   leaves = {}
   for path, state in found:
-    if not is_it(state):
-      continue
-    for leaf, seed in _tree.flatten(state.seed)[0]:
+    seeds = _tree.flatten(state.seed)[0] if is_it(state) else []
+    for leaf, seed in seeds:
       if not _tree.is_masked(seed):
         of_state = (_tree.path_str(path), 'subspaces/basis', leaf)
         basis = '/'.join(filter(None, of_state))
@@ -175,9 +174,7 @@ def _resized(path: str, old: Any, new: Any, leaves: dict[str, _Leaf]) -> Any:
     old, whole = _put(old, new, axis), _put(new, new, axis)
     if path != of.basis or of.old_rank > of.layout.rank:
       return _put(_fit(old, whole, axis), new)
-    basis = _extend(of.layout, old, whole)
-    _check_finite(path, basis)
-    return _put(basis, new)
+    return _put(_extended(path, of.layout, old, whole), new)
   raise ValueError(_no_change_of_rank(path, old, new))
 
 
@@ -206,24 +203,19 @@ def _resized_codes(
     raise ValueError(_no_change_of_rank(path, old, new))
   r, last = old.shape[-1], old.ndim - 1
   if r < new.shape[-1]:
-    leaf = next(x for x in leaves.values() if x.basis == path)
-    wide = lambda x: _wide(leaf.layout, _put_all(x, new, last))
-    basis = _extend(leaf.layout, wide(old), wide(new))
-    _check_finite(path, basis)
-    dtype = new.dtype
-    more = _quantized_basis.encode(leaf.layout, basis[..., r:], dtype)
+    layout = next(x.layout for x in leaves.values() if x.basis == path)
+    stored = [_put_all(x, new, last) for x in (old, new)]
+    # Column by column as they are.
+    wide = (
+      _quantized_basis.decode(layout, x, orthonormal=False) for x in stored
+    )
+    more = _extended(path, layout, *wide)[..., r:]
+    more = _quantized_basis.encode(layout, more, new.dtype)
     join = lambda one, other: jnp.concatenate([one, other], -1)
-    old = jax.tree.map(join, _put_all(old, new, last), more)
+    old = jax.tree.map(join, stored[0], more)
   else:
     old = jax.tree.map(lambda x: x[..., : new.shape[-1]], old)
   return _put_all(old, new)
-
-
-def _wide(
-  layout: _layout.Layout, stored: _projected.QuantizedBasis
-) -> jax.Array:
-  """Returns the codes' values, column by column as they are."""
-  return _quantized_basis.decode(layout, stored, orthonormal=False)
 
 
 def _put_all(old: Any, new: Any, whole: int | None = None) -> Any:
@@ -234,15 +226,14 @@ def _rank_axis(
   path: str, old: tuple[int, ...], new: tuple[int, ...], leaf: _Leaf
 ) -> int | None:
   """Returns the one axis along which shapes differ, if it is the rank's."""
-  if len(old) != len(new):
+  axes = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
+  if len(old) != len(new) or len(axes) != 1:
     return None
-  axes = [i for i in range(len(new)) if old[i] != new[i]]
-  if len(axes) != 1 or new[axes[0]] != leaf.layout.rank:
-    return None
-  if leaf.old_rank is not None and old[axes[0]] != leaf.old_rank:
-    return None
-  at_the_end = path != leaf.basis or axes[0] == len(new) - 1
-  return axes[0] if at_the_end else None
+  axis = axes[0]
+  fits = new[axis] == leaf.layout.rank
+  fits = fits and leaf.old_rank in (None, old[axis])
+  fits = fits and (path != leaf.basis or axis == len(new) - 1)
+  return axis if fits else None
 
 
 def _put(x: Any, like: jax.Array, whole: int | None = None) -> jax.Array:
@@ -270,6 +261,19 @@ def _fit(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
   return jnp.concatenate([old, rest], axis)
 
 
+def _extended(
+  path: str, layout: _layout.Layout, old: jax.Array, new: jax.Array
+) -> jax.Array:
+  """Returns a basis with the last columns of another; it must be finite."""
+  basis = _extend(layout, old, new)
+  if not bool(jnp.all(jnp.isfinite(basis))):
+    raise ValueError(
+      f'the basis at {path!r} is not finite or not of full rank, so that it '
+      'can not be extended; start from `tx.init(params)`.'
+    )
+  return basis
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _extend(
   layout: _layout.Layout, old: jax.Array, new: jax.Array
@@ -281,11 +285,3 @@ def _extend(
     more -= layout.mix_basis(q, layout.gram(q, more))
     more = _linalg.orthonormalize(layout, more)
   return jnp.concatenate([old, more.astype(old.dtype)], -1)
-
-
-def _check_finite(path: str, basis: jax.Array) -> None:
-  if not bool(jnp.all(jnp.isfinite(basis))):
-    raise ValueError(
-      f'the basis at {path!r} is not finite or not of full rank, so that it '
-      'can not be extended; start from `tx.init(params)`.'
-    )
