@@ -91,12 +91,12 @@ def axes_of(box: Any) -> Names | None:
   return tuple(name if isinstance(name, str) else None for name in names)
 
 
-def unbox(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+def unbox(tree: Any, is_leaf: Callable[[Any], bool] = lambda x: False) -> Any:
   """Returns `tree` with boxes replaced by the arrays inside them."""
   return jax.tree.map(
     lambda x: content(x) if is_box(x) else x,
     tree,
-    is_leaf=lambda x: is_box(x) or (is_leaf is not None and is_leaf(x)),
+    is_leaf=lambda x: is_box(x) or is_leaf(x),
   )
 
 
@@ -220,18 +220,13 @@ def _box_like(box: Any, x: jax.Array, kind: jax.ShapeDtypeStruct) -> Any:
 def _divides(box: Any, name: Any, size: int) -> bool:
   """Whether a mesh, if it is known, can cut `size` numbers along an axis."""
   mesh = getattr(box, 'mesh', None) or jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return True
-  axes = dict(_rules(box)).get(name, name)
-  axes = (axes,) if isinstance(axes, str) else axes or ()
   sizes = dict(mesh.shape)
+  # Rules take logical names to axes of meshes; the first of a name decides.
+  rules = getattr(box, 'rules', None) or getattr(box, 'sharding_rules', None)
+  rules = list(rules or linen.get_logical_axis_rules() or ())
+  axes = dict(reversed(rules)).get(name, name)
+  axes = (axes,) if isinstance(axes, str) else axes or ()
   return size % math.prod(sizes.get(axis, 1) for axis in axes) == 0
-
-
-def _rules(box: Any) -> Iterable[Any]:
-  """Returns the rules that take logical names to axes of meshes, first last."""
-  own = getattr(box, 'rules', None) or getattr(box, 'sharding_rules', None)
-  return reversed(list(own or linen.get_logical_axis_rules() or ()))
 
 
 def _axes_for_state(box: Any) -> tuple[Any, ...]:

@@ -78,9 +78,7 @@ def draw_each(
   period: jax.Array | int,
 ) -> jax.Array:
   """Returns what `draw` makes of a key for every matrix, in one row."""
-  seeds = _sharding.replicate(seeds)
-  if isinstance(period, jax.Array):
-    period = _sharding.replicate(period)
+  seeds, period = map(_sharding.replicate, (seeds, jnp.asarray(period)))
   period = jnp.broadcast_to(period, seeds.shape).reshape(-1)
   seeds = seeds.reshape(-1)
   one = lambda seed, k: draw(jax.random.fold_in(_key(seed), k))
@@ -167,12 +165,10 @@ def each(f: Callable[..., Any], *stacks: jax.Array) -> Any:
 
   def in_turn(*stacks: jax.Array) -> Any:
     wanted = _sharding.result_types(together, *stacks)
-    rows = [_sharding.replicate(x) for x in stacks]
-    rows = [x.reshape(-1, *x.shape[-2:]) for x in rows]
+    rows = [_sharding.replicate(x).reshape(-1, *x.shape[-2:]) for x in stacks]
     found = lax.map(lambda row: f(*row), tuple(rows))
-    return jax.tree.map(
-      lambda x, kind: _sharding.like(x.reshape(kind.shape), kind), found, wanted
-    )
+    place = lambda x, kind: _sharding.like(x.reshape(kind.shape), kind)
+    return jax.tree.map(place, found, wanted)
 
   if math.prod(batch_shape) == 1:
     return together(*stacks)

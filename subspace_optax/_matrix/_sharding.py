@@ -29,8 +29,9 @@ RANK = 'yz'
 
 def explicit(x: Any) -> NamedSharding | None:
   """Returns the sharding in the type of `x`, None outside explicit sharding."""
-  sharding = jax.typeof(x).sharding
-  return sharding if sharding.mesh.explicit_axes else None
+  sharding = _varying.type_of(x).sharding
+  is_known = isinstance(sharding, NamedSharding)
+  return sharding if is_known and sharding.mesh.explicit_axes else None
 
 
 def _explicit_spec(x: jax.Array) -> Spec | None:

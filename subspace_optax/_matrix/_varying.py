@@ -67,9 +67,14 @@ def _is_manual() -> bool:
   return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def type_of(x: Any) -> Any:
+  """Returns the type of an array; a `jax.ShapeDtypeStruct` is one itself."""
+  return x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+
+
 def _varying(x: Any) -> frozenset[Any]:
   # None with check_vma=False, where nothing is tracked.
-  return getattr(jax.typeof(x).manual_axis_type, 'varying', frozenset())
+  return getattr(type_of(x).manual_axis_type, 'varying', frozenset())
 
 
 def _all_axes(tree: Any) -> list[frozenset[Any]]:

@@ -17,6 +17,7 @@ from subspace_optax._chain import _projection
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 from subspace_optax.bases import _quantized_basis
 from subspace_optax.low_precision import _quantize_moments
@@ -204,22 +205,14 @@ def _resized_codes(
   r, last = old.shape[-1], old.ndim - 1
   if r < new.shape[-1]:
     layout = next(x.layout for x in leaves.values() if x.basis == path)
-    stored = [_put_all(x, new, last) for x in (old, new)]
+    old, whole = _put(old, new, last), _put(new, new, last)
     # Column by column as they are.
-    wide = (
-      _quantized_basis.decode(layout, x, orthonormal=False) for x in stored
-    )
-    more = _extended(path, layout, *wide)[..., r:]
-    more = _quantized_basis.encode(layout, more, new.dtype)
+    decode = functools.partial(_quantized_basis.decode, orthonormal=False)
+    wide = _extended(path, layout, decode(layout, old), decode(layout, whole))
+    more = _quantized_basis.encode(layout, wide[..., r:], new.dtype)
     join = lambda one, other: jnp.concatenate([one, other], -1)
-    old = jax.tree.map(join, stored[0], more)
-  else:
-    old = jax.tree.map(lambda x: x[..., : new.shape[-1]], old)
-  return _put_all(old, new)
-
-
-def _put_all(old: Any, new: Any, whole: int | None = None) -> Any:
-  return jax.tree.map(lambda x, like: _put(x, like, whole), old, new)
+    return _put(jax.tree.map(join, old, more), new)
+  return _put(jax.tree.map(lambda x: x[..., : new.shape[-1]], old), new)
 
 
 def _rank_axis(
@@ -236,20 +229,24 @@ def _rank_axis(
   return axis if fits else None
 
 
-def _put(x: Any, like: jax.Array, whole: int | None = None) -> jax.Array:
-  """Returns `x` with the dtype of `like` and in its place.
+def _put(old: Any, new: Any, whole: int | None = None) -> Any:
+  """Returns old arrays with the dtypes of new ones and in their places.
 
   `whole` is an axis to leave unsplit.
   """
-  x = x if x.dtype == like.dtype else x.astype(like.dtype)
-  if not like.committed:
-    return jnp.asarray(x)
-  sharding = like.sharding
-  if whole is not None and isinstance(sharding, NamedSharding):
-    spec = list(sharding.spec) + [None] * (like.ndim - len(sharding.spec))
-    spec[whole] = None
-    sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-  return jax.device_put(x, sharding)
+
+  def put(x: jax.Array, like: jax.Array) -> jax.Array:
+    x = x if x.dtype == like.dtype else x.astype(like.dtype)
+    if not like.committed:
+      return jnp.asarray(x)
+    sharding = like.sharding
+    if whole is not None and isinstance(sharding, NamedSharding):
+      spec = list(_sharding.pad(sharding.spec, like.ndim))
+      spec[whole] = None
+      sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return jax.device_put(x, sharding)
+
+  return jax.tree.map(put, old, new)
 
 
 def _fit(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
