@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inner optimizer on coordinates: the piece that owns its state."""
 
-from collections.abc import Iterable
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._chain import _beside
+from subspace_optax._chain import _check_inner
 from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _first_states
 from subspace_optax._chain import _per_matrix
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
@@ -122,25 +123,31 @@ class InSubspace:
 
   def init(self, params: Any) -> Any:
     """Returns the first state, boxed as the parameters are."""
-    return _boxes.box_state(self._first_state, params)
+    return _first_states.make_state(self.spec, self._first_state, params)
 
-  def _first_state(self, params: Any) -> InSubspaceState:
-    matches = self.spec.match(params)
-    _, treedef = _tree.flatten(params)
+  def _first_state(
+    self, params: Any, matches: list[_spec.Match | None], treedef: Any
+  ) -> InSubspaceState:
+    del params
     templates = treedef.unflatten(
       [_template(self.spec, match) for match in matches]
     )
-    layouts = {m.path: m.layout for m in matches if m and m.layout}
-    batch_axes = {path: x.coords_batch for path, x in layouts.items()}
-    mine = templates if self.plain is None else _split(templates, layouts)[0]
-    _check_params(self._alone(batch_axes), mine, self.takes_params)
-    if not self.each:
-      _check_trees(self.inner, mine, layouts, batch_axes)
+    batch_axes = {
+      m.path: m.layout.coords_batch for m in matches if m and m.layout
+    }
+    matrices, _ = _beside.split(templates, batch_axes)
+    _check_inner.check_runs(
+      self.inner,
+      templates if self.plain is None else matrices,
+      matrices,
+      batch_axes,
+      takes_params=self.takes_params,
+      per_matrix=self.each,
+    )
     state = self._runner(batch_axes).init(templates)
     if self.transport.move is not None:
       what = f'transport={self.transport.name!r}'
       _moments.check_registered(self._of_inner(state), what)
-    state = _sharding.on_mesh_of([m.leaf for m in matches if m], state)
     return InSubspaceState(state)
 
   def update(
@@ -153,9 +160,8 @@ class InSubspace:
 
   def carry_before(self, updates: Any, state: InSubspaceState) -> Any:
     """Returns the inner state in the bases of this step's coordinates."""
-    pairs, _ = _tree.flatten(updates)
-    _check_projected(self.spec, updates, pairs)
-    nodes = _nodes(pairs)
+    _check_projected(self.spec, updates)
+    nodes = _nodes(_tree.flatten(updates)[0])
     moves = {path: (x, x.before) for path, x in nodes.items() if x.before}
     return self._carry(updates, state.inner, moves)
 
@@ -163,27 +169,17 @@ class InSubspace:
     self, updates: Any, own: Any, params: Any, **extra_args: Any
   ) -> tuple[Any, Any]:
     """Returns directions, and the inner state, whose dtypes stay."""
-    pairs, treedef = _tree.flatten(updates)
-    runner = self._runner(_batch_axes(_nodes(pairs)))
-    coords, weights = self._coords(updates), None
-    if self.takes_params or (self.plain is not None and params is not None):
-      entries = _param_coords(pairs, params, self.takes_params)
-      weights = treedef.unflatten(entries)
+    nodes = _nodes(_tree.flatten(updates)[0])
+    runner = self._runner({p: x.layout.coords_batch for p, x in nodes.items()})
+    coords = self._coords(updates)
+    weights = self._weights(updates, params)
     try:
       directions, new = runner.update(coords, own, weights, **extra_args)
     except (TypeError, ValueError):
       if not self.each:
-        _check_moments(runner, own, coords)
+        _check_inner.check_moments(runner, own, coords)
       raise
     return directions, jax.tree.map(_sharding.like, new, own)
-
-  def rest(
-    self, updates: Any, own: Any, params: Any, **extra_args: Any
-  ) -> tuple[Any, Any]:
-    """Returns what `run` does where it does not run: zeros, and the state."""
-    run = functools.partial(self.run, updates, params=params, **extra_args)
-    directions, _ = _sharding.result_types(run, own)
-    return jax.tree.map(_sharding.zeros, directions), own
 
   def carry_after(
     self,
@@ -223,27 +219,50 @@ class InSubspace:
     own = self._of_inner(state)
     if self.transport.resets:
       coords = self._coords(updates)
-      coords = coords if self.plain is None else _split(coords, moves)[0]
+      coords = coords if self.plain is None else _beside.split(coords, moves)[0]
       own = _per_matrix.restart(self.inner, own, coords, moves)
     else:
       own = _base.carry(self.transport, own, moves, per_matrix=self.each)
     return own if self.plain is None else state._replace(projected=own)
 
   def _coords(self, updates: Any) -> Any:
+    """Returns what the inner optimizer sees in the place of gradients."""
     pairs, treedef = _tree.flatten(updates)
-    return treedef.unflatten([_coords(self.spec, x) for _, x in pairs])
+    return treedef.unflatten(
+      [
+        x.coords if _is_projected(x) else _dtypes.widen(self.spec, x)
+        for _, x in pairs
+      ]
+    )
 
-  def _alone(self, batch_axes: _per_matrix.BatchAxes) -> Any:
-    if not self.each:
-      return self.inner
-    return _per_matrix.per_matrix(self.inner, batch_axes)
+  def _weights(self, updates: Any, params: Any) -> Any:
+    """Returns what optimizers see in the place of params; None for nothing."""
+    if not self.takes_params:
+      return None if self.plain is None else params
+    if params is None:
+      raise ValueError(
+        "params='coordinates' needs the parameters: call update(gradients, "
+        'state, params).'
+      )
+    pairs, treedef = _tree.flatten(updates)
+    weights = [
+      _linalg.coordinates(node.layout, param, node.basis)
+      if _is_projected(node)
+      else param
+      for (_, node), (_, param) in zip(
+        pairs, _tree.flatten(params)[0], strict=True
+      )
+    ]
+    return treedef.unflatten(weights)
 
   def _runner(self, batch_axes: _per_matrix.BatchAxes) -> Any:
     """Returns the inner optimizer, and beside it that of plain leaves."""
-    run = self._alone(batch_axes)
+    run: Any = self.inner
+    if self.each:
+      run = _per_matrix.per_matrix(run, batch_axes)
     if self.plain is None:
       return run
-    return _beside(self.plain, run, batch_axes, self.takes_params)
+    return _beside.run_beside(self.plain, run, batch_axes, self.takes_params)
 
   def _of_inner(self, state: Any) -> Any:
     return state if self.plain is None else state.projected
@@ -251,54 +270,6 @@ class InSubspace:
 
 def _nodes(pairs: list) -> dict[str, _projected.Projected]:
   return {path: node for path, node in pairs if _is_projected(node)}
-
-
-def _batch_axes(
-  nodes: dict[str, _projected.Projected],
-) -> _per_matrix.BatchAxes:
-  return {path: x.layout.coords_batch for path, x in nodes.items()}
-
-
-class BesideState(NamedTuple):
-  """State of two optimizers that share a tree."""
-
-  projected: Any  # of `inner`; `MaskedNode` for plain leaves
-  plain: Any  # of `plain`; `MaskedNode` for projected leaves
-
-
-def _beside(
-  plain: optax.GradientTransformation,
-  run: Any,
-  projected: Iterable[str],
-  takes_params: bool,
-) -> Any:
-  """Returns `run` on leaves with paths in `projected`, `plain` on the rest."""
-  plain = optax.with_extra_args_support(plain)
-
-  def init(params):
-    mine, rest = _split(params, projected)
-    return BesideState(run.init(mine), plain.init(rest))
-
-  def update(updates, state, params=None, **extra_args):
-    mine, rest = _split(updates, projected)
-    params = (None, None) if params is None else _split(params, projected)
-    weights = params[0] if takes_params else None
-    mine, a = run.update(mine, state.projected, weights, **extra_args)
-    rest, b = plain.update(rest, state.plain, params[1], **extra_args)
-    merge = lambda x, y: y if _tree.is_masked(x) else x
-    both = jax.tree.map(merge, mine, rest, is_leaf=_tree.is_masked)
-    return both, BesideState(a, b)
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
-  """Returns the tree without plain leaves, and that without projected ones."""
-  pairs, treedef = _tree.flatten(tree)
-  hide = optax.MaskedNode()
-  mine = [x if path in projected else hide for path, x in pairs]
-  rest = [hide if path in projected else x for path, x in pairs]
-  return treedef.unflatten(mine), treedef.unflatten(rest)
 
 
 def _means_of(
@@ -325,25 +296,6 @@ def _means_of(
   }
 
 
-def _param_coords(pairs: list, params: Any, projected: bool) -> list[Any]:
-  """Returns the coordinates of parameters, if wanted, and plain ones as is."""
-  if params is None:
-    raise ValueError(
-      "params='coordinates' needs the parameters: call update(gradients, "
-      'state, params).'
-    )
-  return [
-    param
-    if not _is_projected(entry)
-    else _linalg.coordinates(entry.layout, param, entry.basis)
-    if projected
-    else optax.MaskedNode()
-    for (_, entry), (_, param) in zip(
-      pairs, _tree.flatten(params)[0], strict=True
-    )
-  ]
-
-
 def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   """Returns what stands for a parameter when the inner state is made."""
   if match is None:
@@ -352,81 +304,20 @@ def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   if layout is None:
     leaf = match.leaf
     return leaf if leaf.dtype == dtype else leaf.astype(dtype)
-  static = (layout.coords_shape, dtype)
-  return layout.place_coords(jnp.zeros, static, (), match.leaf)
+  return _first_states.zero_coords(layout, match.leaf, dtype)
 
 
-def _works(run: Any, tree: Any, params: Any) -> bool:
-  """Whether an optimizer takes a step on a tree, as far as types tell."""
-  try:
-    jax.eval_shape(lambda u, p: run.update(u, run.init(u), p), tree, params)
-    return True
-  except Exception:  # for any reason: an extra argument may be missing, too
-    return False
-
-
-def _check_trees(
-  inner: Any, templates: Any, layouts: Any, batch_axes: _per_matrix.BatchAxes
-) -> None:
-  """Raises if the inner optimizer can only see one matrix at a time."""
-  if _works(inner, templates, None) or _works(inner, templates, templates):
-    return
-  alone = _per_matrix.per_matrix(inner, batch_axes)
-  matrices = _split(templates, layouts)[0]
-  if jax.tree.leaves(matrices) and _works(alone, matrices, None):
-    raise ValueError(
-      'inner fails on a tree of coordinates and works on one matrix at a time, '
-      'as Muon does: so.subspace(..., per_matrix=True, plain='
-      'optax.scale_by_adam()) gives it one.'
-    )
-
-
-def _check_params(run: Any, templates: Any, takes_params: bool) -> None:
-  """Raises if the inner optimizer needs params that it does not get."""
-  if not jax.tree.leaves(templates):
-    return
-  works = functools.partial(_works, run, templates)
-  if not takes_params and not works(None) and works(templates):
-    raise ValueError(
-      "inner needs params: so.subspace(..., params='coordinates') gives it "
-      'their coordinates in the subspace, which no ready-made optimizer does. '
-      'For weight decay of the whole matrix, use `weight_decay` of the '
-      'ready-made optimizers or chain `optax.add_decayed_weights` after '
-      '`unproject`, with `optax.scale_by_adam` in place of `optax.adamw` here.'
-    )
-  if takes_params and _copies_params(run, templates):
-    raise ValueError(
-      'inner keeps a copy of the params in its state, which would go stale '
-      'whenever a basis moves; wrap it around the whole optimizer instead.'
-    )
-
-
-def _copies_params(run: Any, templates: Any) -> bool:
-  """Whether the initial state depends on the values of the params."""
-
-  def depends(value: float) -> Any:
-    tiny = lambda x: jnp.full((1,) * len(x.shape), value, x.dtype)
-    return run.init(jax.tree.map(tiny, templates))
-
-  try:
-    with jax.ensure_compile_time_eval():  # under jit, too
-      zeros, ones = (jax.tree.leaves(depends(value)) for value in (0.0, 1.0))
-      return any(
-        bool(jnp.any(x != y)) for x, y in zip(zeros, ones, strict=True)
-      )
-  except Exception:  # a rule for matrices of a certain size
-    return False
-
-
-def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
+def _check_projected(spec: _spec.SubspaceSpec, updates: Any) -> None:
   """Raises where `project` should have been, and was not."""
-  if any(_is_projected(entry) for _, entry in pairs):
-    for path, entry in pairs:
-      if _is_projected(entry) and entry.direction is not None:
-        raise ValueError(
-          f'gradient {path!r} went through `in_subspace` already; chain '
-          '`project`, `in_subspace` and `unproject` in this order, once.'
-        )
+  pairs, _ = _tree.flatten(updates)
+  nodes = _nodes(pairs)
+  for path, node in nodes.items():
+    if node.direction is not None:
+      raise ValueError(
+        f'gradient {path!r} went through `in_subspace` already; chain '
+        '`project`, `in_subspace` and `unproject` in this order, once.'
+      )
+  if nodes:
     return
   bare = [m.path for m in spec.match(updates) if m and m.layout]
   if bare:
@@ -436,33 +327,8 @@ def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
     )
 
 
-def _check_moments(runner: Any, state: Any, coords: Any) -> None:
-  """Raises for the leaf whose moments don't fit its coordinates, if any."""
-  pairs, treedef = _tree.flatten(coords)
-  paths = treedef.unflatten([path for path, _ in pairs])
-
-  def check(moment: Any, coord: Any, path: str) -> None:
-    if _tree.is_masked(moment) or moment.ndim != coord.ndim:
-      return
-    if moment.shape != coord.shape:
-      raise ValueError(
-        f'gradient {path!r} has coordinates of shape {coord.shape}, but init '
-        f'made moments of shape {moment.shape}; give update the tree that init '
-        'was given, or take a state of another rank over by '
-        'subspace_optax.resize_rank.'
-      )
-
-  optax.tree.map_params(
-    runner, check, state, coords, paths, is_leaf=_tree.is_masked
-  )
-
-
 def _is_projected(entry: Any) -> bool:
   return isinstance(entry, _projected.Projected)
-
-
-def _coords(spec: _spec.SubspaceSpec, entry: Any) -> Any:
-  return entry.coords if _is_projected(entry) else _dtypes.widen(spec, entry)
 
 
 def _with_direction(

@@ -9,20 +9,20 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any, NamedTuple
-import zlib
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from subspace_optax._chain import _check_matches
 from subspace_optax._chain import _describe
 from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _first_bases
+from subspace_optax._chain import _first_states
+from subspace_optax._chain import _match_updates
 from subspace_optax._chain import _matrices
 from subspace_optax._chain import _spec
-from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
@@ -63,7 +63,6 @@ class Refreshed(NamedTuple):
 class Seen(NamedTuple):
   """What the gradients of a step are, once their coordinates are taken."""
 
-  matches: list[_spec.Match | None]
   matrices: Any
   coords: Any
   refreshed: Refreshed
@@ -110,35 +109,31 @@ class Projection:
     matches = self.spec.match(params)
     _check_matches.check_matches(self.spec, matches)
     if not _describe.is_asked():
-      _matrices.remember_names(params)
+      _match_updates.remember_names(params)
     _quantized_basis.check(self.spec.basis_dtype, self.projector)
     _describe.record(self.spec, matches, self.projector, self.keep_gradient)
-    return _boxes.box_state(self._first_state, params)
+    return _first_states.make_state(self.spec, self._first_state, params)
 
-  def _first_state(self, params: Any) -> ProjectState:
-    spec, projector = self.spec, self.projector
-    matches = spec.match(params)
-    _, treedef = _tree.flatten(params)
+  def _first_state(
+    self, params: Any, matches: list[_spec.Match | None], treedef: Any
+  ) -> ProjectState:
+    del params
     make = functools.partial(_matrices.per_matrix, matches, treedef)
+    sample = functools.partial(
+      _first_bases.sample_basis, self.spec, self.projector.sample
+    )
     subspaces = _base.Subspaces(
-      basis=make(functools.partial(_first_basis, spec, projector.sample)),
-      captured_energy=make(_zero),
-      orthogonality_error=make(_zero),
-      drift=make(_zero),
+      make(sample), make(_zero), make(_zero), make(_zero)
     )
-    state = ProjectState(
-      count=jnp.zeros((), jnp.int32),
-      seed=make(functools.partial(seeds_of, spec)),
-      subspaces=subspaces,
-      # Whether a basis moves may depend on the gradient, and so what counts it.
-      projector=_varying.vary_as_any(
-        projector.init(subspaces, functools.partial(make, _zero_coords)),
-        [m.leaf for m in matches if m],
-      ),
+    # Whether a basis moves may depend on the gradient, and so what counts it.
+    own = _varying.vary_as_any(
+      self.projector.init(subspaces, functools.partial(make, _zero_coords)),
+      [m.leaf for m in matches if m],
     )
-    if projector.rebuild:
-      state = state._replace(subspaces=subspaces._replace(basis=()))
-    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+    if self.projector.rebuild:
+      subspaces = subspaces._replace(basis=())
+    seeds = make(functools.partial(_first_bases.make_seeds, self.spec))
+    return ProjectState(jnp.zeros((), jnp.int32), seeds, subspaces, own)
 
   def update(
     self,
@@ -176,38 +171,55 @@ class Projection:
       given: what the caller does itself.
       active: a boolean scalar: whether bases may be refreshed.
     """
-    if given.refreshed is not None:
-      return self._see_coordinates(
-        updates, state, params, refresh_gradients, given
-      )
-    _matrices.check_shapes(updates, params, 'its parameter')
     axis_name = self._averaged(given)
-    matches, matrices = self._matrices(state, updates, axis_name)
-    sources = matrices
+    if given.refreshed is not None:
+      self._check_compressed(params, refresh_gradients)
+      return self._see_coordinates(
+        updates, state, params, given.refreshed, axis_name
+      )
+    _match_updates.check_shapes(updates, params, 'its parameter')
+    matrices = sources = self._matrices(state, updates, axis_name)
     if refresh_gradients is not None:
-      _matrices.check_shapes(updates, refresh_gradients, 'refresh_gradients')
-      shown = _matrices.masked_like(updates, refresh_gradients)
-      _, sources = self._matrices(state, shown, axis_name)
+      _match_updates.check_shapes(
+        updates, refresh_gradients, 'refresh_gradients'
+      )
+      shown = _match_updates.masked_like(updates, refresh_gradients)
+      sources = self._matrices(state, shown, axis_name)
     refreshed = self.refresh(state, matrices, sources, active)
-    return self.coordinates(matches, matrices, refreshed)
+    return self.coordinates(matrices, refreshed)
 
   def refresh(
     self, state: ProjectState, matrices: Any, sources: Any, active: jax.Array
   ) -> Refreshed:
     """Moves the bases that are due, if `active`, by the gradients `sources`."""
-    return _refresh(self.spec, self.projector, state, active, matrices, sources)
+    projector, stored = self.projector, state.subspaces.basis
+    if projector.rebuild:
+      drawn = projector.rebuild(matrices, state.projector)
+      place = functools.partial(_place_rebuilt, self.spec.basis_dtype)
+      basis = jax.tree.map(place, drawn, matrices)
+    else:
+      read = functools.partial(_quantized_basis.read, projector.orthonormal)
+      basis = jax.tree.map(read, matrices, stored)
+    subspaces, moves, own = projector.refresh(
+      _base.Context(state.count, active),
+      sources,
+      state.subspaces._replace(basis=basis),
+      state.projector,
+    )
+    refreshed = Refreshed(basis, subspaces, moves, own, stored)
+    if moves is None or not self._is_quantized:
+      return refreshed
+    return _encode(projector.orthonormal, matrices, refreshed)
 
   def refresh_without_gradients(
     self, state: ProjectState, params: Any, active: jax.Array
   ) -> Refreshed:
     """Does so where no rule looks at a gradient in this step."""
-    matches = _matrices.matches_of(self.spec, state, params)
+    matches = _match_updates.match_as_at_init(self.spec, state, params)
     matrices = _matrices.without_gradients(state, matches, params)
     return self.refresh(state, matrices, matrices, active)
 
-  def coordinates(
-    self, matches: list[_spec.Match | None], matrices: Any, refreshed: Refreshed
-  ) -> Seen:
+  def coordinates(self, matrices: Any, refreshed: Refreshed) -> Seen:
     """Takes P^T G of every matrix, and notes how much of G that is."""
     basis = refreshed.subspaces.basis
     coords = jax.tree.map(_coords, basis, matrices)
@@ -216,7 +228,7 @@ class Projection:
     )
     subspaces = refreshed.subspaces._replace(captured_energy=captured)
     refreshed = refreshed._replace(subspaces=subspaces)
-    return Seen(matches, matrices, coords, refreshed)
+    return Seen(matrices, coords, refreshed)
 
   def track(
     self,
@@ -245,7 +257,7 @@ class Projection:
     )
     if projector.rebuild:
       subspaces = subspaces._replace(basis=())
-    if _quantized_basis.is_quantized(self.spec.basis_dtype):
+    if self._is_quantized:
       subspaces = subspaces._replace(basis=refreshed.stored)
     own = jax.tree.map(_varying.vary_as, own, state.projector)
     steps = optax.safe_increment(state.count)
@@ -259,7 +271,7 @@ class Projection:
     basis = refreshed.subspaces.basis
     nothing = jax.tree.map(lambda _: None, basis)
     nodes = jax.tree.map(
-      functools.partial(_node, self),
+      self._node,
       basis,
       refreshed.old_basis,
       seen.matrices,
@@ -267,54 +279,85 @@ class Projection:
       nothing if refreshed.moves is None else refreshed.moves,
       nothing if after is None else after,
     )
-
-    def plain(x: Any) -> Any:
-      if self.axis_name is not None and given.axis_name is None:
-        x = lax.pmean(x, self.axis_name)
-      return x
-
-    widen = _dtypes.widen if self.keep_wide else lambda spec, x: x
     entries = [
-      node
-      if match and match.layout
-      else widen(self.spec, plain(entry) if match else entry)
-      for match, (_, entry), (_, node) in zip(
-        seen.matches,
-        _tree.flatten(updates)[0],
-        _tree.flatten(nodes)[0],
-        strict=True,
+      self._plain(entry, given) if _tree.is_masked(node) else node
+      for (_, entry), (_, node) in zip(
+        _tree.flatten(updates)[0], _tree.flatten(nodes)[0], strict=True
       )
     ]
     return _tree.replace_entries(updates, entries)
+
+  def _node(
+    self, basis, old_basis, matrix, coords, before, after
+  ) -> _projected.Projected:
+    dtype = matrix.like.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return _projected.Projected(
+      coords=coords,
+      basis=basis,
+      before=before,
+      after=after,
+      gradient=matrix.gradient if self.keep_gradient else None,
+      old_basis=old_basis if self.keep_gradient else None,
+      old_mean=None,
+      mean=None,
+      direction=None,
+      seal=_projected.seal(),
+      layout=dataclasses.replace(matrix.layout, axis_name=None),
+      orthonormal=self.projector.orthonormal,
+      dtype=dtype,
+      update_dtype=wide if self.keep_wide else dtype,
+      sharding=_sharding.explicit(matrix.like),
+    )
+
+  def _plain(self, gradient: Any, given: Given) -> Any:
+    """Returns what passes of a leaf that is not projected."""
+    if _tree.is_masked(gradient):
+      return gradient
+    if self.axis_name is not None and given.axis_name is None:
+      gradient = lax.pmean(gradient, self.axis_name)
+    return _dtypes.widen(self.spec, gradient) if self.keep_wide else gradient
 
   def _see_coordinates(
     self,
     updates: Any,
     state: ProjectState,
     params: Any,
-    refresh_gradients: Any,
-    given: Given,
+    refreshed: Mapping[tuple[str, ...], Refreshed],
+    axis_name: Any,
   ) -> Seen:
-    _matrices.check_coordinates(params, self.keep_gradient, refresh_gradients)
-    matches = _matrices.matches_of(self.spec, state, params)
-    matrices = _matrices.without_gradients(
-      state, matches, params, self._averaged(given)
+    matches = _match_updates.match_as_at_init(self.spec, state, params)
+    matrices = _matrices.without_gradients(state, matches, params, axis_name)
+    coords, matrices = _matrices.take_coordinates(updates, matches, matrices)
+    known = refreshed.get(paths(state)) or self.refresh(
+      state, matrices, matrices, jnp.array(True)
     )
-    coords, matrices = _matrices.given_coords(updates, matrices)
-    refreshed = (given.refreshed or {}).get(paths(state))
-    if refreshed is None:
-      active = jnp.array(True)
-      refreshed = self.refresh(state, matrices, matrices, active)
-    return Seen(matches, matrices, coords, refreshed)
+    return Seen(matrices, coords, known)
+
+  def _check_compressed(self, params: Any, refresh_gradients: Any) -> None:
+    """Raises where coordinates alone are not enough."""
+    if params is None:
+      raise ValueError(
+        'a compressed step needs params, which tell the shapes of the '
+        'gradients.'
+      )
+    if self.keep_gradient or refresh_gradients is not None:
+      what = 'a residual rule' if self.keep_gradient else 'refresh_gradients'
+      raise ValueError(
+        f'a compressed step has no gradients, and {what} needs them.'
+      )
 
   def _matrices(
     self, state: ProjectState, gradients: Any, axis_name: Any
-  ) -> tuple[list[_spec.Match | None], Any]:
-    matches = _matrices.matches_of(self.spec, state, gradients)
-    matrices = _matrices.of_gradients(
+  ) -> Any:
+    matches = _match_updates.match_as_at_init(self.spec, state, gradients)
+    return _matrices.of_gradients(
       state, matches, axis_name, self.keep_gradient, gradients
     )
-    return matches, matrices
+
+  @property
+  def _is_quantized(self) -> bool:
+    return _quantized_basis.is_quantized(self.spec.basis_dtype)
 
   def _averaged(self, given: Given) -> Any:
     """Returns the mapped axis along which coordinates are averaged."""
@@ -332,62 +375,25 @@ def paths(state: ProjectState) -> tuple[str, ...]:
   return tuple(path for path, seed in pairs if not _tree.is_masked(seed))
 
 
-def _refresh(
-  spec: _spec.SubspaceSpec,
-  projector: _base.Projector,
-  state: ProjectState,
-  active: jax.Array,
-  matrices: Any,
-  sources: Any,
-) -> Refreshed:
-  """Refreshes the bases that are due, if `active`."""
-  subspaces = state.subspaces
-  stored = subspaces.basis
-  read = functools.partial(_quantized_basis.read, projector.orthonormal)
-  if projector.rebuild:
-    basis = projector.rebuild(matrices, state.projector)
-    basis = jax.tree.map(
-      functools.partial(_place_rebuilt, spec.basis_dtype), basis, matrices
-    )
-  else:
-    basis = jax.tree.map(read, matrices, stored)
-  subspaces = subspaces._replace(basis=basis)
-  context = _base.Context(state.count, active)
-  subspaces, moves, own = projector.refresh(
-    context, sources, subspaces, state.projector
-  )
-  if _quantized_basis.is_quantized(spec.basis_dtype) and moves is not None:
-    subspaces, moves, stored = _store(
-      projector, matrices, stored, basis, subspaces, moves
-    )
-  return Refreshed(basis, subspaces, moves, own, stored)
-
-
-def _store(
-  projector: _base.Projector,
-  matrices: Any,
-  stored: Any,
-  old: Any,
-  subspaces: _base.Subspaces,
-  moves: Any,
-) -> tuple[_base.Subspaces, Any, Any]:
-  """Returns the bases that codes can hold, their moves, and the codes."""
+def _encode(orthonormal: bool, matrices: Any, new: Refreshed) -> Refreshed:
+  """Returns what codes can hold of a refresh, and the codes."""
   codes, basis, error, drift, transition = _tree.map_unzip(
-    functools.partial(_quantized_basis.store, projector.orthonormal),
+    functools.partial(_quantized_basis.store, orthonormal),
     5,
     matrices,
-    stored,
-    old,
-    subspaces.basis,
-    subspaces.orthogonality_error,
-    subspaces.drift,
-    moves,
+    new.stored,
+    new.old_basis,
+    new.subspaces.basis,
+    new.subspaces.orthogonality_error,
+    new.subspaces.drift,
+    new.moves,
   )
-  subspaces = subspaces._replace(
+  subspaces = new.subspaces._replace(
     basis=basis, orthogonality_error=error, drift=drift
   )
   replace = lambda _, move, c: _projected.Move(move.moved, c)
-  return subspaces, jax.tree.map(replace, matrices, moves, transition), codes
+  moves = jax.tree.map(replace, matrices, new.moves, transition)
+  return new._replace(subspaces=subspaces, moves=moves, stored=codes)
 
 
 def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
@@ -398,42 +404,7 @@ def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
 
 def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   del path
-  static = (layout.coords_shape, jnp.dtype(jnp.float32))
-  return layout.place_coords(jnp.zeros, static, (), leaf)
-
-
-def seeds_of(
-  spec: _spec.SubspaceSpec, path: str, leaf: Any, layout: _layout.Layout
-) -> jax.Array:
-  """Returns a seed per matrix: the same on every host and after a resume."""
-  # crc32, since Python's hash of a string differs between processes.
-  group = spec.key_group(path) if spec.key_group else path
-  path_hash = np.uint32(zlib.crc32(group.encode()))
-  static = (spec.seed, layout.batch_shape)
-  return layout.place_values(_linalg.seeds, static, (path_hash,), leaf)
-
-
-def _first_basis(
-  spec: _spec.SubspaceSpec,
-  sample: _base.Sample,
-  path: str,
-  leaf: Any,
-  layout: _layout.Layout,
-) -> Any:
-  seed = seeds_of(spec, path, leaf, layout)
-  if _quantized_basis.is_quantized(spec.basis_dtype):
-    static = (sample, layout, jnp.dtype(jnp.float32))
-    return _quantized_basis.first(
-      spec.basis_dtype, _sample_at_init, static, (seed,), layout, leaf
-    )
-  static = (sample, layout, jnp.dtype(spec.basis_dtype))
-  return layout.place_basis(_sample_at_init, static, (seed,), leaf)
-
-
-def _sample_at_init(
-  sample: _base.Sample, layout: _layout.Layout, dtype: Any, seed: jax.Array
-) -> jax.Array:
-  return sample(layout, seed, _base.AT_INIT).astype(dtype)
+  return _first_states.zero_coords(layout, leaf, jnp.float32)
 
 
 def _place_rebuilt(
@@ -459,27 +430,3 @@ def _captured(
   scale = layout.basis_energy(_linalg.widen(basis)) / layout.rank
   ratio = layout.coords_energy(coords) / (matrix.energy * scale)
   return jnp.where(matrix.ok, ratio.astype(last.dtype), last)
-
-
-def _node(
-  phases: Projection, basis, old_basis, matrix, coords, before, after
-) -> _projected.Projected:
-  dtype = matrix.like.dtype
-  wide = jnp.promote_types(dtype, jnp.float32)
-  return _projected.Projected(
-    coords=coords,
-    basis=basis,
-    before=before,
-    after=after,
-    gradient=matrix.gradient if phases.keep_gradient else None,
-    old_basis=old_basis if phases.keep_gradient else None,
-    old_mean=None,
-    mean=None,
-    direction=None,
-    seal=_projected.seal(),
-    layout=dataclasses.replace(matrix.layout, axis_name=None),
-    orthonormal=phases.projector.orthonormal,
-    dtype=dtype,
-    update_dtype=wide if phases.keep_wide else dtype,
-    sharding=_sharding.explicit(matrix.like),
-  )

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from subspace_optax._chain import _dtypes
@@ -111,36 +112,48 @@ def subspace(
     rest = unproject if after is None else optax.chain(unproject, after)
     tx = _every_k.every_k(every_k, spec, project, in_subspace, rest)
     return _dtypes.round_last(tx)
-  pieces = [
-    optax.GradientTransformationExtraArgs(x.init, _boxes.bare(x.update))
-    for x in (project, in_subspace)
-  ]
-  tx = optax.chain(*pieces, unproject)
-  if residual is not None and residual.feedback:
-    tx = _with_feedback(tx, residual.feedback)
+  feedback = None if residual is None else residual.feedback
+  tx = _in_a_row(project, in_subspace, unproject, feedback)
   return _dtypes.round_last(tx if after is None else optax.chain(tx, after))
 
 
-def _with_feedback(
-  tx: optax.GradientTransformationExtraArgs, feedback: Callable
+def _in_a_row(
+  project: _projection.Projection,
+  in_subspace: _in_subspace.InSubspace,
+  unproject: optax.GradientTransformationExtraArgs,
+  feedback: Callable | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Gives the three pieces gradients that depend on the residual's state."""
+  """Chains the stages; with `feedback`, what a step leaves joins the next."""
+
+  def init(params):
+    return tuple(x.init(params) for x in (project, in_subspace, unproject))
 
   def update(updates, state, params=None, **extra_args):
-    pairs, _ = _tree.flatten(updates)
-    own = dict(_tree.flatten(state[-1].residual)[0])
-    gradients = [_fed_back(feedback, path, g, own) for path, g in pairs]
-    gradients = _tree.replace_entries(updates, gradients)
-    return tx.update(gradients, state, params, **extra_args)
+    bases, inner, left = state
+    if feedback is not None:
+      updates = _add_left_over(feedback, updates, left.residual)
+    nodes, bases = project.update(updates, bases, params, **extra_args)
+    nodes, inner = in_subspace.update(nodes, inner, params, **extra_args)
+    updates, left = unproject.update(nodes, left)
+    return updates, (bases, inner, left)
 
-  return optax.GradientTransformationExtraArgs(tx.init, update)
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+
+
+def _add_left_over(feedback: Callable, gradients: Any, left_over: Any) -> Any:
+  """Returns gradients with what the step before did not apply of its own."""
+  known = dict(_tree.flatten(left_over)[0])
+  entries = [
+    _fed_back(feedback, path, gradient, known.get(path))
+    for path, gradient in _tree.flatten(gradients)[0]
+  ]
+  return _tree.replace_entries(gradients, entries)
 
 
 def _fed_back(
-  feedback: Callable, path: str, gradient: Any, states: dict[str, Any]
+  feedback: Callable, path: str, gradient: Any, state: jax.Array | None
 ) -> Any:
   """Returns a gradient with its feedback; `project` checks the tree."""
-  state = states.get(path)
   if state is None or _tree.is_masked(gradient) or _tree.is_masked(state):
     return gradient
   if gradient.shape != state.shape:
