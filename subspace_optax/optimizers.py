@@ -6,6 +6,7 @@ they are; `galore` takes the arguments of `optax.contrib.galore` before them.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import inspect
 import numbers
 import operator
@@ -62,6 +63,76 @@ def _value(argument: Any) -> Any:
   return argument.value if isinstance(argument, _Default) else argument
 
 
+# By name: what tests, benchmarks, the planner and the example trainer go over.
+READY_MADE: dict[str, Callable[..., Transformation]] = {}
+
+_Make = TypeVar('_Make', bound=Callable[..., Transformation])
+
+
+def _ready_made(*static: str) -> Callable[[_Make], _Make]:
+  """Adds an optimizer to `READY_MADE`, and checks what it is called with.
+
+  Args:
+    *static: the names of arguments that can't be traced.
+  """
+
+  def add(make: _Make) -> _Make:
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def checked(*args: Any, **kwargs: Any) -> Transformation:
+      try:
+        call = signature.bind(*args, **kwargs)
+      except TypeError as error:
+        raise TypeError(f'{make.__name__}: {error}') from None
+      call.apply_defaults()
+      _check_static(make.__name__, {k: call.arguments[k] for k in static})
+      _check_spec_alone(call.arguments)
+      for name, argument in call.arguments.items():
+        call.arguments[name] = _value(argument)
+      return make(*call.args, **call.kwargs)
+
+    READY_MADE[make.__name__] = checked
+    return cast(_Make, checked)
+
+  return add
+
+
+def _check_static(optimizer: str, arguments: Mapping[str, Any]) -> None:
+  """Raises if any of the optimizer's arguments is an array, traced maybe."""
+  traced = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
+  if traced:
+    names = tuple(k for k, x in arguments.items() if _is_passed(x))
+    shown = ', '.join(f'{k}={x!r}' for k, x in traced.items())
+    raise TypeError(
+      f'{" and ".join(traced)} must be static, got {shown}; with '
+      'optax.inject_hyperparams, write optax.inject_hyperparams('
+      f'so.{optimizer}, static_args={names}).'
+    )
+
+
+def _check_spec_alone(arguments: Mapping[str, Any]) -> None:
+  """Raises for arguments whose place a spec takes, beside a spec."""
+  spec = arguments['spec']
+  if spec is None:
+    return
+  _spec.check_spec(spec)
+  fields = ('rank', 'seed', 'weight_dimension_numbers')
+  passed = {k: arguments[k] for k in fields if _is_passed(arguments.get(k))}
+  if passed:
+    shown = ', '.join(f'{name}={x!r}' for name, x in passed.items())
+    has = ', '.join(f'{name}={getattr(spec, name)!r}' for name in passed)
+    raise ValueError(
+      f'{shown} was passed beside a spec with {has}, which takes its place; '
+      f'leave it out, or write spec=so.SubspaceSpec({shown}, ...).'
+    )
+
+
+def _is_passed(argument: Any) -> bool:
+  return argument is not None and not isinstance(argument, _Default)
+
+
+@_ready_made('rank', 'every_k', 'moment_bits', 'seed')
 def galore(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -138,31 +209,27 @@ def galore(
     >>> so.memory_report(tx, params).state < so.memory_report(tx, params).adam
     True
   """
-  _check_static(
-    'galore', rank=rank, every_k=every_k, moment_bits=moment_bits, seed=seed
-  )
-  dims = weight_dimension_numbers
-  spec = _spec_or(
-    spec,
-    {'rank': rank, 'seed': seed, 'weight_dimension_numbers': dims},
-    side='long',
-    only_if_smaller=False,
-  )
   return _assemble(
-    spec,
-    projectors.svd(_value(update_proj_gap), stagger=stagger),
+    _spec_or(
+      spec,
+      rank=rank,
+      seed=seed,
+      weight_dimension_numbers=weight_dimension_numbers,
+      side='long',
+      only_if_smaller=False,
+    ),
+    projectors.svd(update_proj_gap, stagger=stagger),
     base_optimizer,
-    inner_name='base_optimizer',
+    'base_optimizer',
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     every_k=every_k,
     moment_bits=moment_bits,
   )
 
 
+@_ready_made('rank', 'random_from', 'seed', 'every_k', 'moment_bits')
 def golore(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -224,37 +291,26 @@ def golore(
     >>> import subspace_optax as so
     >>> tx = so.golore(1e-3, rank=128, random_from=8_000)
   """
-  _check_static(
-    'golore',
-    rank=rank,
-    random_from=random_from,
-    seed=seed,
-    every_k=every_k,
-    moment_bits=moment_bits,
-  )
-  gap, start = map(_value, (update_proj_gap, random_from))
-  _gap.check_int(start, 'random_from', least=0)
-  random = projectors.stiefel(gap, stagger=stagger)
-  rule = random
-  if start != 0:
-    svd = projectors.svd(gap, stagger=stagger)
-    rule = projectors.switch({0: svd, operator.index(start): random})
+  _gap.check_int(random_from, 'random_from', least=0)
+  rule = projectors.stiefel(update_proj_gap, stagger=stagger)
+  if random_from != 0:
+    svd = projectors.svd(update_proj_gap, stagger=stagger)
+    rule = projectors.switch({0: svd, operator.index(random_from): rule})
   return _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    _spec_or(spec, rank=rank, seed=seed),
     rule,
     inner,
-    inner_name='inner',
+    'inner',
     transport='first',
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     every_k=every_k,
     moment_bits=moment_bits,
   )
 
 
+@_ready_made('rank', 'seed', 'every_k', 'moment_bits')
 def online_subspace_descent(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -317,34 +373,26 @@ def online_subspace_descent(
     >>> import subspace_optax as so
     >>> tx = so.online_subspace_descent(1e-3, rank=128)
   """
-  _check_static(
-    'online_subspace_descent',
-    rank=rank,
-    seed=seed,
-    every_k=every_k,
-    moment_bits=moment_bits,
-  )
   if not isinstance(alpha, jax.Array) and not alpha >= 0:
     raise ValueError(f'alpha must not be negative, got {alpha}.')
   if basis_optimizer is None:
     basis_optimizer = optax.adam(_times(alpha, learning_rate))
   return _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    _spec_or(spec, rank=rank, seed=seed),
     projectors.online_pca(
       _sign.require_against(basis_optimizer, 'basis_optimizer'), orthogonality
     ),
     inner,
-    inner_name='inner',
+    'inner',
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     every_k=every_k,
     moment_bits=moment_bits,
   )
 
 
+@_ready_made('rank', 'seed', 'moment_bits')
 def fira_adamw(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -402,22 +450,20 @@ def fira_adamw(
     >>> import subspace_optax as so
     >>> tx = so.fira_adamw(1e-2, rank=128)
   """
-  _check_static('fira_adamw', rank=rank, seed=seed, moment_bits=moment_bits)
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
-    projectors.svd(_value(update_proj_gap), stagger=stagger),
+    _spec_or(spec, rank=rank, seed=seed),
+    projectors.svd(update_proj_gap, stagger=stagger),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     residual=residuals.fira(limiter),
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b1=b1, b2=b2)
 
 
+@_ready_made('rank', 'update_proj_gap', 'seed', 'moment_bits')
 def apollo_adamw(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -483,30 +529,20 @@ def apollo_adamw(
     ...   1e-2, rank=1, scale=128**0.5, granularity='tensor'
     ... )
   """
-  _check_static(
-    'apollo_adamw',
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    seed=seed,
-    moment_bits=moment_bits,
-  )
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
-    projectors.gaussian(
-      _value(update_proj_gap), stagger=stagger, regenerate=True
-    ),
+    _spec_or(spec, rank=rank, seed=seed),
+    projectors.gaussian(update_proj_gap, stagger=stagger, regenerate=True),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     residual=residuals.apollo(granularity, limiter),
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b1=b1, b2=b2)
 
 
+@_ready_made('rank', 'seed', 'moment_bits')
 def ldadamw(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -566,23 +602,21 @@ def ldadamw(
     >>> import subspace_optax as so
     >>> tx = so.ldadamw(1e-3, rank=128)
   """
-  _check_static('ldadamw', rank=rank, seed=seed, moment_bits=moment_bits)
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    _spec_or(spec, rank=rank, seed=seed),
     projectors.power_iteration(momentum=momentum),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport=transports.both(b1, b2),
     residual=residuals.error_feedback(b1) if error_feedback else None,
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b1=b1, b2=b2)
 
 
+@_ready_made('rank', 'update_proj_gap', 'seed', 'moment_bits')
 def subspace_adamw(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(0.25),
@@ -649,31 +683,21 @@ def subspace_adamw(
     >>> import subspace_optax as so
     >>> tx = so.subspace_adamw(5e-3)
   """
-  _check_static(
-    'subspace_adamw',
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    seed=seed,
-    moment_bits=moment_bits,
-  )
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
-    projectors.stiefel(
-      _value(update_proj_gap), stagger=stagger, regenerate=True
-    ),
+    _spec_or(spec, rank=rank, seed=seed),
+    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport='first',
     residual=residuals.fira(limiter),
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b1=b1, b2=b2)
 
 
+@_ready_made('rank', 'update_proj_gap', 'seed', 'moment_bits')
 def subspace_muon(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(0.25),
@@ -739,90 +763,40 @@ def subspace_muon(
   """
   if not isinstance(b, jax.Array) and not 0 <= b < 1:
     raise ValueError(f'b must lie in [0, 1), got {b}.')
-  _check_static(
-    'subspace_muon',
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    seed=seed,
-    moment_bits=moment_bits,
-  )
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
-    projectors.stiefel(
-      _value(update_proj_gap), stagger=stagger, regenerate=True
-    ),
+    _spec_or(spec, rank=rank, seed=seed),
+    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
     optax.trace(b, nesterov=True),
     transport='first',
     residual=residuals.orthogonal(1.0 / (1.0 - b)),
     scale=scale,
     plain=optax.scale_by_adam() if plain is None else plain,
     plain_name='' if plain is None else 'plain',
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b=b)
 
 
-# By name: what tests, benchmarks, the planner and the example trainer go over.
-READY_MADE: dict[str, Callable[..., Transformation]] = {
-  make.__name__: make
-  for make in (
-    galore,
-    golore,
-    online_subspace_descent,
-    fira_adamw,
-    apollo_adamw,
-    ldadamw,
-    subspace_adamw,
-    subspace_muon,
-  )
-}
-
-
-def _check_static(optimizer: str, **arguments: Any) -> None:
-  """Raises if any of the optimizer's arguments is an array, traced maybe."""
-  traced = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
-  if traced:
-    names = tuple(k for k, x in arguments.items() if _is_passed(x))
-    shown = ', '.join(f'{k}={x!r}' for k, x in traced.items())
-    raise TypeError(
-      f'{" and ".join(traced)} must be static, got {shown}; with '
-      'optax.inject_hyperparams, write optax.inject_hyperparams('
-      f'so.{optimizer}, static_args={names}).'
-    )
-
-
-def _is_passed(argument: Any) -> bool:
-  return argument is not None and not isinstance(argument, _Default)
-
-
 def _spec_or(
-  spec: _spec.SubspaceSpec | None, arguments: Mapping[str, Any], **rest: Any
+  spec: _spec.SubspaceSpec | None, **fields: Any
 ) -> _spec.SubspaceSpec:
-  """Returns the spec, or the one that the optimizer's arguments describe.
+  """Returns the spec, or one that takes a tree without matrices, too."""
+  if spec is not None:
+    return spec
+  return _spec.SubspaceSpec(**fields, allow_empty=True)
 
-  The latter takes a tree without matrices, too.
 
-  Args:
-    spec: what the caller passed.
-    arguments: of the optimizer, whose place the spec takes.
-    rest: further fields of a spec made of the arguments.
-  """
-  if spec is None:
-    fields = {name: _value(x) for name, x in arguments.items()}
-    return _spec.SubspaceSpec(**fields, allow_empty=True, **rest)
-  _spec.check_spec(spec)
-  passed = {k: x for k, x in arguments.items() if _is_passed(x)}
-  if passed:
-    shown = ', '.join(f'{name}={x!r}' for name, x in passed.items())
-    has = ', '.join(f'{name}={getattr(spec, name)!r}' for name in passed)
-    raise ValueError(
-      f'{shown} was passed beside a spec with {has}, which takes its place; '
-      f'leave it out, or write spec=so.SubspaceSpec({shown}, ...).'
-    )
-  return spec
+def _decay_and_step(
+  learning_rate: Any, weight_decay: Any, mask: Mask
+) -> Transformation:
+  """Returns decoupled weight decay and the learning rate."""
+  _check_number('learning_rate', learning_rate, 'or a schedule')
+  _check_number('weight_decay', weight_decay, 'or a schedule')
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
 
 
 def _times(alpha: Any, learning_rate: Any) -> Any:
@@ -860,55 +834,46 @@ def _assemble(
   spec: _spec.SubspaceSpec,
   projector: projectors.Projector,
   inner: optax.GradientTransformation | None,
-  *,
-  learning_rate: Any,
-  weight_decay: Any,
-  mask: Mask,
-  plain: optax.GradientTransformation | None,
   inner_name: str = '',
+  *,
+  after: optax.GradientTransformation,
+  scale: Any,
+  plain: optax.GradientTransformation | None,
   plain_name: str = '',
-  moment_bits: Any,
+  moment_bits: int,
   every_k: int | None = None,
   **how: Any,
 ) -> Transformation:
-  """Returns `subspace` with decoupled weight decay and a learning rate.
+  """Returns `subspace`, its moments in so many bits, and what comes after.
 
   `every_k` is None for one micro-step, since `inject_hyperparams` would trace
   a number. `inner_name` and `plain_name` are those of the arguments if a caller
   passed them, who may have passed optimizers that step against the gradient.
   """
-  _check_number('learning_rate', learning_rate, 'or a schedule')
-  _check_number('scale', how['scale'])
-  _check_number('weight_decay', weight_decay, 'or a schedule')
-  bits = _value(moment_bits)
-  if bits not in (8, 32):
-    raise ValueError(f'moment_bits must be 32 or 8, got {bits!r}.')
-
-  def ready(optimizer: Any, name: str) -> Any:
-    if optimizer is None:
-      return None
-    if name:
-      _sign.require_optimizer(optimizer, name)
-    if bits != 32 and _quantizes(optimizer):
-      optimizer = _quantize_moments.quantize_moments(
-        optimizer, bits, seed=spec.seed
-      )
-    if not name:
-      return optimizer
-    return _sign.require_along(optimizer, name, with_params=name == 'plain')
-
+  _check_number('scale', scale)
+  if moment_bits not in (8, 32):
+    raise ValueError(f'moment_bits must be 32 or 8, got {moment_bits!r}.')
   if inner is None:
     inner, inner_name = optax.scale_by_adam(), ''
-  after = optax.chain(
-    optax.add_decayed_weights(weight_decay, mask),
-    optax.scale_by_learning_rate(learning_rate),
-  )
+  ready = functools.partial(_with_bits, moment_bits, spec.seed)
   return _subspace.subspace(
     spec,
     projector,
     ready(inner, inner_name),
-    plain=ready(plain, plain_name),
+    plain=None if plain is None else ready(plain, plain_name),
+    scale=scale,
     every_k=1 if every_k is None else every_k,
     after=after,
     **how,
   )
+
+
+def _with_bits(bits: int, seed: int, optimizer: Any, name: str) -> Any:
+  """Returns an optimizer with moments in `bits`, checked if it has a name."""
+  if name:
+    _sign.require_optimizer(optimizer, name)
+  if bits == 8 and _quantizes(optimizer):
+    optimizer = _quantize_moments.quantize_moments(optimizer, bits, seed=seed)
+  if not name:
+    return optimizer
+  return _sign.require_along(optimizer, name, with_params=name == 'plain')
