@@ -1,5 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is projected, and why the rest is not."""
+"""What is projected, and why the rest is not.
+
+A chain shows nothing of what it is made of, so every `project` tells at `init`
+what it was made with, to whoever listens in a context. That is the one thing
+here which is neither an argument nor a result. It can't be either:
+
+- A box around each parameter could carry the list to `init`. But masks and
+  labels are functions of the parameters, and those that read the last key of a
+  path or a leaf's `ndim` fail on such boxes. A tree that is masked as a whole
+  would carry nothing.
+- An extra argument could carry it to `update`. But an optimizer that hands on
+  none, or one that needs arguments of its own, would go undescribed, and every
+  factorisation of a step would be traced for a table.
+- A state that names its spec would hold what is no array, and two optimizers
+  with equal specs would have states of different structures.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -15,7 +30,6 @@ from subspace_optax.projectors import _base
 
 Matches = list[_spec.Match | None]
 
-# A chain shows nothing of what it is made of, so `project` tells at `init`.
 _records: contextvars.ContextVar[list | None] = contextvars.ContextVar(
   'records', default=None
 )
@@ -31,16 +45,16 @@ class Record(NamedTuple):
 
 
 def record(spec: _spec.SubspaceSpec, matches: Matches, *args: Any) -> None:
-  """Notes a `Record`, if anybody listens."""
+  """Adds a `Record` to the list of whoever listens."""
   records = _records.get()
   if records is not None:
-    # Of tracers nothing may outlive the trace.
+    # No tracer may outlive its trace.
     records.append(Record(spec, [m and _of_shape(m) for m in matches], *args))
 
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-  """A context in which nothing is noted."""
+  """A context in which `record` adds nothing."""
   token = _records.set(None)
   try:
     yield
@@ -49,7 +63,7 @@ def unheard() -> Iterator[None]:
 
 
 def is_asked() -> bool:
-  """Whether `init` is only traced for its records."""
+  """Whether somebody traces `init` for its records alone."""
   return _records.get() is not None
 
 
