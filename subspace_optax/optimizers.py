@@ -44,7 +44,7 @@ class _Default:
     self.value = value
 
   def __eq__(self, other: Any) -> bool:
-    return self.value == _value(other)
+    return self.value == _unwrap(other)
 
   def __hash__(self) -> int:
     return hash(self.value)
@@ -58,7 +58,7 @@ def _default(value: _T) -> _T:
   return cast(_T, _Default(value))
 
 
-def _value(argument: Any) -> Any:
+def _unwrap(argument: Any) -> Any:
   """Returns what a caller passed, or the default."""
   return argument.value if isinstance(argument, _Default) else argument
 
@@ -89,7 +89,7 @@ def _ready_made(*static: str) -> Callable[[_Make], _Make]:
       _check_static(make.__name__, {k: call.arguments[k] for k in static})
       _check_spec_alone(call.arguments)
       for name, argument in call.arguments.items():
-        call.arguments[name] = _value(argument)
+        call.arguments[name] = _unwrap(argument)
       return make(*call.args, **call.kwargs)
 
     READY_MADE[make.__name__] = checked
@@ -167,26 +167,27 @@ def galore(
     rank: r, clipped to the short side; see `SubspaceSpec`.
     update_proj_gap: T, steps between SVDs; the first is at step 0.
     scale: alpha, factor of the projected leaves' updates.
-    base_optimizer: what runs in the subspace and on plain leaves,
-      `optax.scale_by_adam()` by default. It returns directions along the
-      gradient. `optax.adam(...)` steps against it, so that with `learning_rate`
-      behind the loss would grow: an error here, contrib runs it. A b2 that
-      `optax.inject_hyperparams` gives it needs `hyperparam_dtype=jnp.float32`
-      beside bfloat16 parameters, in whose dtype 0.999 is 1: unseen from here,
-      Adam would divide by zero.
+    base_optimizer: the optimizer in the subspace and of plain leaves,
+      `optax.scale_by_adam()` by default. It must return directions along the
+      gradient, since `learning_rate` and sign are applied behind it.
+      `optax.adam(...)` steps against the gradient and is an error here;
+      contrib's galore takes it, and the loss grows. With
+      `optax.inject_hyperparams` and bfloat16 parameters, pass
+      `hyperparam_dtype=jnp.float32`: in bfloat16 a b2 of 0.999 is 1, and Adam
+      divides by zero.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
     plain: optimizer of the leaves that are not projected, `base_optimizer` by
       default.
-    stagger: whether matrices take turns within each T steps, starting from
-      random bases, so that no step pays for all SVDs.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
-      `subspace`. None for one.
+    stagger: whether matrices are refreshed in different steps of every T, so
+      that no step computes all SVDs. Their bases then start as random samples.
+    every_k: number of micro-steps in one step, whose gradients are accumulated
+      in their subspaces; see `subspace`. None for 1.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the first bases if staggered, and of rounding.
-    spec: takes the place of `rank`, `seed` and `weight_dimension_numbers`;
-      beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank`, `seed` and
+      `weight_dimension_numbers`; passing both is an error.
 
   Returns:
     An optimizer. State per m x n matrix, m the long side: mr + 2nr.
@@ -210,7 +211,7 @@ def galore(
     True
   """
   return _assemble(
-    _spec_or(
+    _choose_spec(
       spec,
       rank=rank,
       seed=seed,
@@ -247,7 +248,7 @@ def golore(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """GoLore: GaLore whose bases turn random, so that noise can't trap it.
+  """GoLore: GaLore with random bases, in which noise cannot trap training.
 
   Bases come from the gradient's SVD before step `random_from` and are Haar
   samples after it; first moments move along (momentum projection). A tree
@@ -260,20 +261,21 @@ def golore(
     scale: factor of the projected leaves' updates.
     random_from: first step with random bases; 0 for pure GoLore, 8,000 for
       GoLore@20% of 10,000 steps.
-    inner: what runs in the subspace and on plain leaves, one whose
-      first moments are known: see `in_subspace`. `optax.scale_by_adam()` by
-      default. It returns directions along the gradient, as `optax.adam(...)`
-      does not.
+    inner: the optimizer in the subspace and of plain leaves, whose first
+      moments must be known: see `in_subspace`. `optax.scale_by_adam()` by
+      default. It must return directions along the gradient, as
+      `optax.adam(...)` does not.
     plain: optimizer of the leaves that are not projected, `inner` by default.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
-      `subspace`. None for one.
-    stagger: whether matrices take turns within each tau steps, so that no step
-      pays for all refreshes.
+    every_k: number of micro-steps in one step, whose gradients are accumulated
+      in their subspaces; see `subspace`. None for 1.
+    stagger: whether matrices are refreshed in different steps of every tau, so
+      that no step refreshes all of them.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the random bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mr + 2nr.
@@ -297,7 +299,7 @@ def golore(
     svd = projectors.svd(update_proj_gap, stagger=stagger)
     rule = projectors.switch({0: svd, operator.index(random_from): rule})
   return _assemble(
-    _spec_or(spec, rank=rank, seed=seed),
+    _choose_spec(spec, rank=rank, seed=seed),
     rule,
     inner,
     'inner',
@@ -336,24 +338,24 @@ def online_subspace_descent(
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
-    scale: factor of the projected leaves' updates; 0.25 in the authors'
-      scripts, whose bases move at 0.005 times the schedule whatever the
-      learning rate is.
+    scale: factor of the projected leaves' updates. The authors' scripts take
+      0.25, and a learning rate of 0.005 times the schedule for the bases.
     alpha: learning rate of the bases over that of the weights.
     orthogonality: lambda of Eq. (6).
     basis_optimizer: OptimizerP with its own learning rate; Adam at `alpha`
       times `learning_rate` by default. `optax.sgd` saves its 2mr of state.
-    inner: OptimizerW, what runs in the subspace and on plain leaves,
-      `optax.scale_by_adam()` by default. It returns directions along the
+    inner: OptimizerW, the optimizer in the subspace and of plain leaves,
+      `optax.scale_by_adam()` by default. It must return directions along the
       gradient, as `optax.adam(...)` does not.
     plain: optimizer of the leaves that are not projected, `inner` by default.
     weight_decay: of the weights, decoupled, before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
-      `subspace`. None for one.
+    every_k: number of micro-steps in one step, whose gradients are accumulated
+      in their subspaces; see `subspace`. None for 1.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the first bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: 3mr + 2nr, or
@@ -376,9 +378,9 @@ def online_subspace_descent(
   if not isinstance(alpha, jax.Array) and not alpha >= 0:
     raise ValueError(f'alpha must not be negative, got {alpha}.')
   if basis_optimizer is None:
-    basis_optimizer = optax.adam(_times(alpha, learning_rate))
+    basis_optimizer = optax.adam(_scale_schedule(alpha, learning_rate))
   return _assemble(
-    _spec_or(spec, rank=rank, seed=seed),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.online_pca(
       _sign.require_against(basis_optimizer, 'basis_optimizer'), orthogonality
     ),
@@ -430,11 +432,12 @@ def fira_adamw(
       returns directions along the gradient.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices take turns within each T steps, starting from
-      random bases.
+    stagger: whether matrices are refreshed in different steps of every T. Their
+      bases then start as random samples.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the first bases if staggered.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mr + 2nr + 1.
@@ -451,7 +454,7 @@ def fira_adamw(
     >>> tx = so.fira_adamw(1e-2, rank=128)
   """
   tx = _assemble(
-    _spec_or(spec, rank=rank, seed=seed),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.svd(update_proj_gap, stagger=stagger),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     residual=residuals.fira(limiter),
@@ -506,10 +509,11 @@ def apollo_adamw(
       returns directions along the gradient.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices take turns within each T steps.
+    stagger: whether matrices get new bases in different steps of every T.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: 2nr and a few
@@ -530,7 +534,7 @@ def apollo_adamw(
     ... )
   """
   tx = _assemble(
-    _spec_or(spec, rank=rank, seed=seed),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.gaussian(update_proj_gap, stagger=stagger, regenerate=True),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     residual=residuals.apollo(granularity, limiter),
@@ -563,8 +567,8 @@ def ldadamw(
 ) -> Transformation:
   """LDAdam: power iteration, transport of both moments, error feedback.
 
-  The first bases are Haar samples, of which the first power step is taken,
-  where the authors' code takes an SVD.
+  The first power step starts from Haar samples; the authors' code starts from
+  an SVD.
 
   Args:
     learning_rate: a float or a schedule.
@@ -583,7 +587,8 @@ def ldadamw(
     mask: which leaves decay; see `optax.add_decayed_weights`.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the first bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mr + 3nr, and mn
@@ -603,7 +608,7 @@ def ldadamw(
     >>> tx = so.ldadamw(1e-3, rank=128)
   """
   tx = _assemble(
-    _spec_or(spec, rank=rank, seed=seed),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.power_iteration(momentum=momentum),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport=transports.both(b1, b2),
@@ -662,10 +667,11 @@ def subspace_adamw(
       returns directions along the gradient.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices take turns within each T steps.
+    stagger: whether matrices get new bases in different steps of every T.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: 2nr numbers, and a
@@ -684,7 +690,7 @@ def subspace_adamw(
     >>> tx = so.subspace_adamw(5e-3)
   """
   tx = _assemble(
-    _spec_or(spec, rank=rank, seed=seed),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport='first',
@@ -740,10 +746,11 @@ def subspace_muon(
       gradient, as `optax.adam(...)` does not.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices take turns within each T steps.
+    stagger: whether matrices get new bases in different steps of every T.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: nr, and a few
@@ -764,7 +771,7 @@ def subspace_muon(
   if not isinstance(b, jax.Array) and not 0 <= b < 1:
     raise ValueError(f'b must lie in [0, 1), got {b}.')
   tx = _assemble(
-    _spec_or(spec, rank=rank, seed=seed),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
     optax.trace(b, nesterov=True),
     transport='first',
@@ -778,7 +785,7 @@ def subspace_muon(
   return _notices.warning_of_ones(tx, b=b)
 
 
-def _spec_or(
+def _choose_spec(
   spec: _spec.SubspaceSpec | None, **fields: Any
 ) -> _spec.SubspaceSpec:
   """Returns the spec, or one that takes a tree without matrices, too."""
@@ -799,14 +806,14 @@ def _decay_and_step(
   )
 
 
-def _times(alpha: Any, learning_rate: Any) -> Any:
+def _scale_schedule(alpha: Any, learning_rate: Any) -> Any:
   """Returns alpha times a learning rate or schedule."""
   if callable(learning_rate):
     return lambda count: alpha * learning_rate(count)
   return alpha * learning_rate
 
 
-def _quantizes(optimizer: optax.GradientTransformation) -> bool:
+def _has_wide_moments(optimizer: optax.GradientTransformation) -> bool:
   """Whether an optimizer has moments in 32 bits, as far as types tell."""
   try:
     # Of types alone: arrays would start the backend.
@@ -855,7 +862,7 @@ def _assemble(
     raise ValueError(f'moment_bits must be 32 or 8, got {moment_bits!r}.')
   if inner is None:
     inner, inner_name = optax.scale_by_adam(), ''
-  ready = functools.partial(_with_bits, moment_bits, spec.seed)
+  ready = functools.partial(_quantize, moment_bits, spec.seed)
   return _subspace.subspace(
     spec,
     projector,
@@ -868,11 +875,11 @@ def _assemble(
   )
 
 
-def _with_bits(bits: int, seed: int, optimizer: Any, name: str) -> Any:
+def _quantize(bits: int, seed: int, optimizer: Any, name: str) -> Any:
   """Returns an optimizer with moments in `bits`, checked if it has a name."""
   if name:
     _sign.require_optimizer(optimizer, name)
-  if bits == 8 and _quantizes(optimizer):
+  if bits == 8 and _has_wide_moments(optimizer):
     optimizer = _quantize_moments.quantize_moments(optimizer, bits, seed=seed)
   if not name:
     return optimizer

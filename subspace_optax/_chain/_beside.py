@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from subspace_optax._chain import _entries
 from subspace_optax._matrix import _tree
 
 
@@ -48,8 +49,7 @@ def run_beside(
 
 def split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
   """Returns the tree without plain leaves, and that without projected ones."""
-  pairs, treedef = _tree.flatten(tree)
-  hide = optax.MaskedNode()
-  mine = [x if path in projected else hide for path, x in pairs]
-  rest = [hide if path in projected else x for path, x in pairs]
-  return treedef.unflatten(mine), treedef.unflatten(rest)
+  tree, hide = _tree.unbox(tree), optax.MaskedNode()
+  mine = lambda path, x: x if path in projected else hide
+  rest = lambda path, x: hide if path in projected else x
+  return _entries.map_entries(mine, tree), _entries.map_entries(rest, tree)

@@ -90,16 +90,17 @@ def records_of(tx: Any, params: Any) -> list[Record]:
 
 
 def describe(tx_or_spec: Any, params: Any) -> str:
-  """Tells of every leaf how it is projected, or why it stays plain.
+  """Shows for every leaf how it is projected, or why it is not.
 
   Args:
     tx_or_spec: a `SubspaceSpec`, or an optimizer with `project` anywhere in it.
     params: the parameters, or their shapes (`jax.eval_shape`).
 
   Returns:
-    A table, one line a leaf: path, shape, how many matrices of which shape,
-    rank, side that the basis spans, how the matrix's axes were found (see
-    `SubspaceSpec`), and the basis's dtype and shape or the reason for none.
+    A table with a line for each leaf: its path and shape, the number and shape
+    of its matrices, their rank, the side that the basis spans, how the matrix's
+    axes were found (see `SubspaceSpec`), and the basis's dtype and shape, or
+    the reason why there is no basis.
 
   Raises:
     ValueError: the optimizer holds no `project`.

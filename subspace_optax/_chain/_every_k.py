@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._chain import _entries
 from subspace_optax._chain import _first_states
 from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _projection
@@ -56,7 +57,7 @@ def every_k(
   def first_state(params, matches, treedef):
     return EveryKState(
       jnp.zeros((), jnp.int32),
-      treedef.unflatten([_zeros(match) for match in matches]),
+      treedef.unflatten([_make_zeros(match) for match in matches]),
       project.init(params),
       in_subspace.init(params),
       rest.init(params),
@@ -73,19 +74,15 @@ def every_k(
   ):
     given = given or _projection.Given()
     first, last = state.micro_step == 0, state.micro_step == k - 1
-    seen = project.see(
+    seen = project.refresh_and_project(
       updates, state.project, params, refresh_gradients, given, first
     )
-    nodes, project_state = project.track(
+    nodes, project_state = project.track_bases(
       updates, state.project, seen, given, last
     )
-    entries = [entry for _, entry in _tree.flatten(nodes)[0]]
-    old_means, treedef = jax.tree.flatten(state.mean, is_leaf=_tree.is_masked)
-    means = [
-      _add(mean, entry, first, k)
-      for mean, entry in zip(old_means, entries, strict=True)
-    ]
-    nodes = _tree.replace_entries(nodes, list(map(_with_mean, entries, means)))
+    add = functools.partial(_add_to_mean, first, k)
+    mean = _entries.map_entries(add, state.mean, nodes)
+    nodes = _entries.map_entries(_put_mean, nodes, mean)
     own = in_subspace.carry_before(nodes, state.in_subspace)
     run = functools.partial(in_subspace.run, nodes, params=params, **extra_args)
     directions, new = _run_if(last, run, own)
@@ -98,7 +95,7 @@ def every_k(
     updates, rest_state = _run_if(last, finish, state.rest)
     return updates, EveryKState(
       (state.micro_step + 1) % k,
-      treedef.unflatten(means),
+      mean,
       project_state,
       in_state,
       rest_state,
@@ -124,7 +121,7 @@ def _run_if(
   return _varying.cond(wanted, run, wait, state)
 
 
-def _zeros(match: _spec.Match | None) -> Any:
+def _make_zeros(match: _spec.Match | None) -> Any:
   """Returns where the mean of a leaf's gradients, or coordinates, goes."""
   if match is None:
     return optax.MaskedNode()
@@ -134,8 +131,11 @@ def _zeros(match: _spec.Match | None) -> Any:
   return _first_states.zero_coords(match.layout, match.leaf, wide)
 
 
-def _add(mean: Any, entry: Any, first: jax.Array, k: int) -> Any:
+def _add_to_mean(
+  first: jax.Array, k: int, path: str, mean: Any, entry: Any
+) -> Any:
   """Returns the sum of the window's gradients so far, over k."""
+  del path
   if _tree.is_masked(entry):
     return mean
   x = entry.coords if isinstance(entry, _projected.Projected) else entry
@@ -143,7 +143,9 @@ def _add(mean: Any, entry: Any, first: jax.Array, k: int) -> Any:
   return _sharding.like(start + x.astype(mean.dtype) / k, mean)
 
 
-def _with_mean(entry: Any, mean: Any) -> Any:
+def _put_mean(path: str, entry: Any, mean: Any) -> Any:
+  """Returns an entry with the mean of its window in the gradient's place."""
+  del path
   if _tree.is_masked(entry):
     return entry
   if isinstance(entry, _projected.Projected):

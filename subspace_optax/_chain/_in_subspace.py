@@ -11,6 +11,7 @@ import optax
 from subspace_optax._chain import _beside
 from subspace_optax._chain import _check_inner
 from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _entries
 from subspace_optax._chain import _first_states
 from subspace_optax._chain import _per_matrix
 from subspace_optax._chain import _spec
@@ -44,8 +45,8 @@ def in_subspace(
 
   The inner optimizer sees one tree: coordinates in place of projected leaves,
   everything else as it is. Its state has the dtype that `spec.moment_dtype`
-  says, float32 or wider by default. Its arithmetic on coordinates is float32 or
-  wider, and on other leaves that of the gradient and the moments.
+  says, float32 or wider by default. It computes in float32 or wider on
+  coordinates, and on other leaves in the wider dtype of gradient and moments.
 
   Args:
     inner: any optax transformation.
@@ -54,12 +55,12 @@ def in_subspace(
       `subspace_optax.transports`, or 'keep', 'first' or 'reset'. Moments are
       known for Adam, Lion, momentum, RMSProp and others; see
       `register_moments`.
-    params: 'coordinates' hands `inner` the coordinates of the parameters,
-      (P^T P)^-1 P^T W, for weight decay or trust ratios in the subspace, at
-      2mnr FLOPs a step. Its `init` sees zeros.
-    per_matrix: whether `inner` sees one matrix at a time, each with a state of
-      its own, counters included: for rules that look at a whole matrix, such
-      as Muon, LAMB or Adafactor, where leaves are stacks of matrices.
+    params: 'coordinates' gives `inner` the coordinates of the parameters,
+      (P^T P)^-1 P^T W, for weight decay or trust ratios in the subspace. That
+      costs 2mnr FLOPs a step. `inner.init` is given zeros.
+    per_matrix: whether `inner` runs on one matrix at a time, each with its own
+      state and counters. Rules that look at a whole matrix, such as Muon, LAMB
+      or Adafactor, need that where leaves are stacks of matrices.
     plain: optimizer of the leaves that are not projected, `inner` by default.
 
   Returns:
@@ -93,11 +94,11 @@ def in_subspace(
 
 
 class InSubspace:
-  """The phases of `in_subspace`: `carry`, `run`, and `carry` once more.
+  """The phases of `in_subspace`: `carry_before`, `run` and `carry_after`.
 
-  Moments are carried along where a basis moved before the coordinates, then the
-  inner optimizer runs, then they are carried where one moved behind it. Takes
-  the arguments of `in_subspace`.
+  The first carries moments to the bases that moved before the coordinates were
+  taken. The second runs the inner optimizer. The third carries moments to the
+  bases that moved after that. Takes the arguments of `in_subspace`.
   """
 
   def __init__(
@@ -130,7 +131,7 @@ class InSubspace:
   ) -> InSubspaceState:
     del params
     templates = treedef.unflatten(
-      [_template(self.spec, match) for match in matches]
+      [_make_template(self.spec, match) for match in matches]
     )
     batch_axes = {
       m.path: m.layout.coords_batch for m in matches if m and m.layout
@@ -144,10 +145,10 @@ class InSubspace:
       takes_params=self.takes_params,
       per_matrix=self.each,
     )
-    state = self._runner(batch_axes).init(templates)
+    state = self._make_runner(batch_axes).init(templates)
     if self.transport.move is not None:
       what = f'transport={self.transport.name!r}'
-      _moments.check_registered(self._of_inner(state), what)
+      _moments.check_registered(self._inner_state(state), what)
     return InSubspaceState(state)
 
   def update(
@@ -161,18 +162,20 @@ class InSubspace:
   def carry_before(self, updates: Any, state: InSubspaceState) -> Any:
     """Returns the inner state in the bases of this step's coordinates."""
     _check_projected(self.spec, updates)
-    nodes = _nodes(_tree.flatten(updates)[0])
+    nodes = _find_nodes(updates)
     moves = {path: (x, x.before) for path, x in nodes.items() if x.before}
-    return self._carry(updates, state.inner, moves)
+    return self._carry_moments(updates, state.inner, moves)
 
   def run(
     self, updates: Any, own: Any, params: Any, **extra_args: Any
   ) -> tuple[Any, Any]:
     """Returns directions, and the inner state, whose dtypes stay."""
-    nodes = _nodes(_tree.flatten(updates)[0])
-    runner = self._runner({p: x.layout.coords_batch for p, x in nodes.items()})
-    coords = self._coords(updates)
-    weights = self._weights(updates, params)
+    nodes = _find_nodes(updates)
+    runner = self._make_runner(
+      {p: x.layout.coords_batch for p, x in nodes.items()}
+    )
+    coords = self._show_updates(updates)
+    weights = self._show_params(updates, params)
     try:
       directions, new = runner.update(coords, own, weights, **extra_args)
     except (TypeError, ValueError):
@@ -198,44 +201,43 @@ class InSubspace:
       directions: of `run`, as the next.
       new: the inner state after it.
     """
-    pairs, _ = _tree.flatten(updates)
-    nodes = _nodes(pairs)
+    nodes = _find_nodes(updates)
     moves = {path: (x, x.after) for path, x in nodes.items() if x.after}
     old_means, means = (
-      _means_of(self._of_inner(x), nodes, self.each) for x in (state.inner, own)
+      _find_means(self._inner_state(x), nodes, self.each)
+      for x in (state.inner, own)
     )
-    new = self._carry(updates, new, moves)
-    entries = [
-      _with_direction(entry, direction, old_means.get(path), means.get(path))
-      for (path, entry), (_, direction) in zip(
-        pairs, _tree.flatten(directions)[0], strict=True
-      )
-    ]
-    return _tree.replace_entries(updates, entries), InSubspaceState(new)
+    new = self._carry_moments(updates, new, moves)
+    direct = lambda path, entry, direction: _add_direction(
+      entry, direction, old_means.get(path), means.get(path)
+    )
+    nodes = _entries.map_entries(direct, updates, directions)
+    return nodes, InSubspaceState(new)
 
-  def _carry(self, updates: Any, state: Any, moves: _base.Moves) -> Any:
+  def _carry_moments(self, updates: Any, state: Any, moves: _base.Moves) -> Any:
     if not moves or not (self.transport.move or self.transport.resets):
       return state
-    own = self._of_inner(state)
+    own = self._inner_state(state)
     if self.transport.resets:
-      coords = self._coords(updates)
+      coords = self._show_updates(updates)
       coords = coords if self.plain is None else _beside.split(coords, moves)[0]
       own = _per_matrix.restart(self.inner, own, coords, moves)
     else:
       own = _base.carry(self.transport, own, moves, per_matrix=self.each)
     return own if self.plain is None else state._replace(projected=own)
 
-  def _coords(self, updates: Any) -> Any:
+  def _show_updates(self, updates: Any) -> Any:
     """Returns what the inner optimizer sees in the place of gradients."""
-    pairs, treedef = _tree.flatten(updates)
-    return treedef.unflatten(
-      [
-        x.coords if _is_projected(x) else _dtypes.widen(self.spec, x)
-        for _, x in pairs
-      ]
-    )
 
-  def _weights(self, updates: Any, params: Any) -> Any:
+    def see(path: str, entry: Any) -> Any:
+      del path
+      if _is_projected(entry):
+        return entry.coords
+      return _dtypes.widen(self.spec, entry)
+
+    return _entries.map_entries(see, _tree.unbox(updates))
+
+  def _show_params(self, updates: Any, params: Any) -> Any:
     """Returns what optimizers see in the place of params; None for nothing."""
     if not self.takes_params:
       return None if self.plain is None else params
@@ -244,18 +246,16 @@ class InSubspace:
         "params='coordinates' needs the parameters: call update(gradients, "
         'state, params).'
       )
-    pairs, treedef = _tree.flatten(updates)
-    weights = [
-      _linalg.coordinates(node.layout, param, node.basis)
-      if _is_projected(node)
-      else param
-      for (_, node), (_, param) in zip(
-        pairs, _tree.flatten(params)[0], strict=True
-      )
-    ]
-    return treedef.unflatten(weights)
 
-  def _runner(self, batch_axes: _per_matrix.BatchAxes) -> Any:
+    def see(path: str, entry: Any, param: Any) -> Any:
+      del path
+      if not _is_projected(entry):
+        return param
+      return _linalg.coordinates(entry.layout, param, entry.basis)
+
+    return _entries.map_entries(see, _tree.unbox(updates), params)
+
+  def _make_runner(self, batch_axes: _per_matrix.BatchAxes) -> Any:
     """Returns the inner optimizer, and beside it that of plain leaves."""
     run: Any = self.inner
     if self.each:
@@ -264,15 +264,17 @@ class InSubspace:
       return run
     return _beside.run_beside(self.plain, run, batch_axes, self.takes_params)
 
-  def _of_inner(self, state: Any) -> Any:
+  def _inner_state(self, state: Any) -> Any:
     return state if self.plain is None else state.projected
 
 
-def _nodes(pairs: list) -> dict[str, _projected.Projected]:
+def _find_nodes(updates: Any) -> dict[str, _projected.Projected]:
+  """Returns the nodes of a tree by their paths."""
+  pairs, _ = _tree.flatten(updates)
   return {path: node for path, node in pairs if _is_projected(node)}
 
 
-def _means_of(
+def _find_means(
   state: Any, nodes: dict[str, _projected.Projected], per_matrix: bool
 ) -> dict[str, jax.Array]:
   """Returns means of gradients by path, for leaves that carry their gradients.
@@ -296,7 +298,7 @@ def _means_of(
   }
 
 
-def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
+def _make_template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   """Returns what stands for a parameter when the inner state is made."""
   if match is None:
     return optax.MaskedNode()
@@ -309,8 +311,7 @@ def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
 
 def _check_projected(spec: _spec.SubspaceSpec, updates: Any) -> None:
   """Raises where `project` should have been, and was not."""
-  pairs, _ = _tree.flatten(updates)
-  nodes = _nodes(pairs)
+  nodes = _find_nodes(updates)
   for path, node in nodes.items():
     if node.direction is not None:
       raise ValueError(
@@ -331,9 +332,7 @@ def _is_projected(entry: Any) -> bool:
   return isinstance(entry, _projected.Projected)
 
 
-def _with_direction(
-  entry: Any, direction: Any, old_mean: Any, mean: Any
-) -> Any:
+def _add_direction(entry: Any, direction: Any, old_mean: Any, mean: Any) -> Any:
   if _tree.is_masked(entry):
     return direction
   if not _is_projected(entry):

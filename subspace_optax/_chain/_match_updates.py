@@ -72,17 +72,17 @@ def _match_to_state(
         'gradients must have the tree of the parameters at init, where leaf '
         f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
       )
-  known = _named(updates)
-  fits = _fitting(spec, updates, state, known)
+  known = _find_names(updates)
+  fits = _find_fits(spec, updates, state, known)
   if not fits and {} not in known:
-    fits = _fitting(spec, updates, state, [{}])
+    fits = _find_fits(spec, updates, state, [{}])
   if not fits:
-    raise ValueError(_misfit(spec.match(updates, known[0]), state))
+    raise ValueError(_find_misfit(spec.match(updates, known[0]), state))
   _check_alike(fits)
   return fits[0]
 
 
-def _fitting(
+def _find_fits(
   spec: _spec.SubspaceSpec,
   updates: Any,
   state: Any,
@@ -90,7 +90,7 @@ def _fitting(
 ) -> list[list[_spec.Match | None]]:
   """Returns what names of axes make of a tree, where `init` made it so."""
   readings = (spec.match(updates, names) for names in known)
-  return [x for x in readings if _misfit(x, state) is None]
+  return [x for x in readings if _find_misfit(x, state) is None]
 
 
 def _check_alike(readings: list[list[_spec.Match | None]]) -> None:
@@ -130,7 +130,7 @@ def remember_names(params: Any) -> None:
     del _names_at_init[next(iter(_names_at_init))]
 
 
-def _named(updates: Any) -> list[_tree.AxisNames]:
+def _find_names(updates: Any) -> list[_tree.AxisNames]:
   """Returns the names of axes in boxes, or those that the tree may have had."""
   names = _tree.axis_names(updates)
   if names:
@@ -146,7 +146,7 @@ def _shapes(tree: Any) -> tuple[tuple[str, Any], ...]:
   return tuple((path, getattr(x, 'shape', None)) for path, x in pairs)
 
 
-def _misfit(matches: list[_spec.Match | None], state: Any) -> str | None:
+def _find_misfit(matches: list[_spec.Match | None], state: Any) -> str | None:
   """Returns an error for the first leaf that `init` made other arrays for."""
   bases = dict(_tree.flatten(state.subspaces.basis)[0])
   for match, (path, seed) in zip(
@@ -159,11 +159,11 @@ def _misfit(matches: list[_spec.Match | None], state: Any) -> str | None:
     for what, array, expected in made:
       found = None if _tree.is_masked(array) else array.shape
       if expected != found:
-        return _not_made(match, path, what, expected, found)
+        return _explain_misfit(match, path, what, expected, found)
   return None
 
 
-def _not_made(
+def _explain_misfit(
   match: _spec.Match | None, path: str, what: str, expected: Any, found: Any
 ) -> str:
   shape = tuple(match.leaf.shape) if match else 'masked'
@@ -189,7 +189,7 @@ def check_shapes(updates: Any, others: Any, name: str) -> None:
       )
 
 
-def masked_like(updates: Any, refresh_gradients: Any) -> Any:
+def mask_like(updates: Any, refresh_gradients: Any) -> Any:
   """Returns refresh gradients without what a wrapper hid of the gradients.
 
   Wrappers such as `optax.masked` hand on extra arguments as they are.

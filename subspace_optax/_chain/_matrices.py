@@ -10,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._chain import _entries
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
@@ -33,7 +34,7 @@ def per_matrix(
   )
 
 
-def of_gradients(
+def wrap_gradients(
   state: Any,  # a ProjectState
   matches: list[_spec.Match | None],
   axis_name: Any,
@@ -48,12 +49,12 @@ def of_gradients(
     leaf = lax.pmean(leaf, axis_name) if average_now else leaf
     later = None if average_now else axis_name
     layout = dataclasses.replace(layout, axis_name=later)
-    return _matrix(leaf, layout, seeds[path])
+    return _measure(leaf, layout, seeds[path])
 
   return per_matrix(matches, _tree.flatten(gradients)[1], matrix)
 
 
-def _matrix(
+def _measure(
   gradient: jax.Array, layout: _layout.Layout, seed: jax.Array
 ) -> _base.Matrix:
   energy = layout.mean(layout.energy(gradient))
@@ -63,7 +64,7 @@ def _matrix(
   return _base.Matrix(gradient, gradient, layout, seed, energy, ok)
 
 
-def without_gradients(
+def wrap_parameters(
   state: Any,  # a ProjectState
   matches: list[_spec.Match | None],
   params: Any,
@@ -82,41 +83,52 @@ def without_gradients(
   return per_matrix(matches, _tree.flatten(params)[1], matrix)
 
 
-def take_coordinates(
-  updates: Any, matches: list[_spec.Match | None], matrices: Any
-) -> tuple[Any, Any]:
+def take_coordinates(updates: Any, matrices: Any) -> tuple[Any, Any]:
   """Returns coordinates that were given as gradients, and their matrices.
 
   Args:
     updates: the tree with coordinates in the place of gradients.
-    matches: of the parameters.
-    matrices: of `without_gradients`.
+    matrices: of `wrap_parameters`.
   """
   given = dict(_tree.flatten(updates)[0])
-  pairs, treedef = _tree.flatten(matrices)
-  matrix_of = dict(pairs)
 
-  def coords_of(path: str, leaf: jax.Array, layout: _layout.Layout):
-    del layout  # which does not know the mapped axis
-    return _take(path, given[path], leaf, matrix_of[path].layout)
+  def take(path: str, matrix: Any) -> Any:
+    if _tree.is_masked(matrix):
+      return matrix
+    layout, coords = matrix.layout, given[path]
+    if coords.shape != layout.coords_shape:
+      raise ValueError(
+        f'gradient {path!r} has shape {coords.shape}; in a compressed step '
+        f'it must be that of its coordinates, {layout.coords_shape}.'
+      )
+    coords = layout.mean(_linalg.widen(coords))
+    return layout.settle_coords(coords, matrix.like)
 
-  coords = per_matrix(matches, treedef, coords_of)
-  return coords, jax.tree.map(_checked, matrices, coords)
-
-
-def _take(
-  path: str, coords: Any, leaf: jax.Array, layout: _layout.Layout
-) -> jax.Array:
-  if coords.shape != layout.coords_shape:
-    raise ValueError(
-      f'gradient {path!r} has shape {coords.shape}; in a compressed step '
-      f'it must be that of its coordinates, {layout.coords_shape}.'
-    )
-  return layout.settle_coords(layout.mean(_linalg.widen(coords)), leaf)
+  coords = _entries.map_entries(take, matrices)
+  return coords, jax.tree.map(_check_energy, matrices, coords)
 
 
-def _checked(matrix: _base.Matrix, coords: jax.Array) -> _base.Matrix:
+def _check_energy(matrix: _base.Matrix, coords: jax.Array) -> _base.Matrix:
   """Returns a matrix that knows whether its coordinates are good."""
   energy = matrix.layout.coords_energy(coords)
   ok = jnp.isfinite(energy) & (energy > 0)
   return dataclasses.replace(matrix, ok=ok)
+
+
+def project(matrix: _base.Matrix, basis: jax.Array) -> jax.Array:
+  """Returns P^T G, or the mean of all of them along a mapped axis."""
+  coords = matrix.layout.project(matrix.gradient, basis)
+  return matrix.layout.settle_coords(coords, matrix.gradient)
+
+
+def captured_energy(
+  matrix: _base.Matrix, coords: jax.Array, basis: jax.Array, last: jax.Array
+) -> jax.Array:
+  """Returns ||P^T G||^2 / ||G||^2, or the last value where G tells nothing.
+
+  For P with columns of length 1 on average, whatever its scale.
+  """
+  layout = matrix.layout
+  scale = layout.basis_energy(_linalg.widen(basis)) / layout.rank
+  ratio = layout.coords_energy(coords) / (matrix.energy * scale)
+  return jnp.where(matrix.ok, ratio.astype(last.dtype), last)

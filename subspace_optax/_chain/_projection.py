@@ -18,13 +18,14 @@ import optax
 from subspace_optax._chain import _check_matches
 from subspace_optax._chain import _describe
 from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _entries
 from subspace_optax._chain import _first_bases
 from subspace_optax._chain import _first_states
 from subspace_optax._chain import _match_updates
 from subspace_optax._chain import _matrices
+from subspace_optax._chain import _refresh_bases
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _layout
-from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
@@ -34,10 +35,9 @@ from subspace_optax.projectors import _base
 
 
 class Given(NamedTuple):
-  """What the caller of an optimizer's `update` does in the place of `project`.
+  """What a training step does itself, so that `project` leaves it out.
 
-  Steps that compose the phases of `project` hand it down the chain as the extra
-  argument `given`.
+  The step passes it to an optimizer's `update` as the extra argument `given`.
 
   Attributes:
     axis_name: a mapped axis along which coordinates are to be averaged; plain
@@ -47,25 +47,15 @@ class Given(NamedTuple):
   """
 
   axis_name: Any = None
-  refreshed: Mapping[tuple[str, ...], 'Refreshed'] | None = None
-
-
-class Refreshed(NamedTuple):
-  """What a refresh makes of a state; trees like those in it."""
-
-  old_basis: Any  # before the refresh
-  subspaces: _base.Subspaces  # after it
-  moves: Any  # from one to the other; None if the rule makes none
-  own: Any  # the projector's own state
-  stored: Any  # the basis as it is kept
+  refreshed: Mapping[tuple[str, ...], _refresh_bases.Refreshed] | None = None
 
 
 class Seen(NamedTuple):
-  """What the gradients of a step are, once their coordinates are taken."""
+  """The matrices of a step's gradients, and their coordinates."""
 
   matrices: Any
   coords: Any
-  refreshed: Refreshed
+  refreshed: _refresh_bases.Refreshed
 
 
 class ProjectState(NamedTuple):
@@ -79,7 +69,7 @@ class ProjectState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-  """The phases of `project`: `refresh`, `coordinates`, `track`.
+  """The phases of `project`: `refresh`, `take_coordinates`, `track_bases`.
 
   Attributes:
     spec: see `project`, as the next three.
@@ -149,10 +139,12 @@ class Projection:
     del extra_args
     given = given or Given()
     always = jnp.array(True)
-    seen = self.see(updates, state, params, refresh_gradients, given, always)
-    return self.track(updates, state, seen, given)
+    seen = self.refresh_and_project(
+      updates, state, params, refresh_gradients, given, always
+    )
+    return self.track_bases(updates, state, seen, given)
 
-  def see(
+  def refresh_and_project(
     self,
     updates: Any,
     state: ProjectState,
@@ -171,10 +163,10 @@ class Projection:
       given: what the caller does itself.
       active: a boolean scalar: whether bases may be refreshed.
     """
-    axis_name = self._averaged(given)
+    axis_name = self._averaged_axis(given)
     if given.refreshed is not None:
       self._check_compressed(params, refresh_gradients)
-      return self._see_coordinates(
+      return self._take_given(
         updates, state, params, given.refreshed, axis_name
       )
     _match_updates.check_shapes(updates, params, 'its parameter')
@@ -183,54 +175,45 @@ class Projection:
       _match_updates.check_shapes(
         updates, refresh_gradients, 'refresh_gradients'
       )
-      shown = _match_updates.masked_like(updates, refresh_gradients)
+      shown = _match_updates.mask_like(updates, refresh_gradients)
       sources = self._matrices(state, shown, axis_name)
     refreshed = self.refresh(state, matrices, sources, active)
-    return self.coordinates(matrices, refreshed)
+    return self.take_coordinates(matrices, refreshed)
 
   def refresh(
     self, state: ProjectState, matrices: Any, sources: Any, active: jax.Array
-  ) -> Refreshed:
+  ) -> _refresh_bases.Refreshed:
     """Moves the bases that are due, if `active`, by the gradients `sources`."""
-    projector, stored = self.projector, state.subspaces.basis
-    if projector.rebuild:
-      drawn = projector.rebuild(matrices, state.projector)
-      place = functools.partial(_place_rebuilt, self.spec.basis_dtype)
-      basis = jax.tree.map(place, drawn, matrices)
-    else:
-      read = functools.partial(_quantized_basis.read, projector.orthonormal)
-      basis = jax.tree.map(read, matrices, stored)
-    subspaces, moves, own = projector.refresh(
-      _base.Context(state.count, active),
-      sources,
-      state.subspaces._replace(basis=basis),
-      state.projector,
+    return _refresh_bases.refresh_bases(
+      self.spec, self.projector, state, matrices, sources, active
     )
-    refreshed = Refreshed(basis, subspaces, moves, own, stored)
-    if moves is None or not self._is_quantized:
-      return refreshed
-    return _encode(projector.orthonormal, matrices, refreshed)
 
   def refresh_without_gradients(
     self, state: ProjectState, params: Any, active: jax.Array
-  ) -> Refreshed:
+  ) -> _refresh_bases.Refreshed:
     """Does so where no rule looks at a gradient in this step."""
     matches = _match_updates.match_as_at_init(self.spec, state, params)
-    matrices = _matrices.without_gradients(state, matches, params)
+    matrices = _matrices.wrap_parameters(state, matches, params)
     return self.refresh(state, matrices, matrices, active)
 
-  def coordinates(self, matrices: Any, refreshed: Refreshed) -> Seen:
+  def take_coordinates(
+    self, matrices: Any, refreshed: _refresh_bases.Refreshed
+  ) -> Seen:
     """Takes P^T G of every matrix, and notes how much of G that is."""
     basis = refreshed.subspaces.basis
-    coords = jax.tree.map(_coords, basis, matrices)
+    coords = jax.tree.map(_matrices.project, matrices, basis)
     captured = jax.tree.map(
-      _captured, refreshed.subspaces.captured_energy, matrices, coords, basis
+      _matrices.captured_energy,
+      matrices,
+      coords,
+      basis,
+      refreshed.subspaces.captured_energy,
     )
     subspaces = refreshed.subspaces._replace(captured_energy=captured)
     refreshed = refreshed._replace(subspaces=subspaces)
     return Seen(matrices, coords, refreshed)
 
-  def track(
+  def track_bases(
     self,
     updates: Any,
     state: ProjectState,
@@ -243,7 +226,7 @@ class Projection:
     Args:
       updates: the gradients, whose plain leaves pass.
       state: as it was before the step.
-      seen: of `see`.
+      seen: of `refresh_and_project`.
       given: what the caller does itself.
       active: a boolean scalar: whether bases move and the step counts; None
         for always.
@@ -257,21 +240,23 @@ class Projection:
     )
     if projector.rebuild:
       subspaces = subspaces._replace(basis=())
-    if self._is_quantized:
+    if _quantized_basis.is_quantized(self.spec.basis_dtype):
       subspaces = subspaces._replace(basis=refreshed.stored)
     own = jax.tree.map(_varying.vary_as, own, state.projector)
     steps = optax.safe_increment(state.count)
     count = jnp.where(active, steps, state.count)
     new_state = ProjectState(count, state.seed, subspaces, own)
-    return self._nodes(updates, seen, after, given), new_state
+    return self._make_nodes(updates, seen, after, given), new_state
 
-  def _nodes(self, updates: Any, seen: Seen, after: Any, given: Given) -> Any:
+  def _make_nodes(
+    self, updates: Any, seen: Seen, after: Any, given: Given
+  ) -> Any:
     """Returns gradients with a node in the place of every projected leaf."""
     refreshed = seen.refreshed
     basis = refreshed.subspaces.basis
     nothing = jax.tree.map(lambda _: None, basis)
     nodes = jax.tree.map(
-      self._node,
+      self._make_node,
       basis,
       refreshed.old_basis,
       seen.matrices,
@@ -279,15 +264,12 @@ class Projection:
       nothing if refreshed.moves is None else refreshed.moves,
       nothing if after is None else after,
     )
-    entries = [
-      self._plain(entry, given) if _tree.is_masked(node) else node
-      for (_, entry), (_, node) in zip(
-        _tree.flatten(updates)[0], _tree.flatten(nodes)[0], strict=True
-      )
-    ]
-    return _tree.replace_entries(updates, entries)
+    choose = lambda path, entry, node: (
+      self._pass_plain(entry, given) if _tree.is_masked(node) else node
+    )
+    return _entries.map_entries(choose, updates, nodes)
 
-  def _node(
+  def _make_node(
     self, basis, old_basis, matrix, coords, before, after
   ) -> _projected.Projected:
     dtype = matrix.like.dtype
@@ -310,7 +292,7 @@ class Projection:
       sharding=_sharding.explicit(matrix.like),
     )
 
-  def _plain(self, gradient: Any, given: Given) -> Any:
+  def _pass_plain(self, gradient: Any, given: Given) -> Any:
     """Returns what passes of a leaf that is not projected."""
     if _tree.is_masked(gradient):
       return gradient
@@ -318,17 +300,17 @@ class Projection:
       gradient = lax.pmean(gradient, self.axis_name)
     return _dtypes.widen(self.spec, gradient) if self.keep_wide else gradient
 
-  def _see_coordinates(
+  def _take_given(
     self,
     updates: Any,
     state: ProjectState,
     params: Any,
-    refreshed: Mapping[tuple[str, ...], Refreshed],
+    refreshed: Mapping[tuple[str, ...], _refresh_bases.Refreshed],
     axis_name: Any,
   ) -> Seen:
     matches = _match_updates.match_as_at_init(self.spec, state, params)
-    matrices = _matrices.without_gradients(state, matches, params, axis_name)
-    coords, matrices = _matrices.take_coordinates(updates, matches, matrices)
+    matrices = _matrices.wrap_parameters(state, matches, params, axis_name)
+    coords, matrices = _matrices.take_coordinates(updates, matrices)
     known = refreshed.get(paths(state)) or self.refresh(
       state, matrices, matrices, jnp.array(True)
     )
@@ -351,15 +333,11 @@ class Projection:
     self, state: ProjectState, gradients: Any, axis_name: Any
   ) -> Any:
     matches = _match_updates.match_as_at_init(self.spec, state, gradients)
-    return _matrices.of_gradients(
+    return _matrices.wrap_gradients(
       state, matches, axis_name, self.keep_gradient, gradients
     )
 
-  @property
-  def _is_quantized(self) -> bool:
-    return _quantized_basis.is_quantized(self.spec.basis_dtype)
-
-  def _averaged(self, given: Given) -> Any:
+  def _averaged_axis(self, given: Given) -> Any:
     """Returns the mapped axis along which coordinates are averaged."""
     if None not in (given.axis_name, self.axis_name):
       raise ValueError(
@@ -375,27 +353,6 @@ def paths(state: ProjectState) -> tuple[str, ...]:
   return tuple(path for path, seed in pairs if not _tree.is_masked(seed))
 
 
-def _encode(orthonormal: bool, matrices: Any, new: Refreshed) -> Refreshed:
-  """Returns what codes can hold of a refresh, and the codes."""
-  codes, basis, error, drift, transition = _tree.map_unzip(
-    functools.partial(_quantized_basis.store, orthonormal),
-    5,
-    matrices,
-    new.stored,
-    new.old_basis,
-    new.subspaces.basis,
-    new.subspaces.orthogonality_error,
-    new.subspaces.drift,
-    new.moves,
-  )
-  subspaces = new.subspaces._replace(
-    basis=basis, orthogonality_error=error, drift=drift
-  )
-  replace = lambda _, move, c: _projected.Move(move.moved, c)
-  moves = jax.tree.map(replace, matrices, new.moves, transition)
-  return new._replace(subspaces=subspaces, moves=moves, stored=codes)
-
-
 def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   """Returns a float32 zero per matrix."""
   del path
@@ -405,28 +362,3 @@ def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
 def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   del path
   return _first_states.zero_coords(layout, leaf, jnp.float32)
-
-
-def _place_rebuilt(
-  dtype: Any, basis: jax.Array, matrix: _base.Matrix
-) -> jax.Array:
-  """Returns a basis as it would have come from the state."""
-  return matrix.layout.settle_basis(basis.astype(dtype), matrix.like)
-
-
-def _coords(basis: jax.Array, matrix: _base.Matrix) -> jax.Array:
-  coords = matrix.layout.project(matrix.gradient, basis)
-  return matrix.layout.settle_coords(coords, matrix.gradient)
-
-
-def _captured(
-  last: jax.Array, matrix: _base.Matrix, coords: jax.Array, basis: jax.Array
-) -> jax.Array:
-  """Returns ||P^T G||^2 / ||G||^2, or the last value where G tells nothing.
-
-  For P with columns of length 1 on average, whatever its scale.
-  """
-  layout = matrix.layout
-  scale = layout.basis_energy(_linalg.widen(basis)) / layout.rank
-  ratio = layout.coords_energy(coords) / (matrix.energy * scale)
-  return jnp.where(matrix.ok, ratio.astype(last.dtype), last)

@@ -4,10 +4,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
 from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _entries
 from subspace_optax._chain import _every_k
 from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _projection
@@ -38,6 +38,9 @@ def subspace(
 ) -> optax.GradientTransformationExtraArgs:
   """Chains `project`, `in_subspace` and `unproject`.
 
+  A residual rule with feedback, as `residuals.error_feedback`, adds what one
+  step left over to the next gradient, before `project`.
+
   Args:
     spec: which leaves, as which matrices, at which rank.
     projector: how bases are found and moved.
@@ -49,25 +52,27 @@ def subspace(
     plain: see `in_subspace`.
     residual: see `unproject`.
     scale: see `unproject`.
-    every_k: k, micro-steps to a step, at the end of which the inner optimizer,
-      what follows it, and `after` run once on the mean of k gradients, kept
-      r-sized. Bases stay for a window: they are refreshed with its first
-      gradient, or `refresh_gradients`, and tracked with its last. Gaps count
-      steps. k - 1 of k updates are zero. (`optax.MultiSteps` as `inner` keeps
-      r-sized sums, too, but what is chained behind runs at every micro-step
-      and bases may move within a window.)
-    after: runs on whole updates: weight decay and learning rate, which would
-      run at every micro-step if they were chained behind.
+    every_k: k, the number of micro-steps in one step. Every micro-step adds its
+      coordinates to a mean of rank r. The last one runs the inner optimizer,
+      `unproject` and `after` on the mean; the other k - 1 updates are zero.
+      Bases do not move within a step: its first gradient, or
+      `refresh_gradients`, refreshes them, and its last one tracks them. Gaps
+      count steps. (`optax.MultiSteps` as `inner` keeps means of rank r, too,
+      but bases may then move between micro-steps, and transformations that are
+      chained behind run at every one.)
+    after: a transformation of whole updates, such as weight decay and learning
+      rate. It runs once in k micro-steps; what is chained behind runs in all.
 
   Returns:
     A transformation from gradients to updates of their dtypes, without learning
     rate. Updates are float32 or wider until `after` has seen them.
 
   Raises:
-    ValueError: see the three pieces; `every_k` below 1, or with a residual,
-      which needs the gradients that it does not keep; at `init`, an inner
-      optimizer that steps against the gradient beside a residual, or to the
-      other side of it than `plain`.
+    ValueError: see the three pieces; `every_k` below 1, or together with a
+      residual, which needs gradients that accumulation does not keep; at
+      `init`, an inner optimizer that steps against the gradient although there
+      is a residual, or one of `inner` and `plain` that steps along the gradient
+      while the other steps against it.
     TypeError: see the three pieces; `every_k` is no int.
 
   References:
@@ -143,22 +148,16 @@ def _in_a_row(
 def _add_left_over(feedback: Callable, gradients: Any, left_over: Any) -> Any:
   """Returns gradients with what the step before did not apply of its own."""
   known = dict(_tree.flatten(left_over)[0])
-  entries = [
-    _fed_back(feedback, path, gradient, known.get(path))
-    for path, gradient in _tree.flatten(gradients)[0]
-  ]
-  return _tree.replace_entries(gradients, entries)
 
+  def add(path: str, gradient: Any) -> Any:
+    state = known.get(path)  # `project` checks the tree
+    if state is None or _tree.is_masked(gradient) or _tree.is_masked(state):
+      return gradient
+    if gradient.shape != state.shape:
+      raise ValueError(
+        f'gradient {path!r} has shape {gradient.shape}, its parameter had '
+        f'{state.shape} at init.'
+      )
+    return feedback(gradient, state)
 
-def _fed_back(
-  feedback: Callable, path: str, gradient: Any, state: jax.Array | None
-) -> Any:
-  """Returns a gradient with its feedback; `project` checks the tree."""
-  if state is None or _tree.is_masked(gradient) or _tree.is_masked(state):
-    return gradient
-  if gradient.shape != state.shape:
-    raise ValueError(
-      f'gradient {path!r} has shape {gradient.shape}, its parameter had '
-      f'{state.shape} at init.'
-    )
-  return feedback(gradient, state)
+  return _entries.map_entries(add, gradients)

@@ -33,16 +33,15 @@ def unproject(
   residual: _base.Residual | None = None,
   spec: _spec.SubspaceSpec | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes directions in subspaces back to updates of whole leaves.
+  """Turns directions in subspaces into updates of whole leaves.
 
   Args:
-    scale: factor of what comes back, alpha in GaLore; plain leaves are not
-      scaled.
+    scale: factor of the projected leaves' updates, alpha in GaLore.
     residual: rule for the part of the gradient outside the subspace, from
       `subspace_optax.residuals`; needs `project(..., keep_gradient=True)`.
-    spec: the one given to `project`, which says where a residual rule has
-      state. By default its state is made for all leaves of two axes or more,
-      their last two axes taken for the matrix.
+    spec: the spec of `project`, which says for which leaves a residual rule has
+      state. By default these are all leaves of two axes or more, with their
+      last two axes as the matrix.
 
   Returns:
     A transformation that turns `Projected` nodes into updates of the leaf's
