@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from subspace_optax._chain import _entries
 from subspace_optax._matrix import _tree
 
 
@@ -52,4 +51,4 @@ def split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
   tree, hide = _tree.unbox(tree), optax.MaskedNode()
   mine = lambda path, x: x if path in projected else hide
   rest = lambda path, x: hide if path in projected else x
-  return _entries.map_entries(mine, tree), _entries.map_entries(rest, tree)
+  return _tree.map_entries(mine, tree), _tree.map_entries(rest, tree)

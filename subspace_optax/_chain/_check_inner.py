@@ -78,7 +78,8 @@ def _copies_params(run: Any, templates: Any) -> bool:
     return run.init(shifted)
 
   # Nothing that depends on a mapped value leaves `vmap` without its axis.
-  return not _is_traceable(jax.vmap(init_at, out_axes=None), jnp.zeros(2))
+  two = jax.ShapeDtypeStruct((2,), jnp.float32)
+  return not _is_traceable(jax.vmap(init_at, out_axes=None), two)
 
 
 def _is_traceable(f: Any, *args: Any) -> bool:

@@ -53,13 +53,18 @@ def record(spec: _spec.SubspaceSpec, matches: Matches, *args: Any) -> None:
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
-  """A context in which `record` adds nothing."""
-  token = _records.set(None)
+def _listening(records: list | None) -> Iterator[None]:
+  """A context in which `record` adds to a list, or to none."""
+  token = _records.set(records)
   try:
     yield
   finally:
     _records.reset(token)
+
+
+def unheard() -> contextlib.AbstractContextManager[None]:
+  """A context in which `record` adds nothing."""
+  return _listening(None)
 
 
 def is_asked() -> bool:
@@ -75,13 +80,9 @@ def _of_shape(match: _spec.Match) -> _spec.Match:
 def records_of(tx: Any, params: Any) -> list[Record]:
   """Returns the records of all `project`s in an optimizer."""
   records: list[Record] = []
-  token = _records.set(records)
-  try:
-    with _notices.quiet(errors=True):
-      # A new function each time: jax would serve a traced one from its cache.
-      jax.eval_shape(lambda p: tx.init(p), params)
-  finally:
-    _records.reset(token)
+  with _listening(records), _notices.quiet(errors=True):
+    # A new function each time: jax would serve a traced one from its cache.
+    jax.eval_shape(lambda p: tx.init(p), params)
   if not records:
     raise ValueError(
       f'the optimizer holds no `subspace_optax.project`: {tx!r}.'

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from subspace_optax._chain import _entries
 from subspace_optax._chain import _first_states
 from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _projection
@@ -81,8 +80,8 @@ def every_k(
       updates, state.project, seen, given, last
     )
     add = functools.partial(_add_to_mean, first, k)
-    mean = _entries.map_entries(add, state.mean, nodes)
-    nodes = _entries.map_entries(_put_mean, nodes, mean)
+    mean = _tree.map_entries(add, state.mean, nodes)
+    nodes = _tree.map_entries(_put_mean, nodes, mean)
     own = in_subspace.carry_before(nodes, state.in_subspace)
     run = functools.partial(in_subspace.run, nodes, params=params, **extra_args)
     directions, new = _run_if(last, run, own)
@@ -111,7 +110,7 @@ def _run_if(
 
   def run(state):
     result, new = f(state)
-    # Whatever dtype it is computed in: both branches must agree.
+    # Whatever dtypes it is computed in: both branches must agree.
     return result, jax.tree.map(_sharding.like, new, state)
 
   def wait(state):

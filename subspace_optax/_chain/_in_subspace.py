@@ -11,7 +11,6 @@ import optax
 from subspace_optax._chain import _beside
 from subspace_optax._chain import _check_inner
 from subspace_optax._chain import _dtypes
-from subspace_optax._chain import _entries
 from subspace_optax._chain import _first_states
 from subspace_optax._chain import _per_matrix
 from subspace_optax._chain import _spec
@@ -157,6 +156,7 @@ class InSubspace:
     """Gives every node its direction: all phases, one after the other."""
     own = self.carry_before(updates, state)
     directions, new = self.run(updates, own, params, **extra)
+    new = jax.tree.map(_sharding.like, new, own)
     return self.carry_after(updates, state, own, directions, new)
 
   def carry_before(self, updates: Any, state: InSubspaceState) -> Any:
@@ -169,7 +169,7 @@ class InSubspace:
   def run(
     self, updates: Any, own: Any, params: Any, **extra_args: Any
   ) -> tuple[Any, Any]:
-    """Returns directions, and the inner state, whose dtypes stay."""
+    """Returns directions, and the inner state after them."""
     nodes = _find_nodes(updates)
     runner = self._make_runner(
       {p: x.layout.coords_batch for p, x in nodes.items()}
@@ -177,12 +177,11 @@ class InSubspace:
     coords = self._show_updates(updates)
     weights = self._show_params(updates, params)
     try:
-      directions, new = runner.update(coords, own, weights, **extra_args)
+      return runner.update(coords, own, weights, **extra_args)
     except (TypeError, ValueError):
       if not self.each:
         _check_inner.check_moments(runner, own, coords)
       raise
-    return directions, jax.tree.map(_sharding.like, new, own)
 
   def carry_after(
     self,
@@ -211,7 +210,7 @@ class InSubspace:
     direct = lambda path, entry, direction: _add_direction(
       entry, direction, old_means.get(path), means.get(path)
     )
-    nodes = _entries.map_entries(direct, updates, directions)
+    nodes = _tree.map_entries(direct, updates, directions)
     return nodes, InSubspaceState(new)
 
   def _carry_moments(self, updates: Any, state: Any, moves: _base.Moves) -> Any:
@@ -235,7 +234,7 @@ class InSubspace:
         return entry.coords
       return _dtypes.widen(self.spec, entry)
 
-    return _entries.map_entries(see, _tree.unbox(updates))
+    return _tree.map_entries(see, _tree.unbox(updates))
 
   def _show_params(self, updates: Any, params: Any) -> Any:
     """Returns what optimizers see in the place of params; None for nothing."""
@@ -253,7 +252,7 @@ class InSubspace:
         return param
       return _linalg.coordinates(entry.layout, param, entry.basis)
 
-    return _entries.map_entries(see, _tree.unbox(updates), params)
+    return _tree.map_entries(see, _tree.unbox(updates), params)
 
   def _make_runner(self, batch_axes: _per_matrix.BatchAxes) -> Any:
     """Returns the inner optimizer, and beside it that of plain leaves."""

@@ -10,7 +10,6 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from subspace_optax._chain import _entries
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
@@ -104,7 +103,7 @@ def take_coordinates(updates: Any, matrices: Any) -> tuple[Any, Any]:
     coords = layout.mean(_linalg.widen(coords))
     return layout.settle_coords(coords, matrix.like)
 
-  coords = _entries.map_entries(take, matrices)
+  coords = _tree.map_entries(take, matrices)
   return coords, jax.tree.map(_check_energy, matrices, coords)
 
 

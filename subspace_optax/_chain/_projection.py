@@ -18,8 +18,6 @@ import optax
 from subspace_optax._chain import _check_matches
 from subspace_optax._chain import _describe
 from subspace_optax._chain import _dtypes
-from subspace_optax._chain import _entries
-from subspace_optax._chain import _first_bases
 from subspace_optax._chain import _first_states
 from subspace_optax._chain import _match_updates
 from subspace_optax._chain import _matrices
@@ -110,20 +108,24 @@ class Projection:
     del params
     make = functools.partial(_matrices.per_matrix, matches, treedef)
     sample = functools.partial(
-      _first_bases.sample_basis, self.spec, self.projector.sample
+      _first_states.sample_basis, self.spec, self.projector.sample
     )
     subspaces = _base.Subspaces(
       make(sample), make(_zero), make(_zero), make(_zero)
     )
-    # Whether a basis moves may depend on the gradient, and so what counts it.
-    own = _varying.vary_as_any(
-      self.projector.init(subspaces, functools.partial(make, _zero_coords)),
-      [m.leaf for m in matches if m],
+    state = ProjectState(
+      count=jnp.zeros((), jnp.int32),
+      seed=make(functools.partial(_first_states.make_seeds, self.spec)),
+      subspaces=subspaces,
+      # Whether a basis moves may depend on the gradient, and so what counts it.
+      projector=_varying.vary_as_any(
+        self.projector.init(subspaces, functools.partial(make, _zero_coords)),
+        [m.leaf for m in matches if m],
+      ),
     )
     if self.projector.rebuild:
-      subspaces = subspaces._replace(basis=())
-    seeds = make(functools.partial(_first_bases.make_seeds, self.spec))
-    return ProjectState(jnp.zeros((), jnp.int32), seeds, subspaces, own)
+      state = state._replace(subspaces=subspaces._replace(basis=()))
+    return state
 
   def update(
     self,
@@ -267,7 +269,7 @@ class Projection:
     choose = lambda path, entry, node: (
       self._pass_plain(entry, given) if _tree.is_masked(node) else node
     )
-    return _entries.map_entries(choose, updates, nodes)
+    return _tree.map_entries(choose, updates, nodes)
 
   def _make_node(
     self, basis, old_basis, matrix, coords, before, after

@@ -7,7 +7,6 @@ from typing import Any
 import optax
 
 from subspace_optax._chain import _dtypes
-from subspace_optax._chain import _entries
 from subspace_optax._chain import _every_k
 from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _projection
@@ -160,4 +159,4 @@ def _add_left_over(feedback: Callable, gradients: Any, left_over: Any) -> Any:
       )
     return feedback(gradient, state)
 
-  return _entries.map_entries(add, gradients)
+  return _tree.map_entries(add, gradients)
