@@ -81,8 +81,8 @@ class SubspaceSpec:
 
   Attributes:
     rank: r, as an int, a fraction of the short side in (0, 1], or a callable
-      of (path, leaf) that returns either. Clipped to the short side, of which
-      `init` warns.
+      of (path, leaf) that returns either. A rank above the short side is
+      clipped to it, and `init` warns.
     include: regular expression; only leaves whose path it finds are projected.
       Paths look like `blocks/mlp/up`. None for all.
     exclude: regular expression; leaves whose path it finds stay plain. 'auto'

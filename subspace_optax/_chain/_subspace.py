@@ -117,17 +117,20 @@ def subspace(
     tx = _every_k.every_k(every_k, spec, project, in_subspace, rest)
     return _dtypes.round_last(tx)
   feedback = None if residual is None else residual.feedback
-  tx = _in_a_row(project, in_subspace, unproject, feedback)
+  tx = _chain_stages(project, in_subspace, unproject, feedback)
   return _dtypes.round_last(tx if after is None else optax.chain(tx, after))
 
 
-def _in_a_row(
+def _chain_stages(
   project: _projection.Projection,
   in_subspace: _in_subspace.InSubspace,
   unproject: optax.GradientTransformationExtraArgs,
   feedback: Callable | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Chains the stages; with `feedback`, what a step leaves joins the next."""
+  """Runs the stages in a row.
+
+  With `feedback`, what one step left over is added to the next gradient.
+  """
 
   def init(params):
     return tuple(x.init(params) for x in (project, in_subspace, unproject))
@@ -145,7 +148,7 @@ def _in_a_row(
 
 
 def _add_left_over(feedback: Callable, gradients: Any, left_over: Any) -> Any:
-  """Returns gradients with what the step before did not apply of its own."""
+  """Returns gradients plus what the residual rule kept in the last step."""
   known = dict(_tree.flatten(left_over)[0])
 
   def add(path: str, gradient: Any) -> Any:
