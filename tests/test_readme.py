@@ -32,6 +32,7 @@ def _costs():
   """Returns the cells of the table of costs by what its rows are about."""
   text = README.read_text().partition('## What it costs')[2]
   table = re.search(r'(^\|.*\|\n)+', text, re.MULTILINE)
+  assert table
   rows = [re.findall(r'[^|]+', line) for line in table[0].splitlines()[2:]]
   return {name.strip(' `'): map(str.strip, rest) for name, *rest in rows}
 
@@ -45,7 +46,7 @@ def _evaluate(formula, **sizes):
 def test_every_ready_made_optimizer_has_a_row_of_costs():
   assert list(_costs()) == [*so.optimizers.READY_MADE, 'Adam']
   for name in so.optimizers.READY_MADE:
-    assert f'`{name}`' in so.__doc__
+    assert f'`{name}`' in (so.__doc__ or '')
 
 
 @pytest.mark.parametrize('name', so.optimizers.READY_MADE)
