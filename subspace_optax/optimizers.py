@@ -6,6 +6,7 @@ they are; `galore` takes the arguments of `optax.contrib.galore` before them.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import inspect
 import numbers
 import operator
@@ -43,7 +44,7 @@ class _Default:
     self.value = value
 
   def __eq__(self, other: Any) -> bool:
-    return self.value == _value(other)
+    return self.value == _unwrap(other)
 
   def __hash__(self) -> int:
     return hash(self.value)
@@ -57,11 +58,81 @@ def _default(value: _T) -> _T:
   return cast(_T, _Default(value))
 
 
-def _value(argument: Any) -> Any:
+def _unwrap(argument: Any) -> Any:
   """Returns what a caller passed, or the default."""
   return argument.value if isinstance(argument, _Default) else argument
 
 
+# By name: what tests, benchmarks, the planner and the example trainer go over.
+READY_MADE: dict[str, Callable[..., Transformation]] = {}
+
+_Make = TypeVar('_Make', bound=Callable[..., Transformation])
+
+
+def _ready_made(*static: str) -> Callable[[_Make], _Make]:
+  """Adds an optimizer to `READY_MADE`, and checks what it is called with.
+
+  Args:
+    *static: the names of arguments that can't be traced.
+  """
+
+  def add(make: _Make) -> _Make:
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def checked(*args: Any, **kwargs: Any) -> Transformation:
+      try:
+        call = signature.bind(*args, **kwargs)
+      except TypeError as error:
+        raise TypeError(f'{make.__name__}: {error}') from None
+      call.apply_defaults()
+      _check_static(make.__name__, {k: call.arguments[k] for k in static})
+      _check_spec_alone(call.arguments)
+      for name, argument in call.arguments.items():
+        call.arguments[name] = _unwrap(argument)
+      return make(*call.args, **call.kwargs)
+
+    READY_MADE[make.__name__] = checked
+    return cast(_Make, checked)
+
+  return add
+
+
+def _check_static(optimizer: str, arguments: Mapping[str, Any]) -> None:
+  """Raises if any of the optimizer's arguments is an array, traced maybe."""
+  traced = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
+  if traced:
+    names = tuple(k for k, x in arguments.items() if _is_passed(x))
+    shown = ', '.join(f'{k}={x!r}' for k, x in traced.items())
+    raise TypeError(
+      f'{" and ".join(traced)} must be static, got {shown}; with '
+      'optax.inject_hyperparams, write optax.inject_hyperparams('
+      f'so.{optimizer}, static_args={names}).'
+    )
+
+
+def _check_spec_alone(arguments: Mapping[str, Any]) -> None:
+  """Raises for arguments whose place a spec takes, beside a spec."""
+  spec = arguments['spec']
+  if spec is None:
+    return
+  _spec.check_spec(spec)
+  fields = ('rank', 'seed', 'weight_dimension_numbers')
+  passed = {k: arguments[k] for k in fields if _is_passed(arguments.get(k))}
+  if passed:
+    shown = ', '.join(f'{name}={x!r}' for name, x in passed.items())
+    has = ', '.join(f'{name}={getattr(spec, name)!r}' for name in passed)
+    raise ValueError(
+      f'{shown} was passed beside a spec with {has}, which takes its place; '
+      f'leave it out, or write spec=so.SubspaceSpec({shown}, ...).'
+    )
+
+
+def _is_passed(argument: Any) -> bool:
+  return argument is not None and not isinstance(argument, _Default)
+
+
+@_ready_made('rank', 'every_k', 'moment_bits', 'seed')
 def galore(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -96,26 +167,27 @@ def galore(
     rank: r, clipped to the short side; see `SubspaceSpec`.
     update_proj_gap: T, steps between SVDs; the first is at step 0.
     scale: alpha, factor of the projected leaves' updates.
-    base_optimizer: what runs in the subspace and on plain leaves,
-      `optax.scale_by_adam()` by default. It returns directions along the
-      gradient. `optax.adam(...)` steps against it, so that with `learning_rate`
-      behind the loss would grow: an error here, contrib runs it. A b2 that
-      `optax.inject_hyperparams` gives it needs `hyperparam_dtype=jnp.float32`
-      beside bfloat16 parameters, in whose dtype 0.999 is 1: unseen from here,
-      Adam would divide by zero.
+    base_optimizer: the optimizer in the subspace and of plain leaves,
+      `optax.scale_by_adam()` by default. It must return directions along the
+      gradient, since `learning_rate` and sign are applied behind it.
+      `optax.adam(...)` steps against the gradient and is an error here;
+      contrib's galore takes it, and the loss grows. With
+      `optax.inject_hyperparams` and bfloat16 parameters, pass
+      `hyperparam_dtype=jnp.float32`: in bfloat16 a b2 of 0.999 is 1, and Adam
+      divides by zero.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
     plain: optimizer of the leaves that are not projected, `base_optimizer` by
       default.
-    stagger: whether matrices take turns within each T steps, starting from
-      random bases, so that no step pays for all SVDs.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
-      `subspace`. None for one.
+    stagger: whether matrices are refreshed in different steps of every T, so
+      that no step computes all SVDs. Their bases then start as random samples.
+    every_k: number of micro-steps in one step, whose gradients are accumulated
+      in their subspaces; see `subspace`. None for 1.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the first bases if staggered, and of rounding.
-    spec: takes the place of `rank`, `seed` and `weight_dimension_numbers`;
-      beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank`, `seed` and
+      `weight_dimension_numbers`; passing both is an error.
 
   Returns:
     An optimizer. State per m x n matrix, m the long side: mr + 2nr.
@@ -138,31 +210,27 @@ def galore(
     >>> so.memory_report(tx, params).state < so.memory_report(tx, params).adam
     True
   """
-  _check_static(
-    'galore', rank=rank, every_k=every_k, moment_bits=moment_bits, seed=seed
-  )
-  dims = weight_dimension_numbers
-  spec = _spec_or(
-    spec,
-    {'rank': rank, 'seed': seed, 'weight_dimension_numbers': dims},
-    side='long',
-    only_if_smaller=False,
-  )
   return _assemble(
-    spec,
-    projectors.svd(_value(update_proj_gap), stagger=stagger),
+    _choose_spec(
+      spec,
+      rank=rank,
+      seed=seed,
+      weight_dimension_numbers=weight_dimension_numbers,
+      side='long',
+      only_if_smaller=False,
+    ),
+    projectors.svd(update_proj_gap, stagger=stagger),
     base_optimizer,
-    inner_name='base_optimizer',
+    'base_optimizer',
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     every_k=every_k,
     moment_bits=moment_bits,
   )
 
 
+@_ready_made('rank', 'random_from', 'seed', 'every_k', 'moment_bits')
 def golore(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -180,7 +248,7 @@ def golore(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """GoLore: GaLore whose bases turn random, so that noise can't trap it.
+  """GoLore: GaLore with random bases, in which noise cannot trap training.
 
   Bases come from the gradient's SVD before step `random_from` and are Haar
   samples after it; first moments move along (momentum projection). A tree
@@ -193,20 +261,21 @@ def golore(
     scale: factor of the projected leaves' updates.
     random_from: first step with random bases; 0 for pure GoLore, 8,000 for
       GoLore@20% of 10,000 steps.
-    inner: what runs in the subspace and on plain leaves, one whose
-      first moments are known: see `in_subspace`. `optax.scale_by_adam()` by
-      default. It returns directions along the gradient, as `optax.adam(...)`
-      does not.
+    inner: the optimizer in the subspace and of plain leaves, whose first
+      moments must be known: see `in_subspace`. `optax.scale_by_adam()` by
+      default. It must return directions along the gradient, as
+      `optax.adam(...)` does not.
     plain: optimizer of the leaves that are not projected, `inner` by default.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
-      `subspace`. None for one.
-    stagger: whether matrices take turns within each tau steps, so that no step
-      pays for all refreshes.
+    every_k: number of micro-steps in one step, whose gradients are accumulated
+      in their subspaces; see `subspace`. None for 1.
+    stagger: whether matrices are refreshed in different steps of every tau, so
+      that no step refreshes all of them.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the random bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mr + 2nr.
@@ -224,37 +293,26 @@ def golore(
     >>> import subspace_optax as so
     >>> tx = so.golore(1e-3, rank=128, random_from=8_000)
   """
-  _check_static(
-    'golore',
-    rank=rank,
-    random_from=random_from,
-    seed=seed,
-    every_k=every_k,
-    moment_bits=moment_bits,
-  )
-  gap, start = map(_value, (update_proj_gap, random_from))
-  _gap.check_int(start, 'random_from', least=0)
-  random = projectors.stiefel(gap, stagger=stagger)
-  rule = random
-  if start != 0:
-    svd = projectors.svd(gap, stagger=stagger)
-    rule = projectors.switch({0: svd, operator.index(start): random})
+  _gap.check_int(random_from, 'random_from', least=0)
+  rule = projectors.stiefel(update_proj_gap, stagger=stagger)
+  if random_from != 0:
+    svd = projectors.svd(update_proj_gap, stagger=stagger)
+    rule = projectors.switch({0: svd, operator.index(random_from): rule})
   return _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    _choose_spec(spec, rank=rank, seed=seed),
     rule,
     inner,
-    inner_name='inner',
+    'inner',
     transport='first',
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     every_k=every_k,
     moment_bits=moment_bits,
   )
 
 
+@_ready_made('rank', 'seed', 'every_k', 'moment_bits')
 def online_subspace_descent(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -280,24 +338,24 @@ def online_subspace_descent(
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
-    scale: factor of the projected leaves' updates; 0.25 in the authors'
-      scripts, whose bases move at 0.005 times the schedule whatever the
-      learning rate is.
+    scale: factor of the projected leaves' updates. The authors' scripts take
+      0.25, and a learning rate of 0.005 times the schedule for the bases.
     alpha: learning rate of the bases over that of the weights.
     orthogonality: lambda of Eq. (6).
     basis_optimizer: OptimizerP with its own learning rate; Adam at `alpha`
       times `learning_rate` by default. `optax.sgd` saves its 2mr of state.
-    inner: OptimizerW, what runs in the subspace and on plain leaves,
-      `optax.scale_by_adam()` by default. It returns directions along the
+    inner: OptimizerW, the optimizer in the subspace and of plain leaves,
+      `optax.scale_by_adam()` by default. It must return directions along the
       gradient, as `optax.adam(...)` does not.
     plain: optimizer of the leaves that are not projected, `inner` by default.
     weight_decay: of the weights, decoupled, before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    every_k: micro-steps to a step, whose gradients are accumulated r-sized; see
-      `subspace`. None for one.
+    every_k: number of micro-steps in one step, whose gradients are accumulated
+      in their subspaces; see `subspace`. None for 1.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the first bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: 3mr + 2nr, or
@@ -317,34 +375,26 @@ def online_subspace_descent(
     >>> import subspace_optax as so
     >>> tx = so.online_subspace_descent(1e-3, rank=128)
   """
-  _check_static(
-    'online_subspace_descent',
-    rank=rank,
-    seed=seed,
-    every_k=every_k,
-    moment_bits=moment_bits,
-  )
   if not isinstance(alpha, jax.Array) and not alpha >= 0:
     raise ValueError(f'alpha must not be negative, got {alpha}.')
   if basis_optimizer is None:
-    basis_optimizer = optax.adam(_times(alpha, learning_rate))
+    basis_optimizer = optax.adam(_scale_schedule(alpha, learning_rate))
   return _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.online_pca(
       _sign.require_against(basis_optimizer, 'basis_optimizer'), orthogonality
     ),
     inner,
-    inner_name='inner',
+    'inner',
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     every_k=every_k,
     moment_bits=moment_bits,
   )
 
 
+@_ready_made('rank', 'seed', 'moment_bits')
 def fira_adamw(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -382,11 +432,12 @@ def fira_adamw(
       returns directions along the gradient.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices take turns within each T steps, starting from
-      random bases.
+    stagger: whether matrices are refreshed in different steps of every T. Their
+      bases then start as random samples.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the first bases if staggered.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mr + 2nr + 1.
@@ -402,22 +453,20 @@ def fira_adamw(
     >>> import subspace_optax as so
     >>> tx = so.fira_adamw(1e-2, rank=128)
   """
-  _check_static('fira_adamw', rank=rank, seed=seed, moment_bits=moment_bits)
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
-    projectors.svd(_value(update_proj_gap), stagger=stagger),
+    _choose_spec(spec, rank=rank, seed=seed),
+    projectors.svd(update_proj_gap, stagger=stagger),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     residual=residuals.fira(limiter),
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b1=b1, b2=b2)
 
 
+@_ready_made('rank', 'update_proj_gap', 'seed', 'moment_bits')
 def apollo_adamw(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -460,10 +509,11 @@ def apollo_adamw(
       returns directions along the gradient.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices take turns within each T steps.
+    stagger: whether matrices get new bases in different steps of every T.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: 2nr and a few
@@ -483,30 +533,20 @@ def apollo_adamw(
     ...   1e-2, rank=1, scale=128**0.5, granularity='tensor'
     ... )
   """
-  _check_static(
-    'apollo_adamw',
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    seed=seed,
-    moment_bits=moment_bits,
-  )
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
-    projectors.gaussian(
-      _value(update_proj_gap), stagger=stagger, regenerate=True
-    ),
+    _choose_spec(spec, rank=rank, seed=seed),
+    projectors.gaussian(update_proj_gap, stagger=stagger, regenerate=True),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     residual=residuals.apollo(granularity, limiter),
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b1=b1, b2=b2)
 
 
+@_ready_made('rank', 'seed', 'moment_bits')
 def ldadamw(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -527,8 +567,8 @@ def ldadamw(
 ) -> Transformation:
   """LDAdam: power iteration, transport of both moments, error feedback.
 
-  The first bases are Haar samples, of which the first power step is taken,
-  where the authors' code takes an SVD.
+  The first power step starts from Haar samples; the authors' code starts from
+  an SVD.
 
   Args:
     learning_rate: a float or a schedule.
@@ -547,7 +587,8 @@ def ldadamw(
     mask: which leaves decay; see `optax.add_decayed_weights`.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the first bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mr + 3nr, and mn
@@ -566,23 +607,21 @@ def ldadamw(
     >>> import subspace_optax as so
     >>> tx = so.ldadamw(1e-3, rank=128)
   """
-  _check_static('ldadamw', rank=rank, seed=seed, moment_bits=moment_bits)
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.power_iteration(momentum=momentum),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport=transports.both(b1, b2),
     residual=residuals.error_feedback(b1) if error_feedback else None,
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b1=b1, b2=b2)
 
 
+@_ready_made('rank', 'update_proj_gap', 'seed', 'moment_bits')
 def subspace_adamw(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(0.25),
@@ -628,10 +667,11 @@ def subspace_adamw(
       returns directions along the gradient.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices take turns within each T steps.
+    stagger: whether matrices get new bases in different steps of every T.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: 2nr numbers, and a
@@ -649,31 +689,21 @@ def subspace_adamw(
     >>> import subspace_optax as so
     >>> tx = so.subspace_adamw(5e-3)
   """
-  _check_static(
-    'subspace_adamw',
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    seed=seed,
-    moment_bits=moment_bits,
-  )
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
-    projectors.stiefel(
-      _value(update_proj_gap), stagger=stagger, regenerate=True
-    ),
+    _choose_spec(spec, rank=rank, seed=seed),
+    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport='first',
     residual=residuals.fira(limiter),
     scale=scale,
     plain=plain,
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b1=b1, b2=b2)
 
 
+@_ready_made('rank', 'update_proj_gap', 'seed', 'moment_bits')
 def subspace_muon(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(0.25),
@@ -716,10 +746,11 @@ def subspace_muon(
       gradient, as `optax.adam(...)` does not.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices take turns within each T steps.
+    stagger: whether matrices get new bases in different steps of every T.
     moment_bits: 32, or 8 for `quantize_moments` of all moments.
     seed: of the bases.
-    spec: takes the place of `rank` and `seed`; beside them it is an error.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: nr, and a few
@@ -739,100 +770,50 @@ def subspace_muon(
   """
   if not isinstance(b, jax.Array) and not 0 <= b < 1:
     raise ValueError(f'b must lie in [0, 1), got {b}.')
-  _check_static(
-    'subspace_muon',
-    rank=rank,
-    update_proj_gap=update_proj_gap,
-    seed=seed,
-    moment_bits=moment_bits,
-  )
   tx = _assemble(
-    _spec_or(spec, {'rank': rank, 'seed': seed}),
-    projectors.stiefel(
-      _value(update_proj_gap), stagger=stagger, regenerate=True
-    ),
+    _choose_spec(spec, rank=rank, seed=seed),
+    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
     optax.trace(b, nesterov=True),
     transport='first',
     residual=residuals.orthogonal(1.0 / (1.0 - b)),
     scale=scale,
     plain=optax.scale_by_adam() if plain is None else plain,
     plain_name='' if plain is None else 'plain',
-    learning_rate=learning_rate,
-    weight_decay=weight_decay,
-    mask=mask,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b=b)
 
 
-# By name: what tests, benchmarks, the planner and the example trainer go over.
-READY_MADE: dict[str, Callable[..., Transformation]] = {
-  make.__name__: make
-  for make in (
-    galore,
-    golore,
-    online_subspace_descent,
-    fira_adamw,
-    apollo_adamw,
-    ldadamw,
-    subspace_adamw,
-    subspace_muon,
-  )
-}
-
-
-def _check_static(optimizer: str, **arguments: Any) -> None:
-  """Raises if any of the optimizer's arguments is an array, traced maybe."""
-  traced = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
-  if traced:
-    names = tuple(k for k, x in arguments.items() if _is_passed(x))
-    shown = ', '.join(f'{k}={x!r}' for k, x in traced.items())
-    raise TypeError(
-      f'{" and ".join(traced)} must be static, got {shown}; with '
-      'optax.inject_hyperparams, write optax.inject_hyperparams('
-      f'so.{optimizer}, static_args={names}).'
-    )
-
-
-def _is_passed(argument: Any) -> bool:
-  return argument is not None and not isinstance(argument, _Default)
-
-
-def _spec_or(
-  spec: _spec.SubspaceSpec | None, arguments: Mapping[str, Any], **rest: Any
+def _choose_spec(
+  spec: _spec.SubspaceSpec | None, **fields: Any
 ) -> _spec.SubspaceSpec:
-  """Returns the spec, or the one that the optimizer's arguments describe.
-
-  The latter takes a tree without matrices, too.
-
-  Args:
-    spec: what the caller passed.
-    arguments: of the optimizer, whose place the spec takes.
-    rest: further fields of a spec made of the arguments.
-  """
-  if spec is None:
-    fields = {name: _value(x) for name, x in arguments.items()}
-    return _spec.SubspaceSpec(**fields, allow_empty=True, **rest)
-  _spec.check_spec(spec)
-  passed = {k: x for k, x in arguments.items() if _is_passed(x)}
-  if passed:
-    shown = ', '.join(f'{name}={x!r}' for name, x in passed.items())
-    has = ', '.join(f'{name}={getattr(spec, name)!r}' for name in passed)
-    raise ValueError(
-      f'{shown} was passed beside a spec with {has}, which takes its place; '
-      f'leave it out, or write spec=so.SubspaceSpec({shown}, ...).'
-    )
-  return spec
+  """Returns the spec, or one that takes a tree without matrices, too."""
+  if spec is not None:
+    return spec
+  return _spec.SubspaceSpec(**fields, allow_empty=True)
 
 
-def _times(alpha: Any, learning_rate: Any) -> Any:
+def _decay_and_step(
+  learning_rate: Any, weight_decay: Any, mask: Mask
+) -> Transformation:
+  """Returns decoupled weight decay and the learning rate."""
+  _check_number('learning_rate', learning_rate, 'or a schedule')
+  _check_number('weight_decay', weight_decay, 'or a schedule')
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def _scale_schedule(alpha: Any, learning_rate: Any) -> Any:
   """Returns alpha times a learning rate or schedule."""
   if callable(learning_rate):
     return lambda count: alpha * learning_rate(count)
   return alpha * learning_rate
 
 
-def _quantizes(optimizer: optax.GradientTransformation) -> bool:
+def _has_wide_moments(optimizer: optax.GradientTransformation) -> bool:
   """Whether an optimizer has moments in 32 bits, as far as types tell."""
   try:
     # Of types alone: arrays would start the backend.
@@ -860,55 +841,46 @@ def _assemble(
   spec: _spec.SubspaceSpec,
   projector: projectors.Projector,
   inner: optax.GradientTransformation | None,
-  *,
-  learning_rate: Any,
-  weight_decay: Any,
-  mask: Mask,
-  plain: optax.GradientTransformation | None,
   inner_name: str = '',
+  *,
+  after: optax.GradientTransformation,
+  scale: Any,
+  plain: optax.GradientTransformation | None,
   plain_name: str = '',
-  moment_bits: Any,
+  moment_bits: int,
   every_k: int | None = None,
   **how: Any,
 ) -> Transformation:
-  """Returns `subspace` with decoupled weight decay and a learning rate.
+  """Returns `subspace`, its moments in so many bits, and what comes after.
 
   `every_k` is None for one micro-step, since `inject_hyperparams` would trace
   a number. `inner_name` and `plain_name` are those of the arguments if a caller
   passed them, who may have passed optimizers that step against the gradient.
   """
-  _check_number('learning_rate', learning_rate, 'or a schedule')
-  _check_number('scale', how['scale'])
-  _check_number('weight_decay', weight_decay, 'or a schedule')
-  bits = _value(moment_bits)
-  if bits not in (8, 32):
-    raise ValueError(f'moment_bits must be 32 or 8, got {bits!r}.')
-
-  def ready(optimizer: Any, name: str) -> Any:
-    if optimizer is None:
-      return None
-    if name:
-      _sign.require_optimizer(optimizer, name)
-    if bits != 32 and _quantizes(optimizer):
-      optimizer = _quantize_moments.quantize_moments(
-        optimizer, bits, seed=spec.seed
-      )
-    if not name:
-      return optimizer
-    return _sign.require_along(optimizer, name, with_params=name == 'plain')
-
+  _check_number('scale', scale)
+  if moment_bits not in (8, 32):
+    raise ValueError(f'moment_bits must be 32 or 8, got {moment_bits!r}.')
   if inner is None:
     inner, inner_name = optax.scale_by_adam(), ''
-  after = optax.chain(
-    optax.add_decayed_weights(weight_decay, mask),
-    optax.scale_by_learning_rate(learning_rate),
-  )
+  ready = functools.partial(_quantize, moment_bits, spec.seed)
   return _subspace.subspace(
     spec,
     projector,
     ready(inner, inner_name),
-    plain=ready(plain, plain_name),
+    plain=None if plain is None else ready(plain, plain_name),
+    scale=scale,
     every_k=1 if every_k is None else every_k,
     after=after,
     **how,
   )
+
+
+def _quantize(bits: int, seed: int, optimizer: Any, name: str) -> Any:
+  """Returns an optimizer with moments in `bits`, checked if it has a name."""
+  if name:
+    _sign.require_optimizer(optimizer, name)
+  if bits == 8 and _has_wide_moments(optimizer):
+    optimizer = _quantize_moments.quantize_moments(optimizer, bits, seed=seed)
+  if not name:
+    return optimizer
+  return _sign.require_along(optimizer, name, with_params=name == 'plain')

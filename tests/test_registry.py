@@ -74,6 +74,14 @@ def test_moments_in_8_bits(name):
   assert error <= 0.1 * np.linalg.norm(updates[0]['up'])
 
 
+@pytest.mark.parametrize('name', sorted(set(cases.READY_MADE) - {'galore'}))
+def test_arguments_by_position_name_the_optimizer(name):
+  with errors.raises(TypeError, f'{name}: too many positional arguments'):
+    so.optimizers.READY_MADE[name](1e-3, 8, 200)
+  with errors.raises(TypeError, f"{name}: missing a required argument: 'lear"):
+    so.optimizers.READY_MADE[name]()
+
+
 @pytest.mark.parametrize('bits', [4, 16, None, '8'])
 def test_other_moment_bits(bits):
   with errors.raises(ValueError, 'moment_bits', repr(bits)):

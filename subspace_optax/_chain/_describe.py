@@ -1,5 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is projected, and why the rest is not."""
+"""What is projected, and why the rest is not.
+
+A chain shows nothing of what it is made of, so every `project` tells at `init`
+what it was made with, to whoever listens in a context. That is the one thing
+here which is neither an argument nor a result. It can't be either:
+
+- A box around each parameter could carry the list to `init`. But masks and
+  labels are functions of the parameters, and those that read the last key of a
+  path or a leaf's `ndim` fail on such boxes. A tree that is masked as a whole
+  would carry nothing.
+- An extra argument could carry it to `update`. But an optimizer that hands on
+  none, or one that needs arguments of its own, would go undescribed, and every
+  factorisation of a step would be traced for a table.
+- A state that names its spec would hold what is no array, and two optimizers
+  with equal specs would have states of different structures.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -15,7 +30,6 @@ from subspace_optax.projectors import _base
 
 Matches = list[_spec.Match | None]
 
-# A chain shows nothing of what it is made of, so `project` tells at `init`.
 _records: contextvars.ContextVar[list | None] = contextvars.ContextVar(
   'records', default=None
 )
@@ -31,25 +45,30 @@ class Record(NamedTuple):
 
 
 def record(spec: _spec.SubspaceSpec, matches: Matches, *args: Any) -> None:
-  """Notes a `Record`, if anybody listens."""
+  """Adds a `Record` to the list of whoever listens."""
   records = _records.get()
   if records is not None:
-    # Of tracers nothing may outlive the trace.
+    # No tracer may outlive its trace.
     records.append(Record(spec, [m and _of_shape(m) for m in matches], *args))
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
-  """A context in which nothing is noted."""
-  token = _records.set(None)
+def _listening(records: list | None) -> Iterator[None]:
+  """A context in which `record` adds to a list, or to none."""
+  token = _records.set(records)
   try:
     yield
   finally:
     _records.reset(token)
 
 
+def unheard() -> contextlib.AbstractContextManager[None]:
+  """A context in which `record` adds nothing."""
+  return _listening(None)
+
+
 def is_asked() -> bool:
-  """Whether `init` is only traced for its records."""
+  """Whether somebody traces `init` for its records alone."""
   return _records.get() is not None
 
 
@@ -61,13 +80,9 @@ def _of_shape(match: _spec.Match) -> _spec.Match:
 def records_of(tx: Any, params: Any) -> list[Record]:
   """Returns the records of all `project`s in an optimizer."""
   records: list[Record] = []
-  token = _records.set(records)
-  try:
-    with _notices.quiet(errors=True):
-      # A new function each time: jax would serve a traced one from its cache.
-      jax.eval_shape(lambda p: tx.init(p), params)
-  finally:
-    _records.reset(token)
+  with _listening(records), _notices.quiet(errors=True):
+    # A new function each time: jax would serve a traced one from its cache.
+    jax.eval_shape(lambda p: tx.init(p), params)
   if not records:
     raise ValueError(
       f'the optimizer holds no `subspace_optax.project`: {tx!r}.'
@@ -76,16 +91,17 @@ def records_of(tx: Any, params: Any) -> list[Record]:
 
 
 def describe(tx_or_spec: Any, params: Any) -> str:
-  """Tells of every leaf how it is projected, or why it stays plain.
+  """Shows for every leaf how it is projected, or why it is not.
 
   Args:
     tx_or_spec: a `SubspaceSpec`, or an optimizer with `project` anywhere in it.
     params: the parameters, or their shapes (`jax.eval_shape`).
 
   Returns:
-    A table, one line a leaf: path, shape, how many matrices of which shape,
-    rank, side that the basis spans, how the matrix's axes were found (see
-    `SubspaceSpec`), and the basis's dtype and shape or the reason for none.
+    A table with a line for each leaf: its path and shape, the number and shape
+    of its matrices, their rank, the side that the basis spans, how the matrix's
+    axes were found (see `SubspaceSpec`), and the basis's dtype and shape, or
+    the reason why there is no basis.
 
   Raises:
     ValueError: the optimizer holds no `project`.

@@ -7,13 +7,16 @@ whatever follows runs at every micro-step. Here the basis stays for a window,
 and all that follows the sum waits for its end.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._chain import _first_states
 from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
@@ -48,20 +51,16 @@ def every_k(
   """
 
   def init(params):
-    return _boxes.box_state(first_state, params)
+    return _first_states.make_state(spec, first_state, params)
 
-  def first_state(params):
-    matches = spec.match(params)
-    _, treedef = _tree.flatten(params)
-    mean = treedef.unflatten([_zeros(match) for match in matches])
-    state = EveryKState(
+  def first_state(params, matches, treedef):
+    return EveryKState(
       jnp.zeros((), jnp.int32),
-      mean,
+      treedef.unflatten([_make_zeros(match) for match in matches]),
       project.init(params),
       in_subspace.init(params),
       rest.init(params),
     )
-    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
   def update(
     updates,
@@ -74,47 +73,28 @@ def every_k(
   ):
     given = given or _projection.Given()
     first, last = state.micro_step == 0, state.micro_step == k - 1
-    seen = project.see(
+    seen = project.refresh_and_project(
       updates, state.project, params, refresh_gradients, given, first
     )
-    nodes, project_state = project.track(
+    nodes, project_state = project.track_bases(
       updates, state.project, seen, given, last
     )
-    entries, treedef = jax.tree.flatten(nodes, is_leaf=_tree.is_entry)
-    means = [
-      _add(mean, entry, first, k)
-      for mean, entry in zip(
-        jax.tree.leaves(state.mean, is_leaf=_tree.is_masked),
-        entries,
-        strict=True,
-      )
-    ]
-    nodes = treedef.unflatten(map(_with_mean, entries, means))
+    add = functools.partial(_add_to_mean, first, k)
+    mean = _tree.map_entries(add, state.mean, nodes)
+    nodes = _tree.map_entries(_put_mean, nodes, mean)
     own = in_subspace.carry_before(nodes, state.in_subspace)
-    directions, new = _varying.cond(
-      last,
-      lambda own: in_subspace.run(nodes, own, params, **extra_args),
-      lambda own: in_subspace.rest(nodes, own, params, **extra_args),
-      own,
-    )
+    run = functools.partial(in_subspace.run, nodes, params=params, **extra_args)
+    directions, new = _run_if(last, run, own)
     nodes, in_state = in_subspace.carry_after(
       nodes, state.in_subspace, own, directions, new
     )
-
-    def finish(rest_state):
-      full, new = rest.update(nodes, rest_state, params, **extra_args)
-      # Whatever dtype it is computed in: both branches must agree.
-      return full, jax.tree.map(_sharding.like, new, rest_state)
-
-    def wait(rest_state):
-      kinds, _ = _sharding.result_types(finish, rest_state)
-      return jax.tree.map(_sharding.zeros, kinds), rest_state
-
-    updates, rest_state = _varying.cond(last, finish, wait, state.rest)
-    mean = jax.tree.structure(state.mean, is_leaf=_tree.is_masked)
+    finish = lambda rest_state: rest.update(
+      nodes, rest_state, params, **extra_args
+    )
+    updates, rest_state = _run_if(last, finish, state.rest)
     return updates, EveryKState(
       (state.micro_step + 1) % k,
-      mean.unflatten(means),
+      mean,
       project_state,
       in_state,
       rest_state,
@@ -123,22 +103,38 @@ def every_k(
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
-def _zeros(match: _spec.Match | None) -> Any:
+def _run_if(
+  wanted: jax.Array, f: Callable[[Any], tuple[Any, Any]], state: Any
+) -> tuple[Any, Any]:
+  """Returns what `f` makes of a state; or zeros like it, and that state."""
+
+  def run(state):
+    result, new = f(state)
+    # Whatever dtypes it is computed in: both branches must agree.
+    return result, jax.tree.map(_sharding.like, new, state)
+
+  def wait(state):
+    kinds, _ = _sharding.result_types(run, state)
+    return jax.tree.map(_sharding.zeros, kinds), state
+
+  return _varying.cond(wanted, run, wait, state)
+
+
+def _make_zeros(match: _spec.Match | None) -> Any:
   """Returns where the mean of a leaf's gradients, or coordinates, goes."""
   if match is None:
     return optax.MaskedNode()
+  wide = jnp.promote_types(match.leaf.dtype, jnp.float32)
   if match.layout is None:
-    return jnp.zeros_like(match.leaf, _wide(match.leaf.dtype))
-  static = (match.layout.coords_shape, jnp.dtype(_wide(match.leaf.dtype)))
-  return match.layout.place_coords(jnp.zeros, static, (), match.leaf)
+    return jnp.zeros_like(match.leaf, wide)
+  return _first_states.zero_coords(match.layout, match.leaf, wide)
 
 
-def _wide(dtype: Any) -> Any:
-  return jnp.promote_types(dtype, jnp.float32)
-
-
-def _add(mean: Any, entry: Any, first: jax.Array, k: int) -> Any:
+def _add_to_mean(
+  first: jax.Array, k: int, path: str, mean: Any, entry: Any
+) -> Any:
   """Returns the sum of the window's gradients so far, over k."""
+  del path
   if _tree.is_masked(entry):
     return mean
   x = entry.coords if isinstance(entry, _projected.Projected) else entry
@@ -146,7 +142,9 @@ def _add(mean: Any, entry: Any, first: jax.Array, k: int) -> Any:
   return _sharding.like(start + x.astype(mean.dtype) / k, mean)
 
 
-def _with_mean(entry: Any, mean: Any) -> Any:
+def _put_mean(path: str, entry: Any, mean: Any) -> Any:
+  """Returns an entry with the mean of its window in the gradient's place."""
+  del path
   if _tree.is_masked(entry):
     return entry
   if isinstance(entry, _projected.Projected):

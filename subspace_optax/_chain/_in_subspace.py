@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inner optimizer on coordinates: the piece that owns its state."""
 
-from collections.abc import Iterable
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._chain import _beside
+from subspace_optax._chain import _check_inner
 from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _first_states
 from subspace_optax._chain import _per_matrix
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
@@ -43,8 +44,8 @@ def in_subspace(
 
   The inner optimizer sees one tree: coordinates in place of projected leaves,
   everything else as it is. Its state has the dtype that `spec.moment_dtype`
-  says, float32 or wider by default. Its arithmetic on coordinates is float32 or
-  wider, and on other leaves that of the gradient and the moments.
+  says, float32 or wider by default. It computes in float32 or wider on
+  coordinates, and on other leaves in the wider dtype of gradient and moments.
 
   Args:
     inner: any optax transformation.
@@ -53,12 +54,12 @@ def in_subspace(
       `subspace_optax.transports`, or 'keep', 'first' or 'reset'. Moments are
       known for Adam, Lion, momentum, RMSProp and others; see
       `register_moments`.
-    params: 'coordinates' hands `inner` the coordinates of the parameters,
-      (P^T P)^-1 P^T W, for weight decay or trust ratios in the subspace, at
-      2mnr FLOPs a step. Its `init` sees zeros.
-    per_matrix: whether `inner` sees one matrix at a time, each with a state of
-      its own, counters included: for rules that look at a whole matrix, such
-      as Muon, LAMB or Adafactor, where leaves are stacks of matrices.
+    params: 'coordinates' gives `inner` the coordinates of the parameters,
+      (P^T P)^-1 P^T W, for weight decay or trust ratios in the subspace. That
+      costs 2mnr FLOPs a step. `inner.init` is given zeros.
+    per_matrix: whether `inner` runs on one matrix at a time, each with its own
+      state and counters. Rules that look at a whole matrix, such as Muon, LAMB
+      or Adafactor, need that where leaves are stacks of matrices.
     plain: optimizer of the leaves that are not projected, `inner` by default.
 
   Returns:
@@ -92,11 +93,11 @@ def in_subspace(
 
 
 class InSubspace:
-  """The phases of `in_subspace`: `carry`, `run`, and `carry` once more.
+  """The phases of `in_subspace`: `carry_before`, `run` and `carry_after`.
 
-  Moments are carried along where a basis moved before the coordinates, then the
-  inner optimizer runs, then they are carried where one moved behind it. Takes
-  the arguments of `in_subspace`.
+  The first carries moments to the bases that moved before the coordinates were
+  taken. The second runs the inner optimizer. The third carries moments to the
+  bases that moved after that. Takes the arguments of `in_subspace`.
   """
 
   def __init__(
@@ -122,25 +123,31 @@ class InSubspace:
 
   def init(self, params: Any) -> Any:
     """Returns the first state, boxed as the parameters are."""
-    return _boxes.box_state(self._first_state, params)
+    return _first_states.make_state(self.spec, self._first_state, params)
 
-  def _first_state(self, params: Any) -> InSubspaceState:
-    matches = self.spec.match(params)
-    _, treedef = _tree.flatten(params)
+  def _first_state(
+    self, params: Any, matches: list[_spec.Match | None], treedef: Any
+  ) -> InSubspaceState:
+    del params
     templates = treedef.unflatten(
-      [_template(self.spec, match) for match in matches]
+      [_make_template(self.spec, match) for match in matches]
     )
-    layouts = {m.path: m.layout for m in matches if m and m.layout}
-    batch_axes = {path: x.coords_batch for path, x in layouts.items()}
-    mine = templates if self.plain is None else _split(templates, layouts)[0]
-    _check_params(self._alone(batch_axes), mine, self.takes_params)
-    if not self.each:
-      _check_trees(self.inner, mine, layouts, batch_axes)
-    state = self._runner(batch_axes).init(templates)
+    batch_axes = {
+      m.path: m.layout.coords_batch for m in matches if m and m.layout
+    }
+    matrices, _ = _beside.split(templates, batch_axes)
+    _check_inner.check_runs(
+      self.inner,
+      templates if self.plain is None else matrices,
+      matrices,
+      batch_axes,
+      takes_params=self.takes_params,
+      per_matrix=self.each,
+    )
+    state = self._make_runner(batch_axes).init(templates)
     if self.transport.move is not None:
       what = f'transport={self.transport.name!r}'
-      _moments.check_registered(self._of_inner(state), what)
-    state = _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+      _moments.check_registered(self._inner_state(state), what)
     return InSubspaceState(state)
 
   def update(
@@ -149,41 +156,32 @@ class InSubspace:
     """Gives every node its direction: all phases, one after the other."""
     own = self.carry_before(updates, state)
     directions, new = self.run(updates, own, params, **extra)
+    new = jax.tree.map(_sharding.like, new, own)
     return self.carry_after(updates, state, own, directions, new)
 
   def carry_before(self, updates: Any, state: InSubspaceState) -> Any:
     """Returns the inner state in the bases of this step's coordinates."""
-    pairs, _ = _tree.flatten(updates)
-    _check_projected(self.spec, updates, pairs)
-    nodes = _nodes(pairs)
+    _check_projected(self.spec, updates)
+    nodes = _find_nodes(updates)
     moves = {path: (x, x.before) for path, x in nodes.items() if x.before}
-    return self._carry(updates, state.inner, moves)
+    return self._carry_moments(updates, state.inner, moves)
 
   def run(
     self, updates: Any, own: Any, params: Any, **extra_args: Any
   ) -> tuple[Any, Any]:
-    """Returns directions, and the inner state, whose dtypes stay."""
-    pairs, treedef = _tree.flatten(updates)
-    runner = self._runner(_batch_axes(_nodes(pairs)))
-    coords, weights = self._coords(updates), None
-    if self.takes_params or (self.plain is not None and params is not None):
-      entries = _param_coords(pairs, params, self.takes_params)
-      weights = treedef.unflatten(entries)
+    """Returns directions, and the inner state after them."""
+    nodes = _find_nodes(updates)
+    runner = self._make_runner(
+      {p: x.layout.coords_batch for p, x in nodes.items()}
+    )
+    coords = self._show_updates(updates)
+    weights = self._show_params(updates, params)
     try:
-      directions, new = runner.update(coords, own, weights, **extra_args)
+      return runner.update(coords, own, weights, **extra_args)
     except (TypeError, ValueError):
       if not self.each:
-        _check_moments(runner, own, coords)
+        _check_inner.check_moments(runner, own, coords)
       raise
-    return directions, jax.tree.map(_sharding.like, new, own)
-
-  def rest(
-    self, updates: Any, own: Any, params: Any, **extra_args: Any
-  ) -> tuple[Any, Any]:
-    """Returns what `run` does where it does not run: zeros, and the state."""
-    run = functools.partial(self.run, updates, params=params, **extra_args)
-    directions, _ = _sharding.result_types(run, own)
-    return jax.tree.map(_sharding.zeros, directions), own
 
   def carry_after(
     self,
@@ -202,106 +200,80 @@ class InSubspace:
       directions: of `run`, as the next.
       new: the inner state after it.
     """
-    pairs, _ = _tree.flatten(updates)
-    nodes = _nodes(pairs)
+    nodes = _find_nodes(updates)
     moves = {path: (x, x.after) for path, x in nodes.items() if x.after}
     old_means, means = (
-      _means_of(self._of_inner(x), nodes, self.each) for x in (state.inner, own)
+      _find_means(self._inner_state(x), nodes, self.each)
+      for x in (state.inner, own)
     )
-    new = self._carry(updates, new, moves)
-    entries = [
-      _with_direction(entry, direction, old_means.get(path), means.get(path))
-      for (path, entry), (_, direction) in zip(
-        pairs, _tree.flatten(directions)[0], strict=True
-      )
-    ]
-    return _tree.replace_entries(updates, entries), InSubspaceState(new)
+    new = self._carry_moments(updates, new, moves)
+    direct = lambda path, entry, direction: _add_direction(
+      entry, direction, old_means.get(path), means.get(path)
+    )
+    nodes = _tree.map_entries(direct, updates, directions)
+    return nodes, InSubspaceState(new)
 
-  def _carry(self, updates: Any, state: Any, moves: _base.Moves) -> Any:
+  def _carry_moments(self, updates: Any, state: Any, moves: _base.Moves) -> Any:
     if not moves or not (self.transport.move or self.transport.resets):
       return state
-    own = self._of_inner(state)
+    own = self._inner_state(state)
     if self.transport.resets:
-      coords = self._coords(updates)
-      coords = coords if self.plain is None else _split(coords, moves)[0]
+      coords = self._show_updates(updates)
+      coords = coords if self.plain is None else _beside.split(coords, moves)[0]
       own = _per_matrix.restart(self.inner, own, coords, moves)
     else:
       own = _base.carry(self.transport, own, moves, per_matrix=self.each)
     return own if self.plain is None else state._replace(projected=own)
 
-  def _coords(self, updates: Any) -> Any:
-    pairs, treedef = _tree.flatten(updates)
-    return treedef.unflatten([_coords(self.spec, x) for _, x in pairs])
+  def _show_updates(self, updates: Any) -> Any:
+    """Returns what the inner optimizer sees in the place of gradients."""
 
-  def _alone(self, batch_axes: _per_matrix.BatchAxes) -> Any:
-    if not self.each:
-      return self.inner
-    return _per_matrix.per_matrix(self.inner, batch_axes)
+    def see(path: str, entry: Any) -> Any:
+      del path
+      if _is_projected(entry):
+        return entry.coords
+      return _dtypes.widen(self.spec, entry)
 
-  def _runner(self, batch_axes: _per_matrix.BatchAxes) -> Any:
+    return _tree.map_entries(see, _tree.unbox(updates))
+
+  def _show_params(self, updates: Any, params: Any) -> Any:
+    """Returns what optimizers see in the place of params; None for nothing."""
+    if not self.takes_params:
+      return None if self.plain is None else params
+    if params is None:
+      raise ValueError(
+        "params='coordinates' needs the parameters: call update(gradients, "
+        'state, params).'
+      )
+
+    def see(path: str, entry: Any, param: Any) -> Any:
+      del path
+      if not _is_projected(entry):
+        return param
+      return _linalg.coordinates(entry.layout, param, entry.basis)
+
+    return _tree.map_entries(see, _tree.unbox(updates), params)
+
+  def _make_runner(self, batch_axes: _per_matrix.BatchAxes) -> Any:
     """Returns the inner optimizer, and beside it that of plain leaves."""
-    run = self._alone(batch_axes)
+    run: Any = self.inner
+    if self.each:
+      run = _per_matrix.per_matrix(run, batch_axes)
     if self.plain is None:
       return run
-    return _beside(self.plain, run, batch_axes, self.takes_params)
+    return _beside.run_beside(self.plain, run, batch_axes, self.takes_params)
 
-  def _of_inner(self, state: Any) -> Any:
+  def _inner_state(self, state: Any) -> Any:
     return state if self.plain is None else state.projected
 
 
-def _nodes(pairs: list) -> dict[str, _projected.Projected]:
+def _find_nodes(updates: Any) -> dict[str, _projected.Projected]:
+  """Returns the nodes of a tree by their paths."""
+  pairs, _ = _tree.flatten(updates)
   return {path: node for path, node in pairs if _is_projected(node)}
 
 
-def _batch_axes(
-  nodes: dict[str, _projected.Projected],
-) -> _per_matrix.BatchAxes:
-  return {path: x.layout.coords_batch for path, x in nodes.items()}
-
-
-class BesideState(NamedTuple):
-  """State of two optimizers that share a tree."""
-
-  projected: Any  # of `inner`; `MaskedNode` for plain leaves
-  plain: Any  # of `plain`; `MaskedNode` for projected leaves
-
-
-def _beside(
-  plain: optax.GradientTransformation,
-  run: Any,
-  projected: Iterable[str],
-  takes_params: bool,
-) -> Any:
-  """Returns `run` on leaves with paths in `projected`, `plain` on the rest."""
-  plain = optax.with_extra_args_support(plain)
-
-  def init(params):
-    mine, rest = _split(params, projected)
-    return BesideState(run.init(mine), plain.init(rest))
-
-  def update(updates, state, params=None, **extra_args):
-    mine, rest = _split(updates, projected)
-    params = (None, None) if params is None else _split(params, projected)
-    weights = params[0] if takes_params else None
-    mine, a = run.update(mine, state.projected, weights, **extra_args)
-    rest, b = plain.update(rest, state.plain, params[1], **extra_args)
-    merge = lambda x, y: y if _tree.is_masked(x) else x
-    both = jax.tree.map(merge, mine, rest, is_leaf=_tree.is_masked)
-    return both, BesideState(a, b)
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
-  """Returns the tree without plain leaves, and that without projected ones."""
-  pairs, treedef = _tree.flatten(tree)
-  hide = optax.MaskedNode()
-  mine = [x if path in projected else hide for path, x in pairs]
-  rest = [hide if path in projected else x for path, x in pairs]
-  return treedef.unflatten(mine), treedef.unflatten(rest)
-
-
-def _means_of(
+def _find_means(
   state: Any, nodes: dict[str, _projected.Projected], per_matrix: bool
 ) -> dict[str, jax.Array]:
   """Returns means of gradients by path, for leaves that carry their gradients.
@@ -325,26 +297,7 @@ def _means_of(
   }
 
 
-def _param_coords(pairs: list, params: Any, projected: bool) -> list[Any]:
-  """Returns the coordinates of parameters, if wanted, and plain ones as is."""
-  if params is None:
-    raise ValueError(
-      "params='coordinates' needs the parameters: call update(gradients, "
-      'state, params).'
-    )
-  return [
-    param
-    if not _is_projected(entry)
-    else _linalg.coordinates(entry.layout, param, entry.basis)
-    if projected
-    else optax.MaskedNode()
-    for (_, entry), (_, param) in zip(
-      pairs, _tree.flatten(params)[0], strict=True
-    )
-  ]
-
-
-def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
+def _make_template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   """Returns what stands for a parameter when the inner state is made."""
   if match is None:
     return optax.MaskedNode()
@@ -352,81 +305,19 @@ def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   if layout is None:
     leaf = match.leaf
     return leaf if leaf.dtype == dtype else leaf.astype(dtype)
-  static = (layout.coords_shape, dtype)
-  return layout.place_coords(jnp.zeros, static, (), match.leaf)
+  return _first_states.zero_coords(layout, match.leaf, dtype)
 
 
-def _works(run: Any, tree: Any, params: Any) -> bool:
-  """Whether an optimizer takes a step on a tree, as far as types tell."""
-  try:
-    jax.eval_shape(lambda u, p: run.update(u, run.init(u), p), tree, params)
-    return True
-  except Exception:  # for any reason: an extra argument may be missing, too
-    return False
-
-
-def _check_trees(
-  inner: Any, templates: Any, layouts: Any, batch_axes: _per_matrix.BatchAxes
-) -> None:
-  """Raises if the inner optimizer can only see one matrix at a time."""
-  if _works(inner, templates, None) or _works(inner, templates, templates):
-    return
-  alone = _per_matrix.per_matrix(inner, batch_axes)
-  matrices = _split(templates, layouts)[0]
-  if jax.tree.leaves(matrices) and _works(alone, matrices, None):
-    raise ValueError(
-      'inner fails on a tree of coordinates and works on one matrix at a time, '
-      'as Muon does: so.subspace(..., per_matrix=True, plain='
-      'optax.scale_by_adam()) gives it one.'
-    )
-
-
-def _check_params(run: Any, templates: Any, takes_params: bool) -> None:
-  """Raises if the inner optimizer needs params that it does not get."""
-  if not jax.tree.leaves(templates):
-    return
-  works = functools.partial(_works, run, templates)
-  if not takes_params and not works(None) and works(templates):
-    raise ValueError(
-      "inner needs params: so.subspace(..., params='coordinates') gives it "
-      'their coordinates in the subspace, which no ready-made optimizer does. '
-      'For weight decay of the whole matrix, use `weight_decay` of the '
-      'ready-made optimizers or chain `optax.add_decayed_weights` after '
-      '`unproject`, with `optax.scale_by_adam` in place of `optax.adamw` here.'
-    )
-  if takes_params and _copies_params(run, templates):
-    raise ValueError(
-      'inner keeps a copy of the params in its state, which would go stale '
-      'whenever a basis moves; wrap it around the whole optimizer instead.'
-    )
-
-
-def _copies_params(run: Any, templates: Any) -> bool:
-  """Whether the initial state depends on the values of the params."""
-
-  def depends(value: float) -> Any:
-    tiny = lambda x: jnp.full((1,) * len(x.shape), value, x.dtype)
-    return run.init(jax.tree.map(tiny, templates))
-
-  try:
-    with jax.ensure_compile_time_eval():  # under jit, too
-      zeros, ones = (jax.tree.leaves(depends(value)) for value in (0.0, 1.0))
-      return any(
-        bool(jnp.any(x != y)) for x, y in zip(zeros, ones, strict=True)
-      )
-  except Exception:  # a rule for matrices of a certain size
-    return False
-
-
-def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
+def _check_projected(spec: _spec.SubspaceSpec, updates: Any) -> None:
   """Raises where `project` should have been, and was not."""
-  if any(_is_projected(entry) for _, entry in pairs):
-    for path, entry in pairs:
-      if _is_projected(entry) and entry.direction is not None:
-        raise ValueError(
-          f'gradient {path!r} went through `in_subspace` already; chain '
-          '`project`, `in_subspace` and `unproject` in this order, once.'
-        )
+  nodes = _find_nodes(updates)
+  for path, node in nodes.items():
+    if node.direction is not None:
+      raise ValueError(
+        f'gradient {path!r} went through `in_subspace` already; chain '
+        '`project`, `in_subspace` and `unproject` in this order, once.'
+      )
+  if nodes:
     return
   bare = [m.path for m in spec.match(updates) if m and m.layout]
   if bare:
@@ -436,38 +327,11 @@ def _check_projected(spec: Any, updates: Any, pairs: list) -> None:
     )
 
 
-def _check_moments(runner: Any, state: Any, coords: Any) -> None:
-  """Raises for the leaf whose moments don't fit its coordinates, if any."""
-  pairs, treedef = _tree.flatten(coords)
-  paths = treedef.unflatten([path for path, _ in pairs])
-
-  def check(moment: Any, coord: Any, path: str) -> None:
-    if _tree.is_masked(moment) or moment.ndim != coord.ndim:
-      return
-    if moment.shape != coord.shape:
-      raise ValueError(
-        f'gradient {path!r} has coordinates of shape {coord.shape}, but init '
-        f'made moments of shape {moment.shape}; give update the tree that init '
-        'was given, or take a state of another rank over by '
-        'subspace_optax.resize_rank.'
-      )
-
-  optax.tree.map_params(
-    runner, check, state, coords, paths, is_leaf=_tree.is_masked
-  )
-
-
 def _is_projected(entry: Any) -> bool:
   return isinstance(entry, _projected.Projected)
 
 
-def _coords(spec: _spec.SubspaceSpec, entry: Any) -> Any:
-  return entry.coords if _is_projected(entry) else _dtypes.widen(spec, entry)
-
-
-def _with_direction(
-  entry: Any, direction: Any, old_mean: Any, mean: Any
-) -> Any:
+def _add_direction(entry: Any, direction: Any, old_mean: Any, mean: Any) -> Any:
   if _tree.is_masked(entry):
     return direction
   if not _is_projected(entry):

@@ -37,19 +37,19 @@ def per_matrix(
 
   def init(params):
     pairs, treedef = _tree.flatten(params)
-    structure = _structure(inner, pairs, batch_axes)
+    structure = _find_structure(inner, pairs, batch_axes)
     rows = [
       _init_leaf(inner, structure, leaf, batch_axes.get(path, ()))
       for path, leaf in pairs
     ]
-    return _from_rows(structure, rows, treedef)
+    return _join_rows(structure, rows, treedef)
 
   def update(updates, state, params=None, **extra_args):
     pairs, treedef = _tree.flatten(updates)
     weights = [None] * len(pairs)
     if params is not None:
       weights = [leaf for _, leaf in _tree.flatten(params)[0]]
-    structure = _structure(inner, pairs, batch_axes)
+    structure = _find_structure(inner, pairs, batch_axes)
 
     def one(u: Any, row: Row, weight: Any) -> tuple[Any, Row]:
       s = structure.unflatten(row)
@@ -59,14 +59,14 @@ def per_matrix(
     results = [
       (u, row)
       if _tree.is_masked(u)
-      else _over_matrices(one, batch_axes.get(path, ()))(u, row, weight)
+      else _map_over_matrices(one, batch_axes.get(path, ()))(u, row, weight)
       for (path, u), row, weight in zip(
-        pairs, _to_rows(structure, state, pairs), weights, strict=True
+        pairs, _split_rows(structure, state, pairs), weights, strict=True
       )
     ]
     new_updates = treedef.unflatten([u for u, _ in results])
     rows = [row for _, row in results]
-    return new_updates, _from_rows(structure, rows, treedef)
+    return new_updates, _join_rows(structure, rows, treedef)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -89,7 +89,7 @@ def restart(
   batch_axes = {
     path: node.layout.coords_batch for path, (node, _) in moves.items()
   }
-  structure = _structure(inner, pairs, batch_axes)
+  structure = _find_structure(inner, pairs, batch_axes)
 
   def one(path: str, row: Row) -> Row:
     if path not in moves:
@@ -112,10 +112,10 @@ def restart(
   rows = [
     one(path, row)
     for (path, _), row in zip(
-      pairs, _to_rows(structure, state, pairs), strict=True
+      pairs, _split_rows(structure, state, pairs), strict=True
     )
   ]
-  return _from_rows(structure, rows, treedef)
+  return _join_rows(structure, rows, treedef)
 
 
 # The leaves of one matrix's, or one leaf's, inner state.
@@ -131,7 +131,7 @@ def _init_leaf(
   """Returns the states of a leaf's matrices, all of which start alike."""
   if _tree.is_masked(leaf):
     return (leaf,) * structure.num_leaves
-  one = _one_matrix(leaf, axes) if axes else leaf
+  one = jnp.zeros(_shape_of_one(leaf, axes), leaf.dtype) if axes else leaf
   state = inner.init(one)
   if jax.tree.structure(state) != structure:
     raise ValueError(
@@ -143,15 +143,17 @@ def _init_leaf(
   row = tuple(jax.tree.leaves(state))
   if not axes:
     return _varying.vary_as_any(row, leaf)
-  return tuple(_for_each(x, leaf, axes) for x in row)
+  return tuple(_repeat_per_matrix(x, leaf, axes) for x in row)
 
 
-def _one_matrix(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
-  shape = tuple(n for i, n in enumerate(leaf.shape) if i not in axes)
-  return jnp.zeros(shape, leaf.dtype)
+def _shape_of_one(leaf: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of one matrix of a leaf."""
+  return tuple(n for i, n in enumerate(leaf.shape) if i not in axes)
 
 
-def _for_each(x: jax.Array, leaf: Any, axes: tuple[int, ...]) -> jax.Array:
+def _repeat_per_matrix(
+  x: jax.Array, leaf: Any, axes: tuple[int, ...]
+) -> jax.Array:
   """Returns one matrix's `x` for each matrix, sharded along with the leaf."""
   names = _AXES[: len(leaf.shape)]
   first = ''.join(names[i] for i in axes)
@@ -166,7 +168,7 @@ def _repeat(counts: tuple[int, ...], x: jax.Array) -> jax.Array:
   return jnp.broadcast_to(x, counts + x.shape)
 
 
-def _over_matrices(
+def _map_over_matrices(
   f: Callable[[Any, Row, Any], tuple[Any, Row]], axes: tuple[int, ...]
 ) -> Callable[[Any, Row, Any], tuple[Any, Row]]:
   """Maps `f` over the axes of a leaf, which in a row come first."""
@@ -184,27 +186,26 @@ def _over_matrices(
   return mapped
 
 
-def _structure(
+def _find_structure(
   inner: optax.GradientTransformation,
   pairs: Sequence[tuple[str, Any]],
   batch_axes: BatchAxes,
 ) -> Any:
   """Returns the structure of one matrix's state."""
-  for path, leaf in pairs:
-    if not _tree.is_masked(leaf):
-      one = lambda x, path=path: _one_matrix(x, batch_axes.get(path, ()))
-      return jax.tree.structure(
-        jax.eval_shape(lambda x, one=one: inner.init(one(x)), leaf)
-      )
-  return jax.tree.structure(jax.eval_shape(inner.init, jnp.zeros((1, 1))))
+  one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+  known = [pair for pair in pairs if not _tree.is_masked(pair[1])]
+  for path, leaf in known[:1]:
+    shape = _shape_of_one(leaf, batch_axes.get(path, ()))
+    one = jax.ShapeDtypeStruct(shape, leaf.dtype)
+  return jax.tree.structure(jax.eval_shape(inner.init, one))
 
 
-def _from_rows(structure: Any, rows: Sequence[Row], treedef: Any) -> Any:
+def _join_rows(structure: Any, rows: Sequence[Row], treedef: Any) -> Any:
   columns = zip(*rows, strict=True) if rows else [()] * structure.num_leaves
   return structure.unflatten([treedef.unflatten(c) for c in columns])
 
 
-def _to_rows(structure: Any, state: Any, pairs: Sequence[Any]) -> list[Row]:
+def _split_rows(structure: Any, state: Any, pairs: Sequence[Any]) -> list[Row]:
   fields = structure.flatten_up_to(state)
   columns = [[leaf for _, leaf in _tree.flatten(field)[0]] for field in fields]
   return list(zip(*columns, strict=True)) if columns else [()] * len(pairs)

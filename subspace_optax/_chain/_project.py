@@ -24,17 +24,17 @@ def project(
   pass unchanged. The bases start as random samples and move as `projector`
   says; no basis is made from a gradient that is zero or not finite.
 
-  `update` takes `refresh_gradients`, a tree like the gradients: what refreshed
-  bases are made from in place of them, such as the gradients of a larger batch
-  at every T-th step (large-batch GaLore).
+  `update` takes `refresh_gradients`, a tree like the gradients. Bases are then
+  refreshed from these and not from the gradients of the step: at every T-th
+  step they may be those of a larger batch (large-batch GaLore).
 
-  With `axis_name` gradients are those of a part of the batch each, and
-  coordinates are averaged in their place: data parallelism that moves r (m + n)
-  numbers of a matrix at most. Rules that factorise the gradient average it when
-  they do; plain leaves are averaged as always. Where the norm of the mean is
-  wanted, as in `captured_energy`, the mean of the squared norms stands for its
-  square: an upper bound, so that `captured_energy` is a lower one. Refresh
-  gradients are averaged likewise. See `data_parallel_step`.
+  With `axis_name`, every device passes the gradient of its own part of the
+  batch, and `project` averages coordinates over the devices instead of
+  gradients: it moves at most r (m + n) numbers for an m x n matrix. Plain
+  leaves are averaged as they are, and rules that factorise the gradient average
+  it first; both hold for refresh gradients, too. No device knows the norm of
+  the mean gradient. The mean of the squared norms replaces its square, so that
+  `captured_energy` is a lower bound. See `data_parallel_step`.
 
   Args:
     spec: which leaves, as which matrices, at which rank.
@@ -45,9 +45,9 @@ def project(
 
   Returns:
     A transformation whose state holds the bases, (*batch and projected axes,
-    r) in `spec.basis_dtype`, and a few numbers per matrix. Of integers, codes
-    with their scales in a `QuantizedBasis`: a basis that moves is rounded, made
-    orthonormal again, and used so from the same step on.
+    r) in `spec.basis_dtype`, and a few numbers per matrix. If that dtype is an
+    integer, the state holds a `QuantizedBasis` of codes and scales: a basis
+    that moves is rounded and made orthonormal again before the step uses it.
 
   Raises:
     ValueError: at `init`, what `SubspaceSpec.match` raises; bases in integers

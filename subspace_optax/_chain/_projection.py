@@ -9,22 +9,21 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any, NamedTuple
-import zlib
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from subspace_optax._chain import _check_matches
 from subspace_optax._chain import _describe
 from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _first_states
+from subspace_optax._chain import _match_updates
 from subspace_optax._chain import _matrices
+from subspace_optax._chain import _refresh_bases
 from subspace_optax._chain import _spec
-from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _layout
-from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
@@ -34,10 +33,9 @@ from subspace_optax.projectors import _base
 
 
 class Given(NamedTuple):
-  """What the caller of an optimizer's `update` does in the place of `project`.
+  """What a training step does itself, so that `project` leaves it out.
 
-  Steps that compose the phases of `project` hand it down the chain as the extra
-  argument `given`.
+  The step passes it to an optimizer's `update` as the extra argument `given`.
 
   Attributes:
     axis_name: a mapped axis along which coordinates are to be averaged; plain
@@ -47,26 +45,15 @@ class Given(NamedTuple):
   """
 
   axis_name: Any = None
-  refreshed: Mapping[tuple[str, ...], 'Refreshed'] | None = None
-
-
-class Refreshed(NamedTuple):
-  """What a refresh makes of a state; trees like those in it."""
-
-  old_basis: Any  # before the refresh
-  subspaces: _base.Subspaces  # after it
-  moves: Any  # from one to the other; None if the rule makes none
-  own: Any  # the projector's own state
-  stored: Any  # the basis as it is kept
+  refreshed: Mapping[tuple[str, ...], _refresh_bases.Refreshed] | None = None
 
 
 class Seen(NamedTuple):
-  """What the gradients of a step are, once their coordinates are taken."""
+  """The matrices of a step's gradients, and their coordinates."""
 
-  matches: list[_spec.Match | None]
   matrices: Any
   coords: Any
-  refreshed: Refreshed
+  refreshed: _refresh_bases.Refreshed
 
 
 class ProjectState(NamedTuple):
@@ -80,7 +67,7 @@ class ProjectState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-  """The phases of `project`: `refresh`, `coordinates`, `track`.
+  """The phases of `project`: `refresh`, `take_coordinates`, `track_bases`.
 
   Attributes:
     spec: see `project`, as the next three.
@@ -110,35 +97,35 @@ class Projection:
     matches = self.spec.match(params)
     _check_matches.check_matches(self.spec, matches)
     if not _describe.is_asked():
-      _matrices.remember_names(params)
+      _match_updates.remember_names(params)
     _quantized_basis.check(self.spec.basis_dtype, self.projector)
     _describe.record(self.spec, matches, self.projector, self.keep_gradient)
-    return _boxes.box_state(self._first_state, params)
+    return _first_states.make_state(self.spec, self._first_state, params)
 
-  def _first_state(self, params: Any) -> ProjectState:
-    spec, projector = self.spec, self.projector
-    matches = spec.match(params)
-    _, treedef = _tree.flatten(params)
+  def _first_state(
+    self, params: Any, matches: list[_spec.Match | None], treedef: Any
+  ) -> ProjectState:
+    del params
     make = functools.partial(_matrices.per_matrix, matches, treedef)
+    sample = functools.partial(
+      _first_states.sample_basis, self.spec, self.projector.sample
+    )
     subspaces = _base.Subspaces(
-      basis=make(functools.partial(_first_basis, spec, projector.sample)),
-      captured_energy=make(_zero),
-      orthogonality_error=make(_zero),
-      drift=make(_zero),
+      make(sample), make(_zero), make(_zero), make(_zero)
     )
     state = ProjectState(
       count=jnp.zeros((), jnp.int32),
-      seed=make(functools.partial(seeds_of, spec)),
+      seed=make(functools.partial(_first_states.make_seeds, self.spec)),
       subspaces=subspaces,
       # Whether a basis moves may depend on the gradient, and so what counts it.
       projector=_varying.vary_as_any(
-        projector.init(subspaces, functools.partial(make, _zero_coords)),
+        self.projector.init(subspaces, functools.partial(make, _zero_coords)),
         [m.leaf for m in matches if m],
       ),
     )
-    if projector.rebuild:
+    if self.projector.rebuild:
       state = state._replace(subspaces=subspaces._replace(basis=()))
-    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+    return state
 
   def update(
     self,
@@ -154,10 +141,12 @@ class Projection:
     del extra_args
     given = given or Given()
     always = jnp.array(True)
-    seen = self.see(updates, state, params, refresh_gradients, given, always)
-    return self.track(updates, state, seen, given)
+    seen = self.refresh_and_project(
+      updates, state, params, refresh_gradients, given, always
+    )
+    return self.track_bases(updates, state, seen, given)
 
-  def see(
+  def refresh_and_project(
     self,
     updates: Any,
     state: ProjectState,
@@ -176,49 +165,57 @@ class Projection:
       given: what the caller does itself.
       active: a boolean scalar: whether bases may be refreshed.
     """
+    axis_name = self._averaged_axis(given)
     if given.refreshed is not None:
-      return self._see_coordinates(
-        updates, state, params, refresh_gradients, given
+      self._check_compressed(params, refresh_gradients)
+      return self._take_given(
+        updates, state, params, given.refreshed, axis_name
       )
-    _matrices.check_shapes(updates, params, 'its parameter')
-    axis_name = self._averaged(given)
-    matches, matrices = self._matrices(state, updates, axis_name)
-    sources = matrices
+    _match_updates.check_shapes(updates, params, 'its parameter')
+    matrices = sources = self._matrices(state, updates, axis_name)
     if refresh_gradients is not None:
-      _matrices.check_shapes(updates, refresh_gradients, 'refresh_gradients')
-      shown = _matrices.masked_like(updates, refresh_gradients)
-      _, sources = self._matrices(state, shown, axis_name)
+      _match_updates.check_shapes(
+        updates, refresh_gradients, 'refresh_gradients'
+      )
+      shown = _match_updates.mask_like(updates, refresh_gradients)
+      sources = self._matrices(state, shown, axis_name)
     refreshed = self.refresh(state, matrices, sources, active)
-    return self.coordinates(matches, matrices, refreshed)
+    return self.take_coordinates(matrices, refreshed)
 
   def refresh(
     self, state: ProjectState, matrices: Any, sources: Any, active: jax.Array
-  ) -> Refreshed:
+  ) -> _refresh_bases.Refreshed:
     """Moves the bases that are due, if `active`, by the gradients `sources`."""
-    return _refresh(self.spec, self.projector, state, active, matrices, sources)
+    return _refresh_bases.refresh_bases(
+      self.spec, self.projector, state, matrices, sources, active
+    )
 
   def refresh_without_gradients(
     self, state: ProjectState, params: Any, active: jax.Array
-  ) -> Refreshed:
+  ) -> _refresh_bases.Refreshed:
     """Does so where no rule looks at a gradient in this step."""
-    matches = _matrices.matches_of(self.spec, state, params)
-    matrices = _matrices.without_gradients(state, matches, params)
+    matches = _match_updates.match_as_at_init(self.spec, state, params)
+    matrices = _matrices.wrap_parameters(state, matches, params)
     return self.refresh(state, matrices, matrices, active)
 
-  def coordinates(
-    self, matches: list[_spec.Match | None], matrices: Any, refreshed: Refreshed
+  def take_coordinates(
+    self, matrices: Any, refreshed: _refresh_bases.Refreshed
   ) -> Seen:
     """Takes P^T G of every matrix, and notes how much of G that is."""
     basis = refreshed.subspaces.basis
-    coords = jax.tree.map(_coords, basis, matrices)
+    coords = jax.tree.map(_matrices.project, matrices, basis)
     captured = jax.tree.map(
-      _captured, refreshed.subspaces.captured_energy, matrices, coords, basis
+      _matrices.captured_energy,
+      matrices,
+      coords,
+      basis,
+      refreshed.subspaces.captured_energy,
     )
     subspaces = refreshed.subspaces._replace(captured_energy=captured)
     refreshed = refreshed._replace(subspaces=subspaces)
-    return Seen(matches, matrices, coords, refreshed)
+    return Seen(matrices, coords, refreshed)
 
-  def track(
+  def track_bases(
     self,
     updates: Any,
     state: ProjectState,
@@ -231,7 +228,7 @@ class Projection:
     Args:
       updates: the gradients, whose plain leaves pass.
       state: as it was before the step.
-      seen: of `see`.
+      seen: of `refresh_and_project`.
       given: what the caller does itself.
       active: a boolean scalar: whether bases move and the step counts; None
         for always.
@@ -251,15 +248,17 @@ class Projection:
     steps = optax.safe_increment(state.count)
     count = jnp.where(active, steps, state.count)
     new_state = ProjectState(count, state.seed, subspaces, own)
-    return self._nodes(updates, seen, after, given), new_state
+    return self._make_nodes(updates, seen, after, given), new_state
 
-  def _nodes(self, updates: Any, seen: Seen, after: Any, given: Given) -> Any:
+  def _make_nodes(
+    self, updates: Any, seen: Seen, after: Any, given: Given
+  ) -> Any:
     """Returns gradients with a node in the place of every projected leaf."""
     refreshed = seen.refreshed
     basis = refreshed.subspaces.basis
     nothing = jax.tree.map(lambda _: None, basis)
     nodes = jax.tree.map(
-      functools.partial(_node, self),
+      self._make_node,
       basis,
       refreshed.old_basis,
       seen.matrices,
@@ -267,56 +266,80 @@ class Projection:
       nothing if refreshed.moves is None else refreshed.moves,
       nothing if after is None else after,
     )
+    choose = lambda path, entry, node: (
+      self._pass_plain(entry, given) if _tree.is_masked(node) else node
+    )
+    return _tree.map_entries(choose, updates, nodes)
 
-    def plain(x: Any) -> Any:
-      if self.axis_name is not None and given.axis_name is None:
-        x = lax.pmean(x, self.axis_name)
-      return x
+  def _make_node(
+    self, basis, old_basis, matrix, coords, before, after
+  ) -> _projected.Projected:
+    dtype = matrix.like.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return _projected.Projected(
+      coords=coords,
+      basis=basis,
+      before=before,
+      after=after,
+      gradient=matrix.gradient if self.keep_gradient else None,
+      old_basis=old_basis if self.keep_gradient else None,
+      old_mean=None,
+      mean=None,
+      direction=None,
+      seal=_projected.seal(),
+      layout=dataclasses.replace(matrix.layout, axis_name=None),
+      orthonormal=self.projector.orthonormal,
+      dtype=dtype,
+      update_dtype=wide if self.keep_wide else dtype,
+      sharding=_sharding.explicit(matrix.like),
+    )
 
-    widen = _dtypes.widen if self.keep_wide else lambda spec, x: x
-    entries = [
-      node
-      if match and match.layout
-      else widen(self.spec, plain(entry) if match else entry)
-      for match, (_, entry), (_, node) in zip(
-        seen.matches,
-        _tree.flatten(updates)[0],
-        _tree.flatten(nodes)[0],
-        strict=True,
-      )
-    ]
-    return _tree.replace_entries(updates, entries)
+  def _pass_plain(self, gradient: Any, given: Given) -> Any:
+    """Returns what passes of a leaf that is not projected."""
+    if _tree.is_masked(gradient):
+      return gradient
+    if self.axis_name is not None and given.axis_name is None:
+      gradient = lax.pmean(gradient, self.axis_name)
+    return _dtypes.widen(self.spec, gradient) if self.keep_wide else gradient
 
-  def _see_coordinates(
+  def _take_given(
     self,
     updates: Any,
     state: ProjectState,
     params: Any,
-    refresh_gradients: Any,
-    given: Given,
+    refreshed: Mapping[tuple[str, ...], _refresh_bases.Refreshed],
+    axis_name: Any,
   ) -> Seen:
-    _matrices.check_coordinates(params, self.keep_gradient, refresh_gradients)
-    matches = _matrices.matches_of(self.spec, state, params)
-    matrices = _matrices.without_gradients(
-      state, matches, params, self._averaged(given)
+    matches = _match_updates.match_as_at_init(self.spec, state, params)
+    matrices = _matrices.wrap_parameters(state, matches, params, axis_name)
+    coords, matrices = _matrices.take_coordinates(updates, matrices)
+    known = refreshed.get(paths(state)) or self.refresh(
+      state, matrices, matrices, jnp.array(True)
     )
-    coords, matrices = _matrices.given_coords(updates, matrices)
-    refreshed = (given.refreshed or {}).get(paths(state))
-    if refreshed is None:
-      active = jnp.array(True)
-      refreshed = self.refresh(state, matrices, matrices, active)
-    return Seen(matches, matrices, coords, refreshed)
+    return Seen(matrices, coords, known)
+
+  def _check_compressed(self, params: Any, refresh_gradients: Any) -> None:
+    """Raises where coordinates alone are not enough."""
+    if params is None:
+      raise ValueError(
+        'a compressed step needs params, which tell the shapes of the '
+        'gradients.'
+      )
+    if self.keep_gradient or refresh_gradients is not None:
+      what = 'a residual rule' if self.keep_gradient else 'refresh_gradients'
+      raise ValueError(
+        f'a compressed step has no gradients, and {what} needs them.'
+      )
 
   def _matrices(
     self, state: ProjectState, gradients: Any, axis_name: Any
-  ) -> tuple[list[_spec.Match | None], Any]:
-    matches = _matrices.matches_of(self.spec, state, gradients)
-    matrices = _matrices.of_gradients(
+  ) -> Any:
+    matches = _match_updates.match_as_at_init(self.spec, state, gradients)
+    return _matrices.wrap_gradients(
       state, matches, axis_name, self.keep_gradient, gradients
     )
-    return matches, matrices
 
-  def _averaged(self, given: Given) -> Any:
+  def _averaged_axis(self, given: Given) -> Any:
     """Returns the mapped axis along which coordinates are averaged."""
     if None not in (given.axis_name, self.axis_name):
       raise ValueError(
@@ -332,64 +355,6 @@ def paths(state: ProjectState) -> tuple[str, ...]:
   return tuple(path for path, seed in pairs if not _tree.is_masked(seed))
 
 
-def _refresh(
-  spec: _spec.SubspaceSpec,
-  projector: _base.Projector,
-  state: ProjectState,
-  active: jax.Array,
-  matrices: Any,
-  sources: Any,
-) -> Refreshed:
-  """Refreshes the bases that are due, if `active`."""
-  subspaces = state.subspaces
-  stored = subspaces.basis
-  read = functools.partial(_quantized_basis.read, projector.orthonormal)
-  if projector.rebuild:
-    basis = projector.rebuild(matrices, state.projector)
-    basis = jax.tree.map(
-      functools.partial(_place_rebuilt, spec.basis_dtype), basis, matrices
-    )
-  else:
-    basis = jax.tree.map(read, matrices, stored)
-  subspaces = subspaces._replace(basis=basis)
-  context = _base.Context(state.count, active)
-  subspaces, moves, own = projector.refresh(
-    context, sources, subspaces, state.projector
-  )
-  if _quantized_basis.is_quantized(spec.basis_dtype) and moves is not None:
-    subspaces, moves, stored = _store(
-      projector, matrices, stored, basis, subspaces, moves
-    )
-  return Refreshed(basis, subspaces, moves, own, stored)
-
-
-def _store(
-  projector: _base.Projector,
-  matrices: Any,
-  stored: Any,
-  old: Any,
-  subspaces: _base.Subspaces,
-  moves: Any,
-) -> tuple[_base.Subspaces, Any, Any]:
-  """Returns the bases that codes can hold, their moves, and the codes."""
-  codes, basis, error, drift, transition = _tree.map_unzip(
-    functools.partial(_quantized_basis.store, projector.orthonormal),
-    5,
-    matrices,
-    stored,
-    old,
-    subspaces.basis,
-    subspaces.orthogonality_error,
-    subspaces.drift,
-    moves,
-  )
-  subspaces = subspaces._replace(
-    basis=basis, orthogonality_error=error, drift=drift
-  )
-  replace = lambda _, move, c: _projected.Move(move.moved, c)
-  return subspaces, jax.tree.map(replace, matrices, moves, transition), codes
-
-
 def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   """Returns a float32 zero per matrix."""
   del path
@@ -398,88 +363,4 @@ def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
 
 def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   del path
-  static = (layout.coords_shape, jnp.dtype(jnp.float32))
-  return layout.place_coords(jnp.zeros, static, (), leaf)
-
-
-def seeds_of(
-  spec: _spec.SubspaceSpec, path: str, leaf: Any, layout: _layout.Layout
-) -> jax.Array:
-  """Returns a seed per matrix: the same on every host and after a resume."""
-  # crc32, since Python's hash of a string differs between processes.
-  group = spec.key_group(path) if spec.key_group else path
-  path_hash = np.uint32(zlib.crc32(group.encode()))
-  static = (spec.seed, layout.batch_shape)
-  return layout.place_values(_linalg.seeds, static, (path_hash,), leaf)
-
-
-def _first_basis(
-  spec: _spec.SubspaceSpec,
-  sample: _base.Sample,
-  path: str,
-  leaf: Any,
-  layout: _layout.Layout,
-) -> Any:
-  seed = seeds_of(spec, path, leaf, layout)
-  if _quantized_basis.is_quantized(spec.basis_dtype):
-    static = (sample, layout, jnp.dtype(jnp.float32))
-    return _quantized_basis.first(
-      spec.basis_dtype, _sample_at_init, static, (seed,), layout, leaf
-    )
-  static = (sample, layout, jnp.dtype(spec.basis_dtype))
-  return layout.place_basis(_sample_at_init, static, (seed,), leaf)
-
-
-def _sample_at_init(
-  sample: _base.Sample, layout: _layout.Layout, dtype: Any, seed: jax.Array
-) -> jax.Array:
-  return sample(layout, seed, _base.AT_INIT).astype(dtype)
-
-
-def _place_rebuilt(
-  dtype: Any, basis: jax.Array, matrix: _base.Matrix
-) -> jax.Array:
-  """Returns a basis as it would have come from the state."""
-  return matrix.layout.settle_basis(basis.astype(dtype), matrix.like)
-
-
-def _coords(basis: jax.Array, matrix: _base.Matrix) -> jax.Array:
-  coords = matrix.layout.project(matrix.gradient, basis)
-  return matrix.layout.settle_coords(coords, matrix.gradient)
-
-
-def _captured(
-  last: jax.Array, matrix: _base.Matrix, coords: jax.Array, basis: jax.Array
-) -> jax.Array:
-  """Returns ||P^T G||^2 / ||G||^2, or the last value where G tells nothing.
-
-  For P with columns of length 1 on average, whatever its scale.
-  """
-  layout = matrix.layout
-  scale = layout.basis_energy(_linalg.widen(basis)) / layout.rank
-  ratio = layout.coords_energy(coords) / (matrix.energy * scale)
-  return jnp.where(matrix.ok, ratio.astype(last.dtype), last)
-
-
-def _node(
-  phases: Projection, basis, old_basis, matrix, coords, before, after
-) -> _projected.Projected:
-  dtype = matrix.like.dtype
-  wide = jnp.promote_types(dtype, jnp.float32)
-  return _projected.Projected(
-    coords=coords,
-    basis=basis,
-    before=before,
-    after=after,
-    gradient=matrix.gradient if phases.keep_gradient else None,
-    old_basis=old_basis if phases.keep_gradient else None,
-    old_mean=None,
-    mean=None,
-    direction=None,
-    seal=_projected.seal(),
-    layout=dataclasses.replace(matrix.layout, axis_name=None),
-    orthonormal=phases.projector.orthonormal,
-    dtype=dtype,
-    update_dtype=wide if phases.keep_wide else dtype,
-    sharding=_sharding.explicit(matrix.like),
-  )
+  return _first_states.zero_coords(layout, leaf, jnp.float32)

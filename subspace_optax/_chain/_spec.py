@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import math
-import numbers
-import operator
 import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _spec_checks
 from subspace_optax._matrix import _axes
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _siblings
@@ -20,8 +20,6 @@ from subspace_optax._matrix import _tree
 
 AUTO = 'auto'
 SIDES = ('short', 'long', 'in', 'out')
-FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
-BASIS_DTYPES = (*FLOATS, 'int8', 'int4')
 
 
 class DimensionNumbers(NamedTuple):
@@ -51,11 +49,11 @@ class Match(NamedTuple):
     path: the leaf's path.
     leaf: the leaf.
     layout: how it is projected, None if it stays plain.
-    selected: whether the spec's rules chose it, small though it may be.
+    selected: whether the spec selects it, even if it is too small to project.
     reason: why it stays plain.
     how: how its matrix was found, see `SubspaceSpec`; '' if it has none.
-    is_clipped: whether a larger rank was asked for than its short side.
-    is_reversed: whether its bias has the length of what is read as inputs.
+    is_clipped: whether the rank that was asked for exceeds its short side.
+    is_reversed: whether its bias is as long as what is read as its inputs.
   """
 
   path: str
@@ -83,15 +81,15 @@ class SubspaceSpec:
 
   Attributes:
     rank: r, as an int, a fraction of the short side in (0, 1], or a callable
-      of (path, leaf) that returns either. Clipped to the short side, of which
-      `init` warns.
+      of (path, leaf) that returns either. A rank above the short side is
+      clipped to it, and `init` warns.
     include: regular expression; only leaves whose path it finds are projected.
       Paths look like `blocks/mlp/up`. None for all.
     exclude: regular expression; leaves whose path it finds stay plain. 'auto'
       keeps embeddings, heads, norms, biases and convolutions out, by the names
       of the usual libraries in whole components of a path: `head/kernel` is a
-      head, `head_gate` in a layer is not. None for nothing. A tree of
-      `weight_dimension_numbers` goes before it.
+      head, `head_gate` in a layer is not. None keeps nothing out. Not used if
+      `weight_dimension_numbers` is a tree, which then names the leaves.
     side: the side the basis spans: 'short' (the papers), 'long'
       (`optax.contrib.galore`), 'in' (rows) or 'out' (columns).
     weight_dimension_numbers: the axes that form each matrix: a
@@ -110,19 +108,18 @@ class SubspaceSpec:
       no fewer bytes than Adam's two moments.
     allow_empty: accept trees in which no leaf is matched.
     seed: what all randomness is derived from, folded with each leaf's path.
-    key_group: from a leaf's path to the name that is folded instead of it, so
-      that leaves of one group, such as query, key and value, draw the same
-      random bases if their shapes allow, and unless they take turns.
+    key_group: a function from a leaf's path to a name that replaces the path in
+      random keys. Leaves with the same name and shape, such as query, key and
+      value, draw the same random bases, unless they are staggered.
     basis_dtype: dtype of the bases: a float, 'int8' or 'int4'. Integers are
-      codes with a float32 scale for at most 128 or 64 rows of a column, made
-      orthonormal again at every step, for projectors that store bases and move
-      them by whole refreshes.
-    moment_dtype: dtype of the inner optimizer's state, on projected leaves and
-      on plain ones. None for float32, or the parameter's dtype if that is
-      wider: in bfloat16 a second moment cannot decay by 0.1 % a step, and in
-      float16 the square of a gradient of 1e-4 is 0. 'parameter' for the
-      parameter's dtype, which is what optax takes. Coordinates are float32 or
-      wider in any case.
+      codes, with a float32 scale for every 128 rows of a column (int8) or 64
+      (int4) at most; every step makes the decoded bases orthonormal. Projectors
+      that move bases by small steps, or draw them again, take floats only.
+    moment_dtype: dtype of the inner optimizer's state, of projected leaves and
+      of plain ones. None takes float32, or the parameter's dtype if that is
+      wider, since in bfloat16 a second moment cannot decay by 0.1 % a step, and
+      in float16 the square of a gradient of 1e-4 is 0. 'parameter' takes the
+      parameter's dtype, as optax does. Coordinates are always float32 or wider.
     outputs_first: whether kernels are (out, in), as those of equinox, haliax
       and PyTorch, and not (in, out), as those of Flax and haiku; not where
       `weight_dimension_numbers` say it, nor where heads are axes of their own.
@@ -160,13 +157,15 @@ class SubspaceSpec:
 
   def __post_init__(self):
     if not callable(self.rank):
-      _check_rank(self.rank, '')
+      _spec_checks.check_rank(self.rank, '')
     if self.side not in SIDES:
       raise ValueError(f'side must be one of {SIDES}, got {self.side!r}.')
-    _check_dtype('basis_dtype', self.basis_dtype, BASIS_DTYPES)
+    _dtypes.check_dtype('basis_dtype', self.basis_dtype, _dtypes.BASIS_DTYPES)
     if self.moment_dtype not in (None, 'parameter'):
       hint = '; scale_by_adam8bit keeps moments in 8 bits'
-      _check_dtype('moment_dtype', self.moment_dtype, FLOATS, hint)
+      _dtypes.check_dtype(
+        'moment_dtype', self.moment_dtype, _dtypes.FLOATS, hint
+      )
     for name in ('include', 'exclude'):
       pattern = getattr(self, name)
       if pattern is not None and not isinstance(pattern, str):
@@ -218,13 +217,13 @@ class SubspaceSpec:
       axes = decisions.axes[path]
       axes = axes.reversed() if self.outputs_first else axes
     else:
-      axes = _axes.Axes(*_named_axes(path, leaf, dims), 'named')
+      axes = _axes.Axes(*_spec_checks.name_axes(path, leaf, dims), 'named')
     if axes.reason:
       return Match(path, leaf, None, False, axes.reason, axes.how)
-    if not is_float(leaf.dtype):
+    if not _dtypes.is_float(leaf.dtype):
       raise TypeError(
         f'leaf {path!r} of dtype {leaf.dtype} is selected for projection, '
-        f'which needs one of {FLOATS}; name it in `exclude`.'
+        f'which needs one of {_dtypes.FLOATS}; name it in `exclude`.'
       )
     layout, is_clipped = self._layout(path, leaf, axes.rows, axes.cols)
     plain = functools.partial(Match, path, leaf, None, how=axes.how)
@@ -246,23 +245,19 @@ class SubspaceSpec:
 
   def dtype_of_moments(self, dtype: Any) -> Any:
     """Returns the dtype of a leaf's moments, given that of the leaf."""
-    if self._moments_as_parameters:
+    wanted = self.moment_dtype
+    if isinstance(wanted, str) and wanted == 'parameter':
       return dtype
-    if not is_float(dtype):  # jax promotes none of those with 8 bits
-      return jnp.dtype('float32') if is_real(dtype) else dtype
+    if not _dtypes.is_float(dtype):  # jax promotes none of those with 8 bits
+      return jnp.dtype('float32') if _dtypes.is_real(dtype) else dtype
     if self.moment_dtype is None:
       return jnp.promote_types(dtype, jnp.float32)
     return jnp.dtype(self.moment_dtype)
 
-  @property
-  def _moments_as_parameters(self) -> bool:
-    wanted = self.moment_dtype
-    return isinstance(wanted, str) and wanted == 'parameter'
-
   def _is_smaller(self, layout: _layout.Layout, dtype: Any) -> bool:
     """Whether a basis and two moments of it take fewer bytes than Adam's."""
     r, m, n = layout.rank, layout.m, layout.n
-    basis = m * r * bits(self.basis_dtype) // 8
+    basis = m * r * _dtypes.bits(self.basis_dtype) // 8
     moments = 2 * n * r * self.dtype_of_moments(dtype).itemsize
     return basis + moments < 2 * m * n * self.dtype_of_moments(dtype).itemsize
 
@@ -295,7 +290,7 @@ class SubspaceSpec:
       'out': False,
     }[self.side]
     rank = self.rank(path, leaf) if callable(self.rank) else self.rank
-    rank = _check_rank(rank, path)
+    rank = _spec_checks.check_rank(rank, path)
     if isinstance(rank, float):
       rank = max(1, round(rank * min(m, n)))
     shape, clipped = tuple(leaf.shape), min(rank, m, n)
@@ -334,37 +329,6 @@ class SubspaceSpec:
       )
 
 
-def is_float(dtype: Any) -> bool:
-  """Whether a dtype is one of those that are projected and widened."""
-  return _dtype_name(dtype) in FLOATS
-
-
-def is_real(dtype: Any) -> bool:
-  """Whether a dtype is that of real numbers, of 8 bits, too."""
-  return jnp.issubdtype(dtype, jnp.floating)
-
-
-def bits(dtype: Any) -> int:
-  """Returns the bits of an element where XLA holds it, which packs int4."""
-  return 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
-
-
-def _check_dtype(
-  argument: str, dtype: Any, allowed: tuple[str, ...], hint: str = ''
-) -> None:
-  """Raises unless the dtype is one of those allowed."""
-  name = _dtype_name(dtype)
-  if name not in allowed:
-    raise ValueError(f'{argument} must be one of {allowed}, got {name}{hint}.')
-
-
-def _dtype_name(dtype: Any) -> str:
-  try:
-    return repr(dtype) if dtype is None else jnp.dtype(dtype).name
-  except TypeError:
-    return repr(dtype)
-
-
 def check_spec(spec: Any) -> None:
   """Raises unless `spec` is a `SubspaceSpec`."""
   if not isinstance(spec, SubspaceSpec):
@@ -380,50 +344,3 @@ def _check_distinct(paths: list[str]) -> None:
 def _is_dims(x: Any) -> bool:
   """Whether `x` is dimension numbers, ours or optax's, told by the fields."""
   return hasattr(x, 'reduction_axis') and hasattr(x, 'output_axis')
-
-
-def _check_rank(rank: Any, path: str) -> int | float:
-  where = f' for leaf {path!r}' if path else ''
-  if isinstance(rank, jax.Array):
-    raise TypeError(
-      f'rank{where} must be static, got {rank!r}; under '
-      "optax.inject_hyperparams, pass static_args=('rank',)."
-    )
-  if isinstance(rank, numbers.Integral) and not isinstance(rank, bool):
-    if rank <= 0:
-      raise ValueError(f'rank{where} must be positive, got {rank}.')
-    return operator.index(rank)
-  if isinstance(rank, numbers.Real) and not isinstance(rank, bool):
-    rank = float(rank)
-    if not 0 < rank <= 1:
-      raise ValueError(
-        f'rank{where} as a fraction of the short side must lie in (0, 1], '
-        f'got {rank}; a number of dimensions is an int.'
-      )
-    return rank
-  raise TypeError(f'rank{where} must be an int or a fraction, got {rank!r}.')
-
-
-def _named_axes(path: str, leaf: Any, dims: Any):
-  """Returns the axes of the rows and of the columns, as they are named."""
-  rows = _normalize(path, leaf, 'reduction_axis', dims.reduction_axis)
-  cols = _normalize(path, leaf, 'output_axis', dims.output_axis)
-  both = rows + cols
-  if len(set(both)) != len(both):
-    raise ValueError(
-      f'weight_dimension_numbers {tuple(dims)} of leaf {path!r} of shape '
-      f'{tuple(leaf.shape)} overlap: rows {rows}, columns {cols}.'
-    )
-  return rows, cols
-
-
-def _normalize(path: str, leaf: Any, name: str, axis: Any) -> tuple[int, ...]:
-  axes = (axis,) if isinstance(axis, numbers.Integral) else tuple(axis)
-  axes = tuple(operator.index(i) for i in axes)
-  ndim = len(leaf.shape)
-  if not axes or not all(-ndim <= i < ndim for i in axes):
-    raise ValueError(
-      f'{name}={axis!r} of leaf {path!r} names an axis that shape '
-      f'{tuple(leaf.shape)} does not have.'
-    )
-  return tuple(i % ndim for i in axes)

@@ -34,14 +34,15 @@ def state_sharding(
 ) -> Any:
   """Returns the sharding of every array in an optimizer's state.
 
-  Bases follow the projected axes of their parameter, coordinates the other
-  ones, and both its batch axes; mesh axes that are left shard the rank. The
-  rest of the state, in `optax.chain`, `partition`, `masked` or `MultiSteps`
-  too, is where its `init` puts it: like the parameter as a rule, on every
-  device where the parameter says nothing.
+  Bases are sharded like the projected axes of their parameter, coordinates like
+  its other axes, and both like its batch axes. Mesh axes that shard none of
+  these shard the rank. All other state, inside `optax.chain`, `partition`,
+  `masked` or `MultiSteps`, too, is where its `init` puts it: as a rule sharded
+  like the parameter, and replicated where the parameter is no guide.
 
-  As `out_shardings` of a jitted `init` it puts the state in its place, so that
-  no device ever holds all of it; as those of a jitted step it keeps it there.
+  Pass the result to `jax.jit` as the `out_shardings` of `init`, and no device
+  ever holds all of the state; pass it as those of the step, and the state stays
+  where it is.
 
   Args:
     tx: the optimizer, `rso.subproblems` or a `TrainStep`.

@@ -37,6 +37,9 @@ def subspace(
 ) -> optax.GradientTransformationExtraArgs:
   """Chains `project`, `in_subspace` and `unproject`.
 
+  A residual rule with feedback, as `residuals.error_feedback`, adds what one
+  step left over to the next gradient, before `project`.
+
   Args:
     spec: which leaves, as which matrices, at which rank.
     projector: how bases are found and moved.
@@ -48,25 +51,27 @@ def subspace(
     plain: see `in_subspace`.
     residual: see `unproject`.
     scale: see `unproject`.
-    every_k: k, micro-steps to a step, at the end of which the inner optimizer,
-      what follows it, and `after` run once on the mean of k gradients, kept
-      r-sized. Bases stay for a window: they are refreshed with its first
-      gradient, or `refresh_gradients`, and tracked with its last. Gaps count
-      steps. k - 1 of k updates are zero. (`optax.MultiSteps` as `inner` keeps
-      r-sized sums, too, but what is chained behind runs at every micro-step
-      and bases may move within a window.)
-    after: runs on whole updates: weight decay and learning rate, which would
-      run at every micro-step if they were chained behind.
+    every_k: k, the number of micro-steps in one step. Every micro-step adds its
+      coordinates to a mean of rank r. The last one runs the inner optimizer,
+      `unproject` and `after` on the mean; the other k - 1 updates are zero.
+      Bases do not move within a step: its first gradient, or
+      `refresh_gradients`, refreshes them, and its last one tracks them. Gaps
+      count steps. (`optax.MultiSteps` as `inner` keeps means of rank r, too,
+      but bases may then move between micro-steps, and transformations that are
+      chained behind run at every one.)
+    after: a transformation of whole updates, such as weight decay and learning
+      rate. It runs once in k micro-steps; what is chained behind runs in all.
 
   Returns:
     A transformation from gradients to updates of their dtypes, without learning
     rate. Updates are float32 or wider until `after` has seen them.
 
   Raises:
-    ValueError: see the three pieces; `every_k` below 1, or with a residual,
-      which needs the gradients that it does not keep; at `init`, an inner
-      optimizer that steps against the gradient beside a residual, or to the
-      other side of it than `plain`.
+    ValueError: see the three pieces; `every_k` below 1, or together with a
+      residual, which needs gradients that accumulation does not keep; at
+      `init`, an inner optimizer that steps against the gradient although there
+      is a residual, or one of `inner` and `plain` that steps along the gradient
+      while the other steps against it.
     TypeError: see the three pieces; `every_k` is no int.
 
   References:
@@ -111,41 +116,50 @@ def subspace(
     rest = unproject if after is None else optax.chain(unproject, after)
     tx = _every_k.every_k(every_k, spec, project, in_subspace, rest)
     return _dtypes.round_last(tx)
-  pieces = [
-    optax.GradientTransformationExtraArgs(x.init, _boxes.bare(x.update))
-    for x in (project, in_subspace)
-  ]
-  tx = optax.chain(*pieces, unproject)
-  if residual is not None and residual.feedback:
-    tx = _with_feedback(tx, residual.feedback)
+  feedback = None if residual is None else residual.feedback
+  tx = _chain_stages(project, in_subspace, unproject, feedback)
   return _dtypes.round_last(tx if after is None else optax.chain(tx, after))
 
 
-def _with_feedback(
-  tx: optax.GradientTransformationExtraArgs, feedback: Callable
+def _chain_stages(
+  project: _projection.Projection,
+  in_subspace: _in_subspace.InSubspace,
+  unproject: optax.GradientTransformationExtraArgs,
+  feedback: Callable | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Gives the three pieces gradients that depend on the residual's state."""
+  """Runs the stages in a row.
+
+  With `feedback`, what one step left over is added to the next gradient.
+  """
+
+  def init(params):
+    return tuple(x.init(params) for x in (project, in_subspace, unproject))
 
   def update(updates, state, params=None, **extra_args):
-    pairs, _ = _tree.flatten(updates)
-    own = dict(_tree.flatten(state[-1].residual)[0])
-    gradients = [_fed_back(feedback, path, g, own) for path, g in pairs]
-    gradients = _tree.replace_entries(updates, gradients)
-    return tx.update(gradients, state, params, **extra_args)
+    bases, inner, left = state
+    if feedback is not None:
+      updates = _add_left_over(feedback, updates, left.residual)
+    nodes, bases = project.update(updates, bases, params, **extra_args)
+    nodes, inner = in_subspace.update(nodes, inner, params, **extra_args)
+    updates, left = unproject.update(nodes, left)
+    return updates, (bases, inner, left)
 
-  return optax.GradientTransformationExtraArgs(tx.init, update)
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
-def _fed_back(
-  feedback: Callable, path: str, gradient: Any, states: dict[str, Any]
-) -> Any:
-  """Returns a gradient with its feedback; `project` checks the tree."""
-  state = states.get(path)
-  if state is None or _tree.is_masked(gradient) or _tree.is_masked(state):
-    return gradient
-  if gradient.shape != state.shape:
-    raise ValueError(
-      f'gradient {path!r} has shape {gradient.shape}, its parameter had '
-      f'{state.shape} at init.'
-    )
-  return feedback(gradient, state)
+def _add_left_over(feedback: Callable, gradients: Any, left_over: Any) -> Any:
+  """Returns gradients plus what the residual rule kept in the last step."""
+  known = dict(_tree.flatten(left_over)[0])
+
+  def add(path: str, gradient: Any) -> Any:
+    state = known.get(path)  # `project` checks the tree
+    if state is None or _tree.is_masked(gradient) or _tree.is_masked(state):
+      return gradient
+    if gradient.shape != state.shape:
+      raise ValueError(
+        f'gradient {path!r} has shape {gradient.shape}, its parameter had '
+        f'{state.shape} at init.'
+      )
+    return feedback(gradient, state)
+
+  return _tree.map_entries(add, gradients)

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._chain import _first_states
+from subspace_optax._chain import _matrices
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
+from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _projected
-from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 from subspace_optax.residuals import _base
 
@@ -31,16 +33,15 @@ def unproject(
   residual: _base.Residual | None = None,
   spec: _spec.SubspaceSpec | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes directions in subspaces back to updates of whole leaves.
+  """Turns directions in subspaces into updates of whole leaves.
 
   Args:
-    scale: factor of what comes back, alpha in GaLore; plain leaves are not
-      scaled.
+    scale: factor of the projected leaves' updates, alpha in GaLore.
     residual: rule for the part of the gradient outside the subspace, from
       `subspace_optax.residuals`; needs `project(..., keep_gradient=True)`.
-    spec: the one given to `project`, which says where a residual rule has
-      state. By default its state is made for all leaves of two axes or more,
-      their last two axes taken for the matrix.
+    spec: the spec of `project`, which says for which leaves a residual rule has
+      state. By default these are all leaves of two axes or more, with their
+      last two axes as the matrix.
 
   Returns:
     A transformation that turns `Projected` nodes into updates of the leaf's
@@ -86,59 +87,77 @@ def unproject_any(
       1, exclude=None, only_if_smaller=False, allow_empty=True
     )
   _spec.check_spec(spec)
-  make_state = residual.init if residual is not None else None
+  rule = _DROP if residual is None else residual
 
   def init(params):
-    if make_state is None:
+    if rule.init is None:
       return optax.EmptyState()
-    first_state = functools.partial(_first_state, make_state, spec)
-    return _boxes.box_state(first_state, params)
+    make = functools.partial(_first_state, rule.init, spec)
+    return _first_states.make_state(spec, make, params)
 
   def update(updates, state, params=None, **extra_args):
-    del extra_args
-    del params
+    del params, extra_args
     pairs, treedef = _tree.flatten(updates)
     _check_directed(pairs, residual is not None, allow_empty)
     count, own = 0, [(path, None) for path, _ in pairs]
-    if make_state is not None:
+    if rule.init is not None:
       count, own = state.count, _tree.flatten(state.residual)[0]
-    entries, new = [], []
-    for (path, entry), (_, last) in zip(pairs, own, strict=True):
-      if isinstance(entry, _projected.Projected):
-        dtype = entry.update_dtype
-        if residual is None:
-          entry = _update(entry, scale)
-        else:
-          _check_state(residual, path, entry, last)
-          entry, last = residual.update(entry, scale, count, last)
-        entry = entry.astype(dtype)
-      entries.append(entry)
-      new.append(last)
-    if make_state is not None:
-      count = optax.safe_increment(state.count)
-      state = state._replace(count=count, residual=treedef.unflatten(new))
-    return _tree.replace_entries(updates, entries), state
+    results = [
+      _update_leaf(rule, scale, count, *pair, last)
+      for pair, (_, last) in zip(pairs, own, strict=True)
+    ]
+    if rule.init is not None:
+      new = treedef.unflatten([last for _, last in results])
+      state = state._replace(
+        count=optax.safe_increment(state.count), residual=new
+      )
+    return _tree.replace_entries(updates, [x for x, _ in results]), state
 
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
 def _first_state(
-  make_state: Callable[..., jax.Array], spec: _spec.SubspaceSpec, params: Any
+  make: Callable[..., jax.Array],
+  spec: _spec.SubspaceSpec,
+  params: Any,
+  matches: list[_spec.Match | None],
+  treedef: Any,
 ) -> ResidualState:
-  matches = spec.match(params)
-  _, treedef = _tree.flatten(params)
-  leaves = [_init(make_state, spec, match) for match in matches]
-  state = ResidualState(jnp.zeros((), jnp.int32), treedef.unflatten(leaves))
-  return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
+  del params
+
+  def of_leaf(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+    del path
+    return make(layout, leaf, spec.dtype_of_moments(leaf.dtype))
+
+  states = _matrices.per_matrix(matches, treedef, of_leaf)
+  return ResidualState(jnp.zeros((), jnp.int32), states)
 
 
-def _init(
-  make_state: Callable[..., jax.Array], spec: _spec.SubspaceSpec, match: Any
-) -> Any:
-  if match is None or match.layout is None:
-    return optax.MaskedNode()
-  dtype = spec.dtype_of_moments(match.leaf.dtype)
-  return make_state(match.layout, match.leaf, dtype)
+def _update_leaf(
+  rule: _base.Residual, scale: Any, count: Any, path: str, entry: Any, last: Any
+) -> tuple[Any, Any]:
+  """Returns the update of a whole leaf, and the state of its residual."""
+  if not isinstance(entry, _projected.Projected):
+    return entry, last
+  _check_state(rule, path, entry, last)
+  update, last = rule.update(entry, scale, count, last)
+  return update.astype(entry.update_dtype), last
+
+
+def _drop(
+  node: _projected.Projected, scale: Any, count: Any, last: Any
+) -> tuple[jax.Array, Any]:
+  """GaLore's update: what is outside of the subspace is lost."""
+  del count
+  # Multiplied in the gradient's dtype, like all products of the step, but for
+  # float16, which may be too narrow for a direction. Scaled while it is small.
+  dtype = jnp.float32 if node.dtype == jnp.float16 else node.dtype
+  direction = (scale * node.direction).astype(dtype)
+  basis = node.basis.astype(dtype)
+  return node.layout.unproject(basis, direction, node.sharding), last
+
+
+_DROP = _base.Residual('drop', _drop)
 
 
 def _check_state(
@@ -155,15 +174,6 @@ def _check_state(
       f'update {path!r} needs residual state of shape {shape}, but init made '
       f'{found}; give `unproject` the spec that `project` has.'
     )
-
-
-def _update(node: _projected.Projected, scale: Any) -> jax.Array:
-  # Multiplied in the gradient's dtype, like all products of the step, but for
-  # float16, which may be too narrow for a direction. Scaled while it is small.
-  dtype = jnp.float32 if node.dtype == jnp.float16 else node.dtype
-  direction = (scale * node.direction).astype(dtype)
-  basis = node.basis.astype(dtype)
-  return node.layout.unproject(basis, direction, node.sharding)
 
 
 def _check_directed(

@@ -105,3 +105,19 @@ def map_unzip(f: Callable[..., tuple], n: int, tree: Any, *rest: Any) -> tuple:
   results = [f(*args) for args in zip(leaves, *others, strict=True)]
   columns = zip(*results, strict=True) if results else [()] * n
   return tuple(treedef.unflatten(column) for column in columns)
+
+
+def map_entries(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+  """Returns `tree`, boxes and all, with `f(path, entry, *others)` for entries.
+
+  Args:
+    f: the function.
+    tree: the tree.
+    *rest: trees with as many entries, in boxes or not.
+  """
+  pairs, _ = flatten(tree)
+  columns = [[entry for _, entry in flatten(x)[0]] for x in rest]
+  entries = [
+    f(*pair, *others) for pair, *others in zip(pairs, *columns, strict=True)
+  ]
+  return replace_entries(tree, entries)

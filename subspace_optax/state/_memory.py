@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from subspace_optax._chain import _spec
+from subspace_optax._chain import _dtypes
 from subspace_optax._matrix import _notices
 
 
@@ -68,7 +68,7 @@ def memory_report(tx: Any, params: Any) -> MemoryReport:
 def tree_bytes(tree: Any) -> int:
   """Returns the bytes of all arrays, or shapes of arrays, in a tree."""
   return sum(
-    -(-math.prod(x.shape) * _spec.bits(x.dtype) // 8)
+    -(-math.prod(x.shape) * _dtypes.bits(x.dtype) // 8)
     for x in jax.tree.leaves(tree)
   )
 

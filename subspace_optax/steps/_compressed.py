@@ -19,6 +19,7 @@ import optax
 from subspace_optax._chain import _describe
 from subspace_optax._chain import _every_k
 from subspace_optax._chain import _projection
+from subspace_optax._chain import _refresh_bases
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
@@ -180,7 +181,7 @@ def _needs_gradient(found: list[_Found]) -> Any:
   return needs
 
 
-def _refresh(one: _Found, params: Any) -> _projection.Refreshed:
+def _refresh(one: _Found, params: Any) -> _refresh_bases.Refreshed:
   """Returns what one `project` refreshes in the coming step."""
   pairs, _ = _tree.flatten(params)
   mine = [
@@ -193,7 +194,7 @@ def _refresh(one: _Found, params: Any) -> _projection.Refreshed:
 
 
 def _bases(
-  found: list[_Found], refreshed: list[_projection.Refreshed], params: Any
+  found: list[_Found], refreshed: list[_refresh_bases.Refreshed], params: Any
 ) -> tuple[list[_spec.Match | None], Any]:
   """Returns the matches and bases of all leaves in the coming step."""
   pairs, treedef = _tree.flatten(params)

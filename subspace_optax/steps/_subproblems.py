@@ -21,9 +21,9 @@ import optax
 
 from subspace_optax._chain import _check_matches
 from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _first_states
 from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _matrices
-from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _layout
@@ -173,7 +173,7 @@ def subproblems(
     make = functools.partial(_matrices.per_matrix, matches, treedef)
     state = SubproblemState(
       count=jnp.zeros((), jnp.int32),
-      seed=make(functools.partial(_projection.seeds_of, spec)),
+      seed=make(functools.partial(_first_states.make_seeds, spec)),
       coords=make(_zero_coords),
       inner=directions.init(params),
       lost=make(_nothing_lost) if rounding == 'compensated' else (),

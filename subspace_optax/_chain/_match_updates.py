@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trees that `update` is given, matched as `init` matched the parameters."""
+
+import itertools
+from typing import Any
+
+import jax
+
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
+
+
+def match_as_at_init(
+  spec: _spec.SubspaceSpec, state: Any, updates: Any
+) -> list[_spec.Match | None]:
+  """Returns the matches of the gradients, which must be those of `init`."""
+  matches = _match_to_state(spec, updates, state)
+  seeds = dict(_tree.flatten(state.seed)[0])
+  bases = dict(_tree.flatten(state.subspaces.basis)[0])
+  for match in matches:
+    if match and match.layout:
+      path = match.path
+      _check_placed(
+        path, match.leaf, match.layout, seeds[path], bases.get(path)
+      )
+  return matches
+
+
+def _check_placed(
+  path: str,
+  gradient: jax.Array,
+  layout: _layout.Layout,
+  seed: jax.Array,
+  basis: Any,
+) -> None:
+  """Raises if a stack and its state are cut differently on explicit axes."""
+  wanted = _sharding.entries_of(gradient, layout.batch)
+  found = [_sharding.entries_of(seed, range(seed.ndim))]
+  if isinstance(basis, jax.Array):  # neither codes nor drawn again
+    axes = map(layout.basis_axes().index, layout.batch_axes)
+    found.append(_sharding.entries_of(basis, axes))
+  for axis, of_gradient, *of_state in zip(
+    layout.batch, wanted, *found, strict=True
+  ):
+    if any(x != of_gradient for x in of_state):
+      raise ValueError(
+        f'the stack {path!r} is split along axis {axis} over the mesh axes '
+        f'{of_gradient}, and its state over {of_state[-1]}; explicit axes must '
+        'be the same. Place the state with subspace_optax.state_sharding(tx, '
+        'params), and gradients as their parameters. (Before 0.12 jax drops '
+        'explicit axes from what leaves a partly manual shard_map; there make '
+        'all axes of the mesh Auto.)'
+      )
+
+
+def _match_to_state(
+  spec: _spec.SubspaceSpec, updates: Any, state: Any
+) -> list[_spec.Match | None]:
+  pairs, _ = _tree.flatten(updates)
+  for path, entry in pairs:
+    if isinstance(entry, _projected.Projected):
+      raise ValueError(
+        f'gradient {path!r} is projected already; chain `project` once, first.'
+      )
+  known, _ = _tree.flatten(state.seed)
+  for new, old in itertools.zip_longest(pairs, known, fillvalue=(None, None)):
+    if new[0] != old[0]:
+      raise ValueError(
+        'gradients must have the tree of the parameters at init, where leaf '
+        f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
+      )
+  known = _find_names(updates)
+  fits = _find_fits(spec, updates, state, known)
+  if not fits and {} not in known:
+    fits = _find_fits(spec, updates, state, [{}])
+  if not fits:
+    raise ValueError(_find_misfit(spec.match(updates, known[0]), state))
+  _check_alike(fits)
+  return fits[0]
+
+
+def _find_fits(
+  spec: _spec.SubspaceSpec,
+  updates: Any,
+  state: Any,
+  known: list[_tree.AxisNames],
+) -> list[list[_spec.Match | None]]:
+  """Returns what names of axes make of a tree, where `init` made it so."""
+  readings = (spec.match(updates, names) for names in known)
+  return [x for x in readings if _find_misfit(x, state) is None]
+
+
+def _check_alike(readings: list[list[_spec.Match | None]]) -> None:
+  """Raises if a leaf may be two matrices, by the boxes of different inits."""
+  for matches in zip(*readings, strict=True):
+    layouts = {match.layout for match in matches if match}
+    if len(layouts) > 1:
+      raise ValueError(
+        f'gradient {matches[0].path!r} came without a box that names its axes, '
+        'and trees like this one had different names at init, or some had '
+        'none; say which axes it has in `weight_dimension_numbers` of '
+        'SubspaceSpec.'
+      )
+
+
+# By the paths and shapes of a tree, the names of axes at its inits, the latest
+# first. `nnx.Optimizer` gives `init` boxes and `update` bare arrays, which must
+# be the same matrices, and names are no arrays that a state could hold.
+_names_at_init: dict[Any, list[_tree.AxisNames]] = {}
+_MOST_TREES = 256
+# Hashes of the paths and shapes of trees that came without names.
+_without_names: set[int] = set()
+_MOST_HASHES = 1 << 16
+
+
+def remember_names(params: Any) -> None:
+  """Keeps the names of axes that `init` sees for `update`."""
+  names, shapes = _tree.axis_names(params), _shapes(params)
+  if not names:
+    if len(_without_names) >= _MOST_HASHES:
+      _without_names.clear()
+    _without_names.add(hash(shapes))
+    return
+  before = _names_at_init.pop(shapes, [])
+  _names_at_init[shapes] = [names, *(x for x in before if x != names)]
+  if len(_names_at_init) > _MOST_TREES:
+    del _names_at_init[next(iter(_names_at_init))]
+
+
+def _find_names(updates: Any) -> list[_tree.AxisNames]:
+  """Returns the names of axes in boxes, or those that the tree may have had."""
+  names = _tree.axis_names(updates)
+  if names:
+    return [names]
+  shapes = _shapes(updates)
+  known = _names_at_init.get(shapes, [])
+  bare = not known or hash(shapes) in _without_names
+  return [*known, names] if bare else known
+
+
+def _shapes(tree: Any) -> tuple[tuple[str, Any], ...]:
+  pairs, _ = _tree.flatten(tree)
+  return tuple((path, getattr(x, 'shape', None)) for path, x in pairs)
+
+
+def _find_misfit(matches: list[_spec.Match | None], state: Any) -> str | None:
+  """Returns an error for the first leaf that `init` made other arrays for."""
+  bases = dict(_tree.flatten(state.subspaces.basis)[0])
+  for match, (path, seed) in zip(
+    matches, _tree.flatten(state.seed)[0], strict=True
+  ):
+    layout = match.layout if match else None
+    made = [('seeds', seed, layout and layout.batch_shape)]
+    if path in bases:
+      made.append(('a basis', bases[path], layout and layout.basis_shape))
+    for what, array, expected in made:
+      found = None if _tree.is_masked(array) else array.shape
+      if expected != found:
+        return _explain_misfit(match, path, what, expected, found)
+  return None
+
+
+def _explain_misfit(
+  match: _spec.Match | None, path: str, what: str, expected: Any, found: Any
+) -> str:
+  shape = tuple(match.leaf.shape) if match else 'masked'
+  return (
+    f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, but '
+    f'init made {found}; give update the tree that init was given, in the same '
+    'boxes, or call init once in this process. A state of another rank is '
+    'taken over by subspace_optax.resize_rank.'
+  )
+
+
+def check_shapes(updates: Any, others: Any, name: str) -> None:
+  """Raises unless gradients have the shapes of another tree, if it is given.
+
+  The bases know only one side of a matrix.
+  """
+  known = {} if others is None else dict(_tree.flatten(others)[0])
+  for path, gradient in _tree.flatten(updates)[0]:
+    shapes = [getattr(x, 'shape', None) for x in (gradient, known.get(path))]
+    if None not in shapes and shapes[0] != shapes[1]:
+      raise ValueError(
+        f'gradient {path!r} has shape {shapes[0]}, {name} {shapes[1]}.'
+      )
+
+
+def mask_like(updates: Any, refresh_gradients: Any) -> Any:
+  """Returns refresh gradients without what a wrapper hid of the gradients.
+
+  Wrappers such as `optax.masked` hand on extra arguments as they are.
+  """
+  pairs, treedef = _tree.flatten(updates)
+  known = dict(_tree.flatten(refresh_gradients)[0])
+  for path, _ in pairs:
+    if path not in known:
+      raise ValueError(
+        f'refresh_gradients has no leaf {path!r}; give it the tree of the '
+        'gradients.'
+      )
+  return treedef.unflatten(
+    [x if _tree.is_masked(x) else known[path] for path, x in pairs]
+  )
