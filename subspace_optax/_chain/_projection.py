@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from subspace_optax import bases
 from subspace_optax._chain import _check_matches
 from subspace_optax._chain import _describe
 from subspace_optax._chain import _dtypes
@@ -29,7 +30,6 @@ from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
-from subspace_optax.bases import _quantized_basis
 from subspace_optax.projectors import _base
 
 
@@ -105,23 +105,33 @@ class Projection:
         f'{self.projector!r}.'
       )
 
+  @property
+  def storage(self) -> bases.Storage:
+    """How bases live between steps."""
+    return bases.storage(self.spec.basis_dtype, self.projector)
+
   def init(self, params: Any) -> Any:
     """Returns the first state, boxed as the parameters are."""
     matches = self.spec.match(params)
     _check_matches.check_matches(self.spec, matches)
     if not _describe.is_asked():
       _matrices.remember_names(params)
-    _quantized_basis.check(self.spec.basis_dtype, self.projector)
+    _ = self.storage  # which raises for what it can't hold
     _describe.record(self.spec, matches, self.projector, self.keep_gradient)
     return _boxes.box_state(self._first_state, params)
 
   def _first_state(self, params: Any) -> ProjectState:
-    spec, projector = self.spec, self.projector
+    spec, projector, storage = self.spec, self.projector, self.storage
+
+    def first(path: str, leaf: Any, layout: _layout.Layout) -> Any:
+      seed = seeds_of(spec, path, leaf, layout)
+      return storage.first(projector.sample, seed, layout, leaf)
+
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     make = functools.partial(_matrices.per_matrix, matches, treedef)
     subspaces = _base.Subspaces(
-      basis=make(functools.partial(_first_basis, spec, projector.sample)),
+      basis=make(first) if storage.first else (),
       captured_energy=make(_zero),
       orthogonality_error=make(_zero),
       drift=make(_zero),
@@ -136,8 +146,6 @@ class Projection:
         [m.leaf for m in matches if m],
       ),
     )
-    if projector.rebuild:
-      state = state._replace(subspaces=subspaces._replace(basis=()))
     return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
   def update(
@@ -243,9 +251,7 @@ class Projection:
     subspaces, after, own = move(
       context, seen.matrices, seen.coords, refreshed.subspaces, refreshed.own
     )
-    if projector.rebuild:
-      subspaces = subspaces._replace(basis=())
-    if _quantized_basis.is_quantized(self.spec.basis_dtype):
+    if self.storage.write is not None:
       subspaces = subspaces._replace(basis=refreshed.stored)
     own = jax.tree.map(_varying.vary_as, own, state.projector)
     steps = optax.safe_increment(state.count)
@@ -341,53 +347,19 @@ def _refresh(
   sources: Any,
 ) -> Refreshed:
   """Refreshes the bases that are due, if `active`."""
-  subspaces = state.subspaces
-  stored = subspaces.basis
-  read = functools.partial(_quantized_basis.read, projector.orthonormal)
-  if projector.rebuild:
-    basis = projector.rebuild(matrices, state.projector)
-    basis = jax.tree.map(
-      functools.partial(_place_rebuilt, spec.basis_dtype), basis, matrices
-    )
-  else:
-    basis = jax.tree.map(read, matrices, stored)
-  subspaces = subspaces._replace(basis=basis)
+  storage = bases.storage(spec.basis_dtype, projector)
+  stored = state.subspaces.basis
+  basis = storage.read(matrices, stored, state.projector)
+  subspaces = state.subspaces._replace(basis=basis)
   context = _base.Context(state.count, active)
   subspaces, moves, own = projector.refresh(
     context, sources, subspaces, state.projector
   )
-  if _quantized_basis.is_quantized(spec.basis_dtype) and moves is not None:
-    subspaces, moves, stored = _store(
-      projector, matrices, stored, basis, subspaces, moves
+  if storage.write is not None and moves is not None:
+    stored, subspaces, moves = storage.write(
+      matrices, stored, basis, subspaces, moves
     )
   return Refreshed(basis, subspaces, moves, own, stored)
-
-
-def _store(
-  projector: _base.Projector,
-  matrices: Any,
-  stored: Any,
-  old: Any,
-  subspaces: _base.Subspaces,
-  moves: Any,
-) -> tuple[_base.Subspaces, Any, Any]:
-  """Returns the bases that codes can hold, their moves, and the codes."""
-  codes, basis, error, drift, transition = _tree.map_unzip(
-    functools.partial(_quantized_basis.store, projector.orthonormal),
-    5,
-    matrices,
-    stored,
-    old,
-    subspaces.basis,
-    subspaces.orthogonality_error,
-    subspaces.drift,
-    moves,
-  )
-  subspaces = subspaces._replace(
-    basis=basis, orthogonality_error=error, drift=drift
-  )
-  replace = lambda _, move, c: _projected.Move(move.moved, c)
-  return subspaces, jax.tree.map(replace, matrices, moves, transition), codes
 
 
 def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
@@ -411,36 +383,6 @@ def seeds_of(
   path_hash = np.uint32(zlib.crc32(group.encode()))
   static = (spec.seed, layout.batch_shape)
   return layout.place_values(_linalg.seeds, static, (path_hash,), leaf)
-
-
-def _first_basis(
-  spec: _spec.SubspaceSpec,
-  sample: _base.Sample,
-  path: str,
-  leaf: Any,
-  layout: _layout.Layout,
-) -> Any:
-  seed = seeds_of(spec, path, leaf, layout)
-  if _quantized_basis.is_quantized(spec.basis_dtype):
-    static = (sample, layout, jnp.dtype(jnp.float32))
-    return _quantized_basis.first(
-      spec.basis_dtype, _sample_at_init, static, (seed,), layout, leaf
-    )
-  static = (sample, layout, jnp.dtype(spec.basis_dtype))
-  return layout.place_basis(_sample_at_init, static, (seed,), leaf)
-
-
-def _sample_at_init(
-  sample: _base.Sample, layout: _layout.Layout, dtype: Any, seed: jax.Array
-) -> jax.Array:
-  return sample(layout, seed, _base.AT_INIT).astype(dtype)
-
-
-def _place_rebuilt(
-  dtype: Any, basis: jax.Array, matrix: _base.Matrix
-) -> jax.Array:
-  """Returns a basis as it would have come from the state."""
-  return matrix.layout.settle_basis(basis.astype(dtype), matrix.like)
 
 
 def _coords(basis: jax.Array, matrix: _base.Matrix) -> jax.Array:

@@ -9,11 +9,12 @@ import functools
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _linalg
 from subspace_optax.projectors import _base
-from subspace_optax.projectors import _periodic
+from subspace_optax.projectors import _one_matrix
 
 METHODS = ('exact', 'gram')
 
@@ -65,17 +66,12 @@ def importance_svd(
     raise ValueError(f'method must be one of {METHODS}, got {method!r}.')
   vectors_of = _by_svd if method == 'exact' else _by_eigh
 
-  def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
+  def draw(matrix: _one_matrix.Matrix, basis: jax.Array, period: jax.Array):
     del basis
-    layout = matrix.layout
-    g = _base.whole(matrix)
-    g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
-    vectors, values = vectors_of(g.astype(jnp.float32), matrix)
-    noise = _linalg.gumbel(values.shape[-1], matrix.seed, period)
-    keys = jnp.log(values) + noise
-    _, chosen = jax.lax.top_k(keys, layout.rank)
-    chosen = jnp.sort(chosen, axis=-1)[..., None, :]
-    return layout.from_matrix(jnp.take_along_axis(vectors, chosen, axis=-1))
+    vectors, values = vectors_of(matrix.gradient.astype(jnp.float32))
+    noise = jax.random.gumbel(matrix.key(period), values.shape, jnp.float32)
+    _, chosen = lax.top_k(jnp.log(values) + noise, matrix.rank)
+    return vectors[:, jnp.sort(chosen)]
 
   name = _base.call(
     'importance_svd',
@@ -83,24 +79,22 @@ def importance_svd(
     method=method,
     stagger=stagger,
   )
-  return _periodic.periodic(name, draw, update_proj_gap, stagger=stagger)
+  return _one_matrix.periodic(name, draw, update_proj_gap, stagger=stagger)
 
 
-def _by_svd(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
+def _by_svd(g: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the left singular vectors and their values, the largest first."""
-  del matrix
   svd = functools.partial(jnp.linalg.svd, full_matrices=False)
-  u, s, _ = _linalg.each(svd, g)
+  u, s, _ = _one_matrix.factorize(svd, g)
   return u, s
 
 
-def _by_eigh(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
+def _by_eigh(g: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The same from G G^T."""
-  g *= jax.lax.rsqrt(matrix.energy)[..., None, None]
-  gram = _linalg.matmul(g, jnp.swapaxes(g, -1, -2))
-  squares, u = _linalg.each(jnp.linalg.eigh, gram)
+  energy = jnp.sum(jnp.square(g))
+  g *= lax.rsqrt(jnp.where(energy > 0, energy, 1.0))
+  squares, u = _one_matrix.factorize(jnp.linalg.eigh, _linalg.matmul(g, g.T))
   values = jnp.sqrt(jnp.maximum(squares, 0.0))
   # What rounding makes of zero would be drawn, too, there being many of it.
-  noise = _BLIND * jnp.max(values, axis=-1, keepdims=True)
-  values = jnp.where(values > noise, values, 0.0)
-  return u[..., ::-1], values[..., ::-1]
+  values = jnp.where(values > _BLIND * jnp.max(values), values, 0.0)
+  return u[:, ::-1], values[::-1]
