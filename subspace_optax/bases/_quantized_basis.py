@@ -139,17 +139,21 @@ def _write(
 ) -> tuple[QuantizedBasis, _base.Bases]:
   """Encodes the bases of a leaf that moved from `old`, and reads them again."""
   layout = matrix.layout
-  still = stored, bases._replace(basis=old)
+  still = bases._replace(basis=old)
+  # Which matrices moved is known: no branch need return it.
+  kept = stored, still._replace(moved=None)
 
   def again() -> tuple[QuantizedBasis, _base.Bases]:
     moved = layout.along_basis(bases.moved)
     new = _where(moved, encode(layout, bases.basis, stored.dtype), stored)
     p = jnp.where(moved, _read(orthonormal, matrix, new), old)
     error = _linalg.orthogonality_error(layout.gram(p, p))
-    found = new, _base.moved_to(layout, bases.moved, p, error, still[1])
-    return jax.tree.map(_sharding.like, found, still)
+    found = _base.moved_to(layout, bases.moved, p, error, still)
+    found = new, found._replace(moved=None)
+    return jax.tree.map(_sharding.like, found, kept)
 
-  return _varying.cond(jnp.any(bases.moved), again, lambda: still)
+  new, found = _varying.cond(jnp.any(bases.moved), again, lambda: kept)
+  return new, found._replace(moved=bases.moved)
 
 
 def _where(
