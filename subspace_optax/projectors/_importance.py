@@ -9,12 +9,11 @@ import functools
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _linalg
 from subspace_optax.projectors import _base
-from subspace_optax.projectors import _one_matrix
+from subspace_optax.projectors import _periodic
 
 METHODS = ('exact', 'gram')
 
@@ -66,35 +65,38 @@ def importance_svd(
     raise ValueError(f'method must be one of {METHODS}, got {method!r}.')
   vectors_of = _by_svd if method == 'exact' else _by_eigh
 
-  def draw(matrix: _one_matrix.Matrix, basis: jax.Array, period: jax.Array):
+  def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
     del basis
-    vectors, values = vectors_of(matrix.gradient.astype(jnp.float32))
-    noise = jax.random.gumbel(matrix.key(period), values.shape, jnp.float32)
-    _, chosen = lax.top_k(jnp.log(values) + noise, matrix.rank)
-    return vectors[:, jnp.sort(chosen)]
+    vectors, values = vectors_of(matrix)
+    noise = _linalg.gumbel(values.shape[-1], matrix.seed, period)
+    _, chosen = jax.lax.top_k(jnp.log(values) + noise, matrix.layout.rank)
+    chosen = jnp.sort(chosen, axis=-1)[..., None, :]
+    vectors = jnp.take_along_axis(vectors, chosen, axis=-1)
+    return matrix.layout.from_matrix(vectors)
 
-  name = _base.call(
+  return _periodic.periodic(
     'importance_svd',
-    update_proj_gap=update_proj_gap,
-    method=method,
+    draw,
+    update_proj_gap,
+    options={'method': method},
     stagger=stagger,
   )
-  return _one_matrix.periodic(name, draw, update_proj_gap, stagger=stagger)
 
 
-def _by_svd(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _by_svd(matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
   """Returns the left singular vectors and their values, the largest first."""
   svd = functools.partial(jnp.linalg.svd, full_matrices=False)
-  u, s, _ = _one_matrix.factorize(svd, g)
+  u, s, _ = _linalg.each(svd, matrix.tall())
   return u, s
 
 
-def _by_eigh(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _by_eigh(matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
   """The same from G G^T."""
-  energy = jnp.sum(jnp.square(g))
-  g *= lax.rsqrt(jnp.where(energy > 0, energy, 1.0))
-  squares, u = _one_matrix.factorize(jnp.linalg.eigh, _linalg.matmul(g, g.T))
+  g = matrix.tall() * jax.lax.rsqrt(matrix.energy)[..., None, None]
+  gram = _linalg.matmul(g, jnp.swapaxes(g, -1, -2))
+  squares, u = _linalg.each(jnp.linalg.eigh, gram)
   values = jnp.sqrt(jnp.maximum(squares, 0.0))
   # What rounding makes of zero would be drawn, too, there being many of it.
-  values = jnp.where(values > _BLIND * jnp.max(values), values, 0.0)
-  return u[:, ::-1], values[::-1]
+  noise = _BLIND * jnp.max(values, axis=-1, keepdims=True)
+  values = jnp.where(values > noise, values, 0.0)
+  return u[..., ::-1], values[..., ::-1]

@@ -142,17 +142,6 @@ def periodic(
   )
 
 
-def factorize(f: Callable[..., Any], matrix: jax.Array) -> Any:
-  """Returns a factorisation of one matrix.
-
-  Those of a stack follow one another on CPUs, where LAPACK's calls for a batch
-  may wait for each other for ever; see `_linalg.each`.
-  """
-  # A function of its own, whose arguments are arrays all of them.
-  in_turn = jax.custom_batching.sequential_vmap(lambda matrix: f(matrix))
-  return lax.platform_dependent(matrix, cpu=in_turn, default=f)
-
-
 def _over_stack(
   draw: Draw,
   leaf: _base.Matrix,
