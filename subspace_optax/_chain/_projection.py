@@ -5,7 +5,7 @@ Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Eq. (9). Steps
 that are more than `project`, `in_subspace`, `unproject` in a row compose them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -122,16 +122,15 @@ class Projection:
 
   def _first_state(self, params: Any) -> ProjectState:
     spec, projector, storage = self.spec, self.projector, self.storage
-
-    def first(path: str, leaf: Any, layout: _layout.Layout) -> Any:
-      seed = seeds_of(spec, path, leaf, layout)
-      return storage.first(projector.sample, seed, layout, leaf)
-
     matches = spec.match(params)
     _, treedef = _tree.flatten(params)
     make = functools.partial(_matrices.per_matrix, matches, treedef)
     subspaces = _base.Subspaces(
-      basis=make(first) if storage.first else (),
+      basis=(
+        make(functools.partial(_first_basis, spec, projector, storage.first))
+        if storage.first
+        else ()
+      ),
       captured_energy=make(_zero),
       orthogonality_error=make(_zero),
       drift=make(_zero),
@@ -383,6 +382,18 @@ def seeds_of(
   path_hash = np.uint32(zlib.crc32(group.encode()))
   static = (spec.seed, layout.batch_shape)
   return layout.place_values(_linalg.seeds, static, (path_hash,), leaf)
+
+
+def _first_basis(
+  spec: _spec.SubspaceSpec,
+  projector: _base.Projector,
+  first: Callable[..., Any],
+  path: str,
+  leaf: Any,
+  layout: _layout.Layout,
+) -> Any:
+  seed = seeds_of(spec, path, leaf, layout)
+  return first(projector.sample, seed, layout, leaf)
 
 
 def _coords(basis: jax.Array, matrix: _base.Matrix) -> jax.Array:
