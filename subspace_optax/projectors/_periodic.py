@@ -184,7 +184,8 @@ def _refresh(
 
   def turn(k: jax.Array, state: _base.Bases) -> _base.Bases:
     i = turns[k]
-    take = lambda x, axes: None if x is None else layout.take(x, axes, i)
+    # Of None, where there is no gradient or no mean, nothing.
+    take: Any = lambda x, axes: x if x is None else layout.take(x, axes, i)
     one = dataclasses.replace(
       matrix,
       like=take(matrix.like, layout.leaf_axes),
