@@ -19,7 +19,7 @@ import errors
 import measure
 import subspace_optax as so
 from subspace_optax import projectors
-from subspace_optax.low_precision import _quantize_moments
+from subspace_optax.low_precision import _coded_state
 
 LEAVES = {
   'tall': cases.Leaf((24, 12), jnp.float32, (0,), (1,)),
@@ -228,13 +228,13 @@ def test_moments_in_8_bits(old_rank, new_rank):
   moments = {}
 
   def coded(start):
-    filled = jax.tree.map(abs, _filled(_quantize_moments.decoded(start)))
-    moments['old'] = _quantize_moments.encoded(filled, start, None)
+    filled = jax.tree.map(abs, _filled(_coded_state.decoded(start)))
+    moments['old'] = _coded_state.encoded(filled, start, None)
     return moments['old']
 
-  got = _quantize_moments.decoded(resized(so.scale_by_adam8bit(), coded))
+  got = _coded_state.decoded(resized(so.scale_by_adam8bit(), coded))
   wanted = resized(
-    optax.scale_by_adam(), lambda _: _quantize_moments.decoded(moments['old'])
+    optax.scale_by_adam(), lambda _: _coded_state.decoded(moments['old'])
   )
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=0.05, atol=0.01),
@@ -486,7 +486,7 @@ def test_moments_in_8_bits_are_read_in_their_own_blocks(shape, old, new):
   got = so.resize_rank(make(new), state, params)
   _check_like_init(got, make(new).init(params))
   before, after = (
-    _quantize_moments.decoded(x[1].inner).mu['w'] for x in (state, got)
+    _coded_state.decoded(x[1].inner).mu['w'] for x in (state, got)
   )
   r = min(old, new)
   size = np.abs(before[:, :r])

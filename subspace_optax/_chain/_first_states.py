@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from subspace_optax import bases
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
-from subspace_optax.bases import _quantized_basis
 from subspace_optax.projectors import _base
 
 
@@ -59,25 +59,16 @@ def make_seeds(
   return layout.place_values(_linalg.seeds, static, (path_hash,), leaf)
 
 
-def sample_basis(
+def make_basis(
   spec: _spec.SubspaceSpec,
   sample: _base.Sample,
+  storage: bases.Storage,
   path: str,
   leaf: Any,
   layout: _layout.Layout,
 ) -> Any:
-  """Returns a leaf's first bases, or their codes."""
-  seeds = (make_seeds(spec, path, leaf, layout),)
-  if _quantized_basis.is_quantized(spec.basis_dtype):
-    static = (sample, layout, jnp.dtype(jnp.float32))
-    return _quantized_basis.first(
-      spec.basis_dtype, _sample_at_init, static, seeds, layout, leaf
-    )
-  static = (sample, layout, jnp.dtype(spec.basis_dtype))
-  return layout.place_basis(_sample_at_init, static, seeds, leaf)
-
-
-def _sample_at_init(
-  sample: _base.Sample, layout: _layout.Layout, dtype: Any, seeds: jax.Array
-) -> jax.Array:
-  return sample(layout, seeds, _base.AT_INIT).astype(dtype)
+  """Returns what a first state stores for the bases of a leaf."""
+  assert storage.first is not None  # of bases that a state stores
+  return storage.first(
+    sample, make_seeds(spec, path, leaf, layout), layout, leaf
+  )

@@ -15,6 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax import bases
 from subspace_optax._chain import _check_matches
 from subspace_optax._chain import _describe
 from subspace_optax._chain import _dtypes
@@ -28,7 +29,6 @@ from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
-from subspace_optax.bases import _quantized_basis
 from subspace_optax.projectors import _base
 
 
@@ -92,13 +92,18 @@ class Projection:
         f'{self.projector!r}.'
       )
 
+  @property
+  def storage(self) -> bases.Storage:
+    """How bases live between steps."""
+    return bases.storage(self.spec.basis_dtype, self.projector)
+
   def init(self, params: Any) -> Any:
     """Returns the first state, boxed as the parameters are."""
     matches = self.spec.match(params)
     _check_matches.check_matches(self.spec, matches)
     if not _describe.is_asked():
       _match_updates.remember_names(params)
-    _quantized_basis.check(self.spec.basis_dtype, self.projector)
+    _ = self.storage  # which raises for what it can't hold
     _describe.record(self.spec, matches, self.projector, self.keep_gradient)
     return _first_states.make_state(self.spec, self._first_state, params)
 
@@ -107,11 +112,14 @@ class Projection:
   ) -> ProjectState:
     del params
     make = functools.partial(_matrices.per_matrix, matches, treedef)
-    sample = functools.partial(
-      _first_states.sample_basis, self.spec, self.projector.sample
+    first = functools.partial(
+      _first_states.make_basis, self.spec, self.projector.sample, self.storage
     )
     subspaces = _base.Subspaces(
-      make(sample), make(_zero), make(_zero), make(_zero)
+      make(first) if self.storage.first else (),
+      make(_zero),
+      make(_zero),
+      make(_zero),
     )
     state = ProjectState(
       count=jnp.zeros((), jnp.int32),
@@ -123,8 +131,6 @@ class Projection:
         [m.leaf for m in matches if m],
       ),
     )
-    if self.projector.rebuild:
-      state = state._replace(subspaces=subspaces._replace(basis=()))
     return state
 
   def update(
@@ -187,7 +193,7 @@ class Projection:
   ) -> _refresh_bases.Refreshed:
     """Moves the bases that are due, if `active`, by the gradients `sources`."""
     return _refresh_bases.refresh_bases(
-      self.spec, self.projector, state, matrices, sources, active
+      self.storage, self.projector, state, matrices, sources, active
     )
 
   def refresh_without_gradients(
@@ -240,9 +246,7 @@ class Projection:
     subspaces, after, own = move(
       context, seen.matrices, seen.coords, refreshed.subspaces, refreshed.own
     )
-    if projector.rebuild:
-      subspaces = subspaces._replace(basis=())
-    if _quantized_basis.is_quantized(self.spec.basis_dtype):
+    if self.storage.write is not None:
       subspaces = subspaces._replace(basis=refreshed.stored)
     own = jax.tree.map(_varying.vary_as, own, state.projector)
     steps = optax.safe_increment(state.count)

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a basis lives between steps."""
+"""How bases live between steps: as arrays, as codes, or not at all."""
+
+from subspace_optax.bases._base import Storage as Storage
+from subspace_optax.bases._storage import storage as storage

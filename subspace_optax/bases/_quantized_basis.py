@@ -12,7 +12,7 @@ between two moves. It is encoded when it moves, and never again.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,10 @@ from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
+from subspace_optax.bases import _base as _bases
+from subspace_optax.low_precision import _blocks
 from subspace_optax.projectors import _base
 
 QuantizedBasis = _projected.QuantizedBasis
@@ -38,62 +41,68 @@ def is_quantized(basis_dtype: Any) -> bool:
   return jnp.issubdtype(jnp.dtype(basis_dtype), jnp.integer)
 
 
-def check(basis_dtype: Any, projector: _base.Projector) -> None:
+def codes(dtype: Any, projector: _base.Projector) -> _bases.Storage:
+  """Returns the storage of a projector's bases in int8 or int4."""
+  _check(dtype, projector)
+
+  def first(sample, seed, layout, leaf):
+    def place(field: str) -> jax.Array:
+      static = (field, sample, layout, dtype)
+      return layout.place_basis(_draw_first, static, (seed,), leaf)
+
+    # Apart: scales are not cut along blocks that a mesh does not divide.
+    return QuantizedBasis(place('codes'), place('scales'))
+
+  def read(matrices, stored, own):
+    del own
+    one = functools.partial(_read, projector.orthonormal)
+    return jax.tree.map(one, matrices, stored)
+
+  def write(matrices, stored, old, subspaces, moves):
+    one = functools.partial(_write, projector.orthonormal)
+    moved = _base.bases_of(subspaces, moves)
+    new, moved = _tree.map_unzip(one, 2, matrices, stored, old, moved)
+    return new, *_base.with_bases(subspaces, moved)
+
+  return _bases.Storage(first, read, write)
+
+
+def _check(dtype: Any, projector: _base.Projector) -> None:
   """Raises if integers can't hold the bases of a projector."""
-  if not is_quantized(basis_dtype):
-    return
-  name = jnp.dtype(basis_dtype).name
   if projector.small_steps:
     raise ValueError(
-      f'basis_dtype={name!r} would round away the small steps by which '
+      f'basis_dtype={dtype.name!r} would round away the small steps by which '
       f"{projector.name} moves its bases; take 'float32' or 'bfloat16'."
     )
   if projector.rebuild:
     raise ValueError(
-      f'basis_dtype={name!r} is of bases that are stored, but '
+      f'basis_dtype={dtype.name!r} is of bases that are stored, but '
       f'{projector.name} draws its bases again at every step; leave out '
       "regenerate=True, or take 'float32' or 'bfloat16'."
     )
 
 
-def first(
-  dtype: Any,
-  make: Any,
-  static: tuple[Any, ...],
-  args: tuple[Any, ...],
-  layout: _layout.Layout,
-  leaf: Any,
-) -> QuantizedBasis:
-  """Returns codes of the basis `make(*static, *args)`, sharded as `leaf`."""
-  static = (layout, jnp.dtype(dtype), make, static)
-  return QuantizedBasis(
-    layout.place_basis(_first_codes, static, args, leaf),
-    # Not cut along blocks that a mesh does not divide.
-    layout.place_basis(_first_scales, static, args, leaf),
-  )
-
-
-def _first_codes(layout, dtype, make, static, *args) -> jax.Array:
-  return encode(layout, make(*static, *args), dtype).codes
-
-
-def _first_scales(layout, dtype, make, static, *args) -> jax.Array:
-  return encode(layout, make(*static, *args), dtype).scales
+def _draw_first(field, sample, layout, dtype, seed) -> jax.Array:
+  """Returns the codes or the scales of a leaf's first bases."""
+  basis = _bases.draw_first(sample, layout, jnp.float32, seed)
+  return getattr(encode(layout, basis, dtype), field)
 
 
 def encode(
   layout: _layout.Layout, basis: jax.Array, dtype: Any
 ) -> QuantizedBasis:
   """Returns the nearest codes of a basis."""
-  top = _top(dtype)
+  top = int(jnp.iinfo(dtype).max)  # codes are symmetric
   # Rows that devices share, in columns that they don't, where they can.
   axis = layout.longest_axis
   x = _sharding.regroup(_linalg.widen(basis), (axis,), (basis.ndim - 1,))
   rows = _block(x.shape[axis], dtype)
   shape = (*x.shape[:axis], -1, rows, *x.shape[axis + 1 :])
+  # Not `largest` of the blocks: its care for NaN would cost an all-reduce.
   scales = jnp.max(jnp.abs(x.reshape(shape)), axis=axis + 1) / top
   scales = scales.astype(jnp.float32)
-  steps = _spread(jnp.where(scales > 0, scales, 1.0), axis, rows)
+  blocks = _blocks.Blocks(x.shape, scales.shape)
+  steps = blocks.spread(jnp.where(scales > 0, scales, 1.0))
   # By way of int8, whose arithmetic every backend has.
   codes = jnp.clip(jnp.round(x / steps), -top, top).astype(jnp.int8)
   return QuantizedBasis(codes.astype(dtype), scales)
@@ -104,97 +113,58 @@ def decode(
 ) -> jax.Array:
   """Returns the bases that codes stand for, float32."""
   codes, scales = stored
-  axis = layout.longest_axis
   wide = codes.astype(jnp.int8).astype(jnp.float32)
-  rows = codes.shape[axis] // scales.shape[axis]
-  p = wide * _sharding.like(_spread(scales, axis, rows), wide)
+  steps = _blocks.Blocks(codes.shape, scales.shape).spread(scales)
+  p = wide * _sharding.like(steps, wide)
   for _ in range(_STEPS[codes.dtype.name] if orthonormal else 0):
     gram = layout.gram(p, p)
     p = layout.mix_basis(p, 1.5 * _linalg.identity_like(gram) - 0.5 * gram)
   return p
 
 
-def read(orthonormal: bool, matrix: _base.Matrix, stored: Any) -> jax.Array:
-  """Returns a leaf's bases, as they are or from their codes."""
-  if not isinstance(stored, QuantizedBasis):
-    return stored
+def _read(
+  orthonormal: bool, matrix: _base.Matrix, stored: QuantizedBasis
+) -> jax.Array:
+  """Returns the bases of a leaf that the state has codes of."""
   basis = decode(matrix.layout, stored, orthonormal)
   return matrix.layout.settle_basis(basis, matrix.like)
 
 
-class Stored(NamedTuple):
-  """What a move leaves of one leaf: all of it of the bases that are stored."""
-
-  codes: QuantizedBasis
-  basis: jax.Array  # shape=(*batch and projected axes, r), dtype=float32
-  error: jax.Array  # shape=(*batch,), dtype=float32
-  drift: jax.Array  # shape=(*batch,), dtype=float32
-  transition: jax.Array  # shape=(*batch, r, r), dtype=float32
-
-
-def store(
+def _write(
   orthonormal: bool,
   matrix: _base.Matrix,
   stored: QuantizedBasis,
   old: jax.Array,
-  basis: jax.Array,
-  error: jax.Array,
-  drift: jax.Array,
-  move: _projected.Move,
-) -> Stored:
-  """Encodes the bases that moved from `old`, and reads them again."""
+  bases: _base.Bases,
+) -> tuple[QuantizedBasis, _base.Bases]:
+  """Encodes the bases of a leaf that moved from `old`, and reads them again."""
   layout = matrix.layout
-  moved = layout.along_basis(move.moved)
+  still = bases._replace(basis=old)
+  # Which matrices moved is known: no branch need return it.
+  kept = stored, still._replace(moved=None)
 
-  def again() -> Stored:
-    new = _where(moved, encode(layout, basis, stored.dtype), stored)
-    p = jnp.where(moved, read(orthonormal, matrix, new), old)
-    transition, kept = _linalg.change(layout, p, old)
-    turned = jnp.sqrt(jnp.maximum(1.0 - kept, 0.0))
-    square = jnp.expand_dims(move.moved, (-2, -1))
-    found = Stored(
-      new,
-      p,
-      jnp.where(
-        move.moved, _linalg.orthogonality_error(layout.gram(p, p)), error
-      ),
-      jnp.where(move.moved, turned, drift),
-      jnp.where(square, transition, move.transition),
-    )
-    return jax.tree.map(_sharding.like, found, still)
+  def again() -> tuple[QuantizedBasis, _base.Bases]:
+    moved = layout.along_basis(bases.moved)
+    new = _where(moved, encode(layout, bases.basis, stored.dtype), stored)
+    p = jnp.where(moved, _read(orthonormal, matrix, new), old)
+    error = _linalg.orthogonality_error(layout.gram(p, p))
+    found = _base.moved_to(layout, bases.moved, p, error, still)
+    found = new, found._replace(moved=None)
+    return jax.tree.map(_sharding.like, found, kept)
 
-  still = Stored(stored, old, error, drift, move.transition)
-  return _varying.cond(jnp.any(move.moved), again, lambda: still)
+  new, found = _varying.cond(jnp.any(bases.moved), again, lambda: kept)
+  return new, found._replace(moved=bases.moved)
 
 
 def _where(
-  moved: jax.Array,
-  new: QuantizedBasis,
-  old: QuantizedBasis,
+  moved: jax.Array, new: QuantizedBasis, old: QuantizedBasis
 ) -> QuantizedBasis:
   def one(new: jax.Array, old: jax.Array) -> jax.Array:
     # Selected in int8: not every backend has int4's.
     like = old.astype(jnp.int8) if old.dtype == jnp.int4 else old
-    new = _sharding.like(new, like)
-    return jnp.where(moved, new, like).astype(old.dtype)
+    return jnp.where(moved, _sharding.like(new, like), like).astype(old.dtype)
 
   return QuantizedBasis(*map(one, new, old))
-
-
-def _spread(scales: jax.Array, axis: int, rows: int) -> jax.Array:
-  """Returns the scale of every row."""
-  shape = list(scales.shape)
-  shape[axis] *= rows
-  wide = jnp.expand_dims(scales, axis + 1)
-  wide = jnp.broadcast_to(
-    wide, (*wide.shape[: axis + 1], rows, *wide.shape[axis + 2 :])
-  )
-  return wide.reshape(shape)
-
-
-def _top(dtype: Any) -> int:
-  """Returns the largest code: they are symmetric."""
-  return int(jnp.iinfo(dtype).max)
 
 
 @functools.cache

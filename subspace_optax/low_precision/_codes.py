@@ -31,10 +31,18 @@ class _Code(NamedTuple):
   k: int  # codes to an octave
 
 
+# By bits, with a sign and without. A row is all that other bits need.
+_DTYPES = {8: (jnp.dtype(jnp.int8), jnp.dtype(jnp.uint8))}
 _CODES = {
   jnp.dtype(jnp.int8): _Code(127, 8),
   jnp.dtype(jnp.uint8): _Code(255, 10),
 }
+BITS = tuple(_DTYPES)
+
+
+def dtype_of(bits: int, kind: str) -> Any:
+  """Returns the dtype of the codes of a kind of moment."""
+  return _DTYPES[bits][kind == 'square']
 
 
 def encode(
@@ -47,38 +55,37 @@ def encode(
 
   Args:
     x: float32.
-    codes: an array of the shape, dtype and sharding that codes shall have.
-    scales: likewise.
+    codes: an array of the shape, dtype and sharding that codes shall have. Of
+      another dtype than codes have, it is what `x` is to be like.
+    scales: likewise, of the scales.
     noise: (salt, count) to round at random, see `_noise.bits`; None rounds to
       the nearest in proportion.
   """
-  blocks = _blocks.Blocks(codes.shape, scales.shape)
-  if _keeps_shardings(blocks, codes):
+  if codes.dtype not in _CODES:
+    return _sharding.like(x, codes), scales
+  if _keeps_shardings(codes, scales):
     return _encode(x, codes, scales, noise)
   return _sharding.automatic(_encode, (codes, scales), x, codes, scales, noise)
 
 
 def decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
-  """Returns float32 numbers."""
-  blocks = _blocks.Blocks(codes.shape, scales.shape)
-  if _keeps_shardings(blocks, codes):
+  """Returns float32 numbers, or what is not in codes as it is."""
+  if codes.dtype not in _CODES:
+    return codes
+  if _keeps_shardings(codes, scales):
     return _decode(codes, scales)
   return _sharding.automatic(_decode, codes, codes, scales)
 
 
-def _keeps_shardings(blocks: _blocks.Blocks, codes: jax.Array) -> bool:
+def _keeps_shardings(codes: jax.Array, scales: jax.Array) -> bool:
   """Whether jax can tell how arrays are sharded that are taken into blocks.
 
   Under explicit sharding it can for no reshape that splits two axes at once.
   """
+  blocks = _blocks.Blocks(codes.shape, scales.shape)
   return _sharding.cuts_fit(codes, blocks.cuts()) and (
     blocks.split_axes < 2 or not _sharding.explicit(codes)
   )
-
-
-def is_coded(x: jax.Array) -> bool:
-  """Whether an array may be codes, by its dtype."""
-  return x.dtype in _CODES
 
 
 def _encode(

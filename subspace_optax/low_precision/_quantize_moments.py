@@ -8,11 +8,10 @@ that what is rounded is the state and nothing else. Leaves that are not coded
 keep moments in float32, or in their own dtype where that is wider or complex.
 """
 
-from collections.abc import Callable
 import functools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.core import Tracer
@@ -22,14 +21,13 @@ import optax
 
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _names
-from subspace_optax._matrix import _noise
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
-from subspace_optax._matrix import _varying
 from subspace_optax.low_precision import _blocks
+from subspace_optax.low_precision import _coded_state
 from subspace_optax.low_precision import _codes
 from subspace_optax.transports import _moments
 
@@ -37,19 +35,6 @@ ROUNDING = ('stochastic', 'nearest')
 
 # Smaller matrices stay float32: what they would save is nothing.
 _LEAST_SIZE = 4096
-
-
-class EightBitState(NamedTuple):
-  """State of an optimizer whose moments take a byte each."""
-
-  count: jax.Array  # shape=(), dtype=int32, updates so far
-  # The optimizer's own state. For each moment a tree, leaf shape=the leaf's:
-  # dtype=int8, uint8 for squares; of leaves that are not coded, float32, or the
-  # leaf's if that is wider or complex.
-  coded: Any
-  # From the path of each moment to a tree, leaf shape=one value per block,
-  # dtype=float32; a scalar for leaves that are not coded.
-  scales: dict[str, Any]
 
 
 def quantize_moments(
@@ -114,8 +99,9 @@ def quantize_moments(
       f'bits must be static, got {bits!r}; with optax.inject_hyperparams, pass '
       "static_args=('bits', 'seed')."
     )
-  if bits != 8:
-    raise ValueError(f'bits must be 8, got {bits!r}.')
+  if bits not in _codes.BITS:
+    known = ' or '.join(map(str, _codes.BITS))
+    raise ValueError(f'bits must be {known}, got {bits!r}.')
   if rounding not in ROUNDING:
     raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
   _sign.require_optimizer(inner, 'inner')
@@ -131,40 +117,33 @@ def quantize_moments(
     count, scales = jnp.zeros((), jnp.int32), {}
 
     def zeros(moments: _moments.MomentTree) -> Any:
-      dtype = jnp.uint8 if moments.kind == 'square' else jnp.int8
+      dtype = _codes.dtype_of(bits, moments.kind)
       first = functools.partial(_first_codes, leaves, exclude, dtype)
-      paths = jax.tree.map_with_path(
-        lambda path, _: _tree.path_str(path), moments.tree
+      codes, scales[moments.path] = _tree.map_unzip(
+        first, 2, _coded_state.paths_in(moments.tree)
       )
-      codes, scales[moments.path] = _tree.map_unzip(first, 2, paths)
       return codes
 
     coded = _moments.map_moments(zeros, _small_state(inner, params))
-    state = EightBitState(count, coded, scales)
+    state = _coded_state.EightBitState(count, coded, scales)
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
   def update(updates, state, params=None, **extra_args):
-    if not isinstance(state, EightBitState):
+    if not isinstance(state, _coded_state.EightBitState):
       raise ValueError(
         f'the state is {type(state).__name__}, and not one with moments in 8 '
         'bits: call init of this optimizer, or train on with the one that made '
         'the state.'
       )
     params = None if params is None else _tree.unbox(params)
-    bare, wide = _tree.unbox(updates), decoded(state)
-    kinds = {
-      path: x.dtype
-      for moments in _moments.moments_in(wide)
-      for path, x in _tree.flatten(moments.tree)[0]
-      if not _tree.is_masked(x)
-    }
-    gradients = jax.tree.map_with_path(functools.partial(_widen, kinds), bare)
+    bare, wide = _tree.unbox(updates), _coded_state.decoded(state)
+    gradients = _widen(bare, wide)
     directions, new = inner.update(gradients, wide, params, **extra_args)
     directions = jax.tree.map(_as_gradient, directions, bare)
     entries = [entry for _, entry in _tree.flatten(directions)[0]]
     count = jnp.asarray(optax.safe_increment(state.count))
     noise = (seed, count) if rounding == 'stochastic' else None
-    new = encoded(new, state, noise)._replace(count=count)
+    new = _coded_state.encoded(new, state, noise)._replace(count=count)
     return _tree.replace_entries(updates, entries), new
 
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
@@ -274,7 +253,10 @@ def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
       '`subspace_optax.register_moments`.'
     )
   for moments in found:
-    if any(map(_is_not_zero, jax.tree.leaves(moments.tree))):
+    known = [
+      x for x in jax.tree.leaves(moments.tree) if not isinstance(x, Tracer)
+    ]
+    if any(np.any(np.asarray(x) != 0) for x in known):
       raise ValueError(
         f'the moments {moments.path!r} must start at zero to be coded.'
       )
@@ -292,10 +274,6 @@ def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
   return state
 
 
-def _is_not_zero(x: jax.Array) -> bool:
-  return not isinstance(x, Tracer) and bool(np.any(np.asarray(x) != 0))
-
-
 def _first_codes(
   leaves: dict[str, Any], exclude: str | None, dtype: Any, path: str
 ) -> tuple[jax.Array, jax.Array]:
@@ -306,94 +284,25 @@ def _first_codes(
       'keep the tree of the parameters.'
     )
   leaf = leaves[path]
-  coded = _is_large(leaf) and not _is_excluded(exclude, path)
-  return _zeros(leaf, coded, dtype), _zero_scales(leaf, coded)
+  if not _is_large(leaf) or _is_excluded(exclude, path):
+    wide = jnp.zeros_like(leaf, _wide(leaf.dtype))
+    return wide, jnp.zeros((), jnp.float32)
+  scales = _placement.zeros_along(leaf, _blocks.counts(leaf.shape))
+  return jnp.zeros_like(leaf, dtype), scales
 
 
-def _widen(kinds: dict[str, Any], path: Any, gradient: jax.Array) -> jax.Array:
-  """Returns a gradient in the dtype of its moments, if it has any."""
-  return gradient.astype(kinds.get(_tree.path_str(path), gradient.dtype))
-
-
-def decoded(state: EightBitState) -> Any:
-  """Returns the optimizer's own state, moments in float32."""
-  return _moments.map_moments(
-    lambda moments: jax.tree.map(
-      _decode, moments.tree, state.scales[moments.path]
-    ),
-    state.coded,
+def _widen(gradients: Any, state: Any) -> Any:
+  """Returns each gradient in the dtype of its moments, if it has any."""
+  dtypes = {
+    path: x.dtype
+    for moments in _moments.moments_in(state)
+    for path, x in _tree.flatten(moments.tree)[0]
+    if not _tree.is_masked(x)
+  }
+  return jax.tree.map_with_path(
+    lambda path, x: x.astype(dtypes.get(_tree.path_str(path), x.dtype)),
+    gradients,
   )
-
-
-def encoded(new: Any, state: EightBitState, noise: Any) -> EightBitState:
-  """Returns the optimizer's own new state, coded like `state`.
-
-  Args:
-    new: of the optimizer, moments in float32.
-    state: as it was.
-    noise: the seed of the rounding and the number of the step; None rounds to
-      the nearest.
-  """
-  codes = {m.path: m.tree for m in _moments.moments_in(state.coded)}
-  scales = {}
-
-  def encode(moments: _moments.MomentTree) -> Any:
-    def one(path: str, *args: Any) -> Any:
-      salt = noise and (
-        _noise.salt(noise[0], f'{moments.path} {path}'),
-        noise[1],
-      )
-      x, codes, scales = args
-      return _encode(x, codes, scales, salt)
-
-    old = codes[moments.path]
-    paths = jax.tree.map_with_path(lambda path, _: _tree.path_str(path), old)
-    args = paths, moments.tree, old, state.scales[moments.path]
-    tree, scales[moments.path] = _tree.map_unzip(one, 2, *args)
-    return tree
-
-  coded = _moments.map_moments(encode, new)
-  return EightBitState(state.count, coded, scales)
-
-
-def all_decoded(state: Any) -> Any:
-  """Returns any state, with float32 moments in place of codes and scales."""
-  return jax.tree.map(
-    lambda x: EightBitState(x.count, decoded(x), {}) if _is_state(x) else x,
-    state,
-    is_leaf=_is_state,
-  )
-
-
-def all_encoded(wide: Any, like: Any) -> Any:
-  """Returns what `all_decoded` made, coded like the state `like`."""
-  return jax.tree.map(
-    lambda x, y: (
-      encoded(x.coded, y._replace(count=x.count), None) if _is_state(x) else x
-    ),
-    wide,
-    like,
-    is_leaf=_is_state,
-  )
-
-
-def _change(
-  f: Callable[[Any], Any], state: EightBitState, wanted: Any
-) -> EightBitState:
-  """Returns the state with `f` of the optimizer's own, if that is wanted.
-
-  Rounded to the nearest: this is rare, and no mean is to be kept.
-  """
-  return _varying.cond(
-    wanted, lambda: encoded(f(decoded(state)), state, None), lambda: state
-  )
-
-
-_moments.register_codec(EightBitState, decoded, _change)
-
-
-def _is_state(x: Any) -> bool:
-  return isinstance(x, EightBitState)
 
 
 def _is_large(leaf: Any) -> bool:
@@ -411,10 +320,6 @@ def _is_excluded(exclude: str | None, name: str) -> bool:
   return exclude is not None and bool(re.search(exclude, name))
 
 
-def _zeros(leaf: Any, coded: bool, dtype: Any) -> jax.Array:
-  return jnp.zeros_like(leaf, dtype if coded else _wide(leaf.dtype))
-
-
 def _wide(dtype: Any) -> Any:
   """Returns float32, or the dtype if it is float64 or complex."""
   wider = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 4
@@ -426,20 +331,3 @@ def _as_gradient(direction: jax.Array, gradient: jax.Array) -> jax.Array:
   if not jnp.issubdtype(gradient.dtype, jnp.inexact):
     return direction
   return direction.astype(gradient.dtype)
-
-
-def _zero_scales(leaf: Any, coded: bool) -> jax.Array:
-  """Returns a zero for each block."""
-  if not coded:
-    return jnp.zeros((), jnp.float32)
-  return _placement.zeros_along(leaf, _blocks.counts(leaf.shape))
-
-
-def _decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
-  return _codes.decode(codes, scales) if _codes.is_coded(codes) else codes
-
-
-def _encode(x: jax.Array, codes: jax.Array, scales: jax.Array, noise: Any):
-  if _codes.is_coded(codes):
-    return _codes.encode(x, codes, scales, noise)
-  return _sharding.like(x, codes), scales

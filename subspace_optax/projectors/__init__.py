@@ -3,7 +3,6 @@
 
 from subspace_optax.projectors._base import Projector as Projector
 from subspace_optax.projectors._gap import LazyGap as LazyGap
-from subspace_optax.projectors._gaussian import gaussian as gaussian
 from subspace_optax.projectors._grassmann import (
   grassmann_tracking as grassmann_tracking,
 )
@@ -17,6 +16,7 @@ from subspace_optax.projectors._one_matrix import Matrix as Matrix
 from subspace_optax.projectors._one_matrix import periodic as periodic
 from subspace_optax.projectors._online_pca import online_pca as online_pca
 from subspace_optax.projectors._power import power_iteration as power_iteration
-from subspace_optax.projectors._stiefel import stiefel as stiefel
+from subspace_optax.projectors._random import gaussian as gaussian
+from subspace_optax.projectors._random import stiefel as stiefel
 from subspace_optax.projectors._svd import svd as svd
 from subspace_optax.projectors._switch import switch as switch

@@ -13,6 +13,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _layout
@@ -20,6 +21,7 @@ from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
 
 
@@ -38,9 +40,78 @@ class Subspaces(NamedTuple):
   drift: Any  # leaf shape=(*batch,), dtype=float32, of the last move
 
 
+class Bases(NamedTuple):
+  """What a move changes of one leaf."""
+
+  basis: jax.Array  # shape=(*batch and projected axes, r)
+  error: jax.Array  # shape=(*batch,), dtype=float32, of orthogonality
+  drift: jax.Array  # shape=(*batch,), dtype=float32
+  moved: jax.Array  # shape=(*batch,), dtype=bool
+  transition: jax.Array  # shape=(*batch, r, r), dtype=float32
+
+
+def bases_of(subspaces: Subspaces, moves: Any) -> Any:
+  """Returns a tree of `Bases` after their moves."""
+  return jax.tree.map(
+    lambda basis, error, drift, move: Bases(basis, error, drift, *move),
+    subspaces.basis,
+    subspaces.orthogonality_error,
+    subspaces.drift,
+    moves,
+  )
+
+
+def with_bases(subspaces: Subspaces, bases: Any) -> tuple[Subspaces, Any]:
+  """Returns the subspaces with these bases, and the moves that made them."""
+  basis, error, drift, moves = _tree.map_unzip(
+    lambda _, x: (*x[:3], _projected.Move(*x[3:])), 4, subspaces.basis, bases
+  )
+  subspaces = subspaces._replace(
+    basis=basis, orthogonality_error=error, drift=drift
+  )
+  return subspaces, moves
+
+
+def moved_to(
+  layout: _layout.Layout,
+  moved: jax.Array,
+  basis: jax.Array,
+  error: jax.Array,
+  old: Bases,
+) -> Bases:
+  """Returns the bases of a leaf after a move, measured against the old ones.
+
+  Args:
+    layout: of the leaf.
+    moved: which matrices moved.
+    basis: the new bases where they did, else the old ones.
+    error: of the orthogonality of those that moved.
+    old: the bases before.
+  """
+  transition, kept = _linalg.change(layout, basis, old.basis)
+
+  def where_moved(new: jax.Array, old: jax.Array) -> jax.Array:
+    after = tuple(range(moved.ndim, old.ndim))
+    return jnp.where(jnp.expand_dims(moved, after), new.astype(old.dtype), old)
+
+  return Bases(
+    basis,
+    where_moved(error, old.error),
+    # Chordal distance of the two subspaces, as a share of the largest possible.
+    where_moved(jnp.sqrt(jnp.maximum(1.0 - kept, 0.0)), old.drift),
+    where_moved(moved, old.moved),
+    where_moved(transition, old.transition),
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-  """One projected leaf, as projectors see it.
+  """One projected leaf, as projectors see it: a matrix G, or a stack of them.
+
+  A rule reads as for one matrix. These methods, and those of `layout` for bases
+  and coordinates, treat the matrices of a stack alike, keep the leaf's own axes
+  and shardings, and average products with G along a mapped axis. Products are
+  with G / ||G||_F, scaled behind the product, since G may be float16.
 
   Attributes:
     like: an array of the leaf's shape, dtype and sharding, which is not to be
@@ -53,7 +124,7 @@ class Matrix:
       mean of that, since the norm of G would cost moving it.
     ok: (*batch), whether the energy is finite and not zero, which for elements
       between about 1e-19 and 1e19 is whether G is.
-    mean: of past coordinates, for a rule that keeps it.
+    mean: of past coordinates over ||G||_F, for a rule that keeps it.
   """
 
   like: jax.Array
@@ -64,11 +135,34 @@ class Matrix:
   ok: jax.Array
   mean: jax.Array | None = None
 
+  def unit_coordinates(self, p: jax.Array) -> jax.Array:
+    """Returns P^T G / ||G||_F."""
+    scale = self.layout.along_coords(lax.rsqrt(self.energy))
+    return self.layout.project(self.gradient, p) * scale
 
-def whole(matrix: Matrix) -> jax.Array:
-  """Returns (*batch, rows, columns), G as every device must have it."""
-  gradient = matrix.layout.mean(matrix.gradient)
-  return matrix.layout.to_matrix(_sharding.replicate(gradient))
+  def unit_image(self, x: jax.Array) -> jax.Array:
+    """Returns G X^T / ||G||_F."""
+    return self.scale(
+      lax.rsqrt(self.energy), self.layout.back(self.gradient, x)
+    )
+
+  def scale(self, factor: jax.Array, p: jax.Array) -> jax.Array:
+    """Returns f P for one number f per matrix."""
+    return p * self.layout.along_basis(factor)
+
+  def aligned(self, p: jax.Array) -> jax.Array:
+    """Returns P, float32 or wider, sharded as products with G make it."""
+    return self.layout.align_basis(_linalg.widen(p), self.like)
+
+  def whole(self) -> jax.Array:
+    """Returns G, (*batch, rows, columns), as every device must have it."""
+    gradient = self.layout.mean(self.gradient)
+    return self.layout.to_matrix(_sharding.replicate(gradient))
+
+  def tall(self) -> jax.Array:
+    """Returns G, (*batch, m, n), float32, as every device must have it."""
+    g = self.whole().astype(jnp.float32)
+    return g if self.layout.project_rows else jnp.swapaxes(g, -1, -2)
 
 
 class Context(NamedTuple):

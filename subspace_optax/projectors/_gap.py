@@ -67,14 +67,9 @@ def schedule(update_proj_gap: Any, stagger: bool) -> '_Fixed | _Lazy':
   """Returns the schedule that a periodic rule keeps to."""
   if isinstance(update_proj_gap, LazyGap):
     return _Lazy(update_proj_gap, stagger)
-  check_gap(update_proj_gap)
+  if not isinstance(update_proj_gap, jax.Array):
+    check_int(update_proj_gap, 'update_proj_gap')
   return _Fixed(update_proj_gap, stagger)
-
-
-def check_gap(gap: Any) -> None:
-  """Raises unless `update_proj_gap` is a positive int, or traced."""
-  if not isinstance(gap, jax.Array):
-    check_int(gap, 'update_proj_gap')
 
 
 def check_static(steps: Any, name: str) -> None:
@@ -124,16 +119,17 @@ def _phases(per_matrix: Any) -> Any:
   for leaf in leaves:
     # In the middle of its share: far from where rounding could tip it over.
     turns = jnp.arange(first, first + leaf.size, dtype=jnp.float32) + 0.5
-    phases.append(_sharded_like(turns.reshape(leaf.shape) / total, leaf))
+    # Added to zeros, which lie on the leaf's devices.
+    phases.append(turns.reshape(leaf.shape) / total + jnp.zeros_like(leaf))
     first += leaf.size
   return treedef.unflatten(phases)
 
 
-class _Fixed:
+class _Fixed(NamedTuple):
   """Refreshes at steps 0, T, 2T..., or at each matrix's own turn in a gap."""
 
-  def __init__(self, gap: Any, stagger: bool):
-    self.gap, self.stagger = gap, stagger
+  gap: Any
+  stagger: bool
 
   def init(self, per_matrix: Any) -> FixedState:
     return FixedState(_phases(per_matrix) if self.stagger else ())
@@ -156,24 +152,21 @@ class _Fixed:
     return state
 
 
-class _Lazy:
+class _Lazy(NamedTuple):
   """Refreshes ever more rarely where the basis hardly changes."""
 
-  def __init__(self, lazy: LazyGap, stagger: bool):
-    self.lazy, self.stagger = lazy, stagger
+  lazy: LazyGap
+  stagger: bool
 
   def init(self, per_matrix: Any) -> LazyState:
-    zeros = lambda x: jnp.zeros_like(x, jnp.int32)
-    due = jax.tree.map(zeros, per_matrix)
+    start, window = self.lazy.start, self.lazy.window
+    gap = jax.tree.map(lambda x: jnp.full_like(x, start, jnp.int32), per_matrix)
+    due = jax.tree.map(jnp.zeros_like, gap)
     if self.stagger:
-      turn = lambda phase: (phase * self.lazy.start).astype(jnp.int32)
+      turn = lambda phase: (phase * start).astype(jnp.int32)
       due = jax.tree.map(turn, _phases(per_matrix))
-    none = lambda x: jnp.stack([x - x - 2.0] * self.lazy.window, axis=-1)
-    return LazyState(
-      jax.tree.map(lambda x: zeros(x) + self.lazy.start, per_matrix),
-      due,
-      jax.tree.map(none, per_matrix),
-    )
+    none = lambda x: jnp.stack([jnp.full_like(x, -2.0)] * window, axis=-1)
+    return LazyState(gap, due, jax.tree.map(none, per_matrix))
 
   def due(self, context: _base.Context, per_matrix: Any, state: Any):
     """Returns which matrices are due, their periods, and the new state."""
@@ -208,8 +201,3 @@ class _Lazy:
         one, 3, state.gap, state.due, state.cosines, moves, drift
       )
     )
-
-
-def _sharded_like(x: jax.Array, reference: jax.Array) -> jax.Array:
-  """Returns `x` on the devices of `reference`, which is made at `init`."""
-  return x + jnp.zeros_like(reference)

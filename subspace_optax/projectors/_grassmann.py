@@ -12,10 +12,8 @@ matrix with P^T D = 0) with the thin SVD U S V^T, the geodesic is
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
-from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax.projectors import _base
 from subspace_optax.projectors import _periodic
@@ -25,6 +23,8 @@ from subspace_optax.projectors import _periodic
 _SQUARINGS = 7
 # Of the series of cos and sinc, good to float32 up to an angle of pi.
 _TERMS = 11
+# Of Cholesky QR, against the rounding that would add up over moves.
+_ONE_PASS = (0.0,)
 
 
 def grassmann_tracking(
@@ -78,15 +78,15 @@ def grassmann_tracking(
 
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
     del period
-    return _turn(matrix, _linalg.widen(basis), step_size)
+    return _turn(matrix, matrix.aligned(basis), step_size)
 
-  name = _base.call(
+  rule = _periodic.periodic(
     'grassmann_tracking',
-    update_proj_gap=update_proj_gap,
-    step_size=step_size,
+    draw,
+    update_proj_gap,
+    options={'step_size': step_size},
     stagger=stagger,
   )
-  rule = _periodic.periodic(name, draw, update_proj_gap, stagger=stagger)
   return rule._replace(small_steps=True)
 
 
@@ -124,39 +124,33 @@ def grassmann_walk(
     raise ValueError(f'step_size must lie in (0, 1.5], got {step_size}.')
 
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
-    return _walk(matrix, _linalg.widen(basis), period, step_size)
+    return _walk(matrix, matrix.aligned(basis), period, step_size)
 
-  name = _base.call(
-    'grassmann_walk',
-    update_proj_gap=update_proj_gap,
-    step_size=step_size,
-    stagger=stagger,
-  )
   return _periodic.periodic(
-    name, draw, update_proj_gap, stagger=stagger, uses_gradient=False
+    'grassmann_walk',
+    draw,
+    update_proj_gap,
+    options={'step_size': step_size},
+    stagger=stagger,
+    uses_gradient=False,
   )
 
 
 def _turn(matrix: _base.Matrix, p: jax.Array, step_size: Any) -> jax.Array:
   """Turns one direction of P towards the gradient."""
-  layout, g = matrix.layout, matrix.gradient
-  p = layout.align_basis(p, g)
-  scale = lax.rsqrt(matrix.energy)
-  a = layout.project(g, p) * layout.along_coords(scale)
-  ga = layout.back(g, a) * layout.along_basis(scale)
+  layout, scale = matrix.layout, matrix.scale
+  mix, gram = layout.mix_basis, layout.gram
+  ga = matrix.unit_image(matrix.unit_coordinates(p))
   # -T / 2 = (G - P A) A^T; the sign turns the descent into a plus.
-  climb = 2.0 * (ga - layout.mix_basis(p, layout.gram(p, ga)))
-  v = _leading_eigenvector(layout.gram(climb, climb))  # (*batch, r, 1)
-  u = layout.mix_basis(climb, v)  # of length s
+  climb = 2.0 * (ga - mix(p, gram(p, ga)))
+  v = _leading_eigenvector(gram(climb, climb))  # (*batch, r, 1)
+  u = mix(climb, v)  # of length s
   s = jnp.sqrt(layout.basis_energy(u))
-  u *= layout.along_basis(1.0 / jnp.where(s > 0, s, 1.0))
+  u = scale(1.0 / jnp.where(s > 0, s, 1.0), u)
   angle = step_size * s
-  along = lambda x: layout.along_basis(x)
-  pv = layout.mix_basis(p, v)
-  step = along(jnp.cos(angle) - 1.0) * pv + along(jnp.sin(angle)) * u
-  return _orthonormal(
-    layout, p + layout.mix_basis(step, jnp.swapaxes(v, -1, -2))
-  )
+  step = scale(jnp.cos(angle) - 1.0, mix(p, v)) + scale(jnp.sin(angle), u)
+  new = p + mix(step, jnp.swapaxes(v, -1, -2))
+  return _linalg.orthonormalize(layout, new, _ONE_PASS)
 
 
 def _leading_eigenvector(squares: jax.Array) -> jax.Array:
@@ -178,16 +172,13 @@ def _walk(
 ) -> jax.Array:
   """Moves P along a random tangent."""
   layout = matrix.layout
-  z = _linalg.gaussian(layout, matrix.seed, period)
-  z = layout.align_basis(z, matrix.like)
-  p = layout.align_basis(p, matrix.like)
-  d = z - layout.mix_basis(p, layout.gram(p, z))
+  mix, gram = layout.mix_basis, layout.gram
+  z = matrix.aligned(_linalg.gaussian(layout, matrix.seed, period))
+  d = z - mix(p, gram(p, z))
   length = jnp.sqrt(layout.basis_energy(d) / layout.rank)
-  d *= layout.along_basis(step_size / jnp.where(length > 0, length, 1.0))
-  cos, sinc = _cos_sinc(layout.gram(d, d))
-  return _orthonormal(
-    layout, layout.mix_basis(p, cos) + layout.mix_basis(d, sinc)
-  )
+  d = matrix.scale(step_size / jnp.where(length > 0, length, 1.0), d)
+  cos, sinc = _cos_sinc(gram(d, d))
+  return _linalg.orthonormalize(layout, mix(p, cos) + mix(d, sinc), _ONE_PASS)
 
 
 def _cos_sinc(k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -198,8 +189,3 @@ def _cos_sinc(k: jax.Array) -> tuple[jax.Array, jax.Array]:
     cos = eye - _linalg.matmul(k, cos) / (2 * j * (2 * j - 1))
     sinc = eye - _linalg.matmul(k, sinc) / (2 * j * (2 * j + 1))
   return cos, sinc
-
-
-def _orthonormal(layout: _layout.Layout, p: jax.Array) -> jax.Array:
-  """Returns P without the rounding that would add up over moves."""
-  return _linalg.orthonormalize(layout, p, (0.0,))

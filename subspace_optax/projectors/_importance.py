@@ -67,36 +67,32 @@ def importance_svd(
 
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
     del basis
-    layout = matrix.layout
-    g = _base.whole(matrix)
-    g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
-    vectors, values = vectors_of(g.astype(jnp.float32), matrix)
+    vectors, values = vectors_of(matrix)
     noise = _linalg.gumbel(values.shape[-1], matrix.seed, period)
-    keys = jnp.log(values) + noise
-    _, chosen = jax.lax.top_k(keys, layout.rank)
+    _, chosen = jax.lax.top_k(jnp.log(values) + noise, matrix.layout.rank)
     chosen = jnp.sort(chosen, axis=-1)[..., None, :]
-    return layout.from_matrix(jnp.take_along_axis(vectors, chosen, axis=-1))
+    vectors = jnp.take_along_axis(vectors, chosen, axis=-1)
+    return matrix.layout.from_matrix(vectors)
 
-  name = _base.call(
+  return _periodic.periodic(
     'importance_svd',
-    update_proj_gap=update_proj_gap,
-    method=method,
+    draw,
+    update_proj_gap,
+    options={'method': method},
     stagger=stagger,
   )
-  return _periodic.periodic(name, draw, update_proj_gap, stagger=stagger)
 
 
-def _by_svd(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
+def _by_svd(matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
   """Returns the left singular vectors and their values, the largest first."""
-  del matrix
   svd = functools.partial(jnp.linalg.svd, full_matrices=False)
-  u, s, _ = _linalg.each(svd, g)
+  u, s, _ = _linalg.each(svd, matrix.tall())
   return u, s
 
 
-def _by_eigh(g: jax.Array, matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
+def _by_eigh(matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
   """The same from G G^T."""
-  g *= jax.lax.rsqrt(matrix.energy)[..., None, None]
+  g = matrix.tall() * jax.lax.rsqrt(matrix.energy)[..., None, None]
   gram = _linalg.matmul(g, jnp.swapaxes(g, -1, -2))
   squares, u = _linalg.each(jnp.linalg.eigh, gram)
   values = jnp.sqrt(jnp.maximum(squares, 0.0))

@@ -140,9 +140,7 @@ def online_pca(
       learns,
     )
     updates, own = optimizer.update(grads, state.optimizer, old)
-    # A step that overflows is not taken: nothing would bring the basis back.
-    learns = jax.tree.map(_is_finite, updates, matrices, learns)
-    new = jax.tree.map(_step, old, updates, matrices, learns)
+    new, learns = _tree.map_unzip(_step, 2, old, updates, matrices, learns)
     if orthonormalize_every is not None:
       # The last of the steps, so that it acts on steps that were taken.
       due = (context.count + update_every) % orthonormalize_every == 0
@@ -189,9 +187,8 @@ def _pca_gradient(basis, matrix, coords, ok, orthogonality):
   """Returns dL/dP of Eq. (6), in closed form, and what it tells of P."""
   layout = matrix.layout
   p = _linalg.widen(basis)
-  scale = lax.rsqrt(matrix.energy)
-  a = coords * layout.along_coords(scale)
-  h = layout.back(matrix.gradient, a) * layout.along_basis(scale)
+  a = coords * layout.along_coords(lax.rsqrt(matrix.energy))
+  h = matrix.unit_image(a)
   s = layout.gram(p, p)
   aa = layout.gram(p, h)  # P^T (G~ A^T) = A A^T
   eye = _linalg.identity_like(s)
@@ -205,20 +202,21 @@ def _pca_gradient(basis, matrix, coords, ok, orthogonality):
   return _sharding.like(grad, basis), captured, error
 
 
-def _is_finite(update, matrix, ok):
-  return ok & jnp.isfinite(matrix.layout.basis_energy(_linalg.widen(update)))
-
-
 def _step(old, update, matrix, ok):
-  """Returns P_{t+1}, or P_t where there is no gradient to learn from."""
+  """Returns P_{t+1} or, where there is nothing to learn from, P_t; and which.
+
+  A step that overflows is not taken: nothing would bring the basis back.
+  """
+  layout = matrix.layout
+  ok &= jnp.isfinite(layout.basis_energy(_linalg.widen(update)))
   new = _sharding.like(old + update.astype(old.dtype), old)
-  return jnp.where(matrix.layout.along_basis(ok), new, old)
+  return jnp.where(layout.along_basis(ok), new, old), ok
 
 
 def _orthonormal(basis, matrix, ok):
   """Returns the basis made exactly orthonormal, if it moves and that works."""
   layout = matrix.layout
-  q = _linalg.orthonormalize(layout, layout.align_basis(basis, matrix.like))
+  q = _linalg.orthonormalize(layout, matrix.aligned(basis))
   good = ok & jnp.isfinite(layout.basis_energy(q))
   return jnp.where(layout.along_basis(good), _sharding.like(q, basis), basis)
 

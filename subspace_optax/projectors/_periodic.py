@@ -10,7 +10,7 @@ or not finite when its refresh is due keeps its basis, and is refreshed at its
 next good gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
-from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
@@ -40,21 +39,12 @@ class PeriodicState(NamedTuple):
   period: Any  # leaf shape=(*batch,), dtype=int32, of the basis; or ()
 
 
-class _Bases(NamedTuple):
-  """What a refresh changes of one leaf."""
-
-  basis: jax.Array  # shape=(*batch and projected axes, r)
-  error: jax.Array  # shape=(*batch,), dtype=float32
-  drift: jax.Array  # shape=(*batch,), dtype=float32
-  moved: jax.Array  # shape=(*batch,), dtype=bool
-  transition: jax.Array  # shape=(*batch, r, r), dtype=float32
-
-
 def periodic(
   name: str,
   draw: Draw,
   update_proj_gap: Any,
   *,
+  options: Mapping[str, Any] | None = None,
   stagger: bool,
   uses_gradient: bool = True,
   orthonormal: bool = True,
@@ -64,9 +54,11 @@ def periodic(
   """Returns the projector that calls `draw` at steps 0, T, 2T and so on.
 
   Args:
-    name: what `describe` calls it.
+    name: what `describe` calls it, options apart.
     draw: how a matrix gets its next basis.
     update_proj_gap: T, or a `LazyGap`.
+    options: the rule's own arguments, which `describe` shows with the others
+      here; None if `name` says all that it shows.
     stagger: whether matrices take turns instead.
     uses_gradient: whether `draw` looks at the gradient, and needs a good one.
     orthonormal: whether a basis that is not orthonormal is a failed one.
@@ -92,38 +84,26 @@ def periodic(
   def refresh(context, matrices, subspaces, state):
     due, period, schedule = gap.due(context, state.owed, state.schedule)
 
-    def one(basis, matrix, error, drift, owed, due, period):
+    def one(matrix, old, owed, due, period):
       good = matrix.ok if uses_gradient else jnp.ones_like(matrix.ok)
       wanted = (due | (owed & context.active)) & good
-      old = _Bases(basis, error, drift, *_base.still(matrix))
       if uses_gradient and matrix.gradient is None:
         new = old  # nothing is due: see `needs_gradient`
       else:
         whole = not in_turn or not _can_take_apart(matrix)
         new = _refresh(draw, orthonormal, matrix, wanted, period, old, whole)
-      move = _projected.Move(new.moved, new.transition)
       # A factorisation that failed is owed, too.
-      owed = (owed | due) & ~new.moved
-      return new.basis, new.error, new.drift, owed, move
+      return new, (owed | due) & ~new.moved
 
-    basis, error, drift, owed, moves = _tree.map_unzip(
-      one,
-      5,
-      subspaces.basis,
-      matrices,
-      subspaces.orthogonality_error,
-      subspaces.drift,
-      state.owed,
-      due,
-      period,
+    old = _base.bases_of(subspaces, jax.tree.map(_base.still, matrices))
+    bases, owed = _tree.map_unzip(
+      one, 2, matrices, old, state.owed, due, period
     )
-    subspaces = subspaces._replace(
-      basis=basis, orthogonality_error=error, drift=drift
-    )
+    subspaces, moves = _base.with_bases(subspaces, bases)
     moved = lambda old, new, move: jnp.where(move.moved, new, old)
     state = PeriodicState(
       owed,
-      gap.after(schedule, moves, drift),
+      gap.after(schedule, moves, subspaces.drift),
       jax.tree.map(moved, state.period, period, moves) if regenerate else (),
     )
     return subspaces, moves, state
@@ -148,6 +128,14 @@ def periodic(
     wanted = jax.tree.leaves(wanted)
     return jnp.any(jnp.stack(wanted)) if wanted else False
 
+  if options is not None:
+    name = _base.call(
+      name,
+      update_proj_gap=update_proj_gap,
+      **options,
+      stagger=stagger,
+      regenerate=regenerate,
+    )
   return _base.Projector(
     name,
     init,
@@ -157,37 +145,6 @@ def periodic(
     rebuild if regenerate else None,
     orthonormal,
     needs_gradient,
-  )
-
-
-def random(
-  name: str,
-  sample: _base.Sample,
-  update_proj_gap: Any,
-  stagger: bool,
-  regenerate: bool,
-  orthonormal: bool = True,
-) -> _base.Projector:
-  """Returns the periodic rule of bases that depend on no gradient."""
-
-  def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
-    del basis
-    return sample(matrix.layout, matrix.seed, period)
-
-  return periodic(
-    _base.call(
-      name,
-      update_proj_gap=update_proj_gap,
-      stagger=stagger,
-      regenerate=regenerate,
-    ),
-    draw,
-    update_proj_gap,
-    stagger=stagger,
-    uses_gradient=False,
-    orthonormal=orthonormal,
-    sample=sample,
-    regenerate=regenerate,
   )
 
 
@@ -202,9 +159,9 @@ def _refresh(
   matrix: _base.Matrix,
   wanted: jax.Array,
   period: jax.Array,
-  state: _Bases,
+  state: _base.Bases,
   whole: bool,
-) -> _Bases:
+) -> _base.Bases:
   """Moves the bases that are wanted, all at once or one after the other."""
   layout = matrix.layout
 
@@ -225,24 +182,24 @@ def _refresh(
   axes = (layout.basis_axes(), each, each, each, each + 'yz')
   turns = jnp.argsort(~wanted.reshape(-1), stable=True)
 
-  def turn(k: jax.Array, state: _Bases) -> _Bases:
+  def turn(k: jax.Array, state: _base.Bases) -> _base.Bases:
     i = turns[k]
-    take = lambda x, axes: layout.take(x, axes, i)
-    mean, g = matrix.mean, matrix.gradient
+    # Of None, where there is no gradient or no mean, nothing.
+    take: Any = lambda x, axes: x if x is None else layout.take(x, axes, i)
     one = dataclasses.replace(
       matrix,
       like=take(matrix.like, layout.leaf_axes),
-      gradient=None if g is None else take(g, layout.leaf_axes),
+      gradient=take(matrix.gradient, layout.leaf_axes),
       layout=layout.one,
       seed=take(matrix.seed, each),
       energy=take(matrix.energy, each),
       ok=take(matrix.ok, each),
-      mean=None if mean is None else take(mean, layout.coords_axes()),
+      mean=take(matrix.mean, layout.coords_axes()),
     )
-    old = _Bases(*map(take, state, axes))
+    old = _base.Bases(*map(take, state, axes))
     part = move(one, take(wanted, each), take(period, each), old)
     put = lambda x, axes, part: layout.put(x, axes, i, part)
-    return _Bases(*map(put, state, axes, part))
+    return _base.Bases(*map(put, state, axes, part))
 
   return _varying.fori_loop(0, jnp.sum(wanted, dtype=jnp.int32), turn, state)
 
@@ -263,26 +220,13 @@ def _move(
   candidate: jax.Array,
   wanted: jax.Array,
   orthonormal: bool,
-  state: _Bases,
-) -> _Bases:
+  old: _base.Bases,
+) -> _base.Bases:
   """Takes the candidates that came out well, where a move is wanted."""
-  candidate = _sharding.like(candidate, state.basis)
+  candidate = _sharding.like(candidate, old.basis)
   wide = _linalg.widen(candidate)
   error = _linalg.orthogonality_error(layout.gram(wide, wide))
   # False for NaN: a failed factorisation.
   usable = wanted & (error < (0.5 if orthonormal else jnp.inf))
-  basis = jnp.where(layout.along_basis(usable), candidate, state.basis)
-  transition, kept = _linalg.change(layout, basis, state.basis)
-
-  def where_usable(new: jax.Array, old: jax.Array) -> jax.Array:
-    after = tuple(range(usable.ndim, old.ndim))
-    return jnp.where(jnp.expand_dims(usable, after), new.astype(old.dtype), old)
-
-  return _Bases(
-    basis,
-    where_usable(error, state.error),
-    # Chordal distance of the two subspaces, as a share of the largest possible.
-    where_usable(jnp.sqrt(jnp.maximum(1.0 - kept, 0.0)), state.drift),
-    where_usable(usable, state.moved),
-    where_usable(transition, state.transition),
-  )
+  basis = jnp.where(layout.along_basis(usable), candidate, old.basis)
+  return _base.moved_to(layout, usable, basis, error, old)

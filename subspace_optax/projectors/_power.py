@@ -87,15 +87,15 @@ def power_iteration(
 
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
     del period
-    return _power_step(matrix, _linalg.widen(basis), momentum)
+    return _power_step(matrix, matrix.aligned(basis), momentum)
 
-  name = _base.call(
+  rule = _periodic.periodic(
     'power_iteration',
-    update_proj_gap=update_proj_gap,
-    momentum=momentum if keeps_mean else None,
+    draw,
+    update_proj_gap,
+    options={'momentum': momentum if keeps_mean else None},
     stagger=stagger,
   )
-  rule = _periodic.periodic(name, draw, update_proj_gap, stagger=stagger)
   if not keeps_mean:
     return rule
 
@@ -111,7 +111,8 @@ def power_iteration(
     def with_mean(x: _base.Matrix, mean: jax.Array, count: jax.Array):
       weight = 1.0 - momentum ** count.astype(jnp.float32)
       weight = x.layout.along_coords(jnp.where(count > 0, weight, 1.0))
-      return dataclasses.replace(x, mean=mean / weight)
+      scale = x.layout.along_coords(lax.rsqrt(x.energy))
+      return dataclasses.replace(x, mean=mean / weight * scale)
 
     subspaces, moves, periodic = rule.refresh(
       context,
@@ -132,26 +133,24 @@ def power_iteration(
     mean = jax.tree.map(one, matrices, state.mean, coords)
     return subspaces, None, PowerState(state.periodic, count, mean)
 
-  return _base.Projector(name, init, refresh, track)
+  return _base.Projector(rule.name, init, refresh, track)
 
 
 def _power_step(
   matrix: _base.Matrix, p: jax.Array, momentum: float
 ) -> jax.Array:
   """Returns orth(B B^T P), the gradient's length divided out."""
-  layout, g = matrix.layout, matrix.gradient
-  p = layout.align_basis(p, g)
-  scale = lax.rsqrt(matrix.energy)
-  x = layout.project(g, p) * layout.along_coords(scale) * (1.0 - momentum)
+  layout = matrix.layout
+  x = (1.0 - momentum) * matrix.unit_coordinates(p)
   if matrix.mean is not None:
-    mean = matrix.mean * layout.along_coords(scale) * momentum
+    mean = momentum * matrix.mean
     x += layout.mix_coords(layout.gram(p, p), mean)
-  image = layout.back(g, x) * layout.along_basis(scale) * (1.0 - momentum)
+  image = (1.0 - momentum) * matrix.unit_image(x)
   if matrix.mean is not None:
     image += layout.mix_basis(p, layout.gram_coords(mean, x))
   captured = jnp.maximum(layout.coords_energy(x), 1e-9)
   return _linalg.orthonormalize(
-    layout, image + layout.along_basis(_SHIFT * captured) * p
+    layout, image + matrix.scale(_SHIFT * captured, p)
   )
 
 

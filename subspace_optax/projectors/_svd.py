@@ -98,16 +98,18 @@ def svd(
     'randomized': _ordered(functools.partial(_randomized, power_iterations)),
     'warm': _ordered(functools.partial(_warm, power_iterations)),
   }[method]
-  name = _base.call(
+  rounds = power_iterations if power_iterations != 2 else None
+  projector = _periodic.periodic(
     'svd',
-    update_proj_gap=update_proj_gap,
-    method=method,
-    power_iterations=power_iterations if power_iterations != 2 else None,
+    rule,
+    update_proj_gap,
+    options={'method': method, 'power_iterations': rounds},
     stagger=stagger,
   )
-  if method == 'auto':
-    name += ' [exact; on a mesh or TPU randomized]'
-  return _periodic.periodic(name, rule, update_proj_gap, stagger=stagger)
+  if method != 'auto':
+    return projector
+  which = ' [exact; on a mesh or TPU randomized]'
+  return projector._replace(name=projector.name + which)
 
 
 def _auto(
@@ -129,11 +131,7 @@ def _ordered(rule: _periodic.Draw) -> _periodic.Draw:
 
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
     p = rule(matrix, basis, period)
-    layout = matrix.layout
-    scale = layout.along_coords(lax.rsqrt(matrix.energy))
-    return _linalg.order_basis(
-      layout, p, layout.project(matrix.gradient, p) * scale
-    )
+    return _linalg.order_basis(matrix.layout, p, matrix.unit_coordinates(p))
 
   return draw
 
@@ -144,9 +142,8 @@ def _exact(
   """U_r or V_r of the thin SVD."""
   del basis, period
   layout = matrix.layout
-  g = _base.whole(matrix)
   svd = functools.partial(jnp.linalg.svd, full_matrices=False)
-  u, _, vh = _linalg.each(svd, g.astype(jnp.float32))
+  u, _, vh = _linalg.each(svd, matrix.whole().astype(jnp.float32))
   vectors = u if layout.project_rows else jnp.swapaxes(vh, -1, -2)
   return layout.from_matrix(vectors[..., : layout.rank])
 
@@ -157,9 +154,7 @@ def _gram(
   """Eigenvectors of G G^T, or G times those of G^T G if that is smaller."""
   del basis
   layout = matrix.layout
-  g = _base.whole(matrix)
-  g = g.astype(jnp.float32) * lax.rsqrt(matrix.energy)[..., None, None]
-  g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)  # m x n
+  g = matrix.tall() * lax.rsqrt(matrix.energy)[..., None, None]
   gt = jnp.swapaxes(g, -1, -2)
   if layout.m <= layout.n:
     vectors, _ = _leading(layout, _linalg.matmul(g, gt), matrix, period)
@@ -206,10 +201,9 @@ def _randomized(
 ) -> jax.Array:
   """Rounds of subspace iteration from a sketch of the range of G."""
   del basis
-  layout, g = matrix.layout, matrix.gradient
-  y = _sketch.sketch(layout, g, matrix.seed, period)
-  y *= layout.along_basis(lax.rsqrt(matrix.energy))
-  y = _fill(layout, y, g)
+  layout = matrix.layout
+  y = _sketch.sketch(layout, matrix.gradient, matrix.seed, period)
+  y = _fill(layout, matrix.scale(lax.rsqrt(matrix.energy), y), matrix.like)
   p = _linalg.orthonormalize(layout, y, _linalg.ROUGH)
   return _iterate(rounds, matrix, p)
 
@@ -226,23 +220,19 @@ def _warm(
 ) -> jax.Array:
   """The same from the last basis."""
   del period
-  p = matrix.layout.align_basis(_linalg.widen(basis), matrix.like)
-  return _iterate(rounds, matrix, p)
+  return _iterate(rounds, matrix, matrix.aligned(basis))
 
 
 def _iterate(rounds: int, matrix: _base.Matrix, p: jax.Array) -> jax.Array:
   """Rounds of P <- orth((G G^T / ||G||^2 - shift) P)."""
-  layout, g = matrix.layout, matrix.gradient
-  scale = lax.rsqrt(matrix.energy).astype(p.dtype)
+  layout = matrix.layout
   for _ in range(rounds):
-    # Scaled after each product, since G may be float16.
-    coords = layout.project(g, p).astype(p.dtype) * layout.along_coords(scale)
-    image = layout.back(g, coords).astype(p.dtype) * layout.along_basis(scale)
+    coords = matrix.unit_coordinates(p)
     kept = layout.coords_energy(coords)
     if layout.axis_name is not None:  # of an energy larger than that of G
       kept = jnp.ones_like(kept)
     shift = _shift(kept, layout.m, layout.rank)
-    image -= layout.along_basis(shift) * p
+    image = matrix.unit_image(coords) - matrix.scale(shift, p)
     p = _linalg.orthonormalize(layout, image, _linalg.FEW_SHIFTS)
   return p
 

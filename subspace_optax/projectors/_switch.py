@@ -69,40 +69,38 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
   def init(subspaces, zero_coords):
     return tuple(rule.init(subspaces, zero_coords) for rule in rules)
 
-  def active(context, i):
-    later = context.count >= starts[i]
-    if i + 1 < len(starts):
-      later &= context.count < starts[i + 1]
-    return context._replace(active=context.active & later)
+  def in_turn(context, state):
+    """Yields each rule, the context it sees, and its state."""
+    ends = [*starts[1:], None]
+    for rule, start, end, own in zip(rules, starts, ends, state, strict=True):
+      now = context.count >= start
+      if end is not None:
+        now &= context.count < end
+      yield rule, context._replace(active=context.active & now), own
+
+  def run(phase_of, context, seen, subspaces, state):
+    moves, new_state = [], []
+    for rule, own_context, own in in_turn(context, state):
+      phase = phase_of(rule)
+      subspaces, move, own = phase(own_context, *seen, subspaces, own)
+      moves.append(move)
+      new_state.append(own)
+    return subspaces, _merge(subspaces.basis, moves), tuple(new_state)
 
   def refresh(context, matrices, subspaces, state):
-    moves, new_state = [], []
-    for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
-      subspaces, move, s = rule.refresh(
-        active(context, i), matrices, subspaces, s
-      )
-      moves.append(move)
-      new_state.append(s)
-    return subspaces, _merge(subspaces.basis, moves), tuple(new_state)
+    phase_of = lambda rule: rule.refresh
+    return run(phase_of, context, (matrices,), subspaces, state)
 
   def track(context, matrices, coords, subspaces, state):
-    moves, new_state = [], []
-    for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
-      context_i = active(context, i)
-      subspaces, move, s = _base.resting(rule.track)(
-        context_i, matrices, coords, subspaces, s
-      )
-      moves.append(move)
-      new_state.append(s)
-    return subspaces, _merge(subspaces.basis, moves), tuple(new_state)
+    phase_of = lambda rule: _base.resting(rule.track)
+    return run(phase_of, context, (matrices, coords), subspaces, state)
 
   def needs_gradient(context, state):
     needs = False
-    for i, (rule, s) in enumerate(zip(rules, state, strict=True)):
-      context_i = active(context, i)
-      of_rule = rule.needs_gradient(context_i, s)
+    for rule, own_context, own in in_turn(context, state):
+      of_rule = rule.needs_gradient(own_context, own)
       if of_rule is not False:  # or the step would be made twice
-        needs |= context_i.active & of_rule
+        needs |= own_context.active & of_rule
     return needs
 
   parts = ', '.join(

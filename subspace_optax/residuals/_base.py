@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
-from subspace_optax._matrix import _varying
 
 
 class Residual(NamedTuple):
@@ -51,10 +50,10 @@ def norms_at_init(
 
 def inside(node: _projected.Projected) -> jax.Array:
   """Returns (P^T P)^-1 R: P times it is the part of G in P's span."""
-  return _as_sum(node, node.coords, node.basis)
+  return weights_of(node, node.coords, node.basis)
 
 
-def _as_sum(
+def weights_of(
   node: _projected.Projected, coords: jax.Array, basis: jax.Array
 ) -> jax.Array:
   """Returns the weights of P's columns whose sum has these coordinates."""
@@ -108,23 +107,3 @@ def check_limiter(limiter: Any) -> None:
       f'limiter must be at least 1, or None for no limit, got {limiter}; norms '
       'that must shrink at every step end at zero.'
     )
-
-
-def combine(node: _projected.Projected, weights: jax.Array) -> jax.Array:
-  """Returns P C, a whole leaf, for weights C of P's columns."""
-  return node.combine(weights)
-
-
-def lift(
-  node: _projected.Projected, coords: jax.Array, basis: jax.Array
-) -> jax.Array:
-  """Returns P (P^T P)^-1 C: the matrix in P's span with coordinates C."""
-  weights = _as_sum(node, coords, basis)
-  return node.layout.unproject(basis, weights, node.sharding)
-
-
-def moved(node: _projected.Projected, f: Callable, x: jax.Array) -> jax.Array:
-  """Returns f(x) if any basis of the leaf moved before its coordinates."""
-  if node.before is None:
-    return x
-  return _varying.cond(jnp.any(node.before.moved), f, lambda x: x, x)

@@ -10,7 +10,6 @@ the last error, and the momentum M_o that was carried from P_o to P as M,
 gradients that left the momentum when the basis moved return as well.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _varying
 from subspace_optax.residuals import _base
 
 
@@ -64,15 +64,15 @@ def error_feedback(b1: float = 0.9) -> _base.Residual:
 
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     del count
-    g = _linalg.widen(node.gradient)
-    error = g - _base.combine(node, _base.inside(node))
-    if traced or b1 > 0:
+    error = node.outside()
+    if node.before is not None and (traced or b1 > 0):
       back = lambda e: e + (b1 / (1.0 - b1) * _lost(node)).astype(e.dtype)
-      error = _base.moved(node, back, error)
+      moved = jnp.any(node.before.moved)
+      error = _varying.cond(moved, back, lambda e: e, error)
     error = error.astype(last.dtype)  # which may overflow
     finite = jnp.isfinite(node.layout.energy(error))
     error = jnp.where(node.layout.along_leaf(finite), error, last)
-    return _base.combine(node, scale * _linalg.widen(node.direction)), error
+    return node.combine(scale * _linalg.widen(node.direction)), error
 
   return _base.Residual('error_feedback', update, _zeros, _add)
 
@@ -85,11 +85,13 @@ def _lost(node: _projected.Projected) -> jax.Array:
       'with `subspace_optax.register_moments`, use `optax.ema` in the place of '
       '`optax.trace`, or pass b1=0 if there is none.'
     )
-  bases = _linalg.widen(node.old_basis), _linalg.widen(node.basis)
-  old, new = map(
-    functools.partial(_base.lift, node), (node.old_mean, node.mean), bases
-  )
-  return old - new
+
+  def lift(coords: jax.Array, basis: jax.Array) -> jax.Array:
+    basis = _linalg.widen(basis)
+    weights = _base.weights_of(node, coords, basis)
+    return node.layout.unproject(basis, weights, node.sharding)
+
+  return lift(node.old_mean, node.old_basis) - lift(node.mean, node.basis)
 
 
 def _zeros(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:

@@ -80,7 +80,7 @@ def fira(
     factor, last = _base.limit_growth(raw * norm, last, limiter)
     phi = phi * layout.along_columns(factor)
     coords = scale * n - share * layout.columns_to_coords(phi) * inside
-    return _base.combine(node, coords) + layout.columns_to_leaf(phi) * g, last
+    return node.combine(coords) + layout.columns_to_leaf(phi) * g, last
 
   return _base.Residual('fira', update, _base.norms_at_init)
 

@@ -61,7 +61,7 @@ def orthogonal(weight: Any = 1.0, steps: int = 5) -> _base.Residual:
     layout, g = node.layout, _linalg.widen(node.gradient)
     # P N + w (G - P R) with one product.
     coords = _linalg.widen(node.direction) - weight * _base.inside(node)
-    whole = _base.combine(node, coords) + weight * g
+    whole = node.combine(coords) + weight * g
     factor = scale * max(1.0, layout.outputs / layout.inputs) ** 0.5
     return factor * _newton_schulz.newton_schulz(layout, whole, steps), state
 

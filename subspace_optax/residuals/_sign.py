@@ -49,13 +49,12 @@ def sign(strength: Any = 1.0) -> _base.Residual:
 
   def update(node: _projected.Projected, scale: Any, count: Any, state: Any):
     del count
-    g = _linalg.widen(node.gradient)
-    outside = g - _base.combine(node, _base.inside(node))
+    g, outside = _linalg.widen(node.gradient), node.outside()
     # Nothing but rounding is left of what the subspace holds.
     eps = _EPS * jnp.finfo(node.gradient.dtype).eps
     size = node.layout.columns_to_leaf(jnp.sqrt(node.layout.columns(g * g)))
     outside = jnp.where(jnp.abs(outside) > eps * size, outside, 0.0)
-    kept = _base.combine(node, scale * _linalg.widen(node.direction))
+    kept = node.combine(scale * _linalg.widen(node.direction))
     return kept + strength * jnp.sign(outside), state
 
   return _base.Residual('sign', update)

@@ -20,7 +20,7 @@ from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 from subspace_optax.bases import _quantized_basis
-from subspace_optax.low_precision import _quantize_moments
+from subspace_optax.low_precision import _coded_state
 
 
 def resize_rank(
@@ -79,12 +79,12 @@ def resize_rank(
   }
   start = tx.init(params)
   # Blocks of 8-bit moments lie otherwise at another rank.
-  old, new = map(_quantize_moments.all_decoded, (state, start))
+  old, new = map(_coded_state.all_decoded, (state, start))
   pairs = list(_pairs(_tree.unbox(old), _tree.unbox(new)))
   leaves = _projected_leaves(pairs, new, layouts)
   arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]
   wide = jax.tree.structure(new).unflatten(jax.tree.leaves(arrays))
-  return _quantize_moments.all_encoded(wide, start)
+  return _coded_state.all_encoded(wide, start)
 
 
 class _Leaf(NamedTuple):

@@ -104,8 +104,11 @@ def _move_tree(
   def one(path: str, value: Any) -> Any:
     if path not in moves or _tree.is_masked(value):
       return value
-    args = value, moments.kind, means[path], counts[path]
-    return _move_leaf(transport, per_matrix, path, *moves[path], *args)
+    node, move = moves[path]
+    arrays = value, means[path], counts[path]
+    return _move_leaf(
+      transport, per_matrix, path, node.layout, move, moments.kind, arrays
+    )
 
   return treedef.unflatten([one(*pair) for pair in pairs])
 
@@ -121,15 +124,16 @@ def _move_leaf(
   transport: Transport,
   per_matrix: bool,
   path: str,
-  node: _projected.Projected,
+  layout: _layout.Layout,
   move: _projected.Move,
-  value: jax.Array,
   kind: str,
-  mean: Any,
-  count: Any,
+  arrays: tuple[jax.Array, Any, Any],
 ) -> jax.Array:
-  """Returns a leaf's moment, moved for the matrices whose bases did."""
-  layout = node.layout
+  """Returns a leaf's moment, moved for the matrices whose bases did.
+
+  `arrays` are the moment, and of squares about means these and their count.
+  """
+  value = arrays[0]
   batch = layout.coords_batch
   first = tuple(range(len(batch)))
 
@@ -144,18 +148,9 @@ def _move_leaf(
     return jnp.moveaxis(x, first, batch) if per_matrix else x
 
   def moved() -> jax.Array:
-    old = like_coords(value)
+    old, mean, count = map(like_coords, arrays)
     _check_shape(path, old, layout)
-    new = move_moment(
-      Moment(
-        old,
-        kind,
-        like_coords(mean),
-        like_coords(count),
-        move.transition,
-        layout,
-      )
-    )
+    new = move_moment(Moment(old, kind, mean, count, move.transition, layout))
     new = jnp.where(layout.along_coords(move.moved), new, old)
     new = jnp.moveaxis(new, batch, first) if per_matrix else new
     return _sharding.like(new, value)

@@ -138,18 +138,14 @@ def map_moments(
   if codec is not None:
     inside = lambda x: map_moments(f, x, wanted, path)
     return codec.change(inside, state, wanted)
-  fields = _fields.get(type(state))
-  if fields is not None:
-    new = {
-      name: f(_moments(state, fields, name, path)) for name in fields.kinds
-    }
-    for name in _rest(state, fields):
-      inside = getattr(state, name)
-      new[name] = map_moments(f, inside, wanted, _join(path, name))
-    return state._replace(**new)
-  children, treedef = _children(state)
-  return treedef.unflatten(
-    [map_moments(f, x, wanted, _join(path, key)) for key, x in children]
+  children, rebuild = _children(state)
+  fields = _fields.get(type(state), _Fields({}, {}))
+  own = {name: f(_moments(state, fields, name, path)) for name in fields.kinds}
+  return rebuild(
+    [
+      own[name] if name in own else map_moments(f, x, wanted, _join(path, name))
+      for name, x in children
+    ]
   )
 
 
@@ -178,39 +174,37 @@ def check_registered(state: Any, what: str) -> None:
     state: of any optimizer.
     what: the argument that needs to know the moments, for the message.
   """
-  _check(_decoded(state), what, type(state))
+  owner = _unknown(_decoded(state), type(state))
+  if owner is not None:
+    known = ', '.join(sorted(t.__name__ for t in _fields))
+    raise ValueError(
+      f'{what} does not know the moments in {owner}, only in {known}; name '
+      'them with `subspace_optax.register_moments`, or do without: '
+      "transport='keep' and 'reset' need not know them."
+    )
 
 
-def _check(state: Any, what: str, owner: type) -> None:
+def _unknown(state: Any, owner: type) -> type | None:
+  """Returns the type of the first state with moments that nobody named."""
   if _is_leaf(state):
-    if (
+    is_moment = (
       _is_array(state)
       and state.ndim > 0
       and jnp.issubdtype(state.dtype, jnp.floating)
-    ):
-      known = ', '.join(sorted(t.__name__ for t in _fields))
-      raise ValueError(
-        f'{what} does not know the moments in {owner}, only in {known}; name '
-        'them with `subspace_optax.register_moments`, or do without: '
-        "transport='keep' and 'reset' need not know them."
-      )
-    return
-  fields = _fields.get(type(state))
+    )
+    return owner if is_moment else None
   owner = type(state) if hasattr(state, '_fields') else owner
-  if fields is None:
-    for _, child in _children(state)[0]:
-      _check(child, what, owner)
-    return
-  for name in _rest(state, fields):
+  children, _ = _children(state)
+  if type(state) in _fields:
     # Other arrays of a type that is registered are none of its moments.
-    if not _is_array(getattr(state, name)) and _has_states(
-      getattr(state, name)
-    ):
-      _check(getattr(state, name), what, owner)
-
-
-def _has_states(x: Any) -> bool:
-  return isinstance(x, tuple)
+    kinds = _fields[type(state)].kinds
+    children = [
+      (name, x)
+      for name, x in children
+      if name not in kinds and isinstance(x, tuple)
+    ]
+  found = (_unknown(x, owner) for _, x in children)
+  return next(filter(None, found), None)
 
 
 def _decoded(state: Any) -> Any:
@@ -234,18 +228,15 @@ def _moments(state: Any, fields: _Fields, name: str, path: str) -> MomentTree:
   )
 
 
-def _rest(state: Any, fields: _Fields) -> list[str]:
-  """Returns the fields of a registered state that hold no moments."""
-  return [name for name in state._fields if name not in fields.kinds]
-
-
-def _children(state: Any) -> tuple[list[tuple[str, Any]], Any]:
-  """Returns what a node of a tree holds, by key, and the node's structure."""
+def _children(
+  state: Any,
+) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], Any]]:
+  """Returns what a node of a tree holds, by key, and what makes it again."""
   pairs, treedef = jax.tree.flatten_with_path(
     state, is_leaf=lambda x: x is not state
   )
   key = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
-  return [(key(path), x) for path, x in pairs], treedef
+  return [(key(path), x) for path, x in pairs], treedef.unflatten
 
 
 def _join(path: str, name: str) -> str:

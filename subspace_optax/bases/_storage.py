@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which storage a spec's `basis_dtype` and a projector ask for.
+
+Bases are stored as they are, as codes, or not at all: a projector with
+`rebuild` draws them again from its own state, such as a seed and a period. The
+column numbers of a fixed transform would be of the last kind.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax.bases import _base as _bases
+from subspace_optax.bases import _quantized_basis
+from subspace_optax.projectors import _base
+
+
+def storage(basis_dtype: Any, projector: _base.Projector) -> _bases.Storage:
+  """Returns how the bases of a projector are stored.
+
+  Raises:
+    ValueError: integers can't hold the bases of this projector.
+  """
+  dtype = jnp.dtype(basis_dtype)
+  if _quantized_basis.is_quantized(dtype):
+    return _quantized_basis.codes(dtype, projector)
+  if projector.rebuild:
+    return _drawn_again(dtype, projector.rebuild)
+  return _arrays(dtype)
+
+
+def _arrays(dtype: Any) -> _bases.Storage:
+  def first(sample, seed, layout, leaf):
+    static = (sample, layout, dtype)
+    return layout.place_basis(_bases.draw_first, static, (seed,), leaf)
+
+  return _bases.Storage(first, lambda matrices, stored, own: stored)
+
+
+def _drawn_again(dtype: Any, rebuild: Callable[..., Any]) -> _bases.Storage:
+  def read(matrices, stored, own):
+    del stored
+    place = lambda p, x: x.layout.settle_basis(p.astype(dtype), x.like)
+    return jax.tree.map(place, rebuild(matrices, own), matrices)
+
+  def write(matrices, stored, old, subspaces, moves):
+    del matrices, old
+    return stored, subspaces, moves
+
+  return _bases.Storage(None, read, write)

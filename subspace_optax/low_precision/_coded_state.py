@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A state whose moments are codes: how it is read, written and changed."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from subspace_optax._matrix import _noise
+from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
+from subspace_optax.low_precision import _codes
+from subspace_optax.transports import _moments
+
+
+class EightBitState(NamedTuple):
+  """State of an optimizer whose moments take a byte each."""
+
+  count: jax.Array  # shape=(), dtype=int32, updates so far
+  # The optimizer's own state. For each moment a tree, leaf shape=the leaf's:
+  # dtype=int8, uint8 for squares; of leaves that are not coded, float32, or the
+  # leaf's if that is wider or complex.
+  coded: Any
+  # From the path of each moment to a tree, leaf shape=one value per block,
+  # dtype=float32; a scalar for leaves that are not coded.
+  scales: dict[str, Any]
+
+
+def decoded(state: EightBitState) -> Any:
+  """Returns the optimizer's own state, moments in float32."""
+  return _moments.map_moments(
+    lambda moments: jax.tree.map(
+      _codes.decode, moments.tree, state.scales[moments.path]
+    ),
+    state.coded,
+  )
+
+
+def encoded(new: Any, state: EightBitState, noise: Any) -> EightBitState:
+  """Returns the optimizer's own new state, coded like `state`.
+
+  Args:
+    new: of the optimizer, moments in float32.
+    state: as it was.
+    noise: the seed of the rounding and the number of the step; None rounds to
+      the nearest.
+  """
+  codes = {m.path: m.tree for m in _moments.moments_in(state.coded)}
+  scales = {}
+
+  def encode(moments: _moments.MomentTree) -> Any:
+    def one(path: str, x: Any, old: Any, scale: Any) -> Any:
+      if noise is None:
+        return _codes.encode(x, old, scale)
+      seed, count = noise
+      salt = _noise.salt(seed, f'{moments.path} {path}')
+      return _codes.encode(x, old, scale, (salt, count))
+
+    old = codes[moments.path]
+    arrays = moments.tree, old, state.scales[moments.path]
+    tree, scales[moments.path] = _tree.map_unzip(one, 2, paths_in(old), *arrays)
+    return tree
+
+  coded = _moments.map_moments(encode, new)
+  return EightBitState(state.count, coded, scales)
+
+
+def all_decoded(state: Any) -> Any:
+  """Returns any state, with float32 moments in place of codes and scales."""
+  return jax.tree.map(
+    lambda x: EightBitState(x.count, decoded(x), {}) if _is_state(x) else x,
+    state,
+    is_leaf=_is_state,
+  )
+
+
+def all_encoded(wide: Any, like: Any) -> Any:
+  """Returns what `all_decoded` made, coded like the state `like`."""
+  return jax.tree.map(
+    lambda x, y: (
+      encoded(x.coded, y._replace(count=x.count), None) if _is_state(x) else x
+    ),
+    wide,
+    like,
+    is_leaf=_is_state,
+  )
+
+
+def _change(
+  f: Callable[[Any], Any], state: EightBitState, wanted: Any
+) -> EightBitState:
+  """Returns the state with `f` of the optimizer's own, if that is wanted.
+
+  Rounded to the nearest: this is rare, and no mean is to be kept.
+  """
+  return _varying.cond(
+    wanted, lambda: encoded(f(decoded(state)), state, None), lambda: state
+  )
+
+
+_moments.register_codec(EightBitState, decoded, _change)
+
+
+def _is_state(x: Any) -> bool:
+  return isinstance(x, EightBitState)
+
+
+def paths_in(tree: Any) -> Any:
+  """Returns a tree with the path of each leaf in its place."""
+  return jax.tree.map_with_path(lambda path, _: _tree.path_str(path), tree)
