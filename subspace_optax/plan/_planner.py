@@ -2,6 +2,7 @@
 """Bytes of a training step on each device, before anything is run."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -291,15 +292,21 @@ def training(model: _models.Model, s: Settings) -> Callable:
   params = _local_params(model, s)
   inputs = model.inputs(_cut.rows(s.mesh, s.batch), s.seq)
 
-  def count(gradients: Any) -> tuple[int, _step.Kept]:
-    sizes = [_cut.local_bytes(x) for x in jax.tree.leaves(gradients)]
-    if not s.layerwise:
-      kept = _step.ordinary(model, params, inputs, s.remat, sizes)
-      return sum(sizes), kept
+  @functools.cache
+  def ordinary(sizes: tuple[int, ...]) -> tuple[int, _step.Kept]:
+    kept = _step.ordinary(model, params, inputs, s.remat, sizes)
+    return sum(sizes), kept
+
+  @functools.cache
+  def layerwise(stack: int, rest: int) -> tuple[int, _step.Kept]:
     layers = jax.tree.leaves(model.params[model.stack])[0].shape[0]
-    stack, rest = map(_cut.local_bytes, model.parts(gradients))
     kept = _step.layerwise(model, params, inputs, stack, rest)
     return rest + stack // layers, kept
+
+  def count(gradients: Any) -> tuple[int, _step.Kept]:
+    if s.layerwise:
+      return layerwise(*map(_cut.local_bytes, model.parts(gradients)))
+    return ordinary(tuple(map(_cut.local_bytes, jax.tree.leaves(gradients))))
 
   return count
 

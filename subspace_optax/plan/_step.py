@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step holds beside parameters and state, from its trace."""
 
+from collections.abc import Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ def _traced(f: Any, *args: Any) -> _liveness.Trace:
   return _liveness.flatten(jax.make_jaxpr(f)(*args))
 
 
-def _with_gradients(trace: _liveness.Trace, sizes: list[int]) -> Any:
+def _with_gradients(trace: _liveness.Trace, sizes: Sequence[int]) -> Any:
   """Returns a trace whose last results take other bytes."""
   outputs = trace.outputs[len(trace.outputs) - len(sizes) :]
   new = dict(zip(outputs, sizes, strict=True))
@@ -61,7 +62,11 @@ def _with_gradients(trace: _liveness.Trace, sizes: list[int]) -> Any:
 
 
 def ordinary(
-  model: _models.Model, params: Any, inputs: Any, remat: bool, sizes: list[int]
+  model: _models.Model,
+  params: Any,
+  inputs: Any,
+  remat: bool,
+  sizes: Sequence[int],
 ) -> Kept:
   """Counts a step with all gradients at once, of these bytes."""
   loss = loss_of(model, remat)
