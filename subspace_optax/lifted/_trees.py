@@ -17,12 +17,6 @@ from subspace_optax.lifted import _lifted
 Spec = _spec.SubspaceSpec | Sequence[_spec.Match | None]
 
 
-def match(params: Any, spec: _spec.SubspaceSpec) -> list[_spec.Match | None]:
-  """Returns what a spec makes of every leaf if the inputs are projected."""
-  _spec.check_spec(spec)
-  return dataclasses.replace(spec, side='in').match(params)
-
-
 def lift(params: Any, bases: Any, coords: Any, spec: Spec) -> Any:
   """Puts W + P B in the place of every leaf W that has a basis P.
 
@@ -145,7 +139,11 @@ def _split(
 
 
 def _matches(params: Any, spec: Spec) -> Sequence[_spec.Match | None]:
-  return spec if isinstance(spec, Sequence) else match(params, spec)
+  """Returns the matches, or those of a spec if the inputs are projected."""
+  if isinstance(spec, Sequence):
+    return spec
+  _spec.check_spec(spec)
+  return dataclasses.replace(spec, side='in').match(params)
 
 
 def _join(

@@ -86,11 +86,11 @@ def take(tree: Any, keys: Sequence[str]) -> tuple[Any, Any]:
       f'stack: no {key!r} among the parameters, only {found}; put them into a '
       'mapping in which that key holds the stacked blocks.'
     )
-  if not more:
-    return tree[key], _without(tree, key)
-  found, below = take(tree[key], more)
   rest = _copy(tree)
-  rest[key] = below
+  if not more:
+    del rest[key]
+    return tree[key], rest
+  found, rest[key] = take(tree[key], more)
   return found, rest
 
 
@@ -101,12 +101,6 @@ def put(tree: Any, keys: Sequence[str], blocks: Any, rest: Any) -> Any:
   order = jax.tree.leaves(take(numbers, keys))
   leaves = dict(zip(order, jax.tree.leaves((blocks, rest)), strict=True))
   return treedef.unflatten([leaves[i] for i in range(treedef.num_leaves)])
-
-
-def _without(tree: Any, key: str) -> Any:
-  rest = _copy(tree)
-  del rest[key]
-  return rest
 
 
 def _copy(tree: Any) -> Any:
