@@ -147,26 +147,21 @@ def clipping(
     previous: the norm of the last step's gradient.
     first_pass: returns the norm of this one's.
   """
-  factor = lambda norm: jnp.where(norm < max_norm, 1.0, max_norm / norm)
   if max_norm is None:
-    scale = None
-  elif clip == 'two_pass':
-    of_all = factor(first_pass())
-    scale = lambda squares: of_all
+    return lambda gradient: (gradient, sum_squares(gradient))
+  norm_of = lambda own: own
+  if clip == 'two_pass':
+    whole = first_pass()
+    norm_of = lambda own: whole
   elif clip == 'previous':
     # There is none in the first step, nor after one that was not finite.
     known = (previous > 0) & jnp.isfinite(previous)
-    scale = lambda squares: factor(
-      jnp.where(known, previous, jnp.sqrt(squares))
-    )
-  else:
-    scale = lambda squares: factor(jnp.sqrt(squares))
+    norm_of = lambda own: jnp.where(known, previous, own)
 
   def clipped(gradient: Any) -> tuple[Any, jax.Array]:
     squares = sum_squares(gradient)
-    if scale is None:
-      return gradient, squares
-    by = scale(squares)
+    norm = norm_of(jnp.sqrt(squares))
+    by = jnp.where(norm < max_norm, 1.0, max_norm / norm)
     return jax.tree.map(lambda x: (x * by).astype(x.dtype), gradient), squares
 
   return clipped
