@@ -26,14 +26,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import rich.table
 import tyro
 
-import checkpoint
+import finetune_task
+from finetune_task import Task
 import hf_checkpoint
-import interrupt
 import labelled
 import llama
+import loop
 import lora
 import pretrain
 import recipes
@@ -110,9 +110,8 @@ def resolve(c: Config) -> Config:
 
 def for_optimizer(c: Config, name: str) -> Config:
   """The configuration of one optimizer's run."""
-  out = str(pathlib.Path(c.out, name)) if c.compare else c.out
   lr = LEARNING_RATES[name] if c.lr is None else c.lr
-  return dataclasses.replace(c, optimizer=name, out=out, compare='', lr=lr)
+  return dataclasses.replace(settings.alone(c, name), lr=lr)
 
 
 def recipe(c: Config) -> Config:
@@ -124,77 +123,7 @@ def recipe(c: Config) -> Config:
   return dataclasses.replace(c, optimizer=name, lr=lr, lr_rest=lr_rest)
 
 
-# --- The checkpoint to begin with --------------------------------------------
-
-
-def pretraining(c: Config, text: pathlib.Path) -> pretrain.Config:
-  """The run that makes the checkpoint."""
-  return pretrain.Config(
-    model=c.model,
-    optimizer='adamw',
-    data=(str(text),),
-    vocab=c.vocab,
-    batch=c.batch,
-    seq=c.seq,
-    steps=c.pretraining_steps,
-    seed=c.seed,
-    final_eval_batches=16,
-    out=str(pathlib.Path(c.out, 'pretraining')),
-    export=True,
-    resume=c.resume,
-  )
-
-
-def pretrained(c: Config, texts: list[str]) -> pathlib.Path:
-  """A checkpoint of a small LLaMA that has read `texts`, without labels."""
-  folder = pathlib.Path(c.out, 'pretraining', 'weights')
-  if (folder / 'config.json').exists():
-    return folder
-  text = pathlib.Path(c.out, 'texts.txt')
-  report.write_text(text, '\n\n'.join(texts))
-  run = pretraining(c, text)
-  report.say(
-    f'no checkpoint is given: {c.model} reads the texts to train on for '
-    f'{run.steps} steps, which makes a stand-in for a real checkpoint'
-  )
-  corpus = pretrain.load_corpus(run)
-  if corpus.tokenizer:
-    path = pathlib.Path(run.out, 'tokenizer.json')
-    report.write_text(path, corpus.tokenizer)
-  pretrain.train(pretrain.for_optimizer(run, 'adamw'), corpus)
-  report.say(f'pretrained; to use it again: --checkpoint {folder}')
-  return folder
-
-
-# --- The task ----------------------------------------------------------------
-
-
-class Task(NamedTuple):
-  """A labelled set in the tokens of a checkpoint."""
-
-  checkpoint: pathlib.Path
-  train: np.ndarray  # (N, T + 2), see labelled.rows
-  validation: np.ndarray
-  labels: tuple[str, ...]
-  sha256: str
-
-
-def load_task(c: Config) -> Task:
-  """Reads the texts, and makes the checkpoint if none is given."""
-  folder = pathlib.Path(c.data[0]) if c.data else labelled.bbc_news()
-  texts, labels = labelled.read(folder)
-  parts = labelled.split(texts, c.seed)
-  report.say(
-    f'{folder if c.data else labelled.BBC}: {len(parts[0].texts):,} texts to '
-    f'train, {len(parts[1].texts):,} held out, {len(labels)} labels'
-  )
-  path = pathlib.Path(c.checkpoint or pretrained(c, parts[0].texts))
-  vocab = hf_checkpoint.read_config(path).vocab
-  train, validation = (
-    labelled.rows(labelled.tokens(path, vocab, p.texts), p.labels, c.seq)
-    for p in parts
-  )
-  return Task(path, train, validation, labels, labelled.sha256(*parts))
+# --- The model ---------------------------------------------------------------
 
 
 def guessing(task: Task) -> float:
@@ -299,53 +228,26 @@ def batches(c: Config, task: Task, start: int) -> Iterator[np.ndarray]:
     yield rows.reshape(c.accumulation, -1, rows.shape[1])
 
 
-def compiled(c: Config, task: Task, method: Method, state):
+def compiled(c: Config, task: Task, method: Method):
   """The step for these shapes only: it can't compile a second time."""
   loss = lambda p, rows: jnp.mean(method.score(method.merge(p), rows)[0])
   program = jax.jit(train_step.make_step(loss, method.tx), donate_argnums=0)
-  return program.lower(state, next(batches(c, task, 0))).compile()
+  return program.lower(method.state, next(batches(c, task, 0))).compile()
 
 
-def training_row(c: Config, step: int, metrics, meter: report.Meter) -> dict:
-  """What a step has measured, as Python numbers."""
-  rate = recipes.schedule(recipes.rates(recipe(c))[0], c.steps, c.schedule)
-  row = {'step': step} | jax.tree.map(float, {'lr': rate(step - 1)} | metrics)
-  row['steps_per_second'] = speed = meter.read(step)
-  row['tokens_per_second'] = speed * c.batch * c.seq
-  return row
-
-
-def validation_row(c: Config, step: int, validate: Validation, params) -> dict:
-  loss, accuracy = validate(params, c.eval_batches)
-  names = ('step', 'validation_loss', 'validation_accuracy')
-  return dict(zip(names, (step, loss, accuracy), strict=True))
-
-
-def run_steps(c: Config, task: Task, method: Method, validate, saved, begin):
-  """The loop: (last step, state, tokens per second, signal that ended it)."""
-  start, state = begin
-  done = start
-  due = lambda every: done % every == 0 or done == c.steps
-  log = report.MetricsFile(pathlib.Path(c.out), start, c.tensorboard)
-  line = report.LiveLine(c.optimizer, start, c.steps)
-  with log, line, interrupt.Stop() as stop:
-    run = compiled(c, task, method, state)
-    meter = report.Meter(start)
-    for done, rows in enumerate(batches(c, task, start), start + 1):
-      state, metrics = run(state, rows)
-      line.advance(done)
-      if due(c.log_every):  # the only place that waits for the device
-        row = training_row(c, done, metrics, meter)
-        log.write(row)
-        line.show(row)
-      if due(c.eval_every):
-        log.write(validation_row(c, done, validate, state['params']))
-        meter.restart(done)
-      if due(c.save_every) or stop.signal:
-        checkpoint.save(saved, done, state)
-      if stop.signal:
-        break
-  return done, state, meter.mean * c.batch * c.seq, stop.signal
+def job(
+  c: Config, task: Task, method: Method, validate: Validation
+) -> loop.Job:
+  names = ('validation_loss', 'validation_accuracy')
+  score = lambda state: validate(state['params'], c.eval_batches)
+  return loop.Job(
+    method.state,
+    lambda: method.state,
+    lambda: compiled(c, task, method),
+    lambda start: batches(c, task, start),
+    recipes.schedule(recipes.rates(recipe(c))[0], c.steps, c.schedule),
+    lambda state: dict(zip(names, score(state), strict=True)),
+  )
 
 
 def train(c: Config, task: Task) -> dict[str, Any]:
@@ -358,19 +260,12 @@ def train(c: Config, task: Task) -> dict[str, Any]:
     f'{method.trained:,} parameters'
   )
   validate = Validation(c, method, task.validation)
-  with checkpoint.open_folder(out / 'checkpoints') as saved:
-    begin = checkpoint.restore(saved, method.state)
-    if c.resume:
-      report.say(f'{out}: going on after step {begin[0]}')
-    done, state, speed, stopped = (*begin, 0.0, 0)
-    if done < c.steps:
-      done, state, speed, stopped = run_steps(
-        c, task, method, validate, saved, begin
-      )
-  if stopped:
-    pretrain.leave(c, done, stopped)
-  save_model(out / 'model', method, task, state['params'])
-  return summarize(c, task, method, validate, state['params'], speed)
+  ended = loop.run(c, job(c, task, method, validate))
+  if ended.signal:
+    loop.leave(c, ended)
+  params, speed = ended.state['params'], ended.speed * c.batch * c.seq
+  save_model(out / 'model', method, task, params)
+  return summarize(c, task, method, validate, params, speed)
 
 
 def save_model(folder: pathlib.Path, method: Method, task: Task, params):
@@ -414,22 +309,16 @@ def summarize(
 # --- The program -------------------------------------------------------------
 
 
-def results_table(summaries: list[dict]):
-  """One line an optimizer."""
-  table = rich.table.Table(box=None, padding=(0, 2, 0, 0))
-  table.add_column('optimizer', no_wrap=True)
-  for name in ('accuracy', 'loss', 'trained', 'state MiB', 'tokens/s'):
-    table.add_column(name, justify='right', no_wrap=True)
-  for s in summaries:
-    table.add_row(
-      s['optimizer'],
-      f'{s["validation_accuracy"]:.1%}',
-      f'{s["validation_loss"]:.3f}',
-      f'{s["trained_parameters"]:,}',
-      f'{s["memory"]["state"] / 2**20:.2f}',
-      f'{s["tokens_per_second"]:,.0f}',
-    )
-  report.console.print(table)
+def results_row(s: dict) -> dict[str, str]:
+  """The line of one optimizer."""
+  return {
+    'optimizer': s['optimizer'],
+    'accuracy': f'{s["validation_accuracy"]:.1%}',
+    'loss': f'{s["validation_loss"]:.3f}',
+    'trained': f'{s["trained_parameters"]:,}',
+    'state MiB': f'{s["memory"]["state"] / 2**20:.2f}',
+    'tokens/s': f'{s["tokens_per_second"]:,.0f}',
+  }
 
 
 def draw_accuracy(axes, rows: dict[str, report.Rows], guess: float):
@@ -463,14 +352,14 @@ def main(c: Config) -> list[dict]:
   """Fine-tunes as the configuration asks; the summaries."""
   c = resolve(c)
   run_folder.make_room(c)
-  task = load_task(c)
+  task = finetune_task.load_task(c)
   names = settings.optimizers(c)
   summaries = [train(for_optimizer(c, name), task) for name in names]
   if c.compare:
     by_name = {s['optimizer']: s for s in summaries}
     report.write_json(pathlib.Path(c.out, 'summary.json'), by_name)
   picture(c, summaries)
-  results_table(summaries)
+  report.table([results_row(s) for s in summaries])
   report.say(f'the most frequent label: {guessing(task):.1%}')
   report.say(f'everything is in {c.out}')
   return summaries

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from subspace_optax import plan
+
 _INIT = nnx.initializers.lecun_normal()
 _EMBED_INIT = nnx.initializers.normal(0.02)
 
@@ -41,16 +43,12 @@ class LlamaConfig:
   norm_epsilon: float = 1e-6
 
 
+_SIZES = ('width', 'mlp_width', 'layers', 'heads', 'kv_heads', 'vocab')
+# From llama_test to llama_70b: those that the planner knows.
 NAMED = {
-  'llama_test': LlamaConfig(width=16, mlp_width=40, layers=2, heads=2),
-  'llama_1m': LlamaConfig(width=128, mlp_width=352, layers=4, heads=4),
-  'llama_3m': LlamaConfig(width=192, mlp_width=512, layers=6, heads=6),
-  'llama_10m': LlamaConfig(width=320, mlp_width=864, layers=8, heads=5),
-  'llama_60m': LlamaConfig(width=512, mlp_width=1376, layers=8, heads=8),
-  'llama_130m': LlamaConfig(width=768, mlp_width=2048, layers=12, heads=12),
-  'llama_350m': LlamaConfig(width=1024, mlp_width=2736, layers=24, heads=16),
-  'llama_1b': LlamaConfig(width=2048, mlp_width=5461, layers=24, heads=32),
-  'llama_7b': LlamaConfig(width=4096, mlp_width=11008, layers=32, heads=32),
+  name: LlamaConfig(**{k: getattr(sizes, k) for k in _SIZES})
+  for name, sizes in plan.NAMED.items()
+  if not sizes.gpt
 }
 
 

@@ -21,9 +21,7 @@ import dataclasses
 import hashlib
 import math
 import pathlib
-import shlex
 import shutil
-import sys
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -32,13 +30,13 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
+import optax
 import tyro
 
-import checkpoint
 import data
 import hf_checkpoint
-import interrupt
 import llama
+import loop
 import mesh
 import recipes
 import report
@@ -68,8 +66,7 @@ def resolve(c: Config) -> Config:
 
 def for_optimizer(c: Config, name: str) -> Config:
   """The configuration of one optimizer's run."""
-  out = str(pathlib.Path(c.out, name)) if c.compare else c.out
-  c = dataclasses.replace(c, optimizer=name, out=out, compare='')
+  c = settings.alone(c, name)
   lr, lr_rest = recipes.rates(c)
   return dataclasses.replace(c, lr=lr, lr_rest=lr_rest)
 
@@ -93,7 +90,7 @@ def optimizer(c: Config, model: llama.Llama) -> Any:
   tx = recipes.make(c, clip=not c.layerwise)
   if not c.layerwise:
     return tx
-  if isinstance(tx, so.rso.Subproblems):
+  if not isinstance(tx, optax.GradientTransformation):
     raise ValueError(
       "layerwise=True with optimizer='rso': it has a step of its own"
     )
@@ -179,8 +176,8 @@ def digest(params) -> str:
 
 
 def derived(row: dict, corpus: data.Corpus) -> dict:
-  """A row of metrics as Python numbers, with what follows from the loss."""
-  row = {k: v if k == 'step' else float(v) for k, v in row.items()}
+  """A row of metrics with what follows from the loss."""
+  row = dict(row)
   if 'loss' in row:
     row['bits'] = bits(row['loss'], corpus)
   if 'validation_loss' in row:
@@ -212,48 +209,19 @@ def compiled(run: Plan, devices: Mesh, example: jax.Array):
   return program.lower(run.like, example).compile()
 
 
-def run_steps(c: Config, corpus: data.Corpus, parts, saved, start: int, state):
-  """The loop: (last step, state, steps per second, signal that ended it)."""
-  run, devices, validate = parts
-  rate = recipes.schedule(recipes.rates(c)[0], c.steps, c.schedule)
-  log = report.MetricsFile(pathlib.Path(c.out), start, c.tensorboard)
-  line = report.LiveLine(c.optimizer, start, c.steps)
-  done, stopped = start, 0
-  due = lambda every: done % every == 0 or done == c.steps
+def job(
+  c: Config, corpus: data.Corpus, run: Plan, validate: Validation, devices: Mesh
+) -> loop.Job:
   read = lambda first: batches(c, corpus, first, devices)
-  with log, line, interrupt.Stop() as stop:
-    step = compiled(run, devices, next(read(0)))
-    meter = report.Meter(start)
-    for done, batch in enumerate(read(start), start + 1):
-      state, metrics = step(state, batch)
-      line.advance(done)
-      if due(c.log_every):  # the only place that waits for the device
-        row = derived({'step': done, 'lr': rate(done - 1)} | metrics, corpus)
-        row['steps_per_second'] = meter.read(done)
-        row['tokens_per_second'] = row['steps_per_second'] * c.batch * c.seq
-        log.write(row)
-        line.show(row)
-      if due(c.eval_every):
-        row = {'step': done, 'validation_loss': validate(state)}
-        log.write(derived(row, corpus))
-        meter.restart(done)
-      if due(c.log_every) or jax.process_count() == 1:  # else it waits
-        stopped = mesh.greatest(stop.signal)
-      if due(c.save_every) or stopped:
-        checkpoint.save(saved, done, state)
-      if stopped:
-        break
-  return done, state, meter.mean, stopped
-
-
-def leave(c: settings.Config, step: int, number: int):
-  """Ends a run that was asked to stop; its checkpoint is written by now."""
-  words = [word for word in sys.argv if word != '--resume']
-  report.say(
-    f'stopped and saved after step {step} of {c.steps}; to go on:\n'
-    f'  python {shlex.join(words)} --resume'
+  return loop.Job(
+    run.like,
+    run.init,
+    lambda: compiled(run, devices, next(read(0))),
+    read,
+    recipes.schedule(recipes.rates(c)[0], c.steps, c.schedule),
+    lambda state: {'validation_loss': validate(state)},
+    lambda row: derived(row, corpus),
   )
-  raise SystemExit(128 + number)
 
 
 def draw(c: Config, corpus: data.Corpus, bar: float | None):
@@ -275,22 +243,11 @@ def train(c: Config, corpus: data.Corpus, bar: float | None = None) -> dict:
   with jax.set_mesh(devices):
     run = plan(c, corpus.vocab, devices)
     validate = Validation(c, run, corpus.validation, devices)
-    with checkpoint.open_folder(out / 'checkpoints') as saved:
-      newest = saved.latest.step if saved.latest else 0
-      mesh.check_agree(f'checkpoint {newest}')  # before all wait for all
-      start, state = checkpoint.restore(saved, run.like)
-      state = state if start else run.init()
-      if c.resume:
-        report.say(f'{out}: going on after step {start}')
-      done, speed, stopped = start, 0.0, 0
-      if start < c.steps:
-        done, state, speed, stopped = run_steps(
-          c, corpus, (run, devices, validate), saved, start, state
-        )
+    ended = loop.run(c, job(c, corpus, run, validate, devices))
     draw(c, corpus, bar)
-    if stopped:
-      leave(c, done, stopped)
-    summary = summarize(c, corpus, run, state, validate, speed)
+    if ended.signal:
+      loop.leave(c, ended)
+    summary = summarize(c, corpus, run, ended.state, validate, ended.speed)
   summary['trigram_bits_per_byte'] = bar
   report.write_json(out / 'summary.json', summary)
   return summary
@@ -329,8 +286,7 @@ def summarize(
     ),
     'tokens_per_second': speed * c.batch * c.seq,
     'memory': so.memory_report(
-      so.rso.compressed_step(run.loss, run.tx) if c.compressed else run.tx,
-      params,
+      run.method.step(run.loss, jax.value_and_grad), params
     )._asdict(),
     'data_sha256': corpus.sha256,
     'params_sha256': digest(params),
@@ -380,7 +336,7 @@ def compare_pictures(c: Config, corpus: data.Corpus, summaries, bar):
 
 def verdict(summaries, bar: float | None):
   """The final lines: results, memory beside Adam's, and the trigram."""
-  report.results_table(summaries)
+  report.table([report.results_row(s) for s in summaries])
   for s in summaries:
     report.say(f'\n{s["optimizer"]}\n{so.MemoryReport(**s["memory"])}')
   if bar is None:

@@ -197,7 +197,7 @@ def make(c, clip: bool = True) -> Any:
   check_options(c)
   lr, rest = rates(c)
   made = OPTIMIZERS[c.optimizer](c, schedule(lr, c.steps, c.schedule))
-  if isinstance(made, so.rso.Subproblems):
+  if not isinstance(made, optax.GradientTransformation):
     return made
   steps = [made]
   if c.clip and clip:

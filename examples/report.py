@@ -161,24 +161,28 @@ def write_json(path: pathlib.Path, content: Mapping):
 # --- At the end --------------------------------------------------------------
 
 
-def results_table(summaries: Sequence[Mapping]):
-  """One line an optimizer."""
-  table = rich.table.Table(box=None, padding=(0, 2, 0, 0))
-  table.add_column('optimizer', no_wrap=True)
-  for name in ('perplexity', 'bits/byte', 'state MiB', 'of Adam', 'tokens/s'):
-    table.add_column(name, justify='right', no_wrap=True)
-  for s in summaries:
-    state, adam = s['memory']['state'], s['memory']['adam']
-    bits = s['validation_bits_per_byte']
-    table.add_row(
-      s['optimizer'],
-      f'{s["validation_perplexity"]:.3f}',
-      '-' if bits is None else f'{bits:.3f}',
-      f'{state / 2**20:.2f}',
-      f'{state / adam:.3f}',
-      f'{s["tokens_per_second"]:,.0f}',
-    )
-  console.print(table)
+def table(rows: Sequence[Mapping[str, str]]):
+  """One line a row, under the names of its cells."""
+  made = rich.table.Table(box=None, padding=(0, 2, 0, 0))
+  for i, name in enumerate(rows[0]):
+    made.add_column(name, justify='right' if i else 'left', no_wrap=True)
+  for row in rows:
+    made.add_row(*row.values())
+  console.print(made)
+
+
+def results_row(s: Mapping) -> dict[str, str]:
+  """The line of one optimizer."""
+  state, adam = s['memory']['state'], s['memory']['adam']
+  bits = s['validation_bits_per_byte']
+  return {
+    'optimizer': s['optimizer'],
+    'perplexity': f'{s["validation_perplexity"]:.3f}',
+    'bits/byte': '-' if bits is None else f'{bits:.3f}',
+    'state MiB': f'{state / 2**20:.2f}',
+    'of Adam': f'{state / adam:.3f}',
+    'tokens/s': f'{s["tokens_per_second"]:,.0f}',
+  }
 
 
 def column(rows: Rows, name: str) -> tuple[list, list]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 import typing
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ Rounding = Literal['nearest', 'stochastic', 'compensated']
 class Config:
   """Trains a LLaMA on text."""
 
-  model: str = 'llama_1m'  # a name of llama.NAMED: llama_1m, ..., llama_7b
+  model: str = 'llama_1m'  # a name of llama.NAMED: llama_1m, ..., llama_70b
   optimizer: str = 'online_subspace_descent'  # a name of recipes.OPTIMIZERS
   compare: str = ''  # several optimizers, separated by commas: one run for each
   rank: int = 32  # of the subspaces
@@ -135,3 +136,9 @@ def check_layerwise(c: Any):
 def optimizers(c: Config) -> list[str]:
   names = c.compare or c.optimizer
   return [name.strip() for name in names.split(',')]
+
+
+def alone(c: Any, name: str) -> Any:
+  """The configuration of one optimizer's run, among those to compare."""
+  out = str(pathlib.Path(c.out, name)) if c.compare else c.out
+  return dataclasses.replace(c, optimizer=name, out=out, compare='')

@@ -106,14 +106,15 @@ def basis_metrics(opt_state) -> dict[str, jax.Array]:
 
 
 class Method(NamedTuple):
-  """How the parameters of a run move, by an optax optimizer or by RSO."""
+  """How the parameters of a run move, whatever takes the steps."""
 
   init: Callable  # params -> opt_state
-  step: Callable  # (loss, value_and_grad) -> (params, opt_state, batch) -> ...
+  step: Callable  # (loss, value_and_grad) -> so.TrainStep
   model: Callable  # (params, opt_state) -> what the loss takes
   merged: Callable  # (params, opt_state) -> plain parameters
-  projects_gradients: bool  # of which a share is captured
-  lifts: bool  # whether gradients have the shapes of coordinates
+  projects_gradients: bool = True  # of which a share is captured
+  lifts: bool = False  # whether gradients have the shapes of coordinates
+  each: bool = False  # whether every microbatch is a step; an optimizer adds up
 
 
 def method(
@@ -122,46 +123,30 @@ def method(
   clip: float = 0.0,
   accumulates: bool = False,
 ) -> Method:
-  """The method of an optimizer, `so.rso.subproblems` or `so.layerwise`.
+  """The method of an optimizer, `so.rso.subproblems` or a `so.TrainStep`.
 
   `clip` is the global norm that gradients are clipped to, for subproblems;
   optimizers have that in their chain. With `accumulates`, the optimizer does.
   """
-  if isinstance(tx, so.TrainStep):
-    return layerwise_method(tx)
-  if isinstance(tx, so.rso.Subproblems):
+  alone = lambda params, opt_state: params
+  if isinstance(tx, so.TrainStep):  # which takes its gradients itself
+    return Method(tx.init, lambda *_: tx, alone, alone, each=True)
+  if not isinstance(tx, optax.GradientTransformation):
     if compressed:
       raise ValueError('compressed=True: rso has no whole gradients anyway')
-    return Method(
-      tx.init,
-      lambda loss, value_and_grad: tx.step(loss, clipped(value_and_grad, clip)),
-      lambda params, opt_state: tx.lifted(params, opt_state),
-      jax.jit(lambda params, opt_state: tx.merged(params, opt_state)),
-      projects_gradients=False,
-      lifts=True,
+    step = lambda loss, value_and_grad: so.train_step(
+      loss, tx, value_and_grad=clipped(value_and_grad, clip)
     )
-  alone = lambda params, opt_state: params
-  take = so.rso.compressed_step if compressed else whole_step
-
-  def step(loss, value_and_grad):
-    made = take(loss, tx, value_and_grad=value_and_grad)
-    if not accumulates:
-      return made
-    return each_microbatch(lambda p, s, batch: made(p, s, batch[None]))
-
-  return Method(tx.init, step, alone, alone, not compressed, compressed)
-
-
-def layerwise_method(layers: so.TrainStep) -> Method:
-  """Takes gradients and steps at once, a microbatch after the other."""
-
-  def one(params, opt_state, batch_BxT1):
-    params, opt_state, metrics = layers.step(params, opt_state, batch_BxT1)
-    return params, opt_state, tuple(metrics)
-
-  alone = lambda params, opt_state: params
-  take = lambda loss, value_and_grad: each_microbatch(one)
-  return Method(layers.init, take, alone, alone, True, False)
+    merged = jax.jit(lambda params, opt_state: tx.merged(params, opt_state))
+    lifted = lambda params, opt_state: tx.lifted(params, opt_state)
+    return Method(tx.init, step, lifted, merged, False, lifts=True)
+  take = so.rso.compressed_step if compressed else so.train_step
+  step = lambda loss, value_and_grad: take(
+    loss, tx, value_and_grad=value_and_grad
+  )
+  return Method(
+    tx.init, step, alone, alone, not compressed, compressed, accumulates
+  )
 
 
 def each_microbatch(step: Callable) -> Callable:
@@ -179,15 +164,6 @@ def each_microbatch(step: Callable) -> Callable:
     return step(params, opt_state, batch_AxBxT1[0])
 
   return lambda p, s, batch: (run if len(batch) > 1 else run_one)(p, s, batch)
-
-
-def whole_step(loss: Callable, tx: Any, *, value_and_grad: Callable):
-  def step(params, state, batch):
-    value, gradient = value_and_grad(loss)(params, batch)
-    updates, state = tx.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state, value
-
-  return step
 
 
 def clipped(value_and_grad: Callable, norm: float) -> Callable:
@@ -214,12 +190,14 @@ def make_step(loss: Callable, how: Any, shardings: Any = None) -> Callable:
 
   def value_and_grad(f):
     def run(params, batch):
-      value, gradient = mean_gradient(f, params, batch, placed)
+      batch_AxBxT1 = batch[None] if how.each else batch
+      value, gradient = mean_gradient(f, params, batch_AxBxT1, placed)
       return (value, optax.tree.norm(gradient)), gradient
 
     return run
 
-  take = how.step(loss, value_and_grad)
+  take = how.step(loss, value_and_grad).step
+  take = each_microbatch(take) if how.each else take
 
   def step(state, batch_AxBxT1):
     params, opt_state, (value, norm) = take(

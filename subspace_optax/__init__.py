@@ -39,8 +39,6 @@ from subspace_optax._chain._subspace import subspace
 from subspace_optax._chain._unproject import unproject
 from subspace_optax._matrix._boxes import register_box
 from subspace_optax._matrix._projected import Projected
-from subspace_optax._theory import TheoremParameters
-from subspace_optax._theory import theorem_parameters
 from subspace_optax.low_precision._quantize_moments import quantize_moments
 from subspace_optax.low_precision._quantize_moments import scale_by_adam8bit
 from subspace_optax.low_precision._quantize_moments import scale_by_lion8bit
@@ -59,6 +57,8 @@ from subspace_optax.state._memory import memory_report
 from subspace_optax.state._metrics import subspace_metrics
 from subspace_optax.state._resize import resize_rank
 from subspace_optax.steps._data_parallel import data_parallel_step
+from subspace_optax.steps._golore_theory import TheoremParameters
+from subspace_optax.steps._golore_theory import theorem_parameters
 from subspace_optax.steps._layerwise import LayerwiseAuxMetrics
 from subspace_optax.steps._layerwise import LayerwiseMetrics
 from subspace_optax.steps._layerwise import LayerwiseState

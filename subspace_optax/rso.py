@@ -10,10 +10,12 @@ from subspace_optax.lifted._nnx import nnx_merge as nnx_merge
 from subspace_optax.lifted._trees import lift as lift
 from subspace_optax.lifted._trees import value_and_grad as value_and_grad
 from subspace_optax.steps._compressed import compressed_step as compressed_step
+from subspace_optax.steps._rso_theory import (
+  TheoremParameters as TheoremParameters,
+)
+from subspace_optax.steps._rso_theory import (
+  theorem_parameters as theorem_parameters,
+)
 from subspace_optax.steps._subproblems import Subproblems as Subproblems
 from subspace_optax.steps._subproblems import SubproblemState as SubproblemState
 from subspace_optax.steps._subproblems import subproblems as subproblems
-from subspace_optax.steps._theory import TheoremParameters as TheoremParameters
-from subspace_optax.steps._theory import (
-  theorem_parameters as theorem_parameters,
-)

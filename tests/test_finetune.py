@@ -20,6 +20,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 import finetune
+import finetune_task
 import hf_checkpoint
 import labelled
 import llama
@@ -591,7 +592,7 @@ def test_without_a_checkpoint_one_is_pretrained(tiny, tmp_path):
     tiny, checkpoint='', model='llama_test', vocab=300, pretraining_steps=2,
     seq=4, out=str(tmp_path),
   )  # fmt: skip
-  task = finetune.load_task(config)
+  task = finetune_task.load_task(config)
   assert task.checkpoint == tmp_path / 'pretraining' / 'weights'
   model, params = hf_checkpoint.load(task.checkpoint)
   assert model == llama.named('llama_test', vocab=300, kv_heads=2)

@@ -51,10 +51,9 @@ def in_parallel():
   return so.data_parallel_step(loss, TX, mesh)
 
 
-def subproblems():
+def rso():
   spec = so.SubspaceSpec(RANK, side='in')
-  rso = so.rso.subproblems(spec, optax.adam(0.01), update_proj_gap=3)
-  return rso.step(loss)
+  return so.rso.subproblems(spec, optax.adam(0.01), update_proj_gap=3)
 
 
 STEPS = {
@@ -62,7 +61,7 @@ STEPS = {
   'compressed': lambda: so.rso.compressed_step(loss, TX),
   'data_parallel': in_parallel,
   'layerwise': by_layer,
-  'subproblems': subproblems,
+  'subproblems': lambda: rso().step(loss),
 }
 
 
@@ -111,6 +110,27 @@ def test_a_step_may_be_called():
   ):
     np.testing.assert_array_equal(a, b)
   jax.jit(train)(params, state, batch(0))
+
+
+def test_subproblems_make_their_own_step():
+  """`train_step` takes what has a step, and hands on how to differentiate."""
+  given = lambda f: lambda params, x: (f(params, x), gradients)
+  params, made = parameters(), rso()
+  state = made.init(params)
+  gradients = jax.tree.map(jnp.ones_like, made.gradients(params, state))
+  train = so.train_step(loss, made, value_and_grad=given)
+  found = train(params, state, batch(0))
+  wanted = made.step(loss, given)(params, state, batch(0))
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+  drawn = train.bases(params, state)
+  jax.tree.map(np.testing.assert_array_equal, drawn, made.bases(params, state))
+  assert drawn['up'].shape == (16, RANK)
+  assert STEPS['plain']().bases(params, state) == ()
+
+
+def test_a_step_is_no_optimizer():
+  with pytest.raises(TypeError, match='a training step already'):
+    so.train_step(loss, STEPS['plain']())
 
 
 def test_the_plain_step_is_optax():

@@ -17,12 +17,6 @@ from subspace_optax.lifted import _lifted
 Spec = _spec.SubspaceSpec | Sequence[_spec.Match | None]
 
 
-def match(params: Any, spec: _spec.SubspaceSpec) -> list[_spec.Match | None]:
-  """Returns what a spec makes of every leaf if the inputs are projected."""
-  _spec.check_spec(spec)
-  return dataclasses.replace(spec, side='in').match(params)
-
-
 def lift(params: Any, bases: Any, coords: Any, spec: Spec) -> Any:
   """Puts W + P B in the place of every leaf W that has a basis P.
 
@@ -52,27 +46,27 @@ def lift(params: Any, bases: Any, coords: Any, spec: Spec) -> Any:
     >>> rso.dot(jnp.ones((4, 16)), lifted['up']).shape
     (4, 32)
   """
-  matches = _matches(params, spec)
-  if coords is None:
-    coords = zeros(params, bases, matches)
-    return _join(params, bases, trained(params, coords), matches, at_zero=True)
-  return _join(params, bases, trained(params, coords), matches)
+  join, at = _split(spec, params, bases, coords)
+  return join(at)
 
 
 def zeros(params: Any, bases: Any, matches: Sequence[Any]) -> Any:
   """Returns B = 0 for every leaf with a basis, float32 or wider."""
   pairs, treedef = _tree.flatten(params)
   entries = [
-    basis if _tree.is_masked(basis) else _zeros(found, leaf)
-    for found, (_, leaf), basis in zip(
+    basis
+    if _tree.is_masked(basis)
+    else zero_coords(path, leaf, _layout_of(found))
+    for found, (path, leaf), basis in zip(
       matches, pairs, _entries(pairs, bases, 'bases'), strict=True
     )
   ]
   return treedef.unflatten(entries)
 
 
-def _zeros(found: Any, leaf: jax.Array) -> jax.Array:
-  layout = _layout_of(found)
+def zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+  """Returns B = 0 of one leaf, for `per_matrix`."""
+  del path
   static = (layout.coords_shape, jnp.promote_types(leaf.dtype, jnp.float32))
   return layout.place_coords(jnp.zeros, static, (), leaf)
 
@@ -129,18 +123,27 @@ def split(
   loss: Callable[..., Any], spec: Spec, params: Any, bases: Any, coords: Any
 ) -> tuple[Callable[..., Any], Any]:
   """Returns the loss as a function of what is trained, and that."""
+  join, at = _split(spec, params, bases, coords)
+  return lambda at, *args: loss(join(at), *args), at
+
+
+def _split(
+  spec: Spec, params: Any, bases: Any, coords: Any
+) -> tuple[Callable[[Any], Any], Any]:
+  """Returns what makes lifted parameters of what is trained, and that."""
   matches, at_zero = _matches(params, spec), coords is None
   if at_zero:
     coords = zeros(params, bases, matches)
-
-  def of_trained(at: Any, *args: Any) -> Any:
-    return loss(_join(params, bases, at, matches, at_zero), *args)
-
-  return of_trained, trained(params, coords)
+  join = lambda at: _join(params, bases, at, matches, at_zero)
+  return join, trained(params, coords)
 
 
 def _matches(params: Any, spec: Spec) -> Sequence[_spec.Match | None]:
-  return spec if isinstance(spec, Sequence) else match(params, spec)
+  """Returns the matches, or those of a spec if the inputs are projected."""
+  if isinstance(spec, Sequence):
+    return spec
+  _spec.check_spec(spec)
+  return dataclasses.replace(spec, side='in').match(params)
 
 
 def _join(
@@ -148,7 +151,7 @@ def _join(
   bases: Any,
   trained: Any,
   matches: Sequence[_spec.Match | None],
-  at_zero: bool = False,
+  at_zero: bool,
 ) -> Any:
   """Returns `params` with what is trained in it: coordinates, plain leaves."""
   pairs = _tree.flatten(params)[0]

@@ -6,6 +6,7 @@ from typing import Any
 from subspace_optax.plan import _methods
 from subspace_optax.plan._largest import Largest as Largest
 from subspace_optax.plan._largest import largest as largest
+from subspace_optax.plan._models import NAMED as NAMED
 from subspace_optax.plan._models import Model as Model
 from subspace_optax.plan._models import named as named
 from subspace_optax.plan._planner import Plan as Plan

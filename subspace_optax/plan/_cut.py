@@ -2,6 +2,7 @@
 """Which parts of parameters and state a device holds, on a mesh of numbers."""
 
 from collections.abc import Mapping
+import contextlib
 import math
 import re
 from typing import Any
@@ -80,9 +81,8 @@ def placed(params: Any, mesh: Mapping[str, int]) -> tuple[Any, Any]:
 
 def state_of(tx: Any, params: Any, on: Any) -> Any:
   """Returns the shapes of an optimizer's state, with shardings on a mesh."""
-  if on is None:
-    return jax.eval_shape(tx.init, params)
-  with jax.sharding.use_abstract_mesh(on):
+  none = contextlib.nullcontext()
+  with none if on is None else jax.sharding.use_abstract_mesh(on):
     return jax.eval_shape(tx.init, params)
 
 

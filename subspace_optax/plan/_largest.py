@@ -47,13 +47,13 @@ def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
   of = _planner.optimizer(made, method, s)
   parts = s.mesh['data'] * s.mesh['fsdp']
 
-  def batch_fits(k: int) -> bool:
+  def total(k: int) -> int:
+    """Returns the bytes of k rows for each part of the mesh."""
     now = s._replace(batch=k * parts)
-    return (
-      _planner.join(made, now, _planner.training(made, now), of).total <= size
-    )
+    return _planner.join(made, now, _planner.training(made, now), of).total
 
-  batch = parts * _most(batch_fits, start=_guess(made, s, of, size))
+  fits = lambda k: total(k) <= size
+  batch = parts * _most(fits, start=_guess(total, size))
   if not ranked:
     return Largest(None, batch)
   return Largest(_largest_rank(made, method, s, size), batch)
@@ -62,14 +62,7 @@ def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
 def _largest_rank(
   model: Any, method: str, s: _planner.Settings, size: float
 ) -> int:
-  kept: dict[Any, Any] = {}
-  once = _planner.training(model, s)
-
-  def count(gradients: Any) -> Any:
-    key = tuple(x.shape for x in jax.tree.leaves(gradients))
-    if key not in kept:
-      kept[key] = once(gradients)
-    return kept[key]
+  count = _planner.training(model, s)
 
   def fits(rank: int) -> bool:
     now = s._replace(rank=rank)
@@ -91,19 +84,11 @@ def matrices(params: Any) -> list[Any]:
   return found or [jax.ShapeDtypeStruct((1, 1), jnp.float32)]
 
 
-def _guess(
-  model: Any, s: _planner.Settings, of: _planner.Optimizer, size: float
-) -> int:
-  """Returns how many times the mesh's rows fit, if bytes grow evenly."""
-  parts = s.mesh['data'] * s.mesh['fsdp']
-  totals = []
-  for k in (8, 16):
-    now = s._replace(batch=k * parts)
-    totals.append(
-      _planner.join(model, now, _planner.training(model, now), of).total
-    )
-  slope = max((totals[1] - totals[0]) / 8, 1)
-  return max(1, int(8 + (size - totals[0]) / slope))
+def _guess(total: Callable[[int], int], size: float) -> int:
+  """Returns the number whose total is the size, if totals grow evenly."""
+  few, more = total(8), total(16)
+  slope = max((more - few) / 8, 1)
+  return max(1, int(8 + (size - few) / slope))
 
 
 def _most(

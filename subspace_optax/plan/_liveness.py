@@ -99,7 +99,8 @@ def _walk(jaxpr: Any, env: dict[Any, int], trace: Trace) -> None:
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     inputs = tuple(_read(trace, env, v) for v in eqn.invars)
-    inner = [j for j in _jaxprs(eqn) if len(j.invars) == len(inputs)]
+    bodies = [closed.jaxpr for closed in _closed(eqn)]
+    inner = [body for body in bodies if len(body.invars) == len(inputs)]
     if name not in _LOOPS and len(inner) == 1:
       _call(inner[0], inputs, eqn, env, trace)
       continue
@@ -123,10 +124,6 @@ def _closed(eqn: Any) -> Iterator[Any]:
         yield x
       elif isinstance(x, jax.extend.core.Jaxpr):
         yield jax.extend.core.ClosedJaxpr(x, ())
-
-
-def _jaxprs(eqn: Any) -> list[Any]:
-  return [closed.jaxpr for closed in _closed(eqn)]
 
 
 def _inside(closed: Any) -> int:

@@ -99,38 +99,29 @@ def _bytes(make: Callable[[], Any]) -> Callable[[Settings], Any]:
   return lambda s: optax.chain(make(), _rest())
 
 
-def _galore(inner: Callable[[], Any]) -> Callable[[Settings], Any]:
-  """Short side, bases by matrix products: what an exact SVD needs varies."""
-
-  def make(s: Settings) -> Any:
-    projector = so.projectors.svd(200, 'randomized')
-    return so.subspace(_spec(s), projector, inner(), after=_rest())
-
-  return make
+def _adam(s: Settings, projector: Any, **options: Any) -> Any:
+  """Adam in the subspaces of a projector."""
+  inner = optax.scale_by_adam()
+  return so.subspace(_spec(s), projector, inner, after=_rest(), **options)
 
 
-def _galore8bit(s: Settings) -> Any:
-  return _galore(so.scale_by_adam8bit)(_eight_bit(s))
+def _adam8bit(s: Settings, projector: Any, **options: Any) -> Any:
+  spec, inner = _spec(_eight_bit(s)), so.scale_by_adam8bit()
+  return so.subspace(spec, projector, inner, after=_rest(), **options)
 
 
-def _golore(s: Settings, inner: Any = None) -> Any:
-  projector = so.projectors.stiefel(200, regenerate=s.regenerate)
-  inner = inner or optax.scale_by_adam()
-  return so.subspace(
-    _spec(s), projector, inner, transport='first', after=_rest()
-  )
+def _svd() -> Any:
+  """Bases by matrix products: what an exact SVD needs varies."""
+  return so.projectors.svd(200, 'randomized')
 
 
-def _golore8bit(s: Settings) -> Any:
-  s = _eight_bit(s)._replace(regenerate=True)
-  return _golore(s, so.scale_by_adam8bit())
+def _stiefel(regenerate: bool) -> Any:
+  return so.projectors.stiefel(200, regenerate=regenerate)
 
 
-def _gaussian8bit(s: Settings) -> Any:
+def _gaussian() -> Any:
   """Bases that need no orthonormalisation, the cheapest to draw again."""
-  projector = so.projectors.gaussian(200, regenerate=True)
-  spec = _spec(_eight_bit(s))
-  return so.subspace(spec, projector, so.scale_by_adam8bit(), after=_rest())
+  return so.projectors.gaussian(200, regenerate=True)
 
 
 def _subspace_adamw8bit(s: Settings) -> Any:
@@ -142,8 +133,7 @@ def _ours(make: Callable[..., Any]) -> Callable[[Settings], Any]:
 
 
 def _rso(s: Settings) -> Any:
-  spec = _spec(s, 'in')
-  return so.rso.subproblems(spec, optax.adam(_LR))
+  return so.rso.subproblems(_spec(s, 'in'), optax.adam(_LR))
 
 
 METHODS: dict[str, Method] = {
@@ -153,11 +143,15 @@ METHODS: dict[str, Method] = {
   'lion': Method(_plain(lambda: optax.lion(_LR))),
   'lion8bit': Method(_bytes(so.scale_by_lion8bit)),
   'adafactor': Method(_plain(lambda: optax.adafactor(_LR))),
-  'galore': Method(_galore(optax.scale_by_adam), ranked=True),
-  'galore8bit': Method(_galore8bit, ranked=True),
-  'golore': Method(_golore, True, True),
-  'golore8bit': Method(_golore8bit, True, True),
-  'gaussian8bit': Method(_gaussian8bit, True, True),
+  'galore': Method(lambda s: _adam(s, _svd()), ranked=True),
+  'galore8bit': Method(lambda s: _adam8bit(s, _svd()), ranked=True),
+  'golore': Method(
+    lambda s: _adam(s, _stiefel(s.regenerate), transport='first'), True, True
+  ),
+  'golore8bit': Method(
+    lambda s: _adam8bit(s, _stiefel(True), transport='first'), True, True
+  ),
+  'gaussian8bit': Method(lambda s: _adam8bit(s, _gaussian()), True, True),
   'subspace_adamw8bit': Method(_subspace_adamw8bit, True, True),
   'rso': Method(_rso, ranked=True, random=True),
 }

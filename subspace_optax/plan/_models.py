@@ -38,6 +38,11 @@ class Model(NamedTuple):
   whole: Any = None
   stack: str = 'blocks'
 
+  def parts(self, params: Any) -> tuple[Any, Any]:
+    """Returns the stack, and all else."""
+    rest = {k: v for k, v in params.items() if k != self.stack}
+    return params[self.stack], rest
+
 
 def tokens(batch: int, seq: int) -> jax.ShapeDtypeStruct:
   """Returns the shape of tokens (B, T)."""
@@ -103,9 +108,9 @@ def named(
   params = _gpt(sizes) if sizes.gpt else _llama(sizes)
   shape = lambda x: jax.ShapeDtypeStruct(x, jnp.dtype(param_dtype))
   params = jax.tree.map(shape, params, is_leaf=lambda x: isinstance(x, tuple))
-  part = lambda f: functools.partial(f, sizes, dtype)
-  one = functools.partial(block, sizes, dtype, attention_chunk)
-  return Model(name, params, tokens, part(embed), one, part(head))
+  part = functools.partial
+  one = part(block, sizes, dtype, attention_chunk)
+  return Model(name, params, tokens, part(embed, dtype), one, part(head, dtype))
 
 
 def _llama(s: Sizes) -> Any:
@@ -137,7 +142,10 @@ def _gpt(s: Sizes) -> Any:
   linear = lambda m, n: {'kernel': (L, m, n), 'bias': (L, n)}
   norm = lambda *shape: {'scale': shape, 'bias': shape}
   return {
-    'embed': {'embedding': (s.vocab, D), 'position_embedding': (2048, D)},
+    'embed': {
+      'embedding': (s.vocab, D),
+      'position_embedding': (s.positions, D),
+    },
     'blocks': {
       'attention_norm': norm(L, D),
       'attention': {k: linear(D, D) for k in ('wq', 'wk', 'wv', 'wo')},
@@ -148,11 +156,9 @@ def _gpt(s: Sizes) -> Any:
   }
 
 
-def embed(s: Sizes, dtype: Any, rest: Any, tokens_BxT: Any) -> Any:
+def embed(dtype: Any, rest: Any, tokens_BxT: Any) -> Any:
   """Returns what goes into the first block, (B, T, D)."""
-  del s
-  table = rest['embed']['embedding'].astype(dtype)
-  x_BxTxD = table[tokens_BxT]
+  x_BxTxD = rest['embed']['embedding'].astype(dtype)[tokens_BxT]
   if 'position_embedding' in rest['embed']:
     positions = rest['embed']['position_embedding'].astype(dtype)
     x_BxTxD = x_BxTxD + positions[: tokens_BxT.shape[1]][None]
@@ -167,9 +173,8 @@ def block(s: Sizes, dtype: Any, chunk: int, layer: Any, x_BxTxD: Any) -> Any:
   return x_BxTxD + _mlp(layer['mlp'], y)
 
 
-def head(s: Sizes, dtype: Any, rest: Any, x_BxTxD: Any, tokens_BxT: Any) -> Any:
+def head(dtype: Any, rest: Any, x_BxTxD: Any, tokens_BxT: Any) -> Any:
   """Returns the mean cross-entropy."""
-  del s
   x_BxTxD = _norm(rest['final_norm'], x_BxTxD, dtype)
   if 'lm_head' in rest:
     logits_BxTxV = _linear(rest['lm_head'], x_BxTxD)

@@ -2,14 +2,15 @@
 """Bytes of a training step on each device, before anything is run."""
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
-from subspace_optax.lifted import _trees
 from subspace_optax.plan import _cut
 from subspace_optax.plan import _flax
 from subspace_optax.plan import _methods
@@ -17,7 +18,7 @@ from subspace_optax.plan import _models
 from subspace_optax.plan import _step
 from subspace_optax.state import _memory
 from subspace_optax.steps import _layerwise
-from subspace_optax.steps import _subproblems
+from subspace_optax.steps import _stacks
 
 ROUNDING = ('nearest', 'compensated', 'stochastic')
 
@@ -114,7 +115,8 @@ def plan(model: Any, method: Any, **settings: Any) -> Plan:
   Args:
     model: a name; 'package.module:callable' or the callable, which returns an
       nnx module, a linen module or a `Model`; or a `Model`.
-    method: a name, an optax optimizer or `rso.subproblems`.
+    method: a name, an optax optimizer, or what makes a step of its own, as
+      `rso.subproblems` do.
     **settings: batch (1), rows over all devices; seq (2048); mesh, as
       'fsdp=4,tensor=2', with 'data' for copies; rank (0.25), an int or a share
       of each short side; param_dtype ('bfloat16'); dtype of the activations,
@@ -191,7 +193,7 @@ class Optimizer(NamedTuple):
   states: int
   bases: int
   drawn: int  # bases that a step draws before its forward pass
-  update: int  # that it holds beside them, gradients included
+  update: int  # held while it runs beside them, gradients included
   turn: int = 0  # likewise, of a layer-wise step at one of its layers
 
 
@@ -204,37 +206,44 @@ def optimizer(model: _models.Model, method: Any, s: Settings) -> Optimizer:
     )
     tx = _methods.make(method, chosen)
   params, on = _cut.placed(model.params, s.mesh)
-  state = _cut.state_of(_stateful(model, tx, s), params, on)
-  gradients, drawn = params, 0
-  if isinstance(tx, _subproblems.Subproblems):
-    gradients = _trees.trained(params, state.coords)
-    drawn = _cut.local_bytes(jax.eval_shape(tx.bases, params, state))
+  step = _step.given_gradients(tx)
+  kept = _layerwise_step(model, tx, s) if s.layerwise else step
+  state = _cut.state_of(kept, params, on)
   bases = _bases(state)
   states = _cut.local_bytes(state) - bases
   if s.rounding == 'compensated':
     states += _lost(params)
-  of = Optimizer(gradients, states, bases, drawn, 0)
-  whole = max(_memory.tree_bytes(params), 1)
-  share = _cut.local_bytes(params) / whole
-  work = lambda tree: int(_step.update_workspace(tx, tree) * share)
-  if not s.layerwise:
-    update = _cut.local_bytes(gradients) + work(params)
-    return of._replace(update=update)
-  stack, rest = _parted(model, params)
+  share = _cut.local_bytes(params) / max(_memory.tree_bytes(params), 1)
+  work = lambda tree: int(_step.update_workspace(step, tree) * share)
+  if s.layerwise:
+    return Optimizer(
+      params, states, bases, 0, *_turns(model, params, state, work)
+    )
+  gradients = step.gradients(params, state)
+  drawn = _cut.local_bytes(jax.eval_shape(step.bases, params, state))
+  update = _cut.local_bytes(gradients) + work(params)
+  return Optimizer(gradients, states, bases, drawn, update)
+
+
+def _turns(
+  model: _models.Model, params: Any, state: Any, work: Callable[[Any], int]
+) -> tuple[int, int]:
+  """Returns what the update of all but the layers holds, and that of a layer.
+
+  A turn makes a layer's parameters and state; the next one writes them.
+  """
+  stack, rest = model.parts(params)
   layers = jax.tree.leaves(stack)[0].shape[0]
-  new = _cut.local_bytes((stack, state.blocks)) // layers
   rest_bytes = _cut.local_bytes(rest)
-  # A turn makes a layer's parameters and state; the next one writes them.
-  turn = rest_bytes + _cut.local_bytes(stack) // layers + new
-  turn += work({model.stack: _step.layer_of(stack)})
-  return of._replace(update=rest_bytes + work(rest), turn=turn)
+  old = _cut.local_bytes(stack) // layers
+  new = _cut.local_bytes((stack, state.blocks)) // layers
+  one = work({model.stack: _stacks.layer_shapes(stack)})
+  return rest_bytes + work(rest), rest_bytes + old + new + one
 
 
-def _stateful(model: _models.Model, tx: Any, s: Settings) -> Any:
-  """Returns what makes the state: the optimizer, or a layer-wise step."""
-  if not s.layerwise:
-    return tx
-  if isinstance(tx, _subproblems.Subproblems):
+def _layerwise_step(model: _models.Model, tx: Any, s: Settings) -> Any:
+  """Returns the step that updates layer by layer."""
+  if not isinstance(tx, optax.GradientTransformation):
     raise ValueError(
       'layerwise=True needs an optax optimizer; rso has a step of its own.'
     )
@@ -242,12 +251,6 @@ def _stateful(model: _models.Model, tx: Any, s: Settings) -> Any:
   return _layerwise.layerwise(
     tx, model.embed, model.block, model.head, stack=model.stack
   )
-
-
-def _parted(model: _models.Model, params: Any) -> tuple[Any, Any]:
-  """Returns the stack, and all else."""
-  rest = {k: v for k, v in params.items() if k != model.stack}
-  return params[model.stack], rest
 
 
 def _bases(state: Any) -> int:
@@ -289,16 +292,21 @@ def training(model: _models.Model, s: Settings) -> Callable:
   params = _local_params(model, s)
   inputs = model.inputs(_cut.rows(s.mesh, s.batch), s.seq)
 
-  def count(gradients: Any) -> tuple[int, _step.Kept]:
-    sizes = [_cut.local_bytes(x) for x in jax.tree.leaves(gradients)]
-    if not s.layerwise:
-      kept = _step.ordinary(model, params, inputs, s.remat, sizes)
-      return sum(sizes), kept
+  @functools.cache
+  def ordinary(sizes: tuple[int, ...]) -> tuple[int, _step.Kept]:
+    kept = _step.ordinary(model, params, inputs, s.remat, sizes)
+    return sum(sizes), kept
+
+  @functools.cache
+  def layerwise(stack: int, rest: int) -> tuple[int, _step.Kept]:
     layers = jax.tree.leaves(model.params[model.stack])[0].shape[0]
-    stack = _cut.local_bytes(gradients[model.stack])
-    rest = sum(sizes) - stack
     kept = _step.layerwise(model, params, inputs, stack, rest)
     return rest + stack // layers, kept
+
+  def count(gradients: Any) -> tuple[int, _step.Kept]:
+    if s.layerwise:
+      return layerwise(*map(_cut.local_bytes, model.parts(gradients)))
+    return ordinary(tuple(map(_cut.local_bytes, jax.tree.leaves(gradients))))
 
   return count
 
@@ -310,9 +318,9 @@ def _gathered(model: _models.Model, s: Settings) -> int:
   params = _local_params(model, s)
   if model.whole is not None:
     return max(map(_memory.tree_bytes, jax.tree.leaves(params)))
-  stack = params.pop(model.stack)
-  layer = _memory.tree_bytes(_step.layer_of(stack))
-  return max([layer, *map(_memory.tree_bytes, params.values())])
+  stack, rest = model.parts(params)
+  layer = _memory.tree_bytes(_stacks.layer_shapes(stack))
+  return max([layer, *map(_memory.tree_bytes, rest.values())])
 
 
 def join(

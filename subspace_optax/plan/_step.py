@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step holds beside parameters and state, from its trace."""
 
+from collections.abc import Sequence
 import functools
 from typing import Any, NamedTuple
 
 import jax
-import optax
+import jax.numpy as jnp
 
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _tree
-from subspace_optax.lifted import _trees
 from subspace_optax.plan import _liveness
 from subspace_optax.plan import _models
-from subspace_optax.steps import _subproblems
+from subspace_optax.steps import _stacks
+from subspace_optax.steps import _train_step
 
 
 class Kept(NamedTuple):
@@ -35,10 +36,10 @@ def loss_of(model: _models.Model, remat: bool) -> Any:
     return model.whole
 
   def loss(params: Any, inputs: Any) -> Any:
-    rest = {k: v for k, v in params.items() if k != model.stack}
+    stack, rest = model.parts(params)
     step = lambda x, layer: (model.block(layer, x), None)
     step = jax.checkpoint(step) if remat else step
-    x, _ = jax.lax.scan(step, model.embed(rest, inputs), params[model.stack])
+    x, _ = jax.lax.scan(step, model.embed(rest, inputs), stack)
     return model.head(rest, x, inputs)
 
   return loss
@@ -53,7 +54,7 @@ def _traced(f: Any, *args: Any) -> _liveness.Trace:
   return _liveness.flatten(jax.make_jaxpr(f)(*args))
 
 
-def _with_gradients(trace: _liveness.Trace, sizes: list[int]) -> Any:
+def _with_gradients(trace: _liveness.Trace, sizes: Sequence[int]) -> Any:
   """Returns a trace whose last results take other bytes."""
   outputs = trace.outputs[len(trace.outputs) - len(sizes) :]
   new = dict(zip(outputs, sizes, strict=True))
@@ -61,7 +62,11 @@ def _with_gradients(trace: _liveness.Trace, sizes: list[int]) -> Any:
 
 
 def ordinary(
-  model: _models.Model, params: Any, inputs: Any, remat: bool, sizes: list[int]
+  model: _models.Model,
+  params: Any,
+  inputs: Any,
+  remat: bool,
+  sizes: Sequence[int],
 ) -> Kept:
   """Counts a step with all gradients at once, of these bytes."""
   loss = loss_of(model, remat)
@@ -70,13 +75,6 @@ def ordinary(
   gradients = jax.value_and_grad(loss)
   backward = _with_gradients(_traced(gradients, params, inputs), sizes)
   return Kept(activations, _liveness.peak(backward))
-
-
-def layer_of(stacked: Any) -> Any:
-  """Returns shapes of one layer."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked
-  )
 
 
 def layerwise(
@@ -91,9 +89,11 @@ def layerwise(
     gradients: bytes of those of the stack.
     rest: bytes of those of all else.
   """
-  stacked = params[model.stack]
-  others = {k: v for k, v in params.items() if k != model.stack}
-  layer, layers = layer_of(stacked), jax.tree.leaves(stacked)[0].shape[0]
+  stacked, others = model.parts(params)
+  layer, layers = (
+    _stacks.layer_shapes(stacked),
+    jax.tree.leaves(stacked)[0].shape[0],
+  )
   x = jax.eval_shape(model.embed, others, inputs)
 
   def backward(layer, x, gradient):
@@ -115,33 +115,27 @@ def layerwise(
   )
 
 
-def update_workspace(tx: Any, params: Any) -> int:
+def given_gradients(tx: Any) -> _train_step.TrainStep:
+  """Returns an optimizer's step behind the backward pass.
+
+  Its batch is the gradients.
+  """
+  as_given = lambda loss: lambda params, gradients: (None, gradients)
+  no_loss = lambda params, gradients: jnp.zeros(())
+  return _train_step.train_step(no_loss, tx, value_and_grad=as_given)
+
+
+def update_workspace(step: _train_step.TrainStep, params: Any) -> int:
   """Returns what an update holds beside gradients, one leaf after another."""
   found: dict[Any, int] = {}
   for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
-    leaf: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    for part in reversed(_tree.path_str(path).split('/')):
-      leaf = {part: leaf}
+    keys = _tree.path_str(path).split('/')
+    leaf = _stacks.nest(jax.ShapeDtypeStruct(x.shape, x.dtype), keys)
     with _notices.quiet(errors=True):
-      state = jax.eval_shape(tx.init, leaf)
+      state = jax.eval_shape(step.init, leaf)
     # Leaves of the same shape and the same state are worked on alike.
     key = tuple((x.shape, x.dtype) for x in jax.tree.leaves((leaf, state)))
     if key not in found:
-      found[key] = _of_leaf(tx, leaf, state)
+      trace = _traced(step.step, leaf, state, step.gradients(leaf, state))
+      found[key] = _liveness.peak(trace, count_outputs=False)
   return max(found.values(), default=0)
-
-
-def _of_leaf(tx: Any, params: Any, state: Any) -> int:
-  gradients, update = params, _updated(tx)
-  if isinstance(tx, _subproblems.Subproblems):
-    gradients, update = _trees.trained(params, state.coords), tx.update
-  trace = _traced(update, gradients, state, params)
-  return _liveness.peak(trace, count_outputs=False)
-
-
-def _updated(tx: optax.GradientTransformation) -> Any:
-  def update(gradients: Any, state: Any, params: Any) -> Any:
-    updates, state = tx.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state
-
-  return update

@@ -129,10 +129,5 @@ def _mean_of_rest(
 def _projected_paths(state: Any) -> set[str]:
   """Returns the paths of the leaves that a state has bases or seeds for."""
   is_ours = lambda x: isinstance(x, _projection.ProjectState)
-  return {
-    path
-    for x in jax.tree.leaves(state, is_leaf=is_ours)
-    if is_ours(x)
-    for path, seed in _tree.flatten(x.seed)[0]
-    if not _tree.is_masked(seed)
-  }
+  states = filter(is_ours, jax.tree.leaves(state, is_leaf=is_ours))
+  return {path for x in states for path in _projection.paths(x)}

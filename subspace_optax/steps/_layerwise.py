@@ -19,17 +19,16 @@ import contextlib
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _sharding
+from subspace_optax.steps import _layers
+from subspace_optax.steps import _stacked_states
 from subspace_optax.steps import _stacks
 from subspace_optax.steps import _train_step
-
-CLIPS = ('layer', 'previous', 'two_pass')
 
 
 class LayerwiseState(NamedTuple):
@@ -147,8 +146,8 @@ def layerwise(
     >>> metrics.loss.shape
     ()
   """
-  if clip not in CLIPS:
-    raise ValueError(f'clip must be one of {CLIPS}, got {clip!r}.')
+  if clip not in _layers.CLIPS:
+    raise ValueError(f'clip must be one of {_layers.CLIPS}, got {clip!r}.')
   if max_norm is not None and not max_norm > 0:
     raise ValueError(f'max_norm must be positive, got {max_norm}.')
   # One layer's boxes have other names than the stack's.
@@ -164,7 +163,7 @@ def layerwise(
   def init(params):
     (blocks, _), (others, _) = parted(params)
     with _note_of_trees(stack):
-      own = _stacks.init(stack_tx, _stacks.nest(blocks, keys))
+      own = _stacked_states.init(stack_tx, _stacks.nest(blocks, keys))
       with _notices.lenient():
         of_rest = rest_tx.init(others)
     state = LayerwiseState(own, of_rest, jnp.zeros((), jnp.float32))
@@ -172,56 +171,36 @@ def layerwise(
 
   def update(params, state, batch):
     (blocks, fixed), (others, fixed_others) = parted(params)
-    of_blocks = _stacks.nest(blocks, keys)
-    states = _stacks.with_layers(stack_tx, of_blocks, state.blocks)
-    _stacks.check_rest(rest_tx, others, state.rest)
-    embedded = lambda r: _stacks.split(
-      embed(_stacks.join(r, fixed_others), batch)
+    states = _stacked_states.with_layers(
+      stack_tx, _stacks.nest(blocks, keys), state.blocks
     )
-    below, back_to_embed, fixed_below = jax.vjp(embedded, others, has_aux=True)
-
-    def run(i, layer, x):
-      layer = _stacks.join(layer, _stacks.layer(fixed, i))
-      x = _stacks.join(*x)
-      new = block(layer, x, batch, *((i,) if with_index else ()))
-      return _stacks.split(_same_shapes(new, x))
-
-    last = _stacks.count(blocks) - 1
-    (top, fixed_top), inputs = lax.scan(
-      lambda x, of: (run(*of, x), x),
-      (below, fixed_below),
-      (jnp.arange(last + 1), blocks),
+    _stacked_states.check_rest(rest_tx, others, state.rest)
+    model = _layers.Model(
+      embed, block, head, batch, fixed, fixed_others, with_index, has_aux
     )
-
-    def headed(r, x):
-      r, x = _stacks.join(r, fixed_others), _stacks.join(x, fixed_top)
-      return _loss_and_aux(head(r, x, batch), has_aux)
-
-    loss, back, aux = jax.vjp(headed, others, top, has_aux=True)
-    of_head, at_top = back(jnp.ones_like(loss))
-    of_rest = lambda gx: optax.tree.add(of_head, back_to_embed(gx)[0])
+    bottom, inputs, top = _layers.run_forward(model, blocks, others)
 
     def first_pass():
-      squares, gx = _squares_of_stack(run, blocks, inputs, at_top)
-      return jnp.sqrt(squares + _squares(of_rest(gx)))
+      squares, gx = _layers.squares_of_stack(model, blocks, inputs, top.gx)
+      return jnp.sqrt(squares + _layers.sum_squares(of_rest(gx)))
 
-    clipped = _clipping(max_norm, clip, state.norm, first_pass)
+    of_rest = lambda gx: optax.tree.add(top.of_rest, bottom(gx)[0])
+    clipped = _layers.clipping(max_norm, clip, state.norm, first_pass)
+
+    def update_with(tx, gradient, own, params):
+      return tx.update(gradient, own, params, value=top.loss, grad=gradient)
 
     def step(layer, own, gradient):
       gradient, squares = clipped(gradient)
-      gradient = _stacks.nest(gradient, keys)
-      updates, own = stack_tx.update(
-        gradient, own, _stacks.nest(layer, keys), value=loss, grad=gradient
-      )
+      gradient, layer = (_stacks.nest(x, keys) for x in (gradient, layer))
+      updates, own = update_with(stack_tx, gradient, own, layer)
       return _stacks.take(updates, keys)[0], own, squares
 
-    blocks, own, squares, gx = _backward(
-      run, step, blocks, states, inputs, at_top
+    blocks, own, squares, gx = _layers.run_backward(
+      model, step, blocks, states, inputs, top.gx
     )
     gradient, more = clipped(of_rest(gx))
-    updates, rest = rest_tx.update(
-      gradient, state.rest, others, value=loss, grad=gradient
-    )
+    updates, rest = update_with(rest_tx, gradient, state.rest, others)
     others = optax.apply_updates(others, updates)
     params = _stacks.put(
       params,
@@ -229,10 +208,10 @@ def layerwise(
       _stacks.join(blocks, fixed),
       _stacks.join(others, fixed_others),
     )
-    metrics = LayerwiseMetrics(loss, jnp.sqrt(squares + more))
+    metrics = LayerwiseMetrics(top.loss, jnp.sqrt(squares + more))
     state = LayerwiseState(own, rest, metrics.norm)
     if has_aux:
-      metrics = LayerwiseAuxMetrics(*metrics, aux)
+      metrics = LayerwiseAuxMetrics(*metrics, top.aux)
     return params, state, metrics
 
   def gradients(params, state):
@@ -241,27 +220,6 @@ def layerwise(
     return _stacks.layer_shapes(blocks), others
 
   return _train_step.TrainStep(init, update, gradients=gradients)
-
-
-def _loss_and_aux(found: Any, has_aux: bool) -> tuple[Any, Any]:
-  """Returns what `head` returned as a loss and all else."""
-  if has_aux and not (isinstance(found, tuple) and len(found) == 2):
-    raise ValueError(
-      f'head must return (loss, aux), since has_aux=True, got {found!r}.'
-    )
-  loss: Any
-  loss, aux = found if has_aux else (found, None)
-  if not jax.tree_util.all_leaves([loss]) or jnp.shape(loss):
-    more = '' if has_aux else '; (loss, aux) needs has_aux=True'
-    raise ValueError(
-      f'head must return the loss as a scalar{more}, got {loss}.'
-    )
-  if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-    raise ValueError(
-      f'head must return a real loss, got {jnp.result_type(loss)}, through '
-      'which no gradient flows.'
-    )
-  return loss, aux
 
 
 @contextlib.contextmanager
@@ -276,116 +234,3 @@ def _note_of_trees(stack: str) -> Iterator[None]:
       'trees.'
     )
     raise
-
-
-def _backward(
-  run: Callable[[Any, Any, Any], Any],
-  step: Callable[[Any, Any, Any], Any],
-  blocks: Any,
-  states: Any,
-  inputs: Any,
-  gx: Any,
-) -> tuple[Any, Any, jax.Array, Any]:
-  """Updates the layers from last to first.
-
-  Returns:
-    The blocks, their states, the gradient's squared norm, and dL/dx below.
-  """
-  last = _stacks.count(blocks) - 1
-
-  def body(k, carry):
-    stacks, new, squares, gx = carry
-    i = last - k
-    # What the last turn made is written at the start of this one: every read of
-    # the stacks then comes after the write, so that nothing need be copied.
-    stacks = _stacks.put_layer(stacks, jnp.minimum(i + 1, last), new)
-    layer, own = _stacks.layer(stacks, i)
-    gradient, gx = _pull(run, i, layer, _stacks.layer(inputs, i), gx)
-    updates, own, more = step(layer, own, gradient)
-    new = optax.apply_updates(layer, updates), own
-    return stacks, new, squares + more, gx
-
-  stacks = blocks, states
-  start = stacks, _stacks.layer(stacks, last), jnp.zeros((), jnp.float32), gx
-  stacks, new, squares, gx = lax.fori_loop(0, last + 1, body, start)
-  return *_stacks.put_layer(stacks, 0, new), squares, gx
-
-
-def _pull(
-  run: Callable[[Any, Any, Any], Any], i: Any, layer: Any, x: Any, gx: Any
-) -> tuple[Any, Any]:
-  """Returns the gradients of layer i and of its input."""
-  x, fixed = x
-  run_x = lambda layer, x: run(i, layer, (x, fixed))
-  _, back, _ = jax.vjp(run_x, layer, x, has_aux=True)
-  return back(gx)
-
-
-def _squares_of_stack(
-  run: Callable[[Any, Any, Any], Any], blocks: Any, inputs: Any, gx: Any
-) -> tuple[jax.Array, Any]:
-  """Returns the squared norm of all layers' gradients, and dL/dx below."""
-
-  def body(carry, of_layer):
-    squares, gx = carry
-    i, layer, x = of_layer
-    gradient, gx = _pull(run, i, layer, x, gx)
-    return (squares + _squares(gradient), gx), None
-
-  start = (jnp.zeros((), jnp.float32), gx)
-  numbers = jnp.arange(_stacks.count(blocks))
-  return lax.scan(body, start, (numbers, blocks, inputs), reverse=True)[0]
-
-
-def _clipping(
-  max_norm: float | None,
-  clip: str,
-  previous: jax.Array,
-  first_pass: Callable[[], jax.Array],
-) -> Callable[[Any], tuple[Any, jax.Array]]:
-  """Returns what clips one layer's gradient, and gives its squared norm.
-
-  Args:
-    max_norm: see `layerwise`.
-    clip: likewise.
-    previous: the norm of the last step's gradient.
-    first_pass: returns the norm of this one's.
-  """
-  factor = lambda norm: jnp.where(norm < max_norm, 1.0, max_norm / norm)
-  if max_norm is None:
-    scale = None
-  elif clip == 'two_pass':
-    of_all = factor(first_pass())
-    scale = lambda squares: of_all
-  elif clip == 'previous':
-    # There is none in the first step, nor after one that was not finite.
-    known = (previous > 0) & jnp.isfinite(previous)
-    scale = lambda squares: factor(
-      jnp.where(known, previous, jnp.sqrt(squares))
-    )
-  else:
-    scale = lambda squares: factor(jnp.sqrt(squares))
-
-  def clipped(gradient: Any) -> tuple[Any, jax.Array]:
-    squares = _squares(gradient)
-    if scale is None:
-      return gradient, squares
-    by = scale(squares)
-    return jax.tree.map(lambda x: (x * by).astype(x.dtype), gradient), squares
-
-  return clipped
-
-
-def _squares(tree: Any) -> jax.Array:
-  """Returns the sum of squares in float32."""
-  wide = lambda x: jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32)))
-  return sum(map(wide, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
-
-
-def _same_shapes(new: Any, old: Any) -> Any:
-  of = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  if of(new) != of(old):
-    raise ValueError(
-      f'block must return what it is given, {of(old)}, but returned {of(new)}.'
-    )
-  return new

@@ -11,7 +11,6 @@ Gradients are those of B, (*batch, r, n), so that nobody needs those of W.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -27,8 +26,6 @@ from subspace_optax._chain import _matrices
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _layout
-from subspace_optax._matrix import _linalg
-from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
@@ -36,12 +33,10 @@ from subspace_optax._matrix import _varying
 from subspace_optax.bases import _quantized_basis
 from subspace_optax.lifted import _trees
 from subspace_optax.projectors import _gap
-from subspace_optax.steps import _merge
+from subspace_optax.steps import _subproblem
 from subspace_optax.steps import _train_step
 from subspace_optax.transports import _base as _transport
 from subspace_optax.transports import _rules
-
-SAMPLES = ('haar', 'gaussian')
 
 
 class SubproblemState(NamedTuple):
@@ -157,14 +152,15 @@ def subproblems(
   directions = _in_subspace.in_subspace(
     inner, spec, transport=transport, plain=plain
   )
-  rule = _Rule(
+  rule = _subproblem.Rule(
     update_proj_gap, sample, eta, transport, rounding, spec.basis_dtype
   )
 
   def init(params):
     matches = spec.match(params)
     _check_matches.check_matches(spec, matches)
-    _merge.check(rounding, [m for m in matches if _is_lifted(m)])
+    for match in filter(_is_lifted, matches):
+      rule.check(match)
     return _boxes.box_state(first_state, params)
 
   def first_state(params):
@@ -174,7 +170,7 @@ def subproblems(
     state = SubproblemState(
       count=jnp.zeros((), jnp.int32),
       seed=make(functools.partial(_first_states.make_seeds, spec)),
-      coords=make(_zero_coords),
+      coords=make(_trees.zero_coords),
       inner=directions.init(params),
       lost=make(_nothing_lost) if rounding == 'compensated' else (),
     )
@@ -203,20 +199,19 @@ def subproblems(
     return params, boxed.unflatten(jax.tree.leaves(new))
 
   def update_bare(gradients, state, params):
-    nodes = [
-      rule.node(match, state.count, *arrays)
-      if _is_lifted(match)
-      else _dtypes.widen(spec, arrays[0])
-      for match, *arrays in _zip(
-        spec, params, gradients, state.seed, state.coords
-      )
-    ]
-    nodes = _tree.replace_entries(gradients, nodes)
+    matches = spec.match(params)
+
+    def node(match, gradient, seeds, coords):
+      if _is_lifted(match):
+        return rule.node(match, state.count, gradient, seeds, coords)
+      return _dtypes.widen(spec, gradient)
+
+    nodes = _map(node, matches, gradients, state.seed, state.coords)
     nodes, own = directions.update(nodes, state.inner, params)
     factor = 1.0 if schedule is None else schedule(state.count)
-    params, coords = _step(spec, factor, params, nodes, state.coords)
+    params, coords = _step(matches, factor, nodes, params, state.coords)
     count = jnp.asarray(optax.safe_increment(state.count))
-    merge = functools.partial(_merge_all, spec, rule, nodes, state.seed, count)
+    merge = functools.partial(_merge, rule, matches, nodes, state.seed, count)
     params, coords, lost = _varying.cond(
       count % update_proj_gap == 0,
       merge,
@@ -231,12 +226,13 @@ def subproblems(
     return _trees.lift(params, bases(params, state), state.coords, spec)
 
   def merged(params, state):
+    def whole(match, w, p, b):
+      if not _is_lifted(match):
+        return w
+      return _subproblem.add_step(match, w, p, b).astype(w.dtype)
+
     drawn = bases(params, state)
-    whole = [
-      _merge.added(match, w, p, b).astype(w.dtype) if _is_lifted(match) else w
-      for match, w, p, b in _zip(spec, params, params, drawn, state.coords)
-    ]
-    return _tree.replace_entries(params, whole)
+    return _map(whole, spec.match(params), params, drawn, state.coords)
 
   def step(loss, value_and_grad=jax.value_and_grad):
     def run(params, state, *args):
@@ -245,7 +241,7 @@ def subproblems(
       value, gradients = value_and_grad(f)(at, *args)
       return *update(gradients, state, params), value
 
-    return _train_step.TrainStep(init, run, merged, gradients_like)
+    return _train_step.TrainStep(init, run, merged, gradients_like, bases=bases)
 
   def gradients_like(params, state):
     return _trees.trained(params, state.coords)
@@ -266,100 +262,30 @@ def _check(spec, gap, sample, rounding) -> None:
       f'basis_dtype={jnp.dtype(spec.basis_dtype).name!r} is of bases that are '
       'stored, but subproblems draw theirs again at every step; take a float.'
     )
-  if sample not in SAMPLES:
-    raise ValueError(f'sample must be one of {SAMPLES}, got {sample!r}.')
-  if rounding not in _merge.ROUNDING:
+  if sample not in _subproblem.SAMPLES:
     raise ValueError(
-      f'rounding must be one of {_merge.ROUNDING}, got {rounding!r}.'
+      f'sample must be one of {_subproblem.SAMPLES}, got {sample!r}.'
+    )
+  if rounding not in _subproblem.ROUNDING:
+    raise ValueError(
+      f'rounding must be one of {_subproblem.ROUNDING}, got {rounding!r}.'
     )
   _gap.check_static(gap, 'update_proj_gap')
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-  """What is the same for all leaves and steps; see `subproblems`."""
-
-  gap: int
-  sample: str
-  eta: Any
-  transport: _transport.Transport
-  rounding: str
-  basis_dtype: Any
-
-  def draw(
-    self, layout: _layout.Layout, leaf: jax.Array, seeds: jax.Array, k: Any
-  ) -> jax.Array:
-    """Returns P of a leaf in the k-th subproblem."""
-    if self.sample == 'haar':
-      p = _linalg.haar(layout, seeds, k) * (layout.m / layout.rank) ** 0.5
-    else:
-      p = _linalg.gaussian(layout, seeds, k) * layout.rank**-0.5
-    return layout.settle_basis(p.astype(self.basis_dtype), leaf)
-
-  def node(
-    self,
-    match: Any,
-    count: jax.Array,
-    gradient: jax.Array,
-    seeds: jax.Array,
-    coords: jax.Array,
-  ) -> _projected.Projected:
-    """Returns what `in_subspace` takes in the place of a lifted leaf."""
-    _check_gradient(match, gradient)
-    layout, leaf, k = match.layout, match.leaf, count // self.gap
-    p = self.draw(layout, leaf, seeds, k)
-    g = _linalg.widen(gradient)
-    if self.eta is not None:
-      eta: Any = self.eta(k) if callable(self.eta) else self.eta
-      g += coords / eta
-    return _projected.Projected(
-      coords=layout.settle_coords(g, leaf),
-      basis=p,
-      before=self._move(match, count, seeds, p),
-      after=None,
-      gradient=None,
-      old_basis=None,
-      old_mean=None,
-      mean=None,
-      direction=None,
-      seal=_projected.seal(),
-      layout=layout,
-      orthonormal=False,
-      dtype=leaf.dtype,
-      update_dtype=leaf.dtype,
-      sharding=_sharding.explicit(leaf),
-    )
-
-  def _move(self, match, count, seeds, p) -> _projected.Move:
-    """Returns the move to a new subproblem's P, if this step begins one."""
-    layout, k = match.layout, count // self.gap
-    first = (count % self.gap == 0) & (count > 0)
-    p = _linalg.widen(p)
-    same = _linalg.identity_like(layout.gram(p, p))
-
-    def transition() -> jax.Array:
-      old = _linalg.widen(self.draw(layout, match.leaf, seeds, k - 1))
-      return _sharding.like(_linalg.transition(layout, p, old), same)
-
-    if self.transport.move is not None:
-      same = _varying.cond(first, transition, lambda: same)
-    return _projected.Move(jnp.broadcast_to(first, layout.batch_shape), same)
 
 
 def _is_lifted(match: _spec.Match | None) -> bool:
   return match is not None and match.layout is not None
 
 
-def _zip(spec: _spec.SubspaceSpec, params: Any, *trees: Any) -> zip:
-  """Returns (match, entries) for every entry of the parameters."""
-  columns = [[entry for _, entry in _tree.flatten(x)[0]] for x in trees]
-  return zip(spec.match(params), *columns, strict=True)
+def _entries(tree: Any) -> list[Any]:
+  return [entry for _, entry in _tree.flatten(tree)[0]]
 
 
-def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
-  del path
-  static = (layout.coords_shape, jnp.promote_types(leaf.dtype, jnp.float32))
-  return layout.place_coords(jnp.zeros, static, (), leaf)
+def _map(f: Callable[..., Any], matches: list, tree: Any, *rest: Any) -> Any:
+  """Maps f(match, *entries) over trees; returns one like the first, boxed."""
+  columns = map(_entries, (tree, *rest))
+  entries = [f(*row) for row in zip(matches, *columns, strict=True)]
+  return _tree.replace_entries(tree, entries)
 
 
 def _nothing_lost(path: str, leaf: Any, layout: _layout.Layout) -> Any:
@@ -370,49 +296,48 @@ def _nothing_lost(path: str, leaf: Any, layout: _layout.Layout) -> Any:
   return layout.place_leaf(jnp.zeros, static, (), leaf)
 
 
-def _check_gradient(match: Any, gradient: jax.Array) -> None:
-  shape = match.layout.coords_shape
-  if gradient.shape != shape:
-    raise ValueError(
-      f'gradient {match.path!r} has shape {gradient.shape}, but that of its '
-      f'coordinates B has {shape}; differentiate with respect to B.'
-    )
-
-
 def _step(
-  spec: _spec.SubspaceSpec, factor: Any, params: Any, nodes: Any, coords: Any
+  matches: list, factor: Any, nodes: Any, params: Any, coords: Any
 ) -> tuple[Any, Any]:
-  """Adds directions to B of lifted leaves, and to plain ones."""
-  new_params, new_coords = [], []
-  for match, w, node, b in _zip(spec, params, params, nodes, coords):
-    if _is_lifted(match):
-      b = _sharding.like(b + factor * node.direction, b)
-    elif match is not None:
-      w = _sharding.like(w + factor * node, w)
-    new_params.append(w)
-    new_coords.append(b)
-  _, treedef = _tree.flatten(coords)
-  return _tree.replace_entries(params, new_params), treedef.unflatten(
-    new_coords
-  )
+  """Adds directions to plain leaves, and to B of lifted ones."""
+
+  def step_plain(match, w, node):
+    if match is None or _is_lifted(match):
+      return w
+    return _sharding.like(w + factor * node, w)
+
+  def step_lifted(match, b, node):
+    if not _is_lifted(match):
+      return b
+    return _sharding.like(b + factor * node.direction, b)
+
+  params = _map(step_plain, matches, params, nodes)
+  return params, _map(step_lifted, matches, coords, nodes)
 
 
-def _merge_all(spec, rule, nodes, seeds, count, params, coords, lost):
+def _merge(
+  rule: _subproblem.Rule,
+  matches: list,
+  nodes: Any,
+  seeds: Any,
+  count: jax.Array,
+  params: Any,
+  coords: Any,
+  lost: Any,
+) -> tuple[Any, Any, Any]:
   """Returns W + P B, B = 0, and what rounding took."""
-  ws, bs, rests = [], [], []
-  gone = lost if lost != () else coords  # for its structure alone
-  for match, w, node, seed, b, rest in _zip(
-    spec, params, params, nodes, seeds, coords, gone
-  ):
-    if _is_lifted(match):
-      key = (seed, count) if rule.rounding == 'stochastic' else None
-      rest = rest if rule.rounding == 'compensated' else None
-      w, rest = _merge.merged(match, w, node.basis, b, rest, key)
-      b = jnp.zeros_like(b)
-    ws.append(w)
-    bs.append(b)
-    rests.append(rest)
-  _, treedef = _tree.flatten(coords)
-  if lost != ():
-    lost = treedef.unflatten(rests)
-  return _tree.replace_entries(params, ws), treedef.unflatten(bs), lost
+  keeps = rule.rounding == 'compensated'
+  rests = _entries(lost) if keeps else [None] * len(matches)
+  columns = map(_entries, (params, nodes, seeds, coords))
+  merged = [
+    rule.merge(match, w, node.basis, b, rest, seed, count)
+    if _is_lifted(match)
+    else (w, rest)
+    for match, w, node, seed, b, rest in zip(
+      matches, *columns, rests, strict=True
+    )
+  ]
+  params = _tree.replace_entries(params, [w for w, _ in merged])
+  if keeps:
+    lost = _tree.replace_entries(lost, [rest for _, rest in merged])
+  return params, jax.tree.map(jnp.zeros_like, coords), lost

@@ -31,6 +31,8 @@ class TrainStep:
       shapes.
     replicated: mesh axes along which all state is the same.
     mesh: on which the step runs, if it has one of its own.
+    bases: (params, state) -> bases that the step draws before its forward pass
+      and holds through it.
   """
 
   init: Callable[[Any], Any]
@@ -39,6 +41,7 @@ class TrainStep:
   gradients: Callable[[Any, Any], Any] = lambda params, state: params
   replicated: tuple[str, ...] = ()
   mesh: Mesh | None = None
+  bases: Callable[[Any, Any], Any] = lambda params, state: ()
 
   def __call__(
     self, params: Any, state: Any, *batch: Any
@@ -62,7 +65,7 @@ class TrainStep:
 
 def train_step(
   loss: Callable[..., jax.Array],
-  tx: optax.GradientTransformation,
+  tx: Any,
   *,
   value_and_grad: Differentiate = jax.value_and_grad,
 ) -> TrainStep:
@@ -70,12 +73,16 @@ def train_step(
 
   Args:
     loss: (params, *batch) -> the mean loss, a scalar.
-    tx: any optax optimizer.
+    tx: any optax optimizer; or what makes a step of its own by `step(loss,
+      value_and_grad)`, as `rso.subproblems` do.
     value_and_grad: how to differentiate a function by its first argument; one
       that accumulates over microbatches, say.
 
   Returns:
     A `TrainStep`, whose metrics are the loss before the step.
+
+  Raises:
+    TypeError: a `TrainStep` in the place of an optimizer.
 
   Example:
     >>> import jax, jax.numpy as jnp, subspace_optax as so
@@ -88,6 +95,12 @@ def train_step(
     >>> print(value)
     64.0
   """
+  if isinstance(tx, TrainStep):
+    raise TypeError(
+      'tx is a training step already; give the optimizer that it was made of.'
+    )
+  if hasattr(tx, 'step'):
+    return tx.step(loss, value_and_grad)
 
   def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, Any]:
     value, gradients = value_and_grad(loss)(params, *batch)

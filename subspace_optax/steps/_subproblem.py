@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One leaf in a subproblem: its P, what its optimizer sees, and W + P B.
+
+A narrow W loses steps that are smaller than half its spacing, unless rounding
+is right in the mean or what it takes is kept.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _noise
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _varying
+from subspace_optax.low_precision import _rounding
+from subspace_optax.transports import _base as _transport
+
+SAMPLES = ('haar', 'gaussian')
+ROUNDING = ('nearest', 'compensated', 'stochastic')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What is the same for all leaves and steps; see `subproblems`."""
+
+  gap: int
+  sample: str
+  eta: Any
+  transport: _transport.Transport
+  rounding: str
+  basis_dtype: Any
+
+  def check(self, match: Any) -> None:
+    """Raises for a leaf of a dtype that can't be rounded like this."""
+    _rounding.check(self.rounding, match.path, match.leaf.dtype)
+
+  def draw(
+    self, layout: _layout.Layout, leaf: jax.Array, seeds: jax.Array, k: Any
+  ) -> jax.Array:
+    """Returns P of a leaf in the k-th subproblem."""
+    if self.sample == 'haar':
+      p = _linalg.haar(layout, seeds, k) * (layout.m / layout.rank) ** 0.5
+    else:
+      p = _linalg.gaussian(layout, seeds, k) * layout.rank**-0.5
+    return layout.settle_basis(p.astype(self.basis_dtype), leaf)
+
+  def node(
+    self,
+    match: Any,
+    count: jax.Array,
+    gradient: jax.Array,
+    seeds: jax.Array,
+    coords: jax.Array,
+  ) -> _projected.Projected:
+    """Returns what `in_subspace` takes in the place of a lifted leaf."""
+    _check_gradient(match, gradient)
+    layout, leaf, k = match.layout, match.leaf, count // self.gap
+    p = self.draw(layout, leaf, seeds, k)
+    g = _linalg.widen(gradient)
+    if self.eta is not None:
+      eta: Any = self.eta(k) if callable(self.eta) else self.eta
+      g += coords / eta
+    return _projected.Projected(
+      coords=layout.settle_coords(g, leaf),
+      basis=p,
+      before=self._move(match, count, seeds, p),
+      after=None,
+      gradient=None,
+      old_basis=None,
+      old_mean=None,
+      mean=None,
+      direction=None,
+      seal=_projected.seal(),
+      layout=layout,
+      orthonormal=False,
+      dtype=leaf.dtype,
+      update_dtype=leaf.dtype,
+      sharding=_sharding.explicit(leaf),
+    )
+
+  def _move(self, match, count, seeds, p) -> _projected.Move:
+    """Returns the move to a new subproblem's P, if this step begins one."""
+    layout, k = match.layout, count // self.gap
+    first = (count % self.gap == 0) & (count > 0)
+    p = _linalg.widen(p)
+    same = _linalg.identity_like(layout.gram(p, p))
+
+    def transition() -> jax.Array:
+      old = _linalg.widen(self.draw(layout, match.leaf, seeds, k - 1))
+      return _sharding.like(_linalg.transition(layout, p, old), same)
+
+    if self.transport.move is not None:
+      same = _varying.cond(first, transition, lambda: same)
+    return _projected.Move(jnp.broadcast_to(first, layout.batch_shape), same)
+
+  def merge(
+    self,
+    match: Any,
+    w: jax.Array,
+    p: jax.Array,
+    b: jax.Array,
+    lost: Any,
+    seeds: jax.Array,
+    count: jax.Array,
+  ) -> tuple[jax.Array, Any]:
+    """Returns W + P B rounded, and what that took, if it is kept."""
+    exact = add_step(match, w, p, b)
+    if isinstance(lost, jax.Array):
+      exact += lost.astype(exact.dtype)
+      new = _rounding.nearest(exact, w.dtype)
+      return new.astype(w.dtype), (exact - new).astype(w.dtype)
+    if self.rounding == 'stochastic' and w.dtype == jnp.bfloat16:
+      noise = _noise.bits(jnp.ravel(seeds)[0], count, exact)
+      exact = _rounding.at_random(exact, noise)
+    return exact.astype(w.dtype), lost
+
+
+def add_step(match: Any, w: jax.Array, p: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns W + P B, at least as wide as float32."""
+  wide = _linalg.widen(w)
+  product = match.layout.unproject(p, b, _sharding.explicit(w))
+  return wide + product.astype(wide.dtype)
+
+
+def _check_gradient(match: Any, gradient: jax.Array) -> None:
+  shape = match.layout.coords_shape
+  if gradient.shape != shape:
+    raise ValueError(
+      f'gradient {match.path!r} has shape {gradient.shape}, but that of its '
+      f'coordinates B has {shape}; differentiate with respect to B.'
+    )
