@@ -110,7 +110,7 @@ def test_rows_columns_and_matrices():
     leaf = LEAVES[match.path]
     assert (match.layout is None) == (match.path in PLAIN), match.path
     if match.layout:
-      sides = (leaf.size(leaf.rows), leaf.size(leaf.cols))
+      sides = (leaf.view(True).m, leaf.view(True).n)
       assert (match.layout.inputs, match.layout.outputs) == sides, match.path
       count = L * (E if 'MoeBlock' in match.path else 1)
       assert np.prod(match.layout.batch_shape) == count, match.path
@@ -162,9 +162,10 @@ def _plainly(leaf, x):
   """Returns a leaf as (*batch, m, n)."""
   if not leaf.rows:
     return x
-  x = jnp.transpose(x, leaf.batch + leaf.rows + leaf.cols)
-  batch = [leaf.shape[i] for i in leaf.batch]
-  return x.reshape(*batch, leaf.size(leaf.rows), leaf.size(leaf.cols))
+  view = leaf.view(True)
+  x = jnp.transpose(x, view.batch + leaf.rows + leaf.cols)
+  batch = [leaf.shape[i] for i in view.batch]
+  return x.reshape(*batch, view.m, view.n)
 
 
 # A step of all kinds of matrices, one each, so that it compiles soon.
