@@ -34,8 +34,6 @@ STEPS = 6
 jit = functools.partial(
   jax.jit,
   compiler_options={
-    # Compiling takes nearly all of these tests' time; this halves it.
-    'xla_backend_optimization_level': 0,
     # With more devices than cores, collectives that may run in any order can
     # wait for each other for ever.
     'xla_cpu_enable_concurrency_optimized_scheduler': False,

@@ -318,9 +318,7 @@ def with_bases(state, basis):
   return state._replace(subspaces=subspaces)
 
 
-def jit(f):
-  """`jax.jit` that compiles in half the time, for a few runs of small code."""
-  return jax.jit(f, compiler_options={'xla_backend_optimization_level': 0})
+jit = jax.jit
 
 
 def positive_qr(y):

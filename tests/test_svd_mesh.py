@@ -169,12 +169,11 @@ def losses(tx, params, whole=None):
     updates, state = tx.update(grads, state, params)
     return (optax.apply_updates(params, updates), state), value
 
-  step, carry = cases.jit(step), (params, tx.init(params))
-  values = []
-  for t in range(STEPS):
-    carry, value = step(carry, jax.random.key(t))
-    values.append(float(value))
-  return np.array(values)
+  @cases.jit
+  def run(params, keys):
+    return jax.lax.scan(step, (params, tx.init(params)), keys)[1]
+
+  return np.asarray(run(params, jax.vmap(jax.random.key)(jnp.arange(STEPS))))
 
 
 def optimizer(method):
