@@ -177,7 +177,10 @@ def losses(tx, params, whole=None):
 
 
 def optimizer(method):
-  spec = so.SubspaceSpec(4, side='long', only_if_smaller=False)
+  # One kernel of each shape and sharding; the others compile no less long.
+  spec = so.SubspaceSpec(
+    4, side='long', only_if_smaller=False, include='wq|wo|up|down'
+  )
   return so.subspace(
     spec,
     so.projectors.svd(GAP, method),
