@@ -88,7 +88,7 @@ def forget_programs():
   in the cache that tests of recompilation count, and memory goes to gigabytes.
   """
   yield
-  if _most_memory() > 1_500_000_000:
+  if _most_memory() > 1_200_000_000:
     jax.clear_caches()
     gc.collect()
 
