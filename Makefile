@@ -16,8 +16,9 @@ ARGS ?=
 
 BIN = $(VENV)/bin/python
 
-# The tests of a file share compiled programs, and so stay in one process.
-PARALLEL = -n 2 --dist loadfile
+# A process for each core. Tests of a file share compiled programs, and so each
+# process gets a run of files; one that is done takes half of another's rest.
+PARALLEL = -n auto --dist worksteal
 
 # Modules must come from VENV, whatever the caller's shell has set.
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONSTARTUP
@@ -46,7 +47,8 @@ test-fast: $(VENV)/.stamp-test
 	$(BIN) -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 
 test-full: $(VENV)/.stamp-test
-	$(BIN) -m pytest -n 2 tests/test_grid.py tests/test_sharding.py --full $(ARGS)
+	$(BIN) -m pytest $(PARALLEL) tests/test_grid.py tests/test_sharding.py \
+	  --full $(ARGS)
 
 evidence: $(VENV)/.stamp-examples
 	$(BIN) benchmarks/claims $(ARGS)

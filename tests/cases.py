@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import references
 import subspace_optax as so
 from subspace_optax import projectors
 
@@ -33,8 +34,6 @@ STEPS = 6
 jit = functools.partial(
   jax.jit,
   compiler_options={
-    # Compiling takes nearly all of these tests' time; this halves it.
-    'xla_backend_optimization_level': 0,
     # With more devices than cores, collectives that may run in any order can
     # wait for each other for ever.
     'xla_cpu_enable_concurrency_optimized_scheduler': False,
@@ -50,13 +49,9 @@ class Leaf(NamedTuple):
   rows: tuple[int, ...] = ()
   cols: tuple[int, ...] = ()
 
-  @property
-  def batch(self) -> tuple[int, ...]:
-    both = self.rows + self.cols
-    return tuple(i for i in range(len(self.shape)) if i not in both)
-
-  def size(self, axes: tuple[int, ...]) -> int:
-    return math.prod(self.shape[i] for i in axes)
+  def view(self, left: bool) -> references.View:
+    """Returns its axes, with bases of the rows or, if not `left`, columns."""
+    return references.View(self.shape, self.rows, self.cols, left)
 
 
 LEAVES = {
@@ -274,39 +269,31 @@ CASES = {
 
 
 class Expected(NamedTuple):
-  """The shapes that an optimizer must give one leaf."""
+  """The rank of a leaf's bases, and the matrices that they belong to."""
 
   rank: int
-  project_rows: bool
-  m: int  # the projected side
-  n: int
-  matrices: int
-  basis_shape: tuple[int, ...]
+  view: references.View
 
 
 def expected(case: Case, leaf: Leaf) -> Expected | None:
   """Returns what the rules say of a leaf, None for plain ones."""
   if not leaf.rows:
     return None
-  rows, cols = leaf.size(leaf.rows), leaf.size(leaf.cols)
-  short = min(rows, cols)
-  project_rows = {
+  rows, cols = leaf.view(True).m, leaf.view(True).n
+  left = {
     'short': rows <= cols,
     'long': rows >= cols,
     'in': True,
     'out': False,
   }[case.side]
-  rank = case.rank
+  short, rank = min(rows, cols), case.rank
   if isinstance(rank, float):
     rank = max(1, round(rank * short))
-  rank = min(rank, short)
-  m, n = (rows, cols) if project_rows else (cols, rows)
+  rank, view = min(rank, short), leaf.view(left)
+  m, n = view.m, view.n
   if case.only_if_smaller and m * rank + 2 * n * rank >= 2 * m * n:
     return None
-  axes = sorted(leaf.batch + (leaf.rows if project_rows else leaf.cols))
-  shape = (*(leaf.shape[i] for i in axes), rank)
-  matrices = leaf.size(leaf.batch)
-  return Expected(rank, project_rows, m, n, matrices, shape)
+  return Expected(rank, view)
 
 
 def projected(name: str, leaves: dict[str, Leaf]) -> dict[str, Expected]:
@@ -318,35 +305,16 @@ def projected(name: str, leaves: dict[str, Leaf]) -> dict[str, Expected]:
 def state_bytes(name: str, leaves: dict[str, Leaf]) -> int:
   """Returns the bytes of an optimizer's state by the papers' formulas."""
   case, of = CASES[name], projected(name, leaves)
-  matrices = sum(e.matrices for e in of.values())
+  matrices = sum(e.view.count for e in of.values())
   total = case.counters(len(leaves) - len(of), matrices)
   for path, leaf in leaves.items():
     size = max(jnp.dtype(leaf.dtype).itemsize, 4)  # float32 or wider
     if path not in of:
       total += case.moments * math.prod(leaf.shape) * size
       continue
-    e = of[path]
-    basis = case.bases * e.m * e.rank * jnp.dtype(case.basis_dtype).itemsize
-    moments = case.moments * e.rank * e.n * size
+    rank, view = of[path]
+    basis = case.bases * view.m * rank * jnp.dtype(case.basis_dtype).itemsize
+    moments = case.moments * rank * view.n * size
     # A seed and three metrics for every matrix, four bytes each.
-    total += e.matrices * (basis + moments + 16 + case.flags)
+    total += view.count * (basis + moments + 16 + case.flags)
   return total
-
-
-def as_matrices(leaf: Leaf, project_rows: bool, x: Any) -> np.ndarray:
-  """Returns a leaf as (matrices, m, n), m the projected side."""
-  x = np.asarray(x, np.float64)
-  order = leaf.batch + leaf.rows + leaf.cols
-  x = np.transpose(x, order)
-  x = x.reshape(-1, leaf.size(leaf.rows), leaf.size(leaf.cols))
-  return x if project_rows else np.swapaxes(x, -1, -2)
-
-
-def as_bases(leaf: Leaf, project_rows: bool, x: Any) -> np.ndarray:
-  """Returns a basis as (matrices, m, r)."""
-  x = np.asarray(x, np.float64)
-  axes = leaf.rows if project_rows else leaf.cols
-  kept = sorted(leaf.batch + axes)
-  order = [kept.index(i) for i in leaf.batch + axes]
-  x = np.transpose(x, (*order, len(order)))
-  return x.reshape(-1, leaf.size(axes), x.shape[-1])

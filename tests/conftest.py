@@ -1,7 +1,10 @@
 """Configures jax before any test, or any doctest, starts its backend."""
 
+import gc
 import importlib.metadata
 import os
+import resource
+import sys
 
 # Tests must not depend on an accelerator, nor take one that is in use.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -13,11 +16,13 @@ os.environ['NPROC'] = os.environ['PJRT_NPROC'] = '32'
 import hypothesis
 import pytest
 
-# Most of the time of the tests is XLA's. These options take a third of it; the
-# last one is gone from jaxlib 0.11 on, which stops at an option unknown to it.
+# Most of the time of the tests is XLA's, and these options halve it. The last
+# one is gone from jaxlib 0.11 on, which stops at an option unknown to it.
 _FLAGS = [
   '--xla_backend_optimization_level=0',
   '--xla_llvm_disable_expensive_passes=true',
+  # Programs are small: one module each, not one for every kernel.
+  '--xla_cpu_parallel_codegen_split_count=1',
 ]
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
@@ -51,12 +56,65 @@ def pytest_addoption(parser):
   )
 
 
+@pytest.hookimpl(optionalhook=True, wrapper=True)
+def pytest_xdist_auto_num_workers():
+  """For `-n auto`: as many processes as cores, if each can have 3 GB."""
+  cores = yield
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return max(1, min(cores, memory // 3_000_000_000))
+
+
+def pytest_collection_finish():
+  """Lets the garbage collector forget what stays, and look less often.
+
+  Tracing makes many objects and few cycles: a tenth of the time went there.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
+
+
+def _most_memory():
+  """Returns the most bytes that this process has had."""
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 @pytest.fixture(scope='module', autouse=True)
 def forget_programs():
-  """Drops the compiled programs of a file when its tests have ended.
+  """Drops compiled programs between files once the process has grown.
 
   In a process with thousands of programs jax at times keeps none of the newest
   in the cache that tests of recompilation count, and memory goes to gigabytes.
   """
   yield
-  jax.clear_caches()
+  if _most_memory() > 1_200_000_000:
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(scope='session')
+def compiled_folder(tmp_path_factory):
+  """A folder of compiled programs that all test processes share."""
+  folder = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    folder = folder.parent
+  return folder / 'compiled'
+
+
+@pytest.fixture(scope='module')
+def compile_once(compiled_folder):
+  """What one run of a trainer has compiled, the next one reads.
+
+  Not for all tests: most compile a program once, and would only write it.
+  """
+  options = {
+    'jax_compilation_cache_dir': str(compiled_folder),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)

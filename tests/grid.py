@@ -125,6 +125,7 @@ FACTORS: dict[str, tuple] = {
   'basis_dtype': (jnp.float32, jnp.bfloat16),
   'every_k': (1, 2),
   'residual': (None, *RESIDUALS),
+  'leaf': ('stack', 'matrix'),
 }
 
 
@@ -139,11 +140,12 @@ class Point(NamedTuple):
   basis_dtype: Any
   every_k: int
   residual: str | None
+  leaf: str  # what is projected; tests/test_grid.py says its shape
 
   def __str__(self) -> str:
     flags = ['stagger'] * self.stagger + [f'every_{self.every_k}']
     dtype = jnp.dtype(self.basis_dtype).name
-    return '-'.join([*self[:4], *flags, dtype, str(self.residual)])
+    return '-'.join([*self[:4], *flags, dtype, str(self.residual), self.leaf])
 
 
 def transport(name: str, rates: tuple[float, float]) -> Any:

@@ -23,7 +23,7 @@ class View(NamedTuple):
   left: bool  # Whether the basis spans the rows.
 
   @property
-  def _batch(self):
+  def batch(self):
     return tuple(i for i in range(len(self.shape)) if i not in self._sides)
 
   @property
@@ -50,26 +50,30 @@ class View(NamedTuple):
   @property
   def count(self):
     """How many matrices the leaf holds."""
-    return self._size(self._batch)
+    return self._size(self.batch)
 
   def matrices(self, leaf):
     """Returns the leaf as (count, m, n), the projected side first."""
-    x = np.transpose(_float64(leaf), self._batch + self.rows + self.cols)
+    x = np.transpose(_float64(leaf), self.batch + self.rows + self.cols)
     x = x.reshape(-1, self._size(self.rows), self._size(self.cols))
     return x if self.left else np.swapaxes(x, 1, 2)
 
   def leaf(self, matrices):
     """Undoes `matrices`."""
     x = matrices if self.left else np.swapaxes(matrices, 1, 2)
-    order = self._batch + self.rows + self.cols
+    order = self.batch + self.rows + self.cols
     x = x.reshape([self.shape[i] for i in order])
     return np.transpose(x, np.argsort(order))
 
+  def basis_shape(self, rank):
+    axes = sorted(self.batch + self._projected)
+    return (*(self.shape[i] for i in axes), rank)
+
   def bases(self, basis):
     """Returns a basis, (*batch and projected axes, r), as (count, m, r)."""
-    axes = sorted(self._batch + self._projected)
-    assert basis.shape[:-1] == tuple(self.shape[i] for i in axes)
-    order = [axes.index(i) for i in self._batch + self._projected]
+    assert basis.shape == self.basis_shape(basis.shape[-1])
+    axes = sorted(self.batch + self._projected)
+    order = [axes.index(i) for i in self.batch + self._projected]
     x = np.transpose(_float64(basis), [*order, len(order)])
     return x.reshape(-1, self.m, basis.shape[-1])
 
@@ -80,7 +84,7 @@ class View(NamedTuple):
     sizes = dict(enumerate(self.shape)) | {at: rank}
     assert coords.shape == tuple(sizes[i] for i in axes)
     free = self.cols if self.left else self.rows
-    order = [axes.index(i) for i in (*self._batch, at, *free)]
+    order = [axes.index(i) for i in (*self.batch, at, *free)]
     return np.transpose(_float64(coords), order).reshape(-1, rank, self.n)
 
 
@@ -314,9 +318,7 @@ def with_bases(state, basis):
   return state._replace(subspaces=subspaces)
 
 
-def jit(f):
-  """`jax.jit` that compiles in half the time, for a few runs of small code."""
-  return jax.jit(f, compiler_options={'xla_backend_optimization_level': 0})
+jit = jax.jit
 
 
 def positive_qr(y):

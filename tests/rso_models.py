@@ -118,7 +118,10 @@ class LinenModel(nn.Module):
 
 
 class Problem(NamedTuple):
-  """A model's parameters, and its loss with and without lifted ones."""
+  """A model's parameters, and its loss with and without lifted ones.
+
+  Made once a process, in float64: all tests that take one enable it.
+  """
 
   params: Any
   plain: Any
@@ -129,6 +132,7 @@ def inputs() -> jax.Array:
   return jax.random.normal(jax.random.key(7), (BATCH, TIME, WIDTH), jnp.float64)
 
 
+@functools.cache
 def nnx_problem(stacked: bool, remat: bool, pure: bool = True) -> Problem:
   model = NnxModel(nnx.Rngs(0), stacked, remat)
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -144,6 +148,7 @@ def nnx_problem(stacked: bool, remat: bool, pure: bool = True) -> Problem:
   )
 
 
+@functools.cache
 def linen_problem(stacked: bool, remat: bool, **kwargs) -> Problem:
   model = LinenModel(stacked, remat, **kwargs)
   params = model.init(jax.random.key(0), inputs())['params']

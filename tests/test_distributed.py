@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 
-import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -81,16 +80,11 @@ pretrain.main(config)
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  """Programs compiled fast; and what one run has compiled, the next reads."""
-  before = jax.config.jax_compilation_cache_dir
-  folder = tmp_path_factory.mktemp('compiled')
-  jax.config.update('jax_compilation_cache_dir', str(folder))
+def fast_compilation(compile_once):
   options = mesh.compiler_options() | {'xla_backend_optimization_level': 0}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mesh, 'compiler_options', lambda: options)
-    yield folder
-  jax.config.update('jax_compilation_cache_dir', before)
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -169,13 +163,14 @@ def logs(config) -> list[str]:
   return [file_of(config, i, 'log').read_text() for i in range(2)]
 
 
-def start(config, compiled, process, port, step, when, launcher, *more):
+def start(config, compiled_folder, process, port, step, when, launcher, *more):
   said = str(file_of(config, process, 'txt'))
   command = [sys.executable, '-c', CHILD, str(step), when, said, *flags(config)]
   environment = {
     'PATH': '', 'PYTHONPATH': f'{ROOT}:{ROOT / "examples"}',
     'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2',
-    'JAX_COMPILATION_CACHE_DIR': str(compiled),
+    'JAX_COMPILATION_CACHE_DIR': str(compiled_folder),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'XLA_FLAGS': os.environ['XLA_FLAGS'],  # to compile sooner
   }  # fmt: skip
   if launcher:
@@ -189,10 +184,10 @@ def start(config, compiled, process, port, step, when, launcher, *more):
     )
 
 
-def start_two(config, compiled, step, when, *more, launcher=False):
+def start_two(config, compiled_folder, step, when, *more, launcher=False):
   port = free_port()
   begin = lambda i: start(
-    config, compiled, i, port, step, when, launcher, *more
+    config, compiled_folder, i, port, step, when, launcher, *more
   )
   return [begin(0), begin(1)]
 
@@ -224,11 +219,11 @@ def checkpoints(config) -> set[str]:
 
 
 @pytest.fixture(scope='module')
-def together(config, compiled, tmp_path_factory):
+def together(config, compiled_folder, tmp_path_factory):
   """The run of two processes of two devices each, and what they noted."""
   folder = tmp_path_factory.mktemp('runs') / 'two'
   two = in_folder(config, folder, mesh='fsdp=2,tensor=2')
-  processes = start_two(two, compiled, 6, '-')
+  processes = start_two(two, compiled_folder, 6, '-')
   finish(processes)
   assert [p.returncode for p in processes] == [0, 0], logs(two)
   notes = [
@@ -272,14 +267,18 @@ def test_restored_bit_by_bit_on_other_meshes(together, text):
 
 
 @pytest.mark.slow
-def test_killed_in_mid_run_and_in_mid_save(config, compiled, alone, tmp_path):
+def test_killed_in_mid_run_and_in_mid_save(
+  config, compiled_folder, alone, tmp_path
+):
   """The third start goes on in one process, on another mesh, to the end."""
   run = in_folder(config, tmp_path / 'run', mesh='fsdp=2,tensor=2')
-  victims = start_two(run, compiled, 3, 'running')
+  victims = start_two(run, compiled_folder, 3, 'running')
   finish_killed(run, victims)
   assert checkpoints(run) == {'2'}
 
-  again = start_two(run, compiled, 4, 'saving', '--resume', launcher=True)
+  again = start_two(
+    run, compiled_folder, 4, 'saving', '--resume', launcher=True
+  )
   finish_killed(run, again)
   assert 'going on after step 2' in printed(run)[0]
   half = checkpoints(run) - {'2'}

@@ -48,6 +48,8 @@ RAW = {
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, 9))
 LABELS = ('animals', 'tools')
 
+pytestmark = pytest.mark.usefixtures('compile_once')
+
 
 # --- A checkpoint, and the model that it means -------------------------------
 
@@ -450,16 +452,6 @@ def test_texts_that_are_not_there(tmp_path):
 
 
 # --- Whole runs --------------------------------------------------------------
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compile_once(tmp_path_factory):
-  """What one run of this file has compiled, the next one reads."""
-  before = jax.config.jax_compilation_cache_dir
-  folder = tmp_path_factory.mktemp('compiled')
-  jax.config.update('jax_compilation_cache_dir', str(folder))
-  yield
-  jax.config.update('jax_compilation_cache_dir', before)
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,7 @@
 """`so.layerwise`: the ordinary step's results, without its gradients."""
 
 import dataclasses
+import functools
 import re
 
 from flax import nnx
@@ -282,15 +283,23 @@ def test_temporaries_and_copies(twelve, name):
   assert kept < 1000
 
 
+ON_A_MESH = {
+  'adam': optax.adam(0.01),
+  'golore': so.golore(0.01, 4, update_proj_gap=3),
+}
+
+
+@functools.cache
+def run_alone(name):
+  """Returns the parameters that a mesh must give, too."""
+  return run_layers(layers(ON_A_MESH[name]), make_params(), 6)[0]
+
+
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('name', ['adam', 'golore'])
+@pytest.mark.parametrize('name', ON_A_MESH)
 def test_on_a_mesh(name, kind):
-  tx = {
-    'adam': optax.adam(0.01),
-    'golore': so.golore(0.01, 4, update_proj_gap=3),
-  }[name]
+  tx, wanted = ON_A_MESH[name], run_alone(name)
   params, step = make_params(), layers(tx)
-  wanted, _, _ = run_layers(step, params, 6)
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(kind,) * 2)
   specs = {'up': P(None, 'x', 'y'), 'down': P(None, 'y', 'x')}
   place = lambda path, x: NamedSharding(mesh, specs.get(path[-1].key, P()))
@@ -408,6 +417,7 @@ def test_blocks_must_keep_shapes():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('compile_once')
 def test_trainer(tmp_path, monkeypatch):
   words = np.random.default_rng(0).choice(test_pretrain.WORDS, 2400)
   (tmp_path / 'a.txt').write_text(' '.join(words))

@@ -125,7 +125,7 @@ def test_retry_takes_the_next_gradient_s_singular_vectors(name):
   gradients = _gradients()
   history = _spoiled(name, 'nan', (0,))
   e = cases.projected(name, cases.SMALL)['up']
-  g = cases.as_matrices(cases.SMALL['up'], e.project_rows, gradients[1]['up'])
+  g = e.view.matrices(gradients[1]['up'])
   best = np.linalg.svd(g[1])[0][:, :3]
   first, second = _basis(history[0][1]), _basis(history[1][1])
   p = second[1]

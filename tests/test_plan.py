@@ -316,7 +316,7 @@ def test_largest_is_the_largest():
 
 @pytest.mark.usefixtures('untraced')
 def test_the_largest_rank_projects_something():
-  kind = {'model': 'llama_1m', 'method': 'golore', 'seq': 8}
+  kind = {'model': 'llama_test', 'method': 'golore', 'seq': 8}
   rank = plan.largest(card=24, rank=8, **kind).rank
   assert rank is not None
   plan.plan(rank=rank, **kind)
@@ -509,7 +509,8 @@ def test_it_prints_the_parts(capsys):
 
 @pytest.mark.usefixtures('untraced')
 def test_layer_by_layer_it_prints_the_largest_rank(capsys):
-  flags = [*FLAGS, '--optimizer', 'golore', '--layerwise', '--card', '1']
+  flags = ['--model', 'llama_test', '--seq', '32', '--rank', '8', '--card', '1']
+  flags += ['--optimizer', 'golore', '--layerwise']
   assert __main__.main(flags) == 0
   assert 'largest rank at batch 1: ' in capsys.readouterr().out
 

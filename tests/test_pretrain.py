@@ -1,7 +1,9 @@
 """The example trainer: what a run leaves, how it goes on, what it refuses."""
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -24,15 +26,7 @@ import train_step
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = 'the cat sat on a mat and so did two dogs near one old log'.split()
 
-
-@pytest.fixture(scope='module', autouse=True)
-def compile_once(tmp_path_factory):
-  """What one run of this file has compiled, the next one reads."""
-  before = jax.config.jax_compilation_cache_dir
-  folder = tmp_path_factory.mktemp('compiled')
-  jax.config.update('jax_compilation_cache_dir', str(folder))
-  yield
-  jax.config.update('jax_compilation_cache_dir', before)
+pytestmark = pytest.mark.usefixtures('compile_once')
 
 
 @pytest.fixture(scope='module')
@@ -211,7 +205,12 @@ pretrain.main(tyro.cli(pretrain.Config))
 """
 
 
-def start_child(tiny, out, step, when, *flags):
+@pytest.fixture
+def start_child(tiny, compiled_folder):
+  return functools.partial(_start_child, compiled_folder, tiny)
+
+
+def _start_child(compiled_folder, tiny, out, step, when, *flags):
   """Trains in another process, which kills itself at the save of `step`."""
   command = [sys.executable, '-c', CHILD, str(step), when, '--out', str(out)]
   command += ['--data', *tiny.data, *flags]
@@ -219,8 +218,14 @@ def start_child(tiny, out, step, when, *flags):
     value = getattr(tiny, field.name)
     if type(value) in (int, str) and field.name != 'out':
       command += [f'--{field.name.replace("_", "-")}', str(value)]
-  environment = {'PATH': '', 'JAX_PLATFORMS': 'cpu'}
-  environment['PYTHONPATH'] = f'{ROOT}:{ROOT / "examples"}'
+  environment = {
+    'PATH': '', 'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': f'{ROOT}:{ROOT / "examples"}',
+    # To compile fast, and once for all of them.
+    'XLA_FLAGS': os.environ['XLA_FLAGS'],
+    'JAX_COMPILATION_CACHE_DIR': str(compiled_folder),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }  # fmt: skip
   return subprocess.Popen(
     command, env=environment, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -234,14 +239,14 @@ def finish(child):
 
 
 @pytest.mark.slow
-def test_killed_twice_and_resumed_equals_uninterrupted(tiny, tmp_path):
+def test_killed_twice_and_resumed_equals_uninterrupted(start_child, tmp_path):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  uninterrupted = start_child(tiny, whole, 0, '-')
-  status, _ = finish(start_child(tiny, killed, 2, 'after'))
+  uninterrupted = start_child(whole, 0, '-')
+  status, _ = finish(start_child(killed, 2, 'after'))
   assert status == -signal.SIGKILL
-  status, output = finish(start_child(tiny, killed, 4, 'during', '--resume'))
+  status, output = finish(start_child(killed, 4, 'during', '--resume'))
   assert status == -signal.SIGKILL and 'going on after step 2' in output
-  for child in (start_child(tiny, killed, 0, '-', '--resume'), uninterrupted):
+  for child in (start_child(killed, 0, '-', '--resume'), uninterrupted):
     status, output = finish(child)
     assert status == 0, output
   summaries = [

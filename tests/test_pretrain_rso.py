@@ -19,7 +19,7 @@ import report
 import test_pretrain
 import train_step
 
-compile_once = test_pretrain.compile_once
+pytestmark = pytest.mark.usefixtures('compile_once')
 
 
 @pytest.fixture(scope='module')

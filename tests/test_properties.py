@@ -92,10 +92,10 @@ def test_bases_have_the_stated_shape_and_are_orthonormal(name):
     assert found.keys() == of.keys()
     for path, basis in found.items():
       e = of[path]
-      assert basis.shape == e.basis_shape, path
+      assert basis.shape == e.view.basis_shape(e.rank), path
       assert basis.dtype == case.basis_dtype, path
-      p = cases.as_bases(cases.LEAVES[path], e.project_rows, basis)
-      assert p.shape == (e.matrices, e.m, e.rank)
+      p = e.view.bases(basis)
+      assert p.shape == (e.view.count, e.view.m, e.rank)
       gram = np.swapaxes(p, 1, 2) @ p
       eye = np.broadcast_to(np.eye(e.rank), gram.shape)
       np.testing.assert_allclose(gram, eye, atol=tolerance, err_msg=path)
@@ -107,9 +107,8 @@ def test_bases_move_when_they_should(name):
   for t, moves in enumerate(case.moves):
     old, new = measure.bases(run.states[t]), measure.bases(run.states[t + 1])
     for path, e in cases.projected(name, cases.LEAVES).items():
-      leaf = cases.LEAVES[path]
-      p = cases.as_bases(leaf, e.project_rows, old[path])
-      q = cases.as_bases(leaf, e.project_rows, new[path])
+      p = e.view.bases(old[path])
+      q = e.view.bases(new[path])
       moved = (p != q).any(axis=(1, 2))
       assert moved.all() if moves == 'x' else not moved.any(), (t, path)
 
@@ -121,7 +120,7 @@ def test_updates_have_the_rank_and_span_of_the_basis(name):
     leaf = cases.LEAVES[path]
     loose = _tolerance(leaf.dtype, case.basis_dtype)
     for t, update in enumerate(run.updates):
-      u = cases.as_matrices(leaf, e.project_rows, cases.flat(update)[path])
+      u = e.view.matrices(cases.flat(update)[path])
       values = np.linalg.svd(u, compute_uv=False)
       strong = values > loose * values[:, :1]
       where = f'{path} at step {t}'
@@ -129,7 +128,7 @@ def test_updates_have_the_rank_and_span_of_the_basis(name):
       assert (strong.sum(-1) == e.rank).all(), where
       state = run.states[t + 1 if case.used[t] == 'new' else t]
       basis = measure.bases(state)[path]
-      p = cases.as_bases(leaf, e.project_rows, basis)
+      p = e.view.bases(basis)
       inside = p @ np.linalg.pinv(p) @ u
       np.testing.assert_allclose(
         inside, u, atol=loose * values.max(), err_msg=where
@@ -226,8 +225,8 @@ def test_map_params_sees_bases_and_moments_with_extra_trees(name):
   same = optax.tree.map_params(tx, visit, state, paths, is_leaf=is_masked)
   assert jax.tree.structure(same) == jax.tree.structure(state)
   e = cases.projected(name, cases.SMALL)['up']
-  coords = (3, e.rank, 12) if e.project_rows else (3, 8, e.rank)
-  assert seen.count(('up', e.basis_shape)) == case.bases
+  coords = (3, e.rank, 12) if e.view.left else (3, 8, e.rank)
+  assert seen.count(('up', e.view.basis_shape(e.rank))) == case.bases
   assert seen.count(('up', coords)) == case.moments
   assert seen.count(('bias', (12,))) == case.moments
 

@@ -306,6 +306,32 @@ def test_bytes():
   np.testing.assert_allclose(np.abs(node['w'].basis), 8**-0.5, rtol=1e-5)
 
 
+def _train(put, params):
+  """Returns parameters and state after steps on gradients, put somewhere."""
+  tx = _adam('int4', projectors.stiefel(3, stagger=True))
+
+  def step(params, state, gradient):
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  run = cases.jit(step, donate_argnums=(0, 1))
+  places = [x.sharding for x in jax.tree.leaves(state)]
+  types = measure.types(state)
+  for t in range(4):
+    params, state = run(params, state, put(_gradients(t)))
+  for place, x in zip(places, jax.tree.leaves(state), strict=True):
+    assert place.is_equivalent_to(x.sharding, x.ndim)
+  assert run._cache_size() == 1
+  assert measure.types(state) == types
+  return params, state
+
+
+@functools.cache
+def _trained_alone():
+  return _train(lambda x: x, cases.tree(PLAIN))
+
+
 @pytest.mark.parametrize('kind', ['Auto', 'Explicit'])
 def test_steps_on_a_mesh(kind):
   axis_types = (AxisType[kind],) * 2
@@ -328,24 +354,6 @@ def test_steps_on_a_mesh(kind):
 
   tx = _adam('int4', projectors.stiefel(3, stagger=True))
 
-  def train(put, params):
-    def step(params, state, gradient):
-      updates, state = tx.update(gradient, state, params)
-      return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    run = cases.jit(step, donate_argnums=(0, 1))
-    places = [x.sharding for x in jax.tree.leaves(state)]
-    types = measure.types(state)
-    for t in range(4):
-      params, state = run(params, state, put(_gradients(t)))
-    for place, x in zip(places, jax.tree.leaves(state), strict=True):
-      assert place.is_equivalent_to(x.sharding, x.ndim)
-    assert run._cache_size() == 1
-    assert measure.types(state) == types
-    return params, state
-
-  alone = train(lambda x: x, cases.tree(PLAIN))
   with jax.set_mesh(mesh):
     params = put(cases.tree(PLAIN))
     wanted = so.state_sharding(tx, params)
@@ -353,10 +361,12 @@ def test_steps_on_a_mesh(kind):
       jax.tree.leaves(wanted), jax.tree.leaves(tx.init(params)), strict=True
     ):
       assert place.is_equivalent_to(x.sharding, x.ndim)
-    both = train(put, params)
+    both = _train(put, params)
   w = ref.bases(both[1])['w'].codes
   assert math.prod(w.sharding.shard_shape(w.shape)) * 4 == w.size
-  for one, other in zip(*map(jax.tree.leaves, (alone, both)), strict=True):
+  for one, other in zip(
+    *map(jax.tree.leaves, (_trained_alone(), both)), strict=True
+  ):
     one, other = (_float64(jnp.asarray(x)) for x in (one, other))
     np.testing.assert_allclose(one, other, atol=2e-5)
 

@@ -239,14 +239,10 @@ def _gradients(t, paths):
     if not leaf.rows:
       found[path] = rng.standard_normal(leaf.shape)
       continue
-    batch = [leaf.shape[i] for i in leaf.batch]
-    rows, cols = leaf.size(leaf.rows), leaf.size(leaf.cols)
-    u = rng.standard_normal((*batch, rows, 2)) * np.array([3.0, 1.0])
-    g = u @ rng.standard_normal((*batch, 2, cols))
-    g = g + 0.01 * rng.standard_normal(g.shape)
-    order = leaf.batch + leaf.rows + leaf.cols
-    g = g.reshape([leaf.shape[i] for i in order])
-    found[path] = np.transpose(g, np.argsort(order))
+    view = leaf.view(True)
+    u = rng.standard_normal((view.count, view.m, 2)) * np.array([3.0, 1.0])
+    g = u @ rng.standard_normal((view.count, 2, view.n))
+    found[path] = view.leaf(g + 0.01 * rng.standard_normal(g.shape))
   return {path: jnp.asarray(found[path], jnp.float32) for path in paths}
 
 

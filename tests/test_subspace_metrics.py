@@ -26,7 +26,9 @@ def test_paths_names_shapes_and_dtypes(name):
       assert of_leaf.keys() == NAMES
       for value in of_leaf.values():
         assert value.dtype == jnp.float32
-        assert value.shape == tuple(leaf.shape[i] for i in leaf.batch)
+        assert value.shape == tuple(
+          leaf.shape[i] for i in leaf.view(True).batch
+        )
 
 
 @pytest.mark.parametrize('name', cases.CASES)
@@ -38,15 +40,14 @@ def test_captured_energy_is_what_the_used_basis_keeps(name):
     metrics = so.subspace_metrics(run.states[t + 1])
     used = measure.bases(run.states[t + 1 if case.used[t] == 'new' else t])
     for path, e in cases.projected(name, cases.LEAVES).items():
-      leaf = cases.LEAVES[path]
-      p = cases.as_bases(leaf, e.project_rows, used[path])
+      p = e.view.bases(used[path])
       g = cases.flat(gradients[t])[path]
-      g = cases.as_matrices(leaf, e.project_rows, g)
+      g = e.view.matrices(g)
       # The share that P P^T G leaves of G; ||P^T G||^2 for orthonormal P.
       left = g - p @ (np.swapaxes(p, 1, 2) @ g)
       share = 1.0 - np.sum(left**2, (1, 2)) / np.sum(g**2, (1, 2))
       found = np.ravel(metrics[path]['captured_energy'])
-      tolerance = loose if leaf.dtype == jnp.float32 else 2e-2
+      tolerance = loose if cases.LEAVES[path].dtype == jnp.float32 else 2e-2
       np.testing.assert_allclose(found, share, atol=tolerance, err_msg=path)
       assert (found > 0.0).all() and (found < 1.0 + tolerance).all()
 
@@ -61,9 +62,8 @@ def test_orthogonality_error_and_drift_are_those_of_the_bases(name):
     old, new = measure.bases(run.states[t]), measure.bases(run.states[t + 1])
     learned = case.used[t] == 'old'
     for path, e in cases.projected(name, cases.LEAVES).items():
-      leaf = cases.LEAVES[path]
-      p = cases.as_bases(leaf, e.project_rows, old[path])
-      q = cases.as_bases(leaf, e.project_rows, new[path])
+      p = e.view.bases(old[path])
+      q = e.view.bases(new[path])
       of = p if learned else q
       gram = np.swapaxes(of, 1, 2) @ of
       error = np.linalg.norm(gram - np.eye(e.rank), axis=(1, 2))
