@@ -1,16 +1,14 @@
 """Validation loss against memory: every method, tuned, over several seeds.
 
-  python benchmarks/quality.py
-
 A LLaMA over bytes learns two corpora, with every method for as many tokens. The
 learning rate of the matrices is tuned for each method, rank and corpus on a
 grid of factor 2, which grows until its best lies inside; further seeds run at
 the best. The rest of the model is Adam's at one learning rate in all runs.
 
 Every run is a JSON file under runs/quality, and is not run again; an
-interrupted benchmark goes on where it was. Results: a table,
-benchmarks/results/quality.json, .md and .png. Larger: --model llama_60m --steps
-10000 --workers 1, on the default device of jax.
+interrupted benchmark goes on where it was. Results: results/quality.json, .md
+and .png. Larger: --model llama_60m --steps 10000 --workers 1, on the default
+device of jax.
 """
 
 from collections.abc import Iterator
@@ -22,22 +20,17 @@ import json
 import multiprocessing
 import os
 import pathlib
-import sys
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / 'examples'))
+import jax
+import tyro
 
-import jax  # noqa: E402
-from rich import progress  # noqa: E402
-import tyro  # noqa: E402
-
-import corpora  # noqa: E402
-import fit  # noqa: E402
-import machine  # noqa: E402
-import methods  # noqa: E402
-import quality_report  # noqa: E402
-from quality_report import loss  # noqa: E402
+from benchmarks import corpora
+from benchmarks import fit
+from benchmarks import harness
+from benchmarks import methods
+from benchmarks import quality_report
+from benchmarks.quality_report import loss
 
 FACTOR = 2.0
 
@@ -62,7 +55,7 @@ class Args:
   most: int = 8  # points of a grid
   workers: int = 2  # processes, a core each
   cache: str = 'runs/quality'
-  out: str = str(ROOT / 'results' / 'quality.json')
+  out: str = str(harness.RESULTS / 'quality.json')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +105,6 @@ def folder(args: Args) -> pathlib.Path:
   )
 
 
-def write(path: pathlib.Path, content: Any) -> None:
-  """Writes JSON, all of it or nothing."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  new = path.with_suffix('.new')
-  new.write_text(json.dumps(content, indent=2) + '\n')
-  new.rename(path)
-
-
 def next_lr(rows: list[dict], start: float) -> float | None:
   """The next point: the start, then whichever side of the best is open."""
   known = sorted(rows, key=lambda row: row['lr'])
@@ -142,30 +127,26 @@ class Search:
     found = json.loads(self.path.read_text()) if self.path.exists() else {}
     self.rows: list[dict] = found.get('runs', [])
     self.memory: dict = found.get('memory', {})
-    self._trainer, self._corpus = None, None
+    self.setup = task.setup._asdict() | {'corpus': task.corpus}
 
+  @functools.cached_property
   def trainer(self) -> fit.Trainer:
-    if self._trainer is None:
-      self._trainer = fit.Trainer(settings(self.args), self.task.setup)
-    return self._trainer
+    return fit.Trainer(settings(self.args), self.task.setup)
 
+  @functools.cached_property
   def corpus(self) -> tuple:
-    if self._corpus is None:
-      cache = pathlib.Path(self.args.cache)
-      self._corpus = corpora.load(self.task.corpus, cache)
-    return self._corpus
+    return corpora.load(self.task.corpus, pathlib.Path(self.args.cache))
 
   def of_seed(self, seed: int) -> list[dict]:
     return [row for row in self.rows if row['seed'] == seed]
 
   def run(self, lr: float, seed: int) -> None:
-    row = self.trainer().run(lr, seed, self.corpus())
-    self.rows.append(row)
+    self.rows.append(self.trainer.run(lr, seed, self.corpus))
     self.save()
 
   def save(self) -> None:
-    setup = self.task.setup._asdict() | {'corpus': self.task.corpus}
-    write(self.path, {'setup': setup, 'memory': self.memory, 'runs': self.rows})
+    found = {'setup': self.setup, 'memory': self.memory, 'runs': self.rows}
+    harness.save_results(self.path, found, indent=2)
 
   def finish(self) -> str:
     """Tunes, runs the seeds, and returns a line to show."""
@@ -180,7 +161,7 @@ class Search:
       if best['lr'] not in known:
         self.run(best['lr'], seed)
     if not self.memory:
-      self.memory = self.trainer().memory()
+      self.memory = self.trainer.memory()
       self.save()
     return f'{self.task.name}: {loss(best):.4f} at lr {best["lr"]:g}'
 
@@ -217,25 +198,20 @@ def run_all(args: Args) -> None:
         numbers.put(i)
       pool = spawn.Pool(args.workers, take_core, (numbers,))
       lines = stack.enter_context(pool).imap_unordered(one, todo)
-    for line in progress.track(lines, 'Searches', total=len(todo)):
+    for line in harness.track(lines, 'Searches', len(todo)):
       print(line)
 
 
 def collect(args: Args) -> dict[str, Any]:
   """All that was measured with these settings."""
+  cache = pathlib.Path(args.cache)
   found = [Search(args, task) for task in tasks(args)]
   return {
-    'machine': machine.describe(),
+    'machine': harness.describe_machine(),
     'settings': settings(args)._asdict(),
-    'corpora': {
-      name: corpora.load(name, pathlib.Path(args.cache))[2]
-      for name in args.corpora
-    },
+    'corpora': {name: corpora.load(name, cache)[2] for name in args.corpora},
     'searches': [
-      s.task.setup._asdict()
-      | {'corpus': s.task.corpus, 'memory': s.memory, 'runs': s.rows}
-      for s in found
-      if s.rows
+      s.setup | {'memory': s.memory, 'runs': s.rows} for s in found if s.rows
     ],
   }
 
@@ -244,13 +220,13 @@ def main(args: Args) -> None:
   """Runs what is missing, then draws and prints everything."""
   run_all(args)
   results = collect(args)
-  out = pathlib.Path(args.out)
-  write(out, results)
-  text = quality_report.table(results)
-  out.with_suffix('.md').write_text(text)
-  quality_report.picture(results, args.rank, out.with_suffix('.png'))
+  harness.save_results(args.out, results, indent=2)
+  text = quality_report.markdown(results)
+  harness.next_to(args.out, '.md').write_text(text)
+  path = harness.next_to(args.out, '.png')
+  quality_report.picture(results, args.rank, path)
   print(text)
 
 
 if __name__ == '__main__':
-  main(tyro.cli(Args))
+  main(tyro.cli(Args, description=__doc__))
