@@ -61,16 +61,16 @@ class Args:
 
 def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
   """From the name in the table to the optimizer."""
-  arguments, decay = (1e-3, args.rank), {'weight_decay': 0.1}
+  lr, rank, decay = 1e-3, args.rank, 0.1
   return {
-    'optax.adamw': lambda: optax.adamw(1e-3, **decay),
+    'optax.adamw': lambda: optax.adamw(lr, weight_decay=decay),
     **{
-      f'so.{name}': lambda make=make: make(*arguments, **decay)
+      f'so.{name}': lambda make=make: make(lr, rank, weight_decay=decay)
       for name, make in so.optimizers.READY_MADE.items()
     },
     # It projects no stack: layers are handed to it one by one.
     'optax.contrib.galore': lambda: methods.by_layer(
-      optax.contrib.galore(*arguments, **decay)
+      optax.contrib.galore(lr, rank, weight_decay=decay)
     ),
   }
 

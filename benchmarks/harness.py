@@ -4,7 +4,7 @@ Results are JSON files: an interrupted benchmark goes on where it was, and
 tables and pictures are made from the files alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -77,7 +77,7 @@ def load_results(path: str | pathlib.Path, **same: Any) -> dict[str, Any]:
     return {'machine': describe_machine(), **same}
   results = json.loads(path.read_text())
   for name, value in same.items():
-    if results[name] != value:
+    if results.setdefault(name, value) != value:  # older files lack some
       raise ValueError(
         f'{path} holds {name}={results[name]}, not {value}: delete it or name '
         'another --out'
@@ -139,12 +139,36 @@ class Runner:
 # --- Tables and pictures -----------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
   """A Markdown table."""
   cells = [[cell.replace('|', '\\|') for cell in row] for row in (head, *rows)]
   lines = [f'| {" | ".join(row)} |' for row in cells]
-  lines.insert(1, '|' + '---|' * len(head))
+  lines.insert(1, '|' + '---|' * len(cells[0]))
   return '\n'.join(lines)
+
+
+def table_of(
+  rows: Iterable[dict], columns: Mapping[str, str | Callable[[dict], str]]
+) -> str:
+  """A Markdown table of rows of results.
+
+  Each column is what makes its cell, or a format of the row's values.
+  """
+  cell = lambda column, row: (
+    column.format(**row) if isinstance(column, str) else column(row)
+  )
+  lines = [[cell(column, row) for column in columns.values()] for row in rows]
+  return table(columns, lines)
+
+
+def megabytes(name: str, digits: int = 2) -> Callable[[dict], str]:
+  """A column of bytes in MiB."""
+  return lambda row: f'{row[name] / MIB:.{digits}f}'
+
+
+def gigabytes(name: str, digits: int = 2) -> Callable[[dict], str]:
+  """A column of bytes in GB."""
+  return lambda row: f'{row[name] / GB:.{digits}f}'
 
 
 def fill_page(path: str | pathlib.Path, texts: dict[str, str]) -> None:

@@ -78,7 +78,8 @@ class Model:
   def __init__(self, args: Args, devices: Any):
     names = ('width', 'mlp_width', 'layers', 'heads', 'vocab')
     sizes: dict[str, Any] = {name: getattr(args, name) for name in names}
-    config = llama.LlamaConfig(**sizes, **mesh.constraints(devices), remat=True)
+    sizes |= mesh.constraints(devices)
+    config = llama.LlamaConfig(**sizes, remat=True)
     self.create = lambda: llama.Llama(config, nnx.Rngs(0))
     self.model = nnx.eval_shape(self.create)
     graphdef, shapes = programs.split(self.create)

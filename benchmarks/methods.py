@@ -68,7 +68,8 @@ def by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     new, state = tx.update(apart(updates), state, params)
     return together(new, updates), state
 
-  return optax.GradientTransformation(lambda p: tx.init(apart(p)), update)
+  init = lambda params: tx.init(apart(params))
+  return optax.GradientTransformation(init, update)
 
 
 def muon(beta: float) -> Callable[..., optax.GradientTransformation]:

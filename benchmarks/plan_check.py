@@ -264,33 +264,31 @@ def with_plan(row: dict[str, Any]) -> dict[str, Any]:
 # --- The page ----------------------------------------------------------------
 
 
-def with_rank(name: str, row: dict[str, Any]) -> str:
-  return f'{name}, {row["rank"]}' if row['rank'] else name
+def ranked(row: dict[str, Any]) -> str:
+  """The optimizer, and its rank if there is one."""
+  return row['method'] + (f', {row["rank"]}' if row['rank'] else '')
 
 
-def gigabytes(*sizes: float) -> list[str]:
-  return [f'{size / GB:.2f}' for size in sizes]
+SIZES = {
+  'peak': harness.gigabytes('peak_bytes'),
+  'plan': lambda row: f'{row["plan"]["total"] / GB:.2f}',
+}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
   """All rows, in GB."""
-  head = ['model, optimizer, rank', 'layers, fsdp, layout', 'peak', 'plan']
-  head += ['off', 'off in temporaries', 'copies', 'off with copies', 'sum']
-  return harness.table(
-    head,
-    [
-      [
-        with_rank(f'{row["model"]}, {row["method"]}', row),
-        f'{row["layers"]}, {row["fsdp"]}, {row["layout"]}',
-        *gigabytes(row['peak_bytes'], row['plan']['total']),
-        f'{row["error"]:+.1%}',
-        f'{row["error_temporaries"]:+.1%}',
-        *gigabytes(row['copied_bytes']),
-        f'{row["error_with_copies"]:+.1%}',
-        *gigabytes(row['sum_bytes']),
-      ]
-      for row in rows
-    ],
+  return harness.table_of(
+    rows,
+    {
+      'model, optimizer, rank': lambda row: f'{row["model"]}, {ranked(row)}',
+      'layers, fsdp, layout': '{layers}, {fsdp}, {layout}',
+      **SIZES,
+      'off': '{error:+.1%}',
+      'off in temporaries': '{error_temporaries:+.1%}',
+      'copies': harness.gigabytes('copied_bytes'),
+      'off with copies': '{error_with_copies:+.1%}',
+      'sum': harness.gigabytes('sum_bytes'),
+    },
   )
 
 
@@ -308,23 +306,24 @@ def missed(rows: list[dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def seven(rows: list[dict[str, Any]]) -> str:
+def printed(row: dict[str, Any]) -> str:
+  """What the paper says of a row."""
+  return PAPERS.get((row['method'], row['layers']), '')
+
+
+def seven(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """LLaMA-7B on one device, the largest first."""
+  wanted = ('llama_7b', 1, 'auto')
+  keys = ('model', 'fsdp', 'layout')
+  found = [row for row in rows if tuple(row[k] for k in keys) == wanted]
+  return sorted(found, key=lambda row: -row['sum_bytes'])
+
+
+def table_of_seven(rows: list[dict[str, Any]]) -> str:
   """What LLaMA-7B takes on one device, beside the paper's figures."""
-  head = ('optimizer, rank', 'layers', 'sum', 'peak', 'plan', "the paper's")
-  alone = lambda row: (row['model'], row['fsdp']) == ('llama_7b', 1)
-  auto = [row for row in rows if alone(row) and row['layout'] == 'auto']
-  return harness.table(
-    head,
-    [
-      [
-        with_rank(row['method'], row),
-        row['layers'],
-        *gigabytes(row['sum_bytes'], row['peak_bytes'], row['plan']['total']),
-        PAPERS.get((row['method'], row['layers']), ''),
-      ]
-      for row in sorted(auto, key=lambda row: -row['sum_bytes'])
-    ],
-  )
+  columns = {'optimizer, rank': ranked, 'layers': '{layers}'}
+  columns |= {'sum': harness.gigabytes('sum_bytes'), **SIZES}
+  return harness.table_of(seven(rows), columns | {"the paper's": printed})
 
 
 def main(args: Args) -> None:
@@ -343,7 +342,7 @@ def main(args: Args) -> None:
   rows = [with_plan(row) for row in sorted(rows, key=order)]
   harness.save_results(out, rows)
   tables = {'checked': table(rows), 'missed': missed(rows)}
-  tables['seven'] = seven(rows)
+  tables['seven'] = table_of_seven(rows)
   print('\n\n'.join(tables.values()))
   harness.fill_page(args.docs, tables)
 

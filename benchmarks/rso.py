@@ -3,10 +3,9 @@
 Parts: FLOPs of one layer; of an 8-layer LLaMA with and without recomputed
 layers; what a block keeps for its backward pass; what x P saves if layers share
 it; what replicas send; the peak memory of training steps. The first five take
-five minutes on two cores, `peak` half a minute to two for each of 78 programs:
-`--models`, `--policies`, `--methods` and `--width-over-rank` choose some. It
-compiles for a TPU where it can (see `programs.find_devices`), else for a CPU,
-as the results say.
+five minutes on two cores, `peak` half a minute to two for each of 78 programs,
+of which `--only` chooses some. It compiles for a TPU where it can (see
+`programs.find_devices`), else for a CPU, as the results say.
 
 What results/rso.json holds is not compiled again without `--again`; `--parts`
 with no name only writes docs/rso.md and results/rso.png anew.
@@ -22,13 +21,11 @@ import tyro
 from benchmarks import harness
 from benchmarks import programs
 from benchmarks import rso_layers
-from benchmarks import rso_methods
 from benchmarks import rso_model
 from benchmarks import rso_report
 import llama
 
 PARTS = ('layer', 'llama', 'block', 'sharing', 'traffic', 'peak')
-CHOICES = ('parts', 'again', 'models', 'policies', 'methods', 'width_over_rank')
 DEVICES = 4
 
 
@@ -48,14 +45,11 @@ class Args:
   batch: int = 4
   seq: int = 512
   block: str = 'llama_350m'
-  # Of `peak`: tokens of a device, and what is compiled for.
-  models: tuple[str, ...] = ('llama_350m', 'llama_1b', 'llama_7b')
-  policies: tuple[str, ...] = ('none', 'layers')
-  methods: tuple[str, ...] = (rso_methods.ADAM, *rso_methods.METHODS)
-  width_over_rank: tuple[int, ...] = (4, 16, 2, 8)
+  # Of `peak`: tokens of a device, what is compiled for, and some of the runs.
   peak_batch: int = 8
   peak_seq: int = 256
   topology: str = 'v5p:2x2x1'
+  only: str = ''  # part of model-policy-method-width/rank
   out: str = str(harness.RESULTS / 'rso.json')
   docs: str = str(harness.DOCS / 'rso.md')
 
@@ -87,9 +81,8 @@ def count_peaks(args: Args, results: dict, save: Callable[[], None]) -> None:
   mesh = programs.make_mesh(devices, data=1)
   found = results.setdefault('peak', {}).setdefault(target, [])
   known = [(x['model'], x['policy'], x['method'], x['part']) for x in found]
-  chosen = args.models, args.policies, args.methods, args.width_over_rank
-  for run in rso_model.peak_runs(*chosen):
-    if run in known:
+  for run in rso_model.PEAK_RUNS:
+    if run in known or args.only not in '-'.join(map(str, run)):
       continue
     seconds, row = harness.time_call(
       rso_model.peak_row, mesh, run, args.peak_batch, args.peak_seq
@@ -102,7 +95,7 @@ def count_peaks(args: Args, results: dict, save: Callable[[], None]) -> None:
 def main(args: Args) -> None:
   """Counts, then prints and writes everything."""
   programs.use_cpu(DEVICES)
-  settings = harness.settings_of(args, *CHOICES)
+  settings = harness.settings_of(args, 'parts', 'again', 'only')
   results = harness.load_results(args.out, settings=settings)
   save = lambda: harness.save_results(args.out, results)
   for part in args.parts:

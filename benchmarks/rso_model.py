@@ -127,22 +127,19 @@ def one_each(bases: Any) -> Any:
 
 # --- Memory of whole training steps ------------------------------------------
 
-Run = tuple[str, str, str, int]  # model, policy, method, width over rank
+# Model, policy, method, width over rank; Adam has no rank.
+PEAK_RUNS = [
+  (model, policy, method, part)
+  for policy in ('none', 'layers')
+  for part in (0, 4, 16, 2, 8)
+  for model in ('llama_350m', 'llama_1b', 'llama_7b')
+  for method in (rso_methods.METHODS if part else (ADAM,))
+]
 
 
-def peak_runs(
-  models: Any, policies: Any, methods: Any, parts: Any
-) -> Iterator[Run]:
-  """Yields what is to be compiled; Adam has no rank."""
-  for policy in policies:
-    for part in (0, *parts):
-      for model in models:
-        for method in methods:
-          if (method == ADAM) == (part == 0):
-            yield model, policy, method, part
-
-
-def peak_row(mesh: Mesh, run: Run, batch: int, seq: int) -> dict[str, Any]:
+def peak_row(
+  mesh: Mesh, run: tuple[str, str, str, int], batch: int, seq: int
+) -> dict[str, Any]:
   """XLA's account of one step, or why it refused to compile it.
 
   Parameters and state are donated: what a step holds are its arguments, its

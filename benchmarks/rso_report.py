@@ -6,7 +6,6 @@ from typing import Any
 from benchmarks import harness
 from benchmarks import rso_layers
 from benchmarks.harness import GB
-from benchmarks.harness import MIB
 
 WHOLE = 'whole gradients'
 STYLES = {
@@ -27,6 +26,14 @@ Row = dict[str, Any]
 
 def label(method: str) -> str:
   return LABELS.get(method, method)
+
+
+def rank(row: Row) -> str:
+  return str(row['rank'] or '')
+
+
+def gflop(row: Row) -> str:
+  return f'{row["flops"] / 1e9:.1f}' if row['flops'] else ''
 
 
 def unique(values: Any) -> list[Any]:
@@ -66,22 +73,17 @@ def whole_model(rows: list[Row]) -> str:
   """FLOPs and gradients of the small LLaMA."""
   full = {x['policy']: x['flops'] for x in rows if not x['rank']}
   saved = lambda x: f'{1 - x["flops"] / full[x["policy"]]:.1%}'
-  head = ['recomputed', 'gradients of', 'r', 'GFLOP', 'saved']
-  head += ['gradients, MiB', "products of a kernel's shape"]
-  return harness.table(
-    head,
-    [
-      [
-        RECOMPUTED[x['policy']],
-        label(x['method']) if x['rank'] else WHOLE,
-        str(x['rank'] or ''),
-        f'{x["flops"] / 1e9:.1f}',
-        saved(x) if x['rank'] else '',
-        f'{x["gradient_bytes"] / MIB:.2f}',
-        str(x['whole_products']),
-      ]
-      for x in rows
-    ],
+  return harness.table_of(
+    rows,
+    {
+      'recomputed': lambda x: RECOMPUTED[x['policy']],
+      'gradients of': lambda x: label(x['method']) if x['rank'] else WHOLE,
+      'r': rank,
+      'GFLOP': gflop,
+      'saved': lambda x: saved(x) if x['rank'] else '',
+      'gradients, MiB': harness.megabytes('gradient_bytes'),
+      "products of a kernel's shape": '{whole_products}',
+    },
   )
 
 
@@ -104,35 +106,29 @@ def block(rows: list[Row]) -> str:
 
 def sharing(rows: list[Row]) -> str:
   """What one x P for several layers saves."""
-  return harness.table(
-    ['layers', 'bases', 'GFLOP', 'temporary, MiB'],
-    [
-      [
-        'scanned' if x['scan_layers'] else 'unrolled',
-        x['bases'],
-        f'{x["flops"] / 1e9:.1f}' if x['flops'] else '',
-        f'{x["temporary_bytes"] / MIB:.1f}',
-      ]
-      for x in rows
-    ],
+  return harness.table_of(
+    rows,
+    {
+      'layers': lambda x: 'scanned' if x['scan_layers'] else 'unrolled',
+      'bases': '{bases}',
+      'GFLOP': gflop,
+      'temporary, MiB': harness.megabytes('temporary_bytes', 1),
+    },
   )
 
 
 def traffic(rows: list[Row]) -> str:
   """What replicas send, predicted and counted."""
   adam = rows[0]['sent_bytes']
-  return harness.table(
-    ['method', 'r', 'predicted, MiB', 'counted, MiB', "of Adam's"],
-    [
-      [
-        label(x['method']),
-        str(x['rank'] or ''),
-        f'{x["predicted_bytes"] / MIB:.2f}',
-        f'{x["sent_bytes"] / MIB:.2f}',
-        f'{x["sent_bytes"] / adam:.1%}',
-      ]
-      for x in rows
-    ],
+  return harness.table_of(
+    rows,
+    {
+      'method': lambda x: label(x['method']),
+      'r': rank,
+      'predicted, MiB': harness.megabytes('predicted_bytes'),
+      'counted, MiB': harness.megabytes('sent_bytes'),
+      "of Adam's": lambda x: f'{x["sent_bytes"] / adam:.1%}',
+    },
   )
 
 

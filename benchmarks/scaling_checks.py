@@ -1,5 +1,6 @@
 """The counts of `roofline.py` beside those of XLA and of real trees."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,9 +15,7 @@ import llama
 import subspace_optax as so
 
 # Small, but with the proportions of a LLaMA.
-CONFIG = llama.LlamaConfig(
-  width=256, mlp_width=704, layers=2, heads=4, vocab=1024, scan_layers=False
-)
+CONFIG = llama.LlamaConfig(256, 704, layers=2, heads=4, vocab=1024)
 MODEL = roofline.Model(256, 704, 2, 256, vocab=1024)
 BATCH, SEQUENCE, SHARE = 4, 128, 0.25
 OPTIMIZERS = {
@@ -46,7 +45,9 @@ def flops(f: Any, *args: Any) -> float:
 
 def model_flops() -> dict:
   """Forward and backward of a small LLaMA without recomputation."""
-  graphdef, params = programs.model(CONFIG)
+  # Unrolled, since XLA counts a loop's body once.
+  config = dataclasses.replace(CONFIG, scan_layers=False)
+  graphdef, params = programs.model(config)
   loss = functools.partial(programs.loss, nnx.merge, graphdef)
   tokens = jax.ShapeDtypeStruct((BATCH, SEQUENCE), jnp.int32)
   return {
@@ -60,7 +61,9 @@ def update_flops() -> dict:
   """A step of online subspace descent, which never refreshes."""
   name = 'online_subspace_descent'
   tx, method = OPTIMIZERS[name], roofline.METHODS[name]
-  matrices = {k: v for k, v in parameters().items() if k.startswith('w')}
+  blocks = programs.model(CONFIG)[1]['blocks']
+  plain = optax.MaskedNode()
+  matrices = jax.tree.map(lambda x: x if x.ndim == 3 else plain, blocks)
   state = jax.eval_shape(tx.init, matrices)
   return {
     'what': f'FLOPs of an update of {name}',
@@ -71,24 +74,12 @@ def update_flops() -> dict:
 
 def states() -> list[dict]:
   """The numbers in the state of every method."""
+  _, params = programs.model(CONFIG)
   return [
     {
       'what': f'numbers in the state of {name}',
       'counted': roofline.state_numbers(method, MODEL, SHARE),
-      'xla': so.memory_report(OPTIMIZERS[name], parameters()).state / 4,
+      'xla': so.memory_report(OPTIMIZERS[name], params).state / 4,
     }
     for name, method in roofline.METHODS.items()
   ]
-
-
-def parameters() -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of all parameters of MODEL, matrices in stacks."""
-  d, f, layers = CONFIG.width, CONFIG.mlp_width, CONFIG.layers
-  shapes = {name: (layers, d, d) for name in ('wq', 'wk', 'wv', 'wo')}
-  shapes |= {'w_gate': (layers, d, f), 'w_up': (layers, d, f)}
-  shapes |= {'w_down': (layers, f, d), 'norm_scale': (2 * layers + 1, d)}
-  shapes |= {'embed': (CONFIG.vocab, d), 'lm_head': (d, CONFIG.vocab)}
-  return {
-    name: jax.ShapeDtypeStruct(shape, jnp.float32)
-    for name, shape in shapes.items()
-  }

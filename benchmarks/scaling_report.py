@@ -20,7 +20,7 @@ STYLES = {
 def markdown(results: dict) -> str:
   """Assumptions, checks and predictions."""
   parts = [assumptions(results['settings']), chips(results['chips'])]
-  parts.append(checks(results['checks']))
+  parts.append(harness.table_of(results['checks'], CHECKS))
   for kind in results['settings']['kinds']:
     for model in results['models']:
       parts += [f'{model} on {kind}:', table(results, kind, model)]
@@ -43,35 +43,28 @@ def assumptions(s: dict) -> str:
 
 def chips(found: dict[str, dict]) -> str:
   """What the chips and their links can do."""
-  head = ['', 'bf16', 'HBM', 'capacity', 'fast links', 'slow links', 'domain']
-  return harness.table(
-    [*head, 'float32 products'],
-    [
-      [
-        kind,
-        f'{c["flops"] / 1e12:.0f} TFLOP/s',
-        f'{c["hbm"] / 1e9:.0f} GB/s',
-        f'{c["capacity"] / 1e9:.0f} GB',
-        f'{c["fast"] / 1e9:.0f} GB/s',
-        f'{c["slow"] / 1e9:.4g} GB/s',
-        f'{c["domain"]} chips',
-        f'{c["float32"]:.1f} times slower',
-      ]
-      for kind, c in found.items()
-    ],
+  per_second = lambda key: lambda c: f'{c[key] / 1e9:.4g} GB/s'
+  return harness.table_of(
+    [{'kind': kind, **c} for kind, c in found.items()],
+    {
+      '': '{kind}',
+      'bf16': lambda c: f'{c["flops"] / 1e12:.0f} TFLOP/s',
+      'HBM': per_second('hbm'),
+      'capacity': lambda c: f'{c["capacity"] / 1e9:.0f} GB',
+      'fast links': per_second('fast'),
+      'slow links': per_second('slow'),
+      'domain': '{domain} chips',
+      'float32 products': '{float32:.1f} times slower',
+    },
   )
 
 
-def checks(rows: list[dict]) -> str:
-  """How close the counts are."""
-  number = lambda x: f'{x:.4g}'
-  return harness.table(
-    ['of a small LLaMA', 'counted here', 'XLA', 'ratio'],
-    [
-      [x['what'], number(x['counted']), number(x['xla']), f'{x["ratio"]:.3f}']
-      for x in rows
-    ],
-  )
+CHECKS = {
+  'of a small LLaMA': '{what}',
+  'counted here': '{counted:.4g}',
+  'XLA': '{xla:.4g}',
+  'ratio': '{ratio:.3f}',
+}
 
 
 def rows_of(results: dict, kind: str, model: str, strategy: str) -> list[dict]:

@@ -149,25 +149,19 @@ def measure(args: Args, stacked: bool) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
   """A line for each optimizer."""
-  head = ['optimizer', 'compile, s', 'state, MiB', 'temporary, MiB']
-  head += ['median, ms', 'worst, ms', 'worst / median']
-  head += ['worst that returns / median', '/ adamw']
-  return harness.table(
-    head,
-    [
-      [
-        row['optimizer'],
-        f'{row["compile_seconds"]:.1f}',
-        f'{row["state_bytes"] / harness.MIB:.0f}',
-        f'{row["temporary_bytes"] / harness.MIB:.0f}',
-        f'{row["median_seconds"] * 1e3:.0f}',
-        f'{row["worst_seconds"] * 1e3:.0f}',
-        f'{row["worst_over_median"]:.2f}',
-        f'{row["worst_that_returns_over_median"]:.2f}',
-        f'{row["median_over_adamw"]:.2f}',
-      ]
-      for row in rows
-    ],
+  return harness.table_of(
+    rows,
+    {
+      'optimizer': '{optimizer}',
+      'compile, s': '{compile_seconds:.1f}',
+      'state, MiB': harness.megabytes('state_bytes', 0),
+      'temporary, MiB': harness.megabytes('temporary_bytes', 0),
+      'median, ms': lambda row: f'{row["median_seconds"] * 1e3:.0f}',
+      'worst, ms': lambda row: f'{row["worst_seconds"] * 1e3:.0f}',
+      'worst / median': '{worst_over_median:.2f}',
+      'that returns / median': '{worst_that_returns_over_median:.2f}',
+      '/ adamw': '{median_over_adamw:.2f}',
+    },
   )
 
 
@@ -175,10 +169,9 @@ def picture(results: dict, path: Any) -> None:
   """Every step's time: a panel for each optimizer, a column for each form."""
   forms = results['rows']
   names = [row['optimizer'] for row in next(iter(forms.values()))]
-  size, share = (10, 1.2 * len(names)), {'sharex': True, 'sharey': True}
-  with harness.draw(
-    path, len(names), len(forms), dpi=150, figsize=size, **share
-  ) as (figure, panels):
+  shape = len(names), len(forms)
+  style = {'figsize': (10, 1.2 * len(names)), 'sharex': True, 'sharey': True}
+  with harness.draw(path, *shape, dpi=150, **style) as (figure, panels):
     for column, (form, rows) in zip(panels.T, forms.items(), strict=True):
       by_name = {row['optimizer']: row for row in rows}
       for axes, name in zip(column, names, strict=True):

@@ -58,19 +58,22 @@ class Check:
     return f'{number(self.least)} to {number(self.most)}'
 
 
+Table = list[Sequence[Any]]  # the first row names the columns
+
+
 class Found(NamedTuple):
   """What a script's `run` returns.
 
   Attributes:
     checks: from which the verdict follows.
     data: what the script's `picture` draws.
-    table: rows of strings and numbers; the first one names the columns.
+    table: of strings and numbers.
     numbers: what NAME.md names besides the script's constants.
   """
 
   checks: Sequence[Check]
   data: Any = None
-  table: Sequence[Sequence[Any]] = ()
+  table: Table = []
   numbers: dict[str, Any] = {}
 
 

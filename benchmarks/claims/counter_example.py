@@ -90,8 +90,8 @@ def run() -> claim.Found:
         tx, counter.START, STEPS, gradient, counter.excess
       ).at.tolist()
   at = [step * 100 // STEPS for step in SHOWN]
-  table = [['f - f* after', *(f'{s:,} steps' for s in SHOWN)]]
-  table[0].append('NumPy, 200,000')
+  head = (f'{s:,} steps' for s in SHOWN)
+  table: claim.Table = [('f - f* after', *head, 'NumPy, 200,000')]
   for name, curve in curves.items():
     table.append([name, *(curve[i] for i in at), NUMPY[name]])
   ends = [curves[f'GaLore {x}'][-1] for x in ('SGD', 'MSGD+MP', 'Adam')]

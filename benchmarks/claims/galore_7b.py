@@ -28,18 +28,10 @@ SLIDES = 1620.0  # of GPT-3 175B with Adam, in GB
 PARTS = ('weights', 'states', 'bases', 'gradients', 'activations', 'workspace')
 
 
-def printed(row: dict[str, Any]) -> str:
-  """GB in GaLore's paper, Sections 1 and 5.5."""
-  return plan_check.PAPERS.get((row['method'], row['layers']), '')
-
-
 def quote() -> list[dict[str, Any]]:
   """XLA's rows of LLaMA-7B on one device, the plan's parts made anew."""
-  found = []
-  for row in json.loads(claim.PLAN.read_text()):
-    if (row['model'], row['fsdp'], row['layout']) == ('llama_7b', 1, 'auto'):
-      found.append(row | {'plan': plan_check.plan_of(row)._asdict()})
-  return sorted(found, key=lambda row: -row['sum_bytes'])
+  rows = plan_check.seven(json.loads(claim.PLAN.read_text()))
+  return [row | {'plan': plan_check.plan_of(row)._asdict()} for row in rows]
 
 
 def gpt3() -> dict[str, float]:
@@ -88,7 +80,7 @@ def checks(rows: list[dict], big: dict) -> Sequence[claim.Check]:
     kept = plan['weights'] + plan['states'] + plan['bases']
     ratio = row['argument_bytes'] / kept
     near(f'{name}: arguments / weights and states', ratio)
-    if paper := printed(row):
+    if paper := plan_check.printed(row):
       ratio = row['peak_bytes'] / GB / float(paper)
       near(f'{name}: peak / the printed {paper} GB', ratio)
   one = least(rows)
@@ -104,11 +96,15 @@ def checks(rows: list[dict], big: dict) -> Sequence[claim.Check]:
 def run() -> claim.Found:
   """Plans, compiles a small step, and quotes."""
   rows, big = quote(), gpt3()
-  table = [('7B, optimizer', 'layers', 'sum', 'peak', 'plan', 'printed')]
+  table: claim.Table = [
+    ('7B, optimizer', 'layers', 'sum', 'peak', 'plan', 'printed')
+  ]
   for row in rows:
     sizes = row['sum_bytes'], row['peak_bytes'], sum(row['plan'].values())
     cells = (f'{size / GB:.2f}' for size in sizes)
-    table.append((row['method'], row['layers'], *cells, printed(row)))
+    table.append(
+      (row['method'], row['layers'], *cells, plan_check.printed(row))
+    )
   for name, size in big.items():
     table.append((f'GPT-3, {name}', '', '', '', f'{size:,.0f}', ''))
   keys, one = ('method', 'layers', 'plan', 'peak_bytes'), least(rows)

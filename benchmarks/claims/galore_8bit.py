@@ -112,7 +112,7 @@ def run() -> claim.Found:
     for name, coded in PAIRS.items():
       what = f'{name}, quality benchmark, {corpus}'
       rows[what] = found[name], found[coded]
-  table = [('', 'float32', '8 bits', 'ratio')]
+  table: claim.Table = [('', 'float32', '8 bits', 'ratio')]
   for what, (wide, narrow) in rows.items():
     ratio, here = narrow / wide, what == 'Adam, here'
     what_of = 'loss, 8 bits / float32, here' if here else f'loss ratio, {what}'

@@ -86,7 +86,7 @@ def run() -> claim.Found:
   with jax.enable_x64(True):
     rows = [measure(x) for x in harness.track(SHARES, 'Theorem 2')]
   checks: list[claim.Check] = []
-  table: list[Any] = [('delta', 'tau', 'eta', 'slope', 'worst, of the bound')]
+  table: claim.Table = [('delta', 'tau', 'eta', 'slope', 'worst, of the bound')]
   for row in rows:
     at, slope = f'delta = {row["share"]}', fitted(row)
     # In units of its bound, at the worst T.

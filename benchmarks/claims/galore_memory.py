@@ -121,7 +121,7 @@ def run() -> claim.Found:
   ranks['llama_7b'] = RANK_7B
   tracked = harness.track(ranks.items(), 'memory')
   rows = {name: measure(name, rank) for name, rank in tracked}
-  table: list[Any] = [('', 'rank', '', 'printed', 'exact bytes', 'GB / GiB')]
+  table: claim.Table = [('', 'rank', '', 'printed', 'exact bytes', 'GB / GiB')]
   for name, row in rows.items():
     table += lines(name, row)
   found = checks(rows)

@@ -47,7 +47,7 @@ def run() -> claim.Found:
     curves = {x: descend(x) for x in harness.track(SHARES, 'GoLore@x%')}
   last = {share: curve[-1] for share, curve in curves.items()}
   checks: list[claim.Check] = []
-  table: list[Any] = [('x', 'at the turn', 'predicted end', 'end')]
+  table: claim.Table = [('x', 'at the turn', 'predicted end', 'end')]
   for share, curve in curves.items():
     at_turn = curve[100 - share]
     goal, what = expected(share, at_turn), f'GoLore@{share}%: last f - f*'

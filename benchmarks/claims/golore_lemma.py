@@ -48,7 +48,7 @@ def run() -> claim.Found:
   """Every rank."""
   rows = [measure(rank) for rank in harness.track(RANKS, 'Lemma 5')]
   checks: list[claim.Check] = []
-  table: list[Any] = [('r', '1 - r/m', 'lost', 'standard error', 'by SVD')]
+  table: claim.Table = [('r', '1 - r/m', 'lost', 'standard error', 'by SVD')]
   entries = f'mean of P P^T - (r/m) I, in standard errors, the worst of {M**2}'
   for row in rows:
     rank, lost, share = row['rank'], row['lost'], 1 - row['rank'] / M

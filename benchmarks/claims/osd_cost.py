@@ -34,7 +34,7 @@ def quote() -> dict[str, float]:
 def run() -> claim.Found:
   """Reads the other benchmark's result."""
   found = quote()
-  table = [('shape', *DEVICES, 'here', f'here / {GAP}')]
+  table: claim.Table = [('shape', *DEVICES, 'here', f'here / {GAP}')]
   for shape, of in PRINTED.items():
     cells = ('not measured', '')
     if shape in found:

@@ -177,7 +177,9 @@ def run() -> claim.Found:
   # No Euler step follows bases that are new at every step, see the notes.
   followed = {k: row for k, row in found.items() if EVERY_STEP not in k}
   checks: list[claim.Check] = []
-  table = [('optimizer, bases', 'dH/dt off by', 'highest dH/dt', 'comes back')]
+  table: claim.Table = [
+    ('optimizer, bases', 'dH/dt off by', 'highest dH/dt', 'comes back')
+  ]
   for name, row in found.items():
     checks += [
       claim.Check(f'{name}: dH/dt off by', row['off'], most=1e-5),

@@ -91,7 +91,7 @@ def run() -> claim.Found:
   checks.append(claim.Check(what, worst / found['Adam'], most=printed))
   agree = kendall(found)
   checks.append(claim.Check("Kendall's tau of all rows", agree, least=0.5))
-  table = [('W, then P', 'printed, 60M', 'here, per byte', 'rate')]
+  table: claim.Table = [('W, then P', 'printed, 60M', 'here, per byte', 'rate')]
   table += [
     (row, f'{printed:,.2f}', f'{found[row]:.3f}', best[row][0])
     for row, printed in PRINTED.items()

@@ -39,7 +39,7 @@ def run() -> claim.Found:
     what = f'rank {rank} of {WIDTH}: OSD / GaLore'
     checks.append(claim.Check(what, of[0] / of[1], 0, 1))
     ratios.append(f'{of[0] / of[1]:.3f}')
-  table = [('', *METHODS, 'OSD / GaLore')]
+  table: claim.Table = [('', *METHODS, 'OSD / GaLore')]
   table += [(k, *rows[k], x) for k, x in zip(rows, ratios, strict=True)]
   for name, (osd, galore) in PRINTED.items():
     table.append((name, f'{osd:.2f}', f'{galore:.2f}', f'{osd / galore:.3f}'))

@@ -85,7 +85,7 @@ def run() -> claim.Found:
   with jax.enable_x64(True):
     of_gd, others = descend_in_subspaces(), run_others()
   checks: list[claim.Check] = []
-  table: list[Any] = [('GD', 'sum ||grad||^2 / (2 m L Delta / r)')]
+  table: claim.Table = [('GD', 'sum ||grad||^2 / (2 m L Delta / r)')]
   for name, ratio in of_gd.items():
     checks.append(claim.Check(f'GD, {name}: of the bound', max(ratio), 0, 1.02))
     table.append((name, max(ratio)))

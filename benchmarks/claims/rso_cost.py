@@ -80,7 +80,7 @@ def run() -> claim.Found:
   of = lambda name, remat: rows[f'{name} {remat}']
   saved = lambda name, remat: 1 - of(name, remat) / of('whole', remat)
   checks: list[claim.Check] = []
-  table = [('', 'remat', 'GFLOP', 'saved')]
+  table: claim.Table = [('', 'remat', 'GFLOP', 'saved')]
   for name, remat in pairs:
     size, share = of(name, remat) / 1e9, saved(name, remat)
     table.append((name, str(remat), f'{size:.1f}', f'{share:.1%}'))

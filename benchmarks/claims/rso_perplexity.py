@@ -50,12 +50,14 @@ def run() -> claim.Found:
   """Trains all with every seed and rate."""
   found, mean, spread = training.compare(METHODS, SEEDS, RATES)
   rates = [row['rate'] for row in found.values()]
-  table = [('', *found), ('best rate', *rates)]
+  table: claim.Table = [('', *found), ('best rate', *rates)]
   table.append(('here', *(f'{x:.3f}' for x in mean.values())))
   for size, of in PRINTED.items():
     adam, galore, theirs = (f'{x:.2f}' for x in of)
     table.append((size, adam, galore, '', theirs, ''))
-  numbers, checks = {'spread': spread, 'over_adam': spread / mean['Adam']}, []
+  checks: list[claim.Check] = []
+  numbers: dict[str, Any] = {'spread': spread}
+  numbers['over_adam'] = spread / mean['Adam']
   for i, name in enumerate(('Adam', 'GaLore')):
     ratio = mean['RSO'] / mean[name]
     worst = max(row[2] / row[i] for row in PRINTED.values())

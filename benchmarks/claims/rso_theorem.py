@@ -53,7 +53,7 @@ def run() -> claim.Found:
     for rank in harness.track(RANKS, 'Theorem 5.5')
   }
   checks: list[claim.Check] = []
-  table: list[Any] = [('r / m', 'eta', 'mean', 'bound', 'mean / bound')]
+  table: claim.Table = [('r / m', 'eta', 'mean', 'bound', 'mean / bound')]
   for rank, squares in rows.items():
     p, mean, name = parameters(rank), float(squares.mean()), f'{rank}/{M}'
     fall = float(squares[-1] / squares[0])
