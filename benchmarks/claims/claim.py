@@ -160,7 +160,8 @@ def from_dict(fields: dict[str, Any]) -> Claim:
   fields = {k: v for k, v in fields.items() if k not in ('verdict', 'digest')}
   fields['checks'] = tuple(Check(**check) for check in fields['checks'])
   fields['table'] = tuple(tuple(row) for row in fields['table'])
-  return Claim(**fields | {'notes': tuple(fields['notes'])})
+  fields['notes'] = tuple(fields['notes'])
+  return Claim(**fields)
 
 
 def _finite(x: Any) -> Any:
