@@ -139,7 +139,8 @@ def panel(axes: Any, chosen: list[dict], size: Any) -> None:
     axes.annotate(name, (x, y), color=color, **text)
   line = front([(size(s) / MIB, mean(s)) for s in chosen])
   style = {'color': 'black', 'linewidth': 0.8, 'linestyle': ':'}
-  axes.step(*zip(*line, strict=True), where='post', **style)
+  sizes, values = [x for x, _ in line], [y for _, y in line]
+  axes.step(sizes, values, where='post', **style)
   axes.grid(alpha=0.3)
 
 
