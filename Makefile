@@ -51,7 +51,7 @@ test-full: $(VENV)/.stamp-test
 	  --full $(ARGS)
 
 evidence: $(VENV)/.stamp-examples
-	$(BIN) benchmarks/claims $(ARGS)
+	$(BIN) -m benchmarks.claims $(ARGS)
 
 check: $(VENV)/.stamp-dev
 	$(BIN) -m ruff check .
@@ -77,7 +77,7 @@ wheel: $(VENV)/.stamp-dev
 clean:
 	rm -rf .venv .venv-* build dist
 	rm -rf .hypothesis .pytest_cache .ruff_cache
-	find subspace_optax examples tests -name __pycache__ -prune \
+	find subspace_optax benchmarks examples tests -name __pycache__ -prune \
 	  -exec rm -rf {} +
 
 # An interrupted run leaves no stamp, so the next one starts again from there.

@@ -1,42 +1,28 @@
 """How much of a LLaMA's gradients each projector's bases capture as it trains.
 
-  python benchmarks/captured_energy.py
-
 The main job of the examples trains once. At every step all projectors see its
 gradients, each keeping bases of its own, and `captured_energy` of the basis
 that step would use, the share of ||G||_F^2 that it keeps, is averaged over the
 matrices, beside the most that any basis of that rank could capture. A basis
 refreshed at this very step has seen the gradient that it is judged by; the
-others have not. Results: a table, benchmarks/results/captured_energy.json and
-.png.
+others have not. What is in results/captured_energy.json is only drawn again.
 """
 
 from collections.abc import Callable
 import dataclasses
-import json
-import pathlib
-import sys
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / 'examples'))
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import matplotlib  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from rich import progress  # noqa: E402
-import tyro  # noqa: E402
-
-import machine  # noqa: E402
-import mesh  # noqa: E402
-import pretrain  # noqa: E402
-import subspace_optax as so  # noqa: E402
-from subspace_optax import projectors  # noqa: E402
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from benchmarks import harness
+import mesh
+import pretrain
+import subspace_optax as so
+from subspace_optax import projectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +35,19 @@ class Args:
   update_proj_gap: int = 50
   best_every: int = 5  # steps between SVDs of everything
   warm_up: int = 50  # steps that the table leaves out
-  out: str = str(ROOT / 'results' / 'captured_energy.json')
+  out: str = str(harness.RESULTS / 'captured_energy.json')
 
 
 def rules(gap: int) -> dict[str, projectors.Projector]:
   """From the name in the picture to the projector."""
   adam = optax.adam(5e-3)
+  randomized = lambda rounds: projectors.svd(
+    gap, 'randomized', power_iterations=rounds
+  )
   return {
     'svd exact': projectors.svd(gap, 'exact'),
-    'svd randomized': projectors.svd(gap, 'randomized', power_iterations=1),
-    'svd randomized, 2 rounds': projectors.svd(
-      gap, 'randomized', power_iterations=2
-    ),
+    'svd randomized': randomized(1),
+    'svd randomized, 2 rounds': randomized(2),
     'svd warm': projectors.svd(gap, 'warm', power_iterations=1),
     'importance_svd': projectors.importance_svd(gap),
     'power_iteration': projectors.power_iteration(1),
@@ -76,26 +63,21 @@ def rules(gap: int) -> dict[str, projectors.Projector]:
   }
 
 
-def shares(state: Any) -> jax.Array:
-  """The captured energy of every matrix, in a row."""
-  metrics = so.subspace_metrics(state).values()
-  return jnp.concatenate([jnp.ravel(m['captured_energy']) for m in metrics])
-
-
-def watch(spec: so.SubspaceSpec, rule: projectors.Projector) -> Callable:
-  """(gradient, state) -> (shares, state) of one projector."""
-  tx = so.project(spec, rule)
+def watch(tx: optax.GradientTransformation) -> Callable:
+  """(gradient, state) -> (mean captured energy, state) of one projector."""
 
   @jax.jit
   def step(gradient, state):
     _, state = tx.update(gradient, state)
-    return shares(state), state
+    metrics = so.subspace_metrics(state).values()
+    shares = [jnp.ravel(m['captured_energy']) for m in metrics]
+    return jnp.mean(jnp.concatenate(shares)), state
 
   return step
 
 
 def best(spec: so.SubspaceSpec, gradient: Any) -> jax.Array:
-  """The largest shares that bases of these ranks can capture."""
+  """The largest mean share that bases of these ranks can capture."""
 
   def one(match):
     g = match.layout.to_matrix(match.leaf)
@@ -104,7 +86,7 @@ def best(spec: so.SubspaceSpec, gradient: Any) -> jax.Array:
     return jnp.ravel(kept / jnp.sum(squares, axis=-1))
 
   matches = [m for m in spec.match(gradient) if m and m.layout]
-  return jnp.concatenate([one(match) for match in matches])
+  return jnp.mean(jnp.concatenate([one(match) for match in matches]))
 
 
 def run(args: Args) -> dict:
@@ -115,11 +97,11 @@ def run(args: Args) -> dict:
   corpus = pretrain.load_corpus(config)
   loss, tx, state = pretrain.build(config, corpus.vocab)
   spec = so.SubspaceSpec(args.rank)
-  steps = {k: watch(spec, v) for k, v in rules(args.update_proj_gap).items()}
-  states = {
-    k: so.project(spec, v).init(state['params'])
-    for k, v in rules(args.update_proj_gap).items()
+  made = {
+    k: so.project(spec, v) for k, v in rules(args.update_proj_gap).items()
   }
+  steps = {name: watch(one) for name, one in made.items()}
+  states = {name: one.init(state['params']) for name, one in made.items()}
   gradient_of = jax.jit(jax.grad(loss))
   best_of = jax.jit(lambda gradient: best(spec, gradient))
 
@@ -133,13 +115,13 @@ def run(args: Args) -> dict:
   curves: dict[str, list] = {name: [] for name in steps}
   most = []
   batches = pretrain.batches(config, corpus, 0, mesh.make())
-  for t, batch in enumerate(progress.track(batches, total=args.steps)):
+  for t, batch in enumerate(harness.track(batches, 'Steps', args.steps)):
     gradient = gradient_of(state['params'], batch[0])
     for name, step in steps.items():
       share, states[name] = step(gradient, states[name])
-      curves[name].append(float(jnp.mean(share)))
+      curves[name].append(float(share))
     if t % args.best_every == 0:
-      most.append((t, float(jnp.mean(best_of(gradient)))))
+      most.append((t, float(best_of(gradient))))
     state = train(gradient, state)
   return {'curves': curves, 'best': most}
 
@@ -153,41 +135,33 @@ def means(args: Args, results: dict) -> dict[str, float]:
   }
 
 
-def picture(args: Args, results: dict, path: pathlib.Path) -> None:
+@harness.picture(figsize=(10, 6), dpi=150)
+def picture(axes: Any, results: dict) -> None:
   """Captured energy over training, the best possible above it."""
-  figure, axes = plt.subplots(figsize=(10, 6), layout='constrained')
   axes.plot(*zip(*results['best'], strict=True), 'k', label='best possible')
-  ratios = means(args, results)
+  ratios = results['mean_share_of_the_best']
   for i, (name, curve) in enumerate(results['curves'].items()):
-    color = plt.get_cmap('tab20')(i)
     label = f'{name} ({ratios[name]:.2f} of the best)'
-    axes.plot(curve, color=color, linewidth=0.9, label=label)
+    axes.plot(curve, color=harness.color(i), linewidth=0.9, label=label)
   axes.set_xlabel('step of the main job')
-  axes.set_ylabel(
-    f'share of the gradient at rank {args.rank}, mean of matrices'
-  )
+  rank = results['settings']['rank']
+  axes.set_ylabel(f'share of the gradient at rank {rank}, mean of matrices')
   axes.set_ylim(0, 1)
   axes.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
-  figure.savefig(path, dpi=150)
 
 
 def main(args: Args) -> None:
-  """Trains, then draws and prints everything."""
-  out = pathlib.Path(args.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  results = {
-    'machine': machine.describe(),
-    'settings': {
-      k: v for k, v in dataclasses.asdict(args).items() if k != 'out'
-    },
-    **run(args),
-  }
-  results['mean_share_of_the_best'] = means(args, results)
-  out.write_text(json.dumps(results) + '\n')
-  picture(args, results, out.with_suffix('.png'))
+  """Trains if there are no results yet, then draws and prints everything."""
+  settings = harness.settings_of(args)
+  results = harness.load_results(args.out, settings=settings)
+  if 'curves' not in results:
+    results |= run(args)
+    results['mean_share_of_the_best'] = means(args, results)
+    harness.save_results(args.out, results, indent=None)
+  picture(results, harness.next_to(args.out, '.png'))
   for name, share in results['mean_share_of_the_best'].items():
     print(f'{name:<32}{share:.3f} of the best')
 
 
 if __name__ == '__main__':
-  main(tyro.cli(Args))
+  main(tyro.cli(Args, description=__doc__))

@@ -1,35 +1,25 @@
 """What each optimizer's step moves between devices, and what it keeps on each.
 
-  python benchmarks/communication.py
-
 Compiles `tx.update` for four TPU chips, for stacks of LLaMA's matrices on a
 mesh of one axis and of two, and reads from the compiled program every
-collective, those in a refresh's branch apart, and XLA's account of memory. No
-TPU is needed, but `pip install libtpu` of jax's version, on Python 3.12 or
-newer; without it the program is compiled for four virtual CPU devices, whose
-partitioner is another, and the results say so.
+collective, those in a refresh's branch apart, and XLA's account of memory.
+Without a compiler for TPUs (see `programs.find_devices`) the program is one for
+four virtual CPU devices, whose partitioner is another, and the results say so.
 
 Gradients are taken to be reduced already and sharded like the parameters, as
 FSDP has them; what FSDP itself moves stands above each table. Results: tables,
-benchmarks/results/communication.json and docs/communication.md; what is in the
-JSON already is not compiled again.
+results/communication.json and docs/communication.md; what is in the JSON
+already is not compiled again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import json
-import os
+import math
 import pathlib
-import time
 from typing import Any
 
-# Nothing outside this machine is asked about TPUs.
-os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-
 import jax
-from jax.experimental import topologies
-from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -38,16 +28,17 @@ import optax
 import optax.contrib
 import tyro
 
-import communication_tables as tables
-import hlo
-import machine
-import methods
-import pages
+from benchmarks import harness
+from benchmarks import hlo
+from benchmarks import methods
+from benchmarks import programs
+from benchmarks.harness import MIB
 import subspace_optax as so
 
-ROOT = pathlib.Path(__file__).resolve().parent
 DEVICES = 4
 MESHES = {'fsdp=4': (4,), 'fsdp=2, tensor=2': (2, 2)}
+# How many of each matrix a layer of LLaMA has.
+IN_A_LAYER = {'attention': 4, 'up': 2, 'down': 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,32 +52,25 @@ class Args:
   topology: str = 'v5e:2x2'  # 'cpu' for virtual CPU devices
   explicit: bool = False  # mesh axes in the types, instead of automatic ones
   only: tuple[str, ...] = ()  # names of the table; all by default
-  out: str = str(ROOT / 'results' / 'communication.json')
-  docs: str = str(ROOT.parent / 'docs' / 'communication.md')
+  out: str = str(harness.RESULTS / 'communication.json')
+  docs: str = str(harness.DOCS / 'communication.md')
+
+
+# --- What is compiled --------------------------------------------------------
 
 
 def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
   """From the name in the table to the optimizer."""
-  lr, decay = 1e-3, 0.1
-  ours = (
-    'galore',
-    'golore',
-    'online_subspace_descent',
-    'fira_adamw',
-    'apollo_adamw',
-    'ldadamw',
-    'subspace_adamw',
-    'subspace_muon',
-  )
-  make = lambda name: (
-    lambda: getattr(so, name)(lr, args.rank, weight_decay=decay)
-  )
+  lr, rank, decay = 1e-3, args.rank, 0.1
   return {
     'optax.adamw': lambda: optax.adamw(lr, weight_decay=decay),
-    **{f'so.{name}': make(name) for name in ours},
+    **{
+      f'so.{name}': lambda make=make: make(lr, rank, weight_decay=decay)
+      for name, make in so.optimizers.READY_MADE.items()
+    },
     # It projects no stack: layers are handed to it one by one.
     'optax.contrib.galore': lambda: methods.by_layer(
-      optax.contrib.galore(lr, args.rank, weight_decay=decay)
+      optax.contrib.galore(lr, rank, weight_decay=decay)
     ),
   }
 
@@ -108,40 +92,16 @@ def spec(kind: str, mesh: Mesh) -> P:
   return P(None, *cut)
 
 
-def devices(args: Args) -> tuple[list[Any], str]:
-  """The devices to compile for, and what they are."""
-  here = 'virtual CPU devices: not what a TPU would run'
-  if args.topology == 'cpu':
-    return jax.devices(), here
-  try:
-    found = topologies.get_topology_desc(args.topology, 'tpu').devices
-    return found, f'{found[0].device_kind}, topology {args.topology}'
-  except Exception as error:  # no libtpu, or another process has it
-    print(f'no TPU compiler: {error}\nso this compiles for {here}')
-    return jax.devices(), here
-
-
-def mesh_of(args: Args, shape: tuple[int, ...], devices: list[Any]) -> Mesh:
-  """A mesh of `shape`."""
-  names = ('fsdp', 'tensor')[: len(shape)]
-  kind = AxisType.Explicit if args.explicit else AxisType.Auto
-  return Mesh(
-    np.array(devices).reshape(shape), names, axis_types=(kind,) * len(names)
-  )
-
-
 def compiled(tx: Any, params: Any, mesh: Mesh) -> tuple[Any, Any]:
   """The compiled update, and the shapes of the state that it was given."""
-  bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-  state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    jax.eval_shape(tx.init, bare),
-    so.state_sharding(tx, params),
-  )
+  state = programs.place_state(tx, params)
   with jax.set_mesh(mesh):
     # Where the new state goes is left to the compiler, as in most trainers.
     step = jax.jit(tx.update, donate_argnums=(0, 1))
     return step.lower(params, state, params).compile(), state
+
+
+# --- What is counted ---------------------------------------------------------
 
 
 def shard_bytes(tree: Any) -> int:
@@ -163,6 +123,23 @@ def moved(state: Any, shardings: Any) -> list[str]:
   ]
 
 
+def by_kind(found: hlo.Found) -> dict[str, float]:
+  """The bytes sent by each kind of collective."""
+  kinds = sorted({c.kind for c in found.values()})
+  of_kind = lambda kind: {k: c for k, c in found.items() if c.kind == kind}
+  return {kind: hlo.sent(of_kind(kind)) for kind in kinds}
+
+
+def fsdp_bytes(size: int, mesh: Mapping[str, int]) -> float:
+  """What a device sends for FSDP itself, for `size` bytes of weights.
+
+  They are gathered for the forward and for the backward pass, and their
+  gradients are reduced and scattered, each over the axis `fsdp` of a ring.
+  """
+  n, others = mesh['fsdp'], math.prod(mesh.values()) // mesh['fsdp']
+  return 3 * (n - 1) / n * size / others
+
+
 def communication(text: str, every_step: bool) -> dict:
   """Bytes that a device sends, between refreshes and at one, and the largest.
 
@@ -180,8 +157,8 @@ def communication(text: str, every_step: bool) -> dict:
     'collectives_at_refresh': sum(c.times for c in dear.values()),
     'largest': hlo.largest(usual),
     'largest_at_any_step': hlo.largest(both),
-    'by_kind': tables.by_kind(usual),
-    'by_kind_at_refresh': tables.by_kind(dear),
+    'by_kind': by_kind(usual),
+    'by_kind_at_refresh': by_kind(dear),
   }
 
 
@@ -190,64 +167,100 @@ def measure(args: Args, name: str, mesh: Mesh) -> Iterator[dict]:
   for kind, (m, n) in matrices(args).items():
     place = NamedSharding(mesh, spec(kind, mesh))
     w = jax.ShapeDtypeStruct((args.layers, m, n), 'float32', sharding=place)
-    start = time.perf_counter()
-    program, state = compiled(optimizers(args)[name](), {'w': w}, mesh)
-    seconds = time.perf_counter() - start
-    memory: Any = program.memory_analysis()
-    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    gradient = shard_bytes(w)
+    tx, params = optimizers(args)[name](), {'w': w}
+    build = lambda tx=tx, params=params: compiled(tx, params, mesh)
+    seconds, (program, state) = harness.time_call(build)
+    memory = programs.count_bytes(program)
     yield {
       'matrix': kind,
       'shape': [args.layers, m, n],
       'matrices_at_once': 1 if 'contrib' in name else args.layers,
       'compile_seconds': round(seconds, 1),
-      'fsdp_bytes': tables.fsdp_bytes(w.size * 4, mesh.shape),
+      'fsdp_bytes': fsdp_bytes(w.size * 4, mesh.shape),
       **communication(program.as_text(), name == 'so.ldadamw'),
-      'state_bytes': total,
+      'state_bytes': programs.tree_bytes(state),
       'state_bytes_per_device': shard_bytes(state),
       # With the gradient and the parameters; in tiles of the TPU.
-      'argument_bytes': memory.argument_size_in_bytes,
-      'gradient_bytes': gradient,
-      'temporary_bytes': memory.temp_size_in_bytes,
+      'argument_bytes': memory.arguments,
+      'gradient_bytes': shard_bytes(w),
+      'temporary_bytes': memory.temporaries,
       'state_that_moves': moved(state, program.output_shardings[1]),
     }
 
 
+# --- The page ----------------------------------------------------------------
+
+
+def of_layer(rows: list[dict], key: str) -> float:
+  """The sum of a row's value over the matrices of one layer."""
+  return sum(IN_A_LAYER[x['matrix']] * x[key] / x['shape'][0] for x in rows)
+
+
+def cells(name: str, rows: list[dict], rank: int, devices: int) -> list[str]:
+  """One optimizer's line of the table: sums, or the worst of all matrices."""
+  worst = lambda value: max(map(value, rows))
+  thin = lambda x: x['matrices_at_once'] * rank * sum(x['shape'][1:])
+  whole = lambda x: x['matrices_at_once'] * math.prod(x['shape'][1:])
+  share = lambda x: x['state_bytes_per_device'] * devices / x['state_bytes']
+  held = lambda x: x['temporary_bytes'] / x['gradient_bytes']
+  mib = lambda key: of_layer(rows, key) / MIB
+  count = lambda key: worst(lambda x: x[key])
+  return [
+    f'`{name}`',
+    f'{mib("sent_bytes"):.2f}',
+    f'{mib("sent_bytes_at_refresh"):.1f}',
+    f'{count("collectives")} / {count("collectives_at_refresh")}',
+    f'{worst(lambda x: x["largest"] / thin(x)):.2f}',
+    f'{worst(lambda x: x["largest_at_any_step"] / thin(x)):.2f}',
+    f'{worst(lambda x: x["largest_at_any_step"] / whole(x)):.2f}',
+    f'{mib("state_bytes_per_device"):.2f}',
+    f'{worst(share):.3f}',
+    f'{worst(held):.1f}',
+  ]
+
+
+HEAD = ('', 'sent a step', 'at a refresh', 'collectives', 'largest / r(m+n)')
+HEAD += ('at any step', 'largest / mn', 'state', 'over an equal share')
+HEAD += ('temporary / gradient',)
+
+
+def markdown(results: dict) -> str:
+  """A table for every mesh."""
+  rank = results['settings']['rank']
+  parts = [f'Compiled for {results["compiled_for"]}.']
+  for mesh, rows in results['rows'].items():
+    fsdp = of_layer(next(iter(rows.values())), 'fsdp_bytes') / MIB
+    lines = [cells(name, x, rank, DEVICES) for name, x in rows.items()]
+    parts += [
+      f'Mesh `{mesh}`; FSDP itself sends {fsdp:.1f} MiB for these weights:',
+      harness.table(HEAD, lines),
+    ]
+  return '\n\n'.join(parts)
+
+
 def main(args: Args) -> None:
   """Compiles everything, then prints and writes the tables."""
-  jax.config.update('jax_num_cpu_devices', DEVICES)
-  out = pathlib.Path(args.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  found, target = devices(args)
-  keep = ('out', 'docs', 'only')
-  fixed = {k: v for k, v in dataclasses.asdict(args).items() if k not in keep}
-  results = {
-    'machine': machine.describe(),
-    'compiled_for': target,
-    'settings': fixed,
-    'rows': {},
-  }
-  if out.exists():
-    results = json.loads(out.read_text())
-    if results['settings'] != fixed or results['compiled_for'] != target:
-      raise ValueError(
-        f'{out} holds {results["settings"]} for {results["compiled_for"]}, '
-        f'not {fixed} for {target}: delete it or name another --out'
-      )
+  programs.use_cpu(DEVICES)
+  devices, target = programs.find_devices(args.topology)
+  settings = harness.settings_of(args, 'only')
+  results = harness.load_results(
+    args.out, compiled_for=target, settings=settings
+  )
   for mesh_name, shape in MESHES.items():
-    mesh = mesh_of(args, shape, found)
-    rows = results['rows'].setdefault(mesh_name, {})
+    axes = dict(zip(('fsdp', 'tensor'), shape, strict=False))
+    mesh = programs.make_mesh(devices, args.explicit, **axes)
+    rows = results.setdefault('rows', {}).setdefault(mesh_name, {})
     for name in args.only or optimizers(args):
       if name not in rows:
         rows[name] = list(measure(args, name, mesh))
-        out.write_text(json.dumps(results, indent=1) + '\n')
+        harness.save_results(args.out, results)
       print(f'{mesh_name}: {name}', flush=True)
   # Those compiled for CPUs are in a file of their own beside this one.
-  files = sorted(out.parent.glob('communication*.json'))
-  text = '\n\n'.join(tables.markdown(json.loads(f.read_text())) for f in files)
+  files = pathlib.Path(args.out).parent.glob('communication*.json')
+  text = '\n\n'.join(markdown(json.loads(f.read_text())) for f in sorted(files))
   print(text)
-  pages.fill(pathlib.Path(args.docs), {'tables': text})
+  harness.fill_page(args.docs, {'tables': text})
 
 
 if __name__ == '__main__':
-  main(tyro.cli(Args))
+  main(tyro.cli(Args, description=__doc__))

@@ -1,44 +1,33 @@
 """How long XLA takes to compile one update of each optimizer.
 
-  python benchmarks/compile_time.py
-
 Twelve matrices of one shape, each an array of its own as in an unrolled model,
 compiled for a CPU: seconds of processor time to trace and to compile. Results
-of each version of jax stand beside each other in
-benchmarks/results/compile_time.json; those of other versions stay.
+of each version of jax stand beside each other in results/compile_time.json;
+those of other versions stay.
 """
 
 import json
-import os
-import pathlib
 import time
 from typing import Any
-
-os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax
 import jax.numpy as jnp
 import optax
 
-import machine
+from benchmarks import harness
+from benchmarks import programs
 import subspace_optax as so
 
-OUT = pathlib.Path(__file__).resolve().parent / 'results' / 'compile_time.json'
-
-OPTIMIZERS = {
-  'optax.adamw': lambda: optax.adamw(1e-3),
-  'galore': lambda: so.galore(1e-3, 8),
-  'golore': lambda: so.golore(1e-3, 8),
-  'online_subspace_descent': lambda: so.online_subspace_descent(1e-3, 8),
-  'fira_adamw': lambda: so.fira_adamw(1e-3, 8),
-  'apollo_adamw': lambda: so.apollo_adamw(1e-3, 8),
-  'ldadamw': lambda: so.ldadamw(1e-3, 8),
-  'subspace_adamw': lambda: so.subspace_adamw(1e-3, 8),
-  'subspace_muon': lambda: so.subspace_muon(1e-3, 8),
-}
+OUT = harness.RESULTS / 'compile_time.json'
 
 
-def seconds(tx: optax.GradientTransformation) -> dict[str, float]:
+def optimizers() -> dict[str, Any]:
+  """AdamW and all ready-made ones."""
+  ours = so.optimizers.READY_MADE.items()
+  return {'optax.adamw': optax.adamw(1e-3)} | {k: f(1e-3, 8) for k, f in ours}
+
+
+def seconds(tx: Any) -> dict[str, float]:
   """Processor time to trace one update, and to compile it."""
   params = {f'layer_{i}/kernel': jnp.ones((64, 128)) for i in range(12)}
   state = tx.init(params)
@@ -54,15 +43,14 @@ def seconds(tx: optax.GradientTransformation) -> dict[str, float]:
 
 def main() -> None:
   """Measures, prints and keeps what this version of jax takes."""
-  results: dict[str, Any] = {}
-  if OUT.exists():
-    results = json.loads(OUT.read_text())
+  programs.use_cpu()
+  results = json.loads(OUT.read_text()) if OUT.exists() else {}
   jax.jit(lambda x: x + 1).lower(1.0).compile()  # what starts only once
-  found = {name: seconds(make()) for name, make in OPTIMIZERS.items()}
-  results[jax.__version__] = {'machine': machine.describe(), 'seconds': found}
-  OUT.write_text(json.dumps(results, indent=2) + '\n')
+  found = {name: seconds(tx) for name, tx in optimizers().items()}
+  row = {'machine': harness.describe_machine(), 'seconds': found}
+  harness.save_results(OUT, results | {jax.__version__: row}, indent=2)
   for name, parts in found.items():
-    total = parts['trace'] + parts['compile']
+    total = sum(parts.values())
     print(f'{name:24s} {total:5.1f} s, {parts["compile"]:5.1f} of it in XLA')
 
 

@@ -12,8 +12,8 @@ import pathlib
 import warnings
 
 import numpy as np
-from rich import progress
 
+from benchmarks import harness
 import data
 
 MOST = 8_000_000  # bytes of a corpus, of whole files
@@ -38,7 +38,7 @@ def code() -> dict[str, bytes]:
   documents, size = {}, 0
   for package in data.PACKAGES:
     files = data.package_files(package)
-    for name, path in progress.track(files.items(), f'Reading {package}'):
+    for name, path in harness.track(files.items(), f'Reading {package}'):
       if size < MOST:
         documents[name] = without_docstrings(path.read_bytes())
         size += len(documents[name])
@@ -57,9 +57,8 @@ def load(name: str, cache: pathlib.Path) -> tuple[np.ndarray, np.ndarray, str]:
   if not path.exists():
     cache.mkdir(parents=True, exist_ok=True)
     train, held = data.split(CORPORA[name](), fraction=0.03)
-    arrays = {'train': data.encode(train), 'held': data.encode(held)}
     new = path.with_suffix('.new.npz')
-    np.savez(new, **arrays)
+    np.savez(new, train=data.encode(train), held=data.encode(held))
     new.rename(path)
   found = np.load(path)
   train, held = found['train'], found['held']

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import methods
+from benchmarks import programs
 import data
 import llama
 import lora
-import methods
 import recipes
 import train_step
 
@@ -84,19 +85,14 @@ class Trainer:
     rank = max(1, round(self.setup.rank * self.config.width))
     return lora.init(jax.random.key(seed), params, rank)
 
-  def _merged(self, params: Any) -> Any:
-    if not self.method.lora:
-      return params
-    return lora.merge(params, 1.0)
-
   def _label(self, path: Any, x: Any) -> str:
     del x
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    if self.method.lora and name.startswith('frozen'):
-      rest = not recipes.is_matrix(path)
-      return 'rest' if rest else 'frozen'
-    factor = name.startswith(('a/', 'b/'))
-    return 'matrices' if factor or recipes.is_matrix(path) else 'rest'
+    if name.startswith(('a/', 'b/')):
+      return 'matrices'
+    if not recipes.is_matrix(path):
+      return 'rest'
+    return 'frozen' if self.method.lora else 'matrices'
 
   def _optimizer(self, lr: Any) -> optax.GradientTransformation:
     s, factor = self.settings, shape(self.settings.steps)
@@ -130,7 +126,8 @@ class Trainer:
     return train_step.method(subproblems, clip=s.clip)
 
   def _loss_of(self, params: Any, batch: jax.Array) -> jax.Array:
-    return self.loss(self._merged(params), batch)
+    merged = lora.merge(params, 1.0) if self.method.lora else params
+    return self.loss(merged, batch)
 
   def _steps(self, state: Any, lr: jax.Array, batches: jax.Array) -> Any:
     step = train_step.make_step(self._loss_of, self._how(lr))
@@ -180,12 +177,10 @@ class Trainer:
 
   def memory(self) -> dict[str, int]:
     """Bytes of the optimizer's state, of weights, and of what a step adds."""
-    size = lambda tree: sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-    temporary = self.program.memory_analysis().temp_size_in_bytes
+    state = self._state
     return {
-      'optimizer_bytes': size(self._state['opt_state']),
-      'weight_bytes': size(self._state['params']),
-      'temporary_bytes': int(temporary),  # gradients and activations in it
+      'optimizer_bytes': programs.tree_bytes(state['opt_state']),
+      'weight_bytes': programs.tree_bytes(state['params']),
+      # Gradients and activations are in it.
+      'temporary_bytes': programs.count_bytes(self.program).temporaries,
     }

@@ -1,7 +1,5 @@
 """Whether GaLore goes the same way on one device and on meshes of four.
 
-  python benchmarks/mesh_losses.py
-
 A small LLaMA (`llama_1m`) takes 100 steps after one refresh, on docstrings:
 with the bases of an exact SVD and of `randomized` on one device, and with
 `auto` on virtual devices, with rows, columns or both of every kernel cut, under
@@ -9,46 +7,42 @@ automatic and explicit sharding. Losses are compared step by step.
 """
 
 import contextlib
-import json
-import os
-import pathlib
-import sys
+import dataclasses
 from typing import Any
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import tyro
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / 'examples'))
+from benchmarks import corpora
+from benchmarks import harness
+from benchmarks import programs
+import data
+import llama
+import subspace_optax as so
 
-from flax import nnx  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-
-import corpora  # noqa: E402
-import data  # noqa: E402
-import llama  # noqa: E402
-import machine  # noqa: E402
-import subspace_optax as so  # noqa: E402
-
-STEPS, BATCH, SEQUENCE, RANK, LR = 100, 8, 64, 32, 2e-3
+BATCH, SEQUENCE, RANK, LR = 8, 64, 32, 2e-3
 CUTS = {'rows': ('x', None), 'columns': (None, 'x'), '2 x 2': ('x', 'y')}
-MODES = {'auto': AxisType.Auto, 'explicit': AxisType.Explicit}
-OUT = ROOT / 'results' / 'mesh_losses.json'
+MODES = ('auto', 'explicit')
 
-jax.config.update('jax_num_cpu_devices', 4)
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """How long is trained, and where results go."""
+
+  steps: int = 100
+  out: str = str(harness.RESULTS / 'mesh_losses.json')
 
 
 def galore(method: str) -> optax.GradientTransformation:
   """GaLore's long side at its scale of 0.25."""
-  spec = so.SubspaceSpec(RANK, side='long', only_if_smaller=False)
   return so.subspace(
-    spec,
+    so.SubspaceSpec(RANK, side='long', only_if_smaller=False),
     so.projectors.svd(200, method),
     optax.scale_by_adam(),
     scale=0.25,
@@ -56,35 +50,25 @@ def galore(method: str) -> optax.GradientTransformation:
   )
 
 
-def mesh_of(cut: str, mode: str) -> Mesh:
-  shape, names = ((2, 2), ('x', 'y')) if cut == '2 x 2' else ((4,), ('x',))
-  return jax.make_mesh(shape, names, axis_types=(MODES[mode],) * len(names))
-
-
 def losses(
-  method: str, tokens: np.ndarray, cut: str = '', mode: str = ''
+  method: str, tokens: np.ndarray, steps: int, cut: str = '', mode: str = ''
 ) -> np.ndarray:
   """The loss of every step, on a mesh if a cut is named."""
   config = llama.named('llama_1m', vocab=256)
   create = lambda: llama.Llama(config, nnx.Rngs(0))
-  graphdef, _ = nnx.split(nnx.eval_shape(create))
+  graphdef, _ = programs.split(create)
   params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(create())))()
-  tx, mesh = galore(method), mesh_of(cut, mode) if cut else None
+  axes = {'x': 2, 'y': 2} if cut == '2 x 2' else {'x': 4}
+  explicit = mode == 'explicit'
+  mesh = programs.make_mesh(jax.devices(), explicit, **axes) if cut else None
 
   def loss(params: Any, rows: jax.Array) -> jax.Array:
-    if (
-      mesh and mode == 'explicit'
-    ):  # the model is not written for explicit axes
+    if mesh and explicit:  # the model is not written for explicit axes
       whole = NamedSharding(mesh, P())
       params = jax.tree.map(lambda x: jax.reshard(x, whole), params)
     logits = nnx.merge(graphdef, params)(rows[:, :-1]).astype(jnp.float32)
     targets = jax.nn.one_hot(rows[:, 1:], 256)
     return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * targets, -1))
-
-  def step(params, state, rows):
-    value, grads = jax.value_and_grad(loss)(params, rows)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, value
 
   def place(x: Any, spec: P) -> Any:
     return x if mesh is None else jax.device_put(x, NamedSharding(mesh, spec))
@@ -92,11 +76,11 @@ def losses(
   def cut_of(x: jax.Array) -> P:
     return P(*(None,) * (x.ndim - 2), *CUTS[cut]) if x.ndim > 1 and cut else P()
 
-  found = []
+  found, tx = [], galore(method)
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
     params = jax.tree.map(lambda x: place(x, cut_of(x)), params)
-    state, run = tx.init(params), jax.jit(step)
-    for t in range(STEPS):
+    state, run = tx.init(params), jax.jit(programs.whole_step(loss, tx))
+    for t in range(steps):
       rows = place(data.batch(tokens, (BATCH,), SEQUENCE, 0, t), P())
       params, state, value = run(params, state, rows)
       found.append(float(value))
@@ -109,35 +93,34 @@ def apart(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
   return {'largest': float(off.max()), 'mean': float(off.mean())}
 
 
-def main() -> None:
-  tokens, _, digest = corpora.load(
-    'docstrings', ROOT.parent / 'runs' / 'mesh_losses'
-  )
-  exact = losses('exact', tokens)
-  randomized = losses('randomized', tokens)
+def main(args: Args) -> None:
+  """Trains in every way, and writes how far the losses are apart."""
+  programs.use_cpu(4)
+  cache = harness.ROOT / 'runs' / 'mesh_losses'
+  tokens, _, digest = corpora.load('docstrings', cache)
+  exact = losses('exact', tokens, args.steps)
+  randomized = losses('randomized', tokens, args.steps)
   rows = []
   for mode in MODES:
     for cut in CUTS:
-      print(f'{mode} sharding, {cut}', flush=True)
-      found = losses('auto', tokens, cut, mode)
-      rows.append(
-        {
-          'mode': mode,
-          'cut': cut,
-          'from_randomized_on_one_device': apart(found, randomized),
-          'from_exact_on_one_device': apart(found, exact),
-        }
-      )
-  result = {
-    'machine': machine.describe(),
+      found = losses('auto', tokens, args.steps, cut, mode)
+      row = {
+        'mode': mode,
+        'cut': cut,
+        'from_randomized_on_one_device': apart(found, randomized),
+        'from_exact_on_one_device': apart(found, exact),
+      }
+      print(row, flush=True)
+      rows.append(row)
+  results = {
+    'machine': harness.describe_machine(),
     'corpus': digest,
     'last_loss': float(exact[-1]),
     'randomized_from_exact_on_one_device': apart(randomized, exact),
     'rows': rows,
   }
-  OUT.write_text(json.dumps(result, indent=1) + '\n')
-  print(OUT.read_text())
+  harness.save_results(args.out, results)
 
 
 if __name__ == '__main__':
-  main()
+  main(tyro.cli(Args, description=__doc__))

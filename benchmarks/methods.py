@@ -92,42 +92,23 @@ def contrib_galore(lr, rank, gap, seed):
     width = min(jax.tree.leaves(params)[0].shape)
     return optax.contrib.galore(lr, max(1, round(rank * width)), gap)
 
-  def init(params):
-    return make(params).init(params)
-
   def update(updates, state, params=None):
     return make(updates).update(updates, state, params)
 
+  init = lambda params: make(params).init(params)
   return by_layer(optax.GradientTransformation(init, update))
 
 
 def apollo_mini(lr, rank, gap, seed):
   del rank
-  scale = 128**0.5
-  return so.apollo_adamw(
-    lr,
-    1,
-    update_proj_gap=gap,
-    scale=scale,
-    granularity='tensor',
-    seed=seed,
-  )
+  fixed = {'scale': 128**0.5, 'granularity': 'tensor'}
+  return so.apollo_adamw(lr, 1, update_proj_gap=gap, seed=seed, **fixed)
 
 
 def adamw_8bit(lr, rank, gap, seed):
   del rank, gap
   return optax.chain(
     so.scale_by_adam8bit(seed=seed), optax.scale_by_learning_rate(lr)
-  )
-
-
-def galore_8bit(lr, rank, gap, seed):
-  return so.galore(lr, rank, gap, moment_bits=8, seed=seed)
-
-
-def subspace_adamw_8bit(lr, rank, gap, seed):
-  return so.subspace_adamw(
-    lr, rank, update_proj_gap=gap, moment_bits=8, seed=seed
   )
 
 
@@ -157,15 +138,20 @@ def _plain(make: Callable[[Any], optax.GradientTransformation]) -> Callable:
   return lambda lr, rank, gap, seed: make(lr)
 
 
-def _ours(make: Callable[..., Any]) -> Callable:
+def _ours(make: Callable[..., Any], **fixed: Any) -> Callable:
   """One of the library's ready-made optimizers, with what it takes."""
   takes = inspect.signature(make).parameters
 
   def build(lr, rank, gap, seed):
     choices = {'update_proj_gap': gap, 'seed': seed}
-    return make(lr, rank, **{k: choices[k] for k in choices if k in takes})
+    known = {k: x for k, x in choices.items() if k in takes}
+    return make(lr, rank, **known, **fixed)
 
   return build
+
+
+def _ours_8bit(make: Callable[..., Any]) -> Method:
+  return Method(_ours(make, moment_bits=8), 4e-3, ranked=True)
 
 
 METHODS: dict[str, Method] = {
@@ -186,7 +172,7 @@ METHODS: dict[str, Method] = {
   'orthogonal_sgd': Method(orthogonal_sgd, 4e-2, ours=True),
   'lora': Method(_plain(optax.adam), 4e-3, ranked=True, lora=True),
   'contrib_galore': Method(contrib_galore, 4e-3, ranked=True),
-  'galore_8bit': Method(galore_8bit, 4e-3, ranked=True),
+  'galore_8bit': _ours_8bit(so.galore),
   'rso': rso(variant=False),
   'rso_keep': rso(transport='keep'),
   'rso_first': rso(transport='first', variant=False),
@@ -194,7 +180,7 @@ METHODS: dict[str, Method] = {
   'rso_gaussian': rso(sample='gaussian'),
   'rso_eta10': rso(eta=10.0),
   'apollo_mini': Method(apollo_mini, 4e-3, ours=True),
-  'subspace_adamw_8bit': Method(subspace_adamw_8bit, 4e-3, ranked=True),
+  'subspace_adamw_8bit': _ours_8bit(so.subspace_adamw),
 }
 # Peak learning rates of ready-made optimizers; 4e-3 of the others.
 _RATES = {'fira_adamw': 1.6e-2, 'apollo_adamw': 8e-3, 'subspace_muon': 5e-3}

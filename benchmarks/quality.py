@@ -1,43 +1,32 @@
 """Validation loss against memory: every method, tuned, over several seeds.
 
-  python benchmarks/quality.py
-
 A LLaMA over bytes learns two corpora, with every method for as many tokens. The
 learning rate of the matrices is tuned for each method, rank and corpus on a
 grid of factor 2, which grows until its best lies inside; further seeds run at
 the best. The rest of the model is Adam's at one learning rate in all runs.
 
-Every run is a JSON file under runs/quality, and is not run again; an
-interrupted benchmark goes on where it was. Results: a table,
-benchmarks/results/quality.json, .md and .png. Larger: --model llama_60m --steps
-10000 --workers 1, on the default device of jax.
+Results: results/quality.json, .md and .png; what is in the first is not run
+again, so an interrupted benchmark goes on where it was. Larger: --model
+llama_60m --steps 10000 --workers 1, on the default device of jax.
 """
 
 from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import multiprocessing
 import os
-import pathlib
-import sys
-from typing import Any
+from typing import Any, NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / 'examples'))
+import jax
+import tyro
 
-import jax  # noqa: E402
-from rich import progress  # noqa: E402
-import tyro  # noqa: E402
-
-import corpora  # noqa: E402
-import fit  # noqa: E402
-import machine  # noqa: E402
-import methods  # noqa: E402
-import quality_report  # noqa: E402
-from quality_report import loss  # noqa: E402
+from benchmarks import corpora
+from benchmarks import fit
+from benchmarks import harness
+from benchmarks import methods
+from benchmarks import quality_report
+from benchmarks.quality_report import loss
 
 FACTOR = 2.0
 
@@ -61,12 +50,10 @@ class Args:
   seeds: int = 3
   most: int = 8  # points of a grid
   workers: int = 2  # processes, a core each
-  cache: str = 'runs/quality'
-  out: str = str(ROOT / 'results' / 'quality.json')
+  out: str = str(harness.RESULTS / 'quality.json')
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
   """One search of a learning rate, and the seeds at the best."""
 
   corpus: str
@@ -74,9 +61,9 @@ class Task:
   seeds: int
 
   @property
-  def name(self) -> str:
-    s = self.setup
-    return f'{self.corpus}-{s.method}-rank{s.rank:g}-width{s.width:g}'
+  def fields(self) -> dict[str, Any]:
+    """What tells this search from others in the results."""
+    return self.setup._asdict() | {'corpus': self.corpus}
 
 
 def settings(args: Args) -> fit.Settings:
@@ -104,22 +91,6 @@ def tasks(args: Args) -> Iterator[Task]:
       yield Task(first, fit.Setup(name, args.rank, width), 1)
 
 
-def folder(args: Args) -> pathlib.Path:
-  """Where runs with these settings are kept."""
-  text = json.dumps(settings(args)._asdict(), sort_keys=True)
-  return (
-    pathlib.Path(args.cache) / hashlib.sha256(text.encode()).hexdigest()[:8]
-  )
-
-
-def write(path: pathlib.Path, content: Any) -> None:
-  """Writes JSON, all of it or nothing."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  new = path.with_suffix('.new')
-  new.write_text(json.dumps(content, indent=2) + '\n')
-  new.rename(path)
-
-
 def next_lr(rows: list[dict], start: float) -> float | None:
   """The next point: the start, then whichever side of the best is open."""
   known = sorted(rows, key=lambda row: row['lr'])
@@ -133,63 +104,36 @@ def next_lr(rows: list[dict], start: float) -> float | None:
   return None
 
 
-class Search:
-  """Runs what is missing of a task; compiles only if something is."""
-
-  def __init__(self, args: Args, task: Task):
-    self.args, self.task = args, task
-    self.path = folder(args) / f'{task.name}.json'
-    found = json.loads(self.path.read_text()) if self.path.exists() else {}
-    self.rows: list[dict] = found.get('runs', [])
-    self.memory: dict = found.get('memory', {})
-    self._trainer, self._corpus = None, None
-
-  def trainer(self) -> fit.Trainer:
-    if self._trainer is None:
-      self._trainer = fit.Trainer(settings(self.args), self.task.setup)
-    return self._trainer
-
-  def corpus(self) -> tuple:
-    if self._corpus is None:
-      cache = pathlib.Path(self.args.cache)
-      self._corpus = corpora.load(self.task.corpus, cache)
-    return self._corpus
-
-  def of_seed(self, seed: int) -> list[dict]:
-    return [row for row in self.rows if row['seed'] == seed]
-
-  def run(self, lr: float, seed: int) -> None:
-    row = self.trainer().run(lr, seed, self.corpus())
-    self.rows.append(row)
-    self.save()
-
-  def save(self) -> None:
-    setup = self.task.setup._asdict() | {'corpus': self.task.corpus}
-    write(self.path, {'setup': setup, 'memory': self.memory, 'runs': self.rows})
-
-  def finish(self) -> str:
-    """Tunes, runs the seeds, and returns a line to show."""
-    start = methods.METHODS[self.task.setup.method].lr
-    while len(tuned := self.of_seed(0)) < self.args.most:
-      if (lr := next_lr(tuned, start)) is None:
-        break
-      self.run(lr, 0)
-    best = min(self.of_seed(0), key=loss)
-    for seed in range(1, self.task.seeds):
-      known = [row['lr'] for row in self.of_seed(seed)]
-      if best['lr'] not in known:
-        self.run(best['lr'], seed)
-    if not self.memory:
-      self.memory = self.trainer().memory()
-      self.save()
-    return f'{self.task.name}: {loss(best):.4f} at lr {best["lr"]:g}'
+def next_run(
+  args: Args, task: Task, rows: list[dict]
+) -> tuple[float, int] | None:
+  """The learning rate and the seed that are to run next, if any."""
+  tuned = [row for row in rows if row['seed'] == 0]
+  if len(tuned) < args.most:
+    lr = next_lr(tuned, methods.METHODS[task.setup.method].lr)
+    if lr is not None:
+      return lr, 0
+  best = min(tuned, key=loss)['lr']
+  known = [(row['lr'], row['seed']) for row in rows]
+  wanted = [(best, seed) for seed in range(1, task.seeds)]
+  return next((run for run in wanted if run not in known), None)
 
 
-def finish(args: Args, task: Task) -> str:
-  """One task, in a process that takes many."""
-  line = Search(args, task).finish()
+def finish(args: Args, task_and_search: tuple[Task, dict]) -> dict:
+  """Runs what a search lacks."""
+  task, search = task_and_search
+  trainer, rows = fit.Trainer(settings(args), task.setup), search['runs']
+  corpus = load_corpus(task.corpus)
+  while (run := next_run(args, task, rows)) is not None:
+    lr, seed = run
+    rows.append(trainer.run(lr, seed, corpus))
+  search['memory'] = search['memory'] or trainer.memory()
   jax.clear_caches()  # compiled programs are not given back otherwise
-  return line
+  return search
+
+
+def load_corpus(name: str) -> tuple:
+  return corpora.load(name, harness.ROOT / 'runs' / 'quality')
 
 
 def take_core(numbers: Any) -> None:
@@ -202,55 +146,51 @@ def take_core(numbers: Any) -> None:
     os.sched_setaffinity(0, {allowed[numbers.get() % len(allowed)]})
 
 
-def run_all(args: Args) -> None:
-  """Finishes all tasks, `workers` at a time."""
-  todo = list(tasks(args))
-  for name in args.corpora:  # before the workers would both read it
-    corpora.load(name, pathlib.Path(args.cache))
+def finish_all(args: Args, todo: list[tuple[Task, dict]]) -> Iterator[dict]:
+  """Yields finished searches; `workers` run at a time."""
   one = functools.partial(finish, args)
   with contextlib.ExitStack() as stack:
-    lines = map(one, todo)
+    found = map(one, todo)
     if args.workers > 1:
       spawn = multiprocessing.get_context('spawn')
       numbers = spawn.Queue()
       for i in range(args.workers):
         numbers.put(i)
       pool = spawn.Pool(args.workers, take_core, (numbers,))
-      lines = stack.enter_context(pool).imap_unordered(one, todo)
-    for line in progress.track(lines, 'Searches', total=len(todo)):
-      print(line)
+      found = stack.enter_context(pool).imap_unordered(one, todo)
+    yield from harness.track(found, 'Searches', len(todo))
 
 
-def collect(args: Args) -> dict[str, Any]:
-  """All that was measured with these settings."""
-  found = [Search(args, task) for task in tasks(args)]
-  return {
-    'machine': machine.describe(),
-    'settings': settings(args)._asdict(),
-    'corpora': {
-      name: corpora.load(name, pathlib.Path(args.cache))[2]
-      for name in args.corpora
-    },
-    'searches': [
-      s.task.setup._asdict()
-      | {'corpus': s.task.corpus, 'memory': s.memory, 'runs': s.rows}
-      for s in found
-      if s.rows
-    ],
-  }
+def run_missing(args: Args, results: dict) -> None:
+  """Finishes all tasks, and saves each."""
+  of = lambda x: tuple(x[k] for k in ('corpus', *fit.Setup._fields))
+  found = {of(search): search for search in results.get('searches', ())}
+  wanted, todo = [of(task.fields) for task in tasks(args)], []
+  for key, task in zip(wanted, tasks(args), strict=True):
+    search = found.get(key, task.fields | {'memory': {}, 'runs': []})
+    if not search['memory'] or next_run(args, task, search['runs']):
+      todo.append((task, search))
+  if todo:  # before the workers would all read them
+    hashes = {name: load_corpus(name)[2] for name in args.corpora}
+    if results.setdefault('corpora', hashes) != hashes:
+      raise ValueError(f'{args.out} is about other corpora: name another --out')
+  for search in finish_all(args, todo):
+    found[of(search)] = search
+    results['searches'] = [found[key] for key in wanted if key in found]
+    harness.save_results(args.out, results, indent=2)
 
 
 def main(args: Args) -> None:
   """Runs what is missing, then draws and prints everything."""
-  run_all(args)
-  results = collect(args)
-  out = pathlib.Path(args.out)
-  write(out, results)
-  text = quality_report.table(results)
-  out.with_suffix('.md').write_text(text)
-  quality_report.picture(results, args.rank, out.with_suffix('.png'))
+  same = settings(args)._asdict()
+  results = harness.load_results(args.out, settings=same)
+  run_missing(args, results)
+  text = quality_report.markdown(results)
+  harness.next_to(args.out, '.md').write_text(text)
+  path = harness.next_to(args.out, '.png')
+  quality_report.picture(results, args.rank, path)
   print(text)
 
 
 if __name__ == '__main__':
-  main(tyro.cli(Args))
+  main(tyro.cli(Args, description=__doc__))

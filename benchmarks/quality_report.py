@@ -1,18 +1,12 @@
 """The table and the picture of the quality benchmark."""
 
 import math
-import pathlib
 import statistics
 from typing import Any
 
-import matplotlib
-
-import methods
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-
-MIB = 2**20
+from benchmarks import harness
+from benchmarks import methods
+from benchmarks.harness import MIB
 
 NOTES = """
 Loss is that of held-out text in nats per byte, the mean of all seeds at the
@@ -71,50 +65,36 @@ def main_searches(results: dict, corpus: str) -> list[dict]:
   return sorted(chosen, key=mean)
 
 
-def row(search: dict, base: dict | None) -> list[str]:
-  """The cells of one search; the last two are relative to AdamW's."""
+HEAD = ('method', 'rank / width', 'width', 'best lr', 'loss', 'std', 'seeds')
+HEAD += ('optimizer MiB', 'training MiB', 'loss vs adamw', 'state vs adamw')
+
+
+def cells(search: dict, base: dict | None) -> list[str]:
+  """The line of one search; the last two are relative to AdamW's."""
   values = losses(search)
-  spread = statistics.stdev(values) if len(values) > 1 else None
+  spread = f'{statistics.stdev(values):.4f}' if len(values) > 1 else '-'
   size = search['memory']['optimizer_bytes']
+  over_adamw = ['-', '-']
+  if base is not None:
+    state = 100 * size / base['memory']['optimizer_bytes']
+    worse = 100 * (mean(search) / mean(base) - 1)
+    over_adamw = [f'{worse:+.1f} %', f'{state:.0f} %']
   return [
     search['method'],
     f'{search["rank"]:g}' if search['rank'] else '-',
     f'{search["width"]:g}',
     f'{best_lr(search):.3g}' + (' (edge)' if at_edge(search) else ''),
     f'{mean(search):.4f}',
-    '-' if spread is None else f'{spread:.4f}',
+    spread,
     str(len(values)),
     f'{size / MIB:.2f}',
     f'{total_bytes(search) / MIB:.1f}',
-    '-' if base is None else f'{100 * (mean(search) / mean(base) - 1):+.1f} %',
-    '-'
-    if base is None
-    else f'{100 * size / base["memory"]["optimizer_bytes"]:.0f} %',
+    *over_adamw,
   ]
 
 
-HEAD = (
-  'method',
-  'rank / width',
-  'width',
-  'best lr',
-  'loss',
-  'std',
-  'seeds',
-  'optimizer MiB',
-  'training MiB',
-  'loss vs adamw',
-  'state vs adamw',
-)
-
-
-def markdown(rows: list[list[str]]) -> str:
-  lines = [HEAD, ['---'] * len(HEAD), *rows]
-  return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
-
-
-def table(results: dict[str, Any]) -> str:
-  """All searches as Markdown, corpus by corpus, the best first."""
+def markdown(results: dict[str, Any]) -> str:
+  """All searches, corpus by corpus, the best first."""
   of = results['machine']
   text = (
     f'Measured on {of["processor"]}, {of["cores"]} cores, jax {of["jax"]}; '
@@ -122,8 +102,9 @@ def table(results: dict[str, Any]) -> str:
   )
   for corpus in results['corpora']:
     every = [s for s in results['searches'] if s['corpus'] == corpus]
-    rows = [row(s, adamw(every, s['width'])) for s in sorted(every, key=mean)]
-    text += f'\n### {corpus}\n\n{markdown(rows)}'
+    every.sort(key=mean)
+    rows = [cells(s, adamw(every, s['width'])) for s in every]
+    text += f'\n### {corpus}\n\n{harness.table(HEAD, rows)}\n'
   return text
 
 
@@ -146,58 +127,38 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def panel(axes: Any, chosen: list[dict], size: Any) -> None:
   """One scatter of losses over bytes, with the front."""
   for search in chosen:
-    ours = methods.METHODS[search['method']].ours
-    recipe = search['method'].startswith('subspace_')
+    name, values = search['method'], losses(search)
+    ours = methods.METHODS[name].ours
+    recipe = name.startswith('subspace_')
     color = 'tab:red' if recipe else 'tab:blue' if ours else 'tab:gray'
-    values = losses(search)
     x, y = size(search) / MIB, mean(search)
-    axes.errorbar(
-      x,
-      y,
-      [[y - min(values)], [max(values) - y]],
-      marker='o' if ours else 's',
-      color=color,
-      capsize=3,
-    )
-    axes.annotate(
-      search['method'],
-      (x, y),
-      xytext=(4, 4),
-      textcoords='offset points',
-      fontsize=7,
-      color=color,
-    )
+    ends = [[y - min(values)], [max(values) - y]]
+    marker = 'o' if ours else 's'
+    axes.errorbar(x, y, ends, marker=marker, color=color, capsize=3)
+    text = {'xytext': (4, 4), 'textcoords': 'offset points', 'fontsize': 7}
+    axes.annotate(name, (x, y), color=color, **text)
   line = front([(size(s) / MIB, mean(s)) for s in chosen])
-  axes.step(
-    [x for x, _ in line],
-    [y for _, y in line],
-    where='post',
-    color='black',
-    linewidth=0.8,
-    linestyle=':',
-  )
+  style = {'color': 'black', 'linewidth': 0.8, 'linestyle': ':'}
+  sizes, values = [x for x, _ in line], [y for _, y in line]
+  axes.step(sizes, values, where='post', **style)
   axes.grid(alpha=0.3)
 
 
-def picture(results: dict, rank: float, path: pathlib.Path) -> None:
+def picture(results: dict, rank: float, path: Any) -> None:
   """Loss against optimizer bytes, and against all training bytes."""
   names = list(results['corpora'])
-  figure, grid = plt.subplots(
-    2, len(names), figsize=(7 * len(names), 9), squeeze=False
-  )
   sizes = {
     'optimizer state, MiB': lambda s: s['memory']['optimizer_bytes'],
     'weights, gradients, activations and state, MiB': total_bytes,
   }
-  for column, corpus in enumerate(names):
-    chosen = main_searches(results, corpus)
-    for axes, (label, size) in zip(grid[:, column], sizes.items(), strict=True):
-      panel(axes, chosen, size)
-      axes.set_xlabel(label)
-      axes.set_ylabel('validation loss, nats per byte')
-    grid[0, column].set_title(
-      f'{corpus}: tuned, mean and range of seeds, rank {rank:g} of the width'
-    )
-  figure.tight_layout()
-  figure.savefig(path, dpi=130)
-  plt.close(figure)
+  shape = {'figsize': (7 * len(names), 9), 'squeeze': False, 'layout': None}
+  with harness.draw(path, 2, len(names), dpi=130, **shape) as (figure, grid):
+    for column, corpus in zip(grid.T, names, strict=True):
+      chosen = main_searches(results, corpus)
+      for axes, (label, size) in zip(column, sizes.items(), strict=True):
+        panel(axes, chosen, size)
+        axes.set_xlabel(label)
+        axes.set_ylabel('validation loss, nats per byte')
+      title = f'tuned, mean and range of seeds, rank {rank:g} of the width'
+      column[0].set_title(f'{corpus}: {title}')
+    figure.tight_layout()

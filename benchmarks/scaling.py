@@ -1,32 +1,23 @@
 """Predicted time, memory and traffic of training steps on 8 to 4,096 chips.
 
-  python benchmarks/scaling.py
-
 A roofline, not a measurement: FLOPs and bytes are counted, and divided by what
 the stated chips and links can do. The counts are checked here against XLA's of
-small programs. Every assumption is printed. Results: a table,
-benchmarks/results/scaling.json and .png, and the tables of docs/scaling.md.
+small programs. Every assumption is printed. Results: results/scaling.json and
+.png, and the tables of docs/scaling.md.
 """
 
 from collections.abc import Iterator
 import dataclasses
-import json
 import math
-import pathlib
-import sys
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent / 'examples'))
+import tyro
 
-import jax  # noqa: E402
-import tyro  # noqa: E402
-
-import machine  # noqa: E402
-import pages  # noqa: E402
-import roofline  # noqa: E402
-import scaling_checks  # noqa: E402
-import scaling_report  # noqa: E402
+from benchmarks import harness
+from benchmarks import programs
+from benchmarks import roofline
+from benchmarks import scaling_checks
+from benchmarks import scaling_report
 
 MODELS = {
   'LLaMA 7B': roofline.Model(4096, 11008, 32, 4096),
@@ -67,8 +58,8 @@ class Args:
   param_bytes: int = 2
   gradient_bytes: int = 4  # accumulated, and reduced
   state_bytes: int = 4
-  out: str = str(ROOT / 'results' / 'scaling.json')
-  docs: str = str(ROOT.parent / 'docs' / 'scaling.md')
+  out: str = str(harness.RESULTS / 'scaling.json')
+  docs: str = str(harness.DOCS / 'scaling.md')
 
 
 def chip_of(args: Args, kind: str) -> roofline.Chip:
@@ -78,6 +69,7 @@ def chip_of(args: Args, kind: str) -> roofline.Chip:
   return dataclasses.replace(CHIPS[kind], **given)
 
 
+COMPRESSED = 'replicas, online_subspace_descent, compressed'
 # FSDP over all chips; or over each domain, and its replicas averaged.
 STRATEGIES = {
   'FSDP, AdamW': ('fsdp', 'AdamW'),
@@ -85,10 +77,7 @@ STRATEGIES = {
   'FSDP, subspace_adamw': ('fsdp', 'subspace_adamw'),
   'replicas, AdamW': ('replicas', 'AdamW'),
   'replicas, subspace_adamw': ('replicas', 'subspace_adamw'),
-  'replicas, online_subspace_descent, compressed': (
-    'replicas',
-    'online_subspace_descent',
-  ),
+  COMPRESSED: ('replicas', 'online_subspace_descent'),
 }
 
 
@@ -201,32 +190,24 @@ def predictions(args: Args) -> Iterator[dict]:
 
 def main(args: Args) -> None:
   """Checks the counts, predicts, draws and writes."""
-  jax.config.update('jax_platforms', 'cpu')
-  fixed = {
-    k: v
-    for k, v in dataclasses.asdict(args).items()
-    if k not in ('out', 'docs')
-  }
-  checks = scaling_checks.run()
+  programs.use_cpu()
   results = {
-    'machine': machine.describe(),
-    'settings': fixed,
+    'machine': harness.describe_machine(),
+    'settings': harness.settings_of(args),
     'chips': {k: dataclasses.asdict(chip_of(args, k)) for k in args.kinds},
     'models': {
       k: dataclasses.asdict(v) | {'parameters': v.parameters}
       for k, v in MODELS.items()
     },
-    'checks': checks,
+    'checks': scaling_checks.run(),
     'rows': list(predictions(args)),
   }
-  out = pathlib.Path(args.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.write_text(json.dumps(results, indent=1) + '\n')
+  harness.save_results(args.out, results)
   text = scaling_report.markdown(results)
   print(text)
-  pages.fill(pathlib.Path(args.docs), {'tables': text})
-  scaling_report.picture(results, out.with_suffix('.png'))
+  harness.fill_page(args.docs, {'tables': text})
+  scaling_report.picture(results, harness.next_to(args.out, '.png'))
 
 
 if __name__ == '__main__':
-  main(tyro.cli(Args))
+  main(tyro.cli(Args, description=__doc__))

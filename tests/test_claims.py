@@ -3,22 +3,16 @@
 import dataclasses
 import json
 import pathlib
-import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = ROOT / 'benchmarks' / 'claims'
-if not SCRIPTS.exists():
-  pytest.skip(
-    'a source distribution has no benchmarks', allow_module_level=True
-  )
-sys.path.append(str(SCRIPTS))
+pytest.importorskip('benchmarks', reason='a source distribution has none')
 
-import claim  # noqa: E402
-import galore_memory  # noqa: E402
-import golore_lemma  # noqa: E402
-import page  # noqa: E402
+from benchmarks.claims import claim  # noqa: E402
+from benchmarks.claims import galore_memory  # noqa: E402
+from benchmarks.claims import golore_lemma  # noqa: E402
+from benchmarks.claims import page  # noqa: E402
 
 
 def example(measured=1.0, **fields):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +14,11 @@ import cases
 import rso_models
 from subspace_optax import rso
 
-SCRIPTS = pathlib.Path(__file__).parent.parent / 'benchmarks'
-if not SCRIPTS.exists():
-  pytest.skip(
-    'a source distribution has no benchmarks', allow_module_level=True
-  )
-sys.path.append(str(SCRIPTS))
+pytest.importorskip('benchmarks', reason='a source distribution has none')
 
-import communication_tables  # noqa: E402
-import hlo  # noqa: E402
-import roofline  # noqa: E402
+from benchmarks import communication
+from benchmarks import hlo
+from benchmarks import roofline
 
 # The forms that TPUs', GPUs' and CPUs' programs have, shortened.
 TEXT = """\
@@ -128,8 +121,8 @@ def test_a_real_program():
 
 def test_what_fsdp_sends():
   # Two gathers and a scatter; the axis `tensor` has its half of the weights.
-  assert communication_tables.fsdp_bytes(64, {'fsdp': 4}) == 3 * 48
-  two = communication_tables.fsdp_bytes(64, {'fsdp': 2, 'tensor': 2})
+  assert communication.fsdp_bytes(64, {'fsdp': 4}) == 3 * 48
+  two = communication.fsdp_bytes(64, {'fsdp': 2, 'tensor': 2})
   assert two == 3 * 16
 
 

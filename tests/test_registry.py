@@ -90,7 +90,7 @@ def test_other_moment_bits(bits):
 
 DUMMY = """
 import sys
-for folder in ('examples', 'benchmarks', 'tests'):
+for folder in ('', 'examples', 'tests'):
   sys.path.append({root!r} + '/' + folder)
 import jax.numpy as jnp
 import subspace_optax as so
@@ -100,7 +100,8 @@ def dummy(learning_rate, rank=8, *, update_proj_gap=10, seed=0, spec=None):
   return so.golore(learning_rate, update_proj_gap=update_proj_gap, spec=spec)
 
 so.optimizers.READY_MADE['dummy'] = dummy
-import cases, methods, recipes, settings
+import cases, recipes, settings
+from benchmarks import methods
 from subspace_optax import plan
 assert 'dummy' in cases.READY_MADE
 assert 'dummy' in methods.METHODS

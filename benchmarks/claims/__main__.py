@@ -1,7 +1,7 @@
 """Measures every claim and writes docs/evidence.md.
 
-  python benchmarks/claims
-  python benchmarks/claims --again --only counter_example golore_rate
+  python -m benchmarks.claims
+  python -m benchmarks.claims --again --only counter_example golore_rate
 
 Results are kept in runs/evidence, so an interrupted run can simply be started
 again: a claim is measured anew once its script or the library has changed. A
@@ -12,10 +12,12 @@ import dataclasses
 import importlib
 import time
 
-import claim
 import jax
-import page
 import tyro
+
+from benchmarks import harness
+from benchmarks.claims import claim
+from benchmarks.claims import page
 
 # In the order of the page.
 CLAIMS = (
@@ -55,7 +57,8 @@ def measured(name: str, again: bool) -> claim.Claim:
     print(f'{name} is measured already: {known.verdict}\n', flush=True)
     return known
   jax.clear_caches()
-  found = claim.measure(importlib.import_module(name))
+  script = importlib.import_module(f'benchmarks.claims.{name}')
+  found = claim.measure(script)
   print(f'{name} took {found.seconds:.0f} s\n', flush=True)
   return found
 
@@ -78,10 +81,10 @@ def main(args: Args) -> None:
     print(f'{len(claims)} of {len(CLAIMS)} claims measured: no page yet')
     return
   page.write(claims)
-  print(f'{page.DOCS / "evidence.md"}, after {minutes:.1f} minutes:')
+  print(f'{harness.DOCS / "evidence.md"}, after {minutes:.1f} minutes:')
   for one in claims:
     print(f'  {one.verdict:<8}{one.title}')
 
 
 if __name__ == '__main__':
-  main(tyro.cli(Args))
+  main(tyro.cli(Args, description=__doc__))

@@ -1,37 +1,33 @@
 """What a claim is, how its verdict is found, and where its results are kept.
 
-A script here measures one claim. Its checks hold numbers and bounds, and the
-verdict follows from them alone. Results and pictures go to runs/evidence, which
-git ignores; `python benchmarks/claims` makes docs/evidence.md of them.
+NAME.py measures one claim: its `run` returns checks, which hold numbers and
+bounds, and the verdict follows from them alone. NAME.md says what is claimed
+and found, with names of numbers in braces. Results and pictures go to
+runs/evidence, which git ignores; `__main__` makes docs/evidence.md of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import json
 import math
 import pathlib
-import sys
-import time
-from typing import Any
+from typing import Any, NamedTuple
+
+from benchmarks import harness
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-CACHE = ROOT / 'runs' / 'evidence'
+CACHE = harness.ROOT / 'runs' / 'evidence'
 # Other benchmarks' results, which are quoted.
-RESULTS = HERE.parent / 'results'
 PROJECTORS, QUALITY, PLAN = QUOTED = tuple(
-  RESULTS / f'{name}.json' for name in ('projectors', 'quality', 'plan')
+  harness.RESULTS / f'{name}.json' for name in ('projectors', 'quality', 'plan')
 )
-HELPERS = ('counter', 'theorems', 'training')  # what several scripts share
-sys.path[1:1] = [str(HERE.parent), str(ROOT / 'examples')]
-
-import matplotlib  # noqa: E402
-from rich import progress  # noqa: E402
-
-import machine  # noqa: E402
-
-matplotlib.use('Agg')
+# What several scripts share.
+HELPERS = [HERE / f'{name}.py' for name in ('counter', 'theorems', 'training')]
+HELPERS += [
+  HERE.parent / f'{name}.py'
+  for name in ('programs', 'plan_check', 'quality_report')
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +58,23 @@ class Check:
     return f'{number(self.least)} to {number(self.most)}'
 
 
-Table = list[tuple[str, ...]]  # the first row names the columns
+Table = list[Sequence[Any]]  # the first row names the columns
+
+
+class Found(NamedTuple):
+  """What a script's `run` returns.
+
+  Attributes:
+    checks: from which the verdict follows.
+    data: what the script's `picture` draws.
+    table: of strings and numbers.
+    numbers: what NAME.md names besides the script's constants.
+  """
+
+  checks: Sequence[Check]
+  data: Any = None
+  table: Table = []
+  numbers: dict[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +103,10 @@ class Claim:
     return 'holds' if held == len(self.checks) else 'partly'
 
 
-def number(x: float | None) -> str:
-  """A number as a reader likes it."""
+def number(x: Any) -> str:
+  """A number as a reader likes it; text as it is."""
+  if isinstance(x, str):
+    return x
   if x is None or not math.isfinite(x):
     return 'not finite'
   if isinstance(x, int) or (x == round(x) and abs(x) < 1e6):
@@ -106,6 +120,33 @@ def near(what: str, measured: float, expected: float, rtol: float) -> Check:
   """A check that a number is what is expected, but for a share of it."""
   margin = rtol * abs(expected)
   return Check(what, measured, expected - margin, expected + margin)
+
+
+# --- Words -------------------------------------------------------------------
+
+_FIELDS = {
+  'Source': 'source',
+  'Predicted': 'prediction',
+  'Measured': 'measurement',
+  'Picture': 'caption',
+}
+
+
+def read_words(name: str, numbers: dict[str, Any]) -> dict[str, Any]:
+  """The fields of a claim that NAME.md has, its numbers filled in."""
+  text = (HERE / f'{name}.md').read_text().format(**numbers)
+  title, *blocks = (' '.join(block.split()) for block in text.split('\n\n'))
+  fields: dict[str, Any] = {'title': title.removeprefix('# '), 'notes': ()}
+  for block in blocks:
+    if block.startswith('- '):
+      fields['notes'] += (block[2:],)
+    else:
+      field, rest = block.split(': ', 1)
+      fields[_FIELDS[field]] = rest
+  return fields
+
+
+# --- Results -----------------------------------------------------------------
 
 
 def to_dict(claim: Claim) -> dict[str, Any]:
@@ -134,8 +175,8 @@ def _finite(x: Any) -> Any:
 
 def digest(name: str) -> str:
   """A hash of the sources that a claim's numbers may depend on."""
-  folders = [ROOT / 'subspace_optax', ROOT / 'examples']
-  files = [HERE / f'{stem}.py' for stem in (name, *HELPERS)]
+  folders = [harness.ROOT / 'subspace_optax', harness.ROOT / 'examples']
+  files = [*HELPERS, HERE / f'{name}.py', HERE / f'{name}.md']
   files += [path for folder in folders for path in folder.rglob('*.py')]
   files += [path for path in QUOTED if path.exists()]
   text = b''.join(path.read_bytes() for path in sorted(files))
@@ -154,24 +195,25 @@ def load(name: str) -> Claim | None:
 def measure(script: Any) -> Claim:
   """Runs a script's `run`; keeps the claim and its picture, and prints it."""
   name = pathlib.Path(script.__file__).stem
-  start, before = time.perf_counter(), digest(name)
-  found = dataclasses.replace(
-    script.run(),
+  sources = {'digest': digest(name)}
+  seconds, found = harness.time_call(script.run)
+  claim = Claim(
+    checks=tuple(found.checks),
+    table=tuple(tuple(map(number, row)) for row in found.table),
+    data=found.data,
     name=name,
-    seconds=round(time.perf_counter() - start, 1),
-    machine=machine.describe(),
+    seconds=round(seconds, 1),
+    machine=harness.describe_machine(),
+    **read_words(name, vars(script) | found.numbers),
   )
-  CACHE.mkdir(parents=True, exist_ok=True)
-  if found.caption:
-    script.picture(found.data, CACHE / f'{found.name}.png')
-  saved = to_dict(found) | {'digest': before}
-  (CACHE / f'{found.name}.json').write_text(json.dumps(saved) + '\n')
-  print(text(found), flush=True)
-  return found
+  harness.save_results(CACHE / f'{name}.json', to_dict(claim) | sources)
+  script.picture(found.data, CACHE / f'{name}.png')
+  print(text(claim), flush=True)
+  return claim
 
 
 def text(claim: Claim) -> str:
-  """The claim as a script prints it."""
+  """The claim as it is printed."""
   lines = [
     f'claim        {claim.title}',
     f'source       {claim.source}',
@@ -184,8 +226,3 @@ def text(claim: Claim) -> str:
       f'  {mark} {check.what}: {number(check.measured)} ({check.expected})'
     )
   return '\n'.join([*lines, f'verdict      {claim.verdict}', ''])
-
-
-def track(values: Iterable[Any], what: str) -> Iterable[Any]:
-  """The values, with a bar that shows how many are done."""
-  return progress.track(values, what, transient=True)

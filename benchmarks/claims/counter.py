@@ -144,9 +144,3 @@ def descend(
 def slope(x: Any, y: Any) -> float:
   """Of the line through the points, both axes logarithmic."""
   return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
-def axes_of_powers(axes: Any) -> None:
-  """Both axes logarithmic."""
-  axes.set_xscale('log')
-  axes.set_yscale('log')

@@ -1,15 +1,13 @@
-"""GoLore@x%: SVDs first, random bases for the last x% of the steps.
+"""GoLore@x%: SVDs first, random bases for the last x% of the steps."""
 
-python benchmarks/claims/golore_hybrid.py
-"""
+from typing import Any
 
-import sys
-
-import claim  # isort: skip
-import counter
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
+
+from benchmarks import harness
+from benchmarks.claims import claim
+from benchmarks.claims import counter
 
 LR, TAU, SIGMA, B1 = 3e-5, 100, 1.0, 0.1
 STEPS, SHARES = 200_000, (0, 20, 50, 75, 100)
@@ -21,87 +19,54 @@ def turn(share: int) -> int:
 
 
 def expected(share: int, at_turn: float) -> float:
-  """The last f - f*, from that at the turn on at GoLore's rate.
+  """The last f - f*: the stall, or from the turn on at GoLore's rate.
 
   A refresh leaves r/n of the momentum, which then builds up again.
   """
+  if share == 0:
+    return counter.stall(SIGMA)
   kept = counter.R / counter.N
   rate = kept * (1 - (1 - kept) * (1 - B1) / B1 / TAU)
   return at_turn * float(np.exp(-2 * LR * rate * (STEPS - turn(share))))
 
 
-def run() -> claim.Claim:
-  """Momentum SGD with momentum projection, at every x."""
-  curves = {}
+def descend(share: int) -> list[float]:
+  """f - f* of momentum SGD with momentum projection."""
+  momentum = counter.msgd(B1)
+  tx = counter.galore(LR, TAU, momentum)
+  if share:
+    tx = counter.golore(LR, TAU, momentum, turn(share))
+  gradient, measure = counter.gradients(SIGMA), counter.excess
+  found = counter.descend(tx, counter.START, STEPS, gradient, measure)
+  return found.at.tolist()
+
+
+def run() -> claim.Found:
+  """Every x."""
   with jax.enable_x64(True):
-    for share in claim.track(SHARES, 'GoLore@x%'):
-      make = counter.golore if share else counter.galore
-      extra = {'random_from': turn(share)} if share else {}
-      curves[str(share)] = counter.descend(
-        make(LR, TAU, counter.msgd(B1), **extra),
-        counter.START,
-        STEPS,
-        counter.gradients(SIGMA),
-        counter.excess,
-      ).at.tolist()
-  stall = counter.stall(SIGMA)
+    curves = {x: descend(x) for x in harness.track(SHARES, 'GoLore@x%')}
+  last = {share: curve[-1] for share, curve in curves.items()}
   checks: list[claim.Check] = []
   table: claim.Table = [('x', 'at the turn', 'predicted end', 'end')]
-  for share in SHARES:
-    curve = curves[str(share)]
-    at_turn, last = curve[100 - share], curve[-1]
-    goal = stall if share == 0 else expected(share, at_turn)
-    check = claim.near(f'GoLore@{share}%: last f - f*', last, goal, 0.3)
-    checks.append(check)
-    cells = map(claim.number, (at_turn, goal, last))
-    table.append((f'{share}%', *cells))
-  last = {share: curves[str(share)][-1] for share in SHARES}
+  for share, curve in curves.items():
+    at_turn = curve[100 - share]
+    goal, what = expected(share, at_turn), f'GoLore@{share}%: last f - f*'
+    checks.append(claim.near(what, last[share], goal, 0.3))
+    table.append((f'{share}%', at_turn, goal, last[share]))
   better = last[75] / last[100]
   checks.append(claim.Check('GoLore@75% / GoLore@100%', better, most=1.0))
-  ends = ', '.join(f'{claim.number(last[x])} at {x}%' for x in SHARES)
-  return claim.Claim(
-    title='GoLore@x% is as fast as GaLore at first and converges after',
-    source='GoLore, Figure 1; Yuan, Subspace Training in LLMs (slides)',
-    prediction=(
-      'f - f* falls to the stall of GaLore, and from the turn on at r/n of the '
-      'rate of full SGD, less what momentum loses at refreshes; so that '
-      'GoLore@75% beats random bases from the start'
-    ),
-    measurement=f'last f - f*: {ends}',
-    checks=tuple(checks),
-    table=tuple(table),
-    notes=(
-      'The counter-example again, MSGD with momentum projection, b1 = 0.1. '
-      'The predicted rate is ours: a refresh keeps r/n of the momentum in the '
-      'mean.',
-      'The best x is the one that turns when GaLore stalls: here after some '
-      '45,000 steps, and 75% is the nearest to that. On language models the '
-      'paper turns for the last 20%, and the gain read off its Figure 3 is 0.9 '
-      'perplexity at 60M (43.9 to 43.0); no pre-training result above 60M '
-      'could be confirmed.',
-      'Paper against code: GoLore@20% is rand_ratio = 0.8 in the code, and '
-      'draw.py calls GoLore@75% "Golore0.25".',
-    ),
-    caption='f - f* over the steps; dotted: the stall of GaLore.',
-    data=curves,
-  )
+  ends = ', '.join(f'{claim.number(x)} at {k}%' for k, x in last.items())
+  data = {str(share): curve for share, curve in curves.items()}
+  return claim.Found(checks, data, table, {'ends': ends})
 
 
-def picture(curves: dict, path) -> None:
+@harness.picture(figsize=(7, 4.5))
+def picture(axes: Any, curves: dict) -> None:
   """f - f* for every x."""
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
   for share, curve in curves.items():
     steps = np.linspace(0, STEPS, len(curve))
     name = 'GaLore' if share == '0' else f'GoLore@{share}%'
     axes.plot(steps, curve, label=name)
   axes.axhline(counter.stall(SIGMA), color='k', linestyle=':')
-  axes.set_yscale('log')
-  axes.set_xlabel('step')
-  axes.set_ylabel('f - f*')
+  axes.set(yscale='log', xlabel='step', ylabel='f - f*')
   axes.legend()
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
-
-
-if __name__ == '__main__':
-  claim.measure(sys.modules[__name__])

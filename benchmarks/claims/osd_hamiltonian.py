@@ -1,25 +1,21 @@
 """Hamiltonian descent: H falls along the ODE, whatever the bases do.
 
-  python benchmarks/claims/osd_hamiltonian.py
-
 An inner optimizer takes explicit Euler steps of the ODE on coordinates, the
 library projects and takes them back. Arrays in formulas are coordinates, g =
 P^T grad L. dH/dt is measured by differences of H over tiny steps, extrapolated.
 """
 
-import functools
 import math
-import sys
 from typing import Any, NamedTuple
 
-import claim  # isort: skip
 import jax
 from jax import lax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
+from benchmarks import harness
+from benchmarks.claims import claim
 import subspace_optax as so
 
 
@@ -161,25 +157,25 @@ def trajectory(flow: Flow, projector) -> dict[str, np.ndarray]:
 def summary(found: dict[str, np.ndarray]) -> dict:
   """How far the rate is off, and how much of the fall of H comes back."""
   h, rate = found['h'], found['rate']
-  off = np.abs(found['measured'] - rate) / (
-    np.abs(rate) + np.abs(rate).max() / 100
-  )
+  size = np.abs(rate) + np.abs(rate).max() / 100
   return {
-    'off': float(off.max()),
+    'off': float((np.abs(found['measured'] - rate) / size).max()),
     'highest': float(rate.max()),
     'back': float(np.sum(np.diff(h).clip(0)) / (h[0] - h[-1])),
     'h': (h[:: STEPS // 100]).tolist(),
   }
 
 
-def run() -> claim.Claim:
+def run() -> claim.Found:
   """Every optimizer with every kind of basis."""
   pairs = [(f, b) for f in FLOWS for b in BASES]
-  found = {}
   with jax.enable_x64(True):
-    for flow, basis in claim.track(pairs, 'Hamiltonian descent'):
-      one = functools.partial(trajectory, FLOWS[flow])
-      found[f'{flow}, {basis}'] = summary(one(BASES[basis]()))
+    found = {
+      f'{flow}, {basis}': summary(trajectory(FLOWS[flow], BASES[basis]()))
+      for flow, basis in harness.track(pairs, 'Hamiltonian descent')
+    }
+  # No Euler step follows bases that are new at every step, see the notes.
+  followed = {k: row for k, row in found.items() if EVERY_STEP not in k}
   checks: list[claim.Check] = []
   table: claim.Table = [
     ('optimizer, bases', 'dH/dt off by', 'highest dH/dt', 'comes back')
@@ -189,51 +185,22 @@ def run() -> claim.Claim:
       claim.Check(f'{name}: dH/dt off by', row['off'], most=1e-5),
       claim.Check(f'{name}: highest dH/dt', row['highest'], most=1e-12),
     ]
-    if EVERY_STEP not in name:  # no Euler step follows that, see the notes
+    if name in followed:
       what = f'{name}: share of the fall of H that comes back'
       checks.append(claim.Check(what, row['back'], most=0.01))
-    cells = (claim.number(row[k]) for k in ('off', 'highest', 'back'))
-    table.append((name, *cells))
-  worst = max(row['off'] for row in found.values())
-  back = max(v['back'] for k, v in found.items() if EVERY_STEP not in k)
-  return claim.Claim(
-    title='H never rises, whatever the bases do',
-    source='Online Subspace Descent, Section 4, Eq. (7) and (8)',
-    prediction=(
-      'dH/dt = -||d_W H||_Phi^2 - ||d_S H||_Psi^2 <= 0 for GD, momentum, Adam '
-      '(a >= b/4) and Lion-K and any motion of P, since the cross terms cancel'
-    ),
-    measurement=(
-      f'dH/dt as predicted to {worst:.1e} over {STEPS:,} steps of '
-      f'{len(FLOWS)} optimizers and {len(BASES)} kinds of bases; at '
-      f'most {back:.1e} of the fall of H comes back in Euler steps'
-    ),
-    checks=tuple(checks),
-    table=tuple(table),
-    notes=(
-      'For Adam the paper prints an upper bound of dH/dt, from which eps > 0 '
-      'is left out; with that term it is an equality at a = b/4, which is '
-      'tested. Its Example 4.2 drops the minus sign of dW.',
-      'Also in the paper: Algorithm 1 prints the direction of step t + 1 in '
-      'the line of W; that of step t is meant and used.',
-      'H may not rise, but need not fall: momentum and Adam with a new basis '
-      'at every step average gradients of unrelated coordinates, dH/dt is '
-      'near 0, and what comes back from the Euler steps is as large as what '
-      'they take. That row is held to dH/dt alone.',
-      'What this says nothing about: noise (the counter-example is no '
-      'contradiction), rates, and discrete steps. An Euler step is not the '
-      'ODE; the share of H that comes back over the run shows by how little.',
-    ),
-    caption='H over the time of the ODE.',
-    data=found,
-  )
+    table.append((name, row['off'], row['highest'], row['back']))
+  numbers = {
+    'worst': max(row['off'] for row in found.values()),
+    'back': max(row['back'] for row in followed.values()),
+    'flows': len(FLOWS),
+    'bases': len(BASES),
+  }
+  return claim.Found(checks, found, table, numbers)
 
 
-def picture(found: dict, path) -> None:
+@harness.picture(2, 2, figsize=(9, 6), sharex=True, sharey=True)
+def picture(panels: Any, found: dict) -> None:
   """H over time, a panel for every optimizer."""
-  figure, panels = plt.subplots(
-    2, 2, figsize=(9, 6), sharex=True, sharey=True, layout='constrained'
-  )
   time = np.arange(100) * (STEPS // 100) * DT
   for axes, flow in zip(panels.flat, FLOWS, strict=True):
     axes.set_title(flow, fontsize=10)
@@ -241,11 +208,5 @@ def picture(found: dict, path) -> None:
       h = np.array(found[f'{flow}, {basis}']['h'])
       axes.plot(time, h / h[0], label=basis)
   panels[0, 0].legend(fontsize=8)
-  figure.supxlabel('time')
-  figure.supylabel('H, of the first')
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
-
-
-if __name__ == '__main__':
-  claim.measure(sys.modules[__name__])
+  panels[0, 0].figure.supxlabel('time')
+  panels[0, 0].figure.supylabel('H, of the first')

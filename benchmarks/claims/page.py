@@ -5,9 +5,10 @@ import json
 import pathlib
 import shutil
 
-import claim
+from benchmarks import harness
+from benchmarks.claims import claim
+from benchmarks.harness import DOCS
 
-DOCS = claim.ROOT / 'docs'
 HEAD = """# Evidence
 
 What the founding papers claim, and what this library measures of it. `make
@@ -51,19 +52,22 @@ def _machines(claims: Sequence[claim.Claim]) -> list[str]:
 
 
 def _summary(claims: Sequence[claim.Claim]) -> str:
-  rows = [('Claim', 'Source', 'Predicted', 'Measured', 'Verdict')]
-  rows += [
+  head = ('Claim', 'Source', 'Predicted', 'Measured', 'Verdict')
+  rows = [
     (
       f'[{c.title}](#{_anchor(c.title)})',
       c.source,
       c.prediction,
       c.measurement,
-      f'**{c.verdict}**, {sum(x.holds for x in c.checks)} of '
-      f'{len(c.checks)} checks',
+      f'**{c.verdict}**, {_held(c)} checks',
     )
     for c in claims
   ]
-  return _table(rows)
+  return harness.table(head, rows) + '\n'
+
+
+def _held(c: claim.Claim) -> str:
+  return f'{sum(check.holds for check in c.checks)} of {len(c.checks)}'
 
 
 def _anchor(title: str) -> str:
@@ -84,28 +88,24 @@ def _section(c: claim.Claim) -> str:
   if c.caption:
     parts += [f'![{c.caption}](evidence/{c.name}.png)\n', f'{c.caption}\n']
   if c.table:
-    parts.append(_table(c.table))
+    parts.append(harness.table(c.table[0], c.table[1:]) + '\n')
   parts += [f'- {note}' for note in c.notes]
-  checks = [('Check', 'Measured', 'Expected', 'Holds')]
-  for check in c.checks:
-    found = claim.number(check.measured)
-    holds = 'yes' if check.holds else '**no**'
-    checks.append((check.what, found, check.expected, holds))
-  held = sum(check.holds for check in c.checks)
+  checks = [
+    (
+      check.what,
+      claim.number(check.measured),
+      check.expected,
+      'yes' if check.holds else '**no**',
+    )
+    for check in c.checks
+  ]
+  head = ('Check', 'Measured', 'Expected', 'Holds')
   parts += [
-    f'\n<details><summary>{held} of {len(c.checks)} checks hold</summary>\n',
-    _table(checks),
+    f'\n<details><summary>{_held(c)} checks hold</summary>\n',
+    harness.table(head, checks) + '\n',
     '</details>\n',
   ]
   return '\n'.join(parts)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-  """A Markdown table whose first row is its head."""
-  escaped = [[cell.replace('|', '\\|') for cell in row] for row in rows]
-  lines = ['| ' + ' | '.join(row) + ' |' for row in escaped]
-  lines.insert(1, '|' + '---|' * len(rows[0]))
-  return '\n'.join(lines) + '\n'
 
 
 def write(claims: Sequence[claim.Claim], docs: pathlib.Path = DOCS) -> None:
@@ -114,10 +114,9 @@ def write(claims: Sequence[claim.Claim], docs: pathlib.Path = DOCS) -> None:
   shutil.rmtree(pictures, ignore_errors=True)
   pictures.mkdir(parents=True)
   for c in claims:
-    if c.caption:
-      shutil.copy(claim.CACHE / f'{c.name}.png', pictures)
+    shutil.copy(claim.CACHE / f'{c.name}.png', pictures)
   kept = [claim.to_dict(c) | {'data': None} for c in claims]
-  (docs / 'evidence.json').write_text(json.dumps(kept, indent=1) + '\n')
+  harness.save_results(docs / 'evidence.json', kept)
   (docs / 'evidence.md').write_text(markdown(claims))
 
 

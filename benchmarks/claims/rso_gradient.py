@@ -1,19 +1,16 @@
-"""Gradients of coordinates are those of weights, projected, and GoLore's steps.
+"""Gradients of coordinates are those of weights, projected."""
 
-python benchmarks/claims/rso_gradient.py
-"""
-
-import sys
 from typing import Any
 
-import claim  # isort: skip
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
+from benchmarks import harness
+from benchmarks import programs
+from benchmarks.claims import claim
 import subspace_optax as so
 
 WIDTH, HIDDEN, BATCH, RANK = 16, 40, 32, 4
@@ -73,12 +70,8 @@ def losses(compressed: bool) -> np.ndarray:
   loss, params = problem()
   tx = so.golore(0.01, RANK, update_proj_gap=GAP)
 
-  def whole(params, state, x):
-    value, gradients = jax.value_and_grad(loss)(params, x)
-    updates, state = tx.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, value
-
-  step: Any = so.rso.compressed_step(loss, tx) if compressed else whole
+  make = so.rso.compressed_step if compressed else programs.whole_step
+  step: Any = make(loss, tx)
 
   def one(carry, x):
     params, state, value = step(*carry, x)
@@ -88,47 +81,28 @@ def losses(compressed: bool) -> np.ndarray:
   return np.asarray(run((params, tx.init(params)), batches()))
 
 
-def run() -> claim.Claim:
+def run() -> claim.Found:
   """Both checks, in float64."""
   with jax.enable_x64(True):
     error = gradient_error()
     whole, compressed = losses(False), losses(True)
   off = np.abs(compressed / whole - 1)
-  return claim.Claim(
-    title='The gradient of B is P^T dW, and GoLore needs no other',
-    source='RSO, Section 4; GoLore, ReLoRA-like implementation',
-    prediction='dL/dB = P^T dL/dW; the compressed form takes the same steps',
-    measurement=(
-      f'error of the gradient {error:.1e}; losses of {STEPS} steps with '
-      f'{STEPS // GAP} bases differ by {off.max():.1e} at the most, while they '
-      f'fall from {whole[0]:.3f} to {whole[-1]:.3f}'
-    ),
-    checks=(
-      claim.Check('error of the gradient of B, over its norm', error, 0, 1e-12),
-      claim.Check('losses off by, relative', float(off.max()), 0, 1e-9),
-      claim.Check('last loss over the first', whole[-1] / whole[0], 0, 0.9),
-    ),
-    notes=(
-      'Float64; layers of Flax as they are. Both sides project their short '
-      'side, GoLore as ever: for layers with fewer outputs than inputs that is '
-      'the side of the outputs.',
-    ),
-    caption='Relative difference of the losses, compressed against whole.',
-    data={'off': off.tolist()},
+  most, fall = float(off.max()), whole[-1] / whole[0]
+  checks = (
+    claim.Check('error of the gradient of B, over its norm', error, 0, 1e-12),
+    claim.Check('losses off by, relative', most, 0, 1e-9),
+    claim.Check('last loss over the first', fall, 0, 0.9),
   )
+  numbers = {'error': error, 'off': most, 'count': STEPS // GAP}
+  numbers |= {'first': whole[0], 'last': whole[-1]}
+  return claim.Found(checks, {'off': off.tolist()}, numbers=numbers)
 
 
-def picture(data: dict, path) -> None:
+@harness.picture(figsize=(6, 3.5))
+def picture(axes: Any, data: dict) -> None:
   """The difference over the steps."""
-  figure, axes = plt.subplots(figsize=(6, 3.5), layout='constrained')
   axes.semilogy(np.maximum(data['off'], 1e-17))
   for step in range(0, STEPS, GAP):
     axes.axvline(step, color='0.8')
   axes.set_xlabel('step (lines: new bases)')
   axes.set_ylabel('relative difference')
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
-
-
-if __name__ == '__main__':
-  claim.measure(sys.modules[__name__])

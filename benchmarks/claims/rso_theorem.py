@@ -1,17 +1,14 @@
-"""Theorem 5.5 of RSO, with its parameters, on a quadratic.
+"""Theorem 5.5 of RSO, with its parameters, on a quadratic."""
 
-python benchmarks/claims/rso_theorem.py
-"""
+from typing import Any
 
-import sys
-
-import claim  # isort: skip
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
+from benchmarks import harness
+from benchmarks.claims import claim
 import subspace_optax as so
 
 M, COLUMNS, RANKS, SEEDS = 24, 16, (2, 6, 12), 4
@@ -49,61 +46,33 @@ def descend(rank: int, seed: int) -> np.ndarray:
   return np.asarray(run((params, rso.init(params))))[::INNER]
 
 
-def run() -> claim.Claim:
+def run() -> claim.Found:
   """All ranks and seeds."""
   rows = {
     rank: np.mean([descend(rank, seed) for seed in range(SEEDS)], axis=0)
-    for rank in claim.track(RANKS, 'Theorem 5.5')
+    for rank in harness.track(RANKS, 'Theorem 5.5')
   }
   checks: list[claim.Check] = []
   table: claim.Table = [('r / m', 'eta', 'mean', 'bound', 'mean / bound')]
   for rank, squares in rows.items():
-    p, mean = parameters(rank), float(squares.mean())
+    p, mean, name = parameters(rank), float(squares.mean()), f'{rank}/{M}'
+    fall = float(squares[-1] / squares[0])
+    what = f'r/m = {name}: last gradient over the first, squared'
     checks += [
-      claim.Check(f'r/m = {rank}/{M}: mean over bound', mean / p.bound, 0, 1),
-      claim.Check(
-        f'r/m = {rank}/{M}: last gradient over the first, squared',
-        float(squares[-1] / squares[0]),
-        0,
-        0.1,
-      ),
+      claim.Check(f'r/m = {name}: mean over bound', mean / p.bound, 0, 1),
+      claim.Check(what, fall, 0, 0.1),
     ]
-    cells = p.eta, mean, p.bound, mean / p.bound
-    table.append((f'{rank}/{M}', *map(claim.number, cells)))
+    table.append((name, p.eta, mean, p.bound, mean / p.bound))
   worst = max(check.measured or 0.0 for check in checks[::2])
-  return claim.Claim(
-    title="RSO converges at its theorem's rate, with its parameters",
-    source='RSO, Theorem 5.5',
-    prediction="(1/K) sum E||grad f(W^k)||^2 <= 18 L' gap / K, L' = (m/r) L",
-    measurement=(
-      f'on a quadratic the mean over {SUBPROBLEMS} subproblems and {SEEDS} '
-      f'seeds is at most {worst:.3f} of the bound'
-    ),
-    checks=tuple(checks),
-    table=tuple(table),
-    notes=(
-      f'Gradient descent takes {INNER} steps in each subproblem, whose '
-      'condition is 3, so that they end near their minima. The constant 18 is '
-      'derived in this project from the assumptions of the theorem.',
-      'A bound for the worst case that holds says little about speed.',
-    ),
-    caption='Squared gradient norms, and the bound for their mean.',
-    data={str(rank): squares.tolist() for rank, squares in rows.items()},
-  )
+  data = {str(rank): squares.tolist() for rank, squares in rows.items()}
+  return claim.Found(checks, data, table, {'worst': worst})
 
 
-def picture(data: dict, path) -> None:
+@harness.picture(figsize=(6, 4))
+def picture(axes: Any, data: dict) -> None:
   """A curve for each rank, its bound dashed."""
-  figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
   for i, (rank, squares) in enumerate(data.items()):
     axes.semilogy(squares, f'C{i}', label=f'r/m = {rank}/{M}')
     axes.axhline(parameters(int(rank)).bound, color=f'C{i}', ls='--')
-  axes.set_xlabel('subproblem')
-  axes.set_ylabel('||grad f||^2')
+  axes.set(xlabel='subproblem', ylabel='||grad f||^2')
   axes.legend()
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
-
-
-if __name__ == '__main__':
-  claim.measure(sys.modules[__name__])

@@ -4,15 +4,16 @@ All the noise is on rows that don't matter, so that GaLore with single samples
 stalls.
 """
 
-import dataclasses
+from collections.abc import Callable, Sequence
 import math
+from typing import Any
 
-import claim  # isort: skip
-import counter
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks import harness
+from benchmarks.claims import claim
+from benchmarks.claims import counter
 import subspace_optax as so
 
 STEPS = (30_000, 100_000, 300_000, 1_000_000)
@@ -32,53 +33,32 @@ def least_steps() -> int:
 
 def parameters(theorem: str, steps: int) -> so.TheoremParameters:
   """What the theorem asks for."""
-  return so.theorem_parameters(
-    theorem,
-    smoothness=1.0,
-    gap=counter.GAP,
-    noise=NOISE,
-    share=DELTA,
-    steps=steps,
-  )
+  of = {'gap': counter.GAP, 'noise': NOISE, 'share': DELTA, 'steps': steps}
+  return so.theorem_parameters(theorem, smoothness=1.0, **of)
 
 
-def descend(theorem: str, steps: int, optimizer, batch: int) -> dict:
+def descend(
+  p: so.TheoremParameters, steps: int, optimizer: Callable, batch: int
+) -> dict:
   """The mean and the last ||grad f||^2 of one run."""
-  p = parameters(theorem, steps)
   tx = optimizer(p.learning_rate, p.update_proj_gap, counter.msgd(p.b1))
-  trace = counter.descend(
-    tx,
-    counter.START,
-    steps,
-    counter.gradients(SIGMA, batch=batch),
-    counter.squared_gradient,
-  )
+  gradient = counter.gradients(SIGMA, batch=batch)
+  measure = counter.squared_gradient
+  trace = counter.descend(tx, counter.START, steps, gradient, measure)
   return {'mean': float(np.mean(trace.mean)), 'last': float(trace.at[-1])}
 
 
-@dataclasses.dataclass(frozen=True)
-class Runs:
-  """One theorem's runs, and what they are compared with."""
-
-  theorem: str
-  optimizer: object
-  batch: bool  # whether gradients are means of the theorem's B samples
-
-  def rows(self) -> list[dict]:
-    """A row for every T."""
-    rows = []
-    with jax.enable_x64(True):
-      for steps in claim.track(STEPS, self.theorem):
-        p = parameters(self.theorem, steps)
-        batch = p.batch_size if self.batch else 1
-        of = lambda optimizer, batch, steps=steps: descend(
-          self.theorem, steps, optimizer, batch
-        )
-        rows.append(
-          {'steps': steps, **p._asdict(), **of(self.optimizer, batch)}
-          | {'galore_last': of(counter.galore, 1)['last']}
-        )
-    return rows
+def rows(theorem: str, optimizer: Callable) -> list[dict]:
+  """A row for every T; GaLore with single samples beside."""
+  found = []
+  for steps in harness.track(STEPS, theorem):
+    p = parameters(theorem, steps)
+    # Theorem 3's gradients are means of its B samples.
+    batch = p.batch_size if theorem == 'large_batch_galore' else 1
+    stalled = descend(p, steps, counter.galore, 1)['last']
+    row = descend(p, steps, optimizer, batch) | {'galore_last': stalled}
+    found.append({'steps': steps, **p._asdict(), **row})
+  return found
 
 
 def slopes(rows: list[dict]) -> tuple[float, float]:
@@ -88,60 +68,63 @@ def slopes(rows: list[dict]) -> tuple[float, float]:
   return of('mean'), of('rate')
 
 
-def checks(rows: list[dict]) -> tuple[claim.Check, ...]:
+def checks(rows: list[dict]) -> Sequence[claim.Check]:
   """The slope, the order's constant, the end, and where GaLore ends."""
-  found, promised = slopes(rows)
+  (found, promised), last = slopes(rows), rows[-1]
   ratios = [row['mean'] / row['rate'] for row in rows]
-  stall = 2 * counter.stall(SIGMA)
-  last = rows[-1]
+  spread = max(ratios) / min(ratios)
+  stalled, stall = last['galore_last'], 2 * counter.stall(SIGMA)
   return (
     claim.near('slope over T, against its rate', found, promised, 0.15),
-    claim.Check('mean / rate, largest / smallest', _spread(ratios), most=1.5),
+    claim.Check('mean / rate, largest / smallest', spread, most=1.5),
     claim.Check('last ||grad f||^2 at the largest T', last['last'], 0, 0.01),
-    claim.near(
-      'that of GaLore with single samples', last['galore_last'], stall, 0.2
-    ),
+    claim.near('that of GaLore with single samples', stalled, stall, 0.2),
   )
 
 
-def _spread(values: list[float]) -> float:
-  return max(values) / min(values)
+COLUMNS = {
+  'T': 'steps',
+  'b1': 'b1',
+  'tau': 'update_proj_gap',
+  'eta': 'learning_rate',
+  'B': 'batch_size',
+  'mean': 'mean',
+  'rate': 'rate',
+  'last': 'last',
+  'GaLore, last': 'galore_last',
+}
 
 
-def table(rows: list[dict]) -> tuple[tuple[str, ...], ...]:
-  """The parameters and what was measured, for every T."""
-  head = ('T', 'b1', 'tau', 'eta', 'B', 'mean', 'rate', 'last', 'GaLore, last')
-  names = ('steps', 'b1', 'update_proj_gap', 'learning_rate', 'batch_size')
-  names += ('mean', 'rate', 'last', 'galore_last')
-  cells = [tuple(claim.number(row[name]) for name in names) for row in rows]
-  return (head, *cells)
+def run(theorem: str, optimizer: Callable) -> claim.Found:
+  """What one theorem says, and what runs with its parameters do."""
+  with jax.enable_x64(True):
+    found = rows(theorem, optimizer)
+  slope, promised = slopes(found)
+  cells = [[row[key] for key in COLUMNS.values()] for row in found]
+  numbers = {
+    'slope': slope,
+    'promised': promised,
+    'least_steps': least_steps(),
+    'batches': [row['batch_size'] for row in found],
+    'last': claim.number(found[-1]['last']),
+    'galore_last': claim.number(found[-1]['galore_last']),
+  }
+  return claim.Found(checks(found), found, [[*COLUMNS], *cells], numbers)
 
 
-def picture(rows: list[dict], path) -> None:
+@harness.picture(figsize=(7, 4.5))
+def picture(axes: Any, rows: list[dict]) -> None:
   """The mean and the rate over T, and how runs end."""
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
   steps = [row['steps'] for row in rows]
   of = lambda name: [row[name] for row in rows]
   found, promised = slopes(rows)
   axes.plot(steps, of('mean'), 'o-', label=f'mean, slope {found:.2f}')
-  axes.plot(
-    steps,
-    np.multiply(of('rate'), rows[0]['mean'] / rows[0]['rate']),
-    'k:',
-    label=f'rate of the theorem, moved there, slope {promised:.2f}',
-  )
-  axes.plot(
-    steps, of('galore_last'), 's--', label='GaLore, single samples: last'
-  )
-  axes.axhline(
-    2 * counter.stall(SIGMA),
-    color='gray',
-    linewidth=0.8,
-    label='predicted stall of GaLore',
-  )
-  counter.axes_of_powers(axes)
-  axes.set_xlabel('T')
-  axes.set_ylabel('||grad f||^2')
+  moved = np.multiply(of('rate'), rows[0]['mean'] / rows[0]['rate'])
+  label = f'rate of the theorem, moved there, slope {promised:.2f}'
+  axes.plot(steps, moved, 'k:', label=label)
+  label = 'GaLore, single samples: last'
+  axes.plot(steps, of('galore_last'), 's--', label=label)
+  stall, label = 2 * counter.stall(SIGMA), 'predicted stall of GaLore'
+  axes.axhline(stall, color='gray', linewidth=0.8, label=label)
+  axes.set(xscale='log', yscale='log', xlabel='T', ylabel='||grad f||^2')
   axes.legend(fontsize=8)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)

@@ -6,7 +6,6 @@ import functools
 import math
 from typing import Any
 
-import claim  # isort: skip
 from flax import nnx
 import jax
 from jax import lax
@@ -14,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import harness
+from benchmarks import programs
 import data
 import llama
 import recipes
 import subspace_optax as so
 import train_step
-
-assert claim.ROOT  # claim makes the examples importable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ def model() -> Any:
     s.width, s.mlp_width, s.layers, s.heads, vocab=corpus().vocab
   )
   make = lambda key: llama.Llama(config, nnx.Rngs(key))
-  graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(0)))
+  graphdef, _ = programs.split(lambda: make(0))
   init = lambda key: nnx.to_pure_dict(nnx.state(make(key)))
   return train_step.make_loss(graphdef), init
 
@@ -117,24 +116,35 @@ def perplexities(
 ) -> dict[str, list[float]]:
   """Validation perplexity per byte: a list over seeds for every rate."""
   run = program(make)
-  return {
-    str(rate): [
-      math.exp(
-        min(
-          float(run(rate, jax.random.key(seed), batches(seed), validation())),
-          700.0,
-        )
-      )
-      for seed in range(seeds)
-    ]
-    for rate in rates
-  }
+
+  def one(rate: float, seed: int) -> float:
+    loss = run(rate, jax.random.key(seed), batches(seed), validation())
+    return math.exp(min(float(loss), 700.0))
+
+  return {str(r): [one(r, seed) for seed in range(seeds)] for r in rates}
 
 
 def best(found: dict[str, list[float]]) -> tuple[str, list[float]]:
   """The rate whose mean over seeds is lowest, and its perplexities."""
   mean = lambda item: math.inf if np.isnan(item[1]).any() else np.mean(item[1])
   return min(found.items(), key=mean)
+
+
+def compare(
+  methods: dict[str, Callable], seeds: int, rates: tuple[float, ...]
+) -> tuple[dict[str, dict], dict[str, float], float]:
+  """Trains all methods at every rate.
+
+  Returns each one's best rate and perplexities, their means, and how far a seed
+  lies from its mean at the most.
+  """
+  found = {}
+  for name in harness.track(methods, 'perplexity'):
+    rate, values = best(perplexities(methods[name], seeds, rates))
+    found[name] = {'rate': rate, 'values': values}
+  mean = {name: float(np.mean(row['values'])) for name, row in found.items()}
+  spread = max(np.ptp(row['values']) / 2 for row in found.values())
+  return found, mean, spread
 
 
 def adafactor() -> optax.GradientTransformation:
@@ -166,18 +176,9 @@ def projected(
   rank: int,
   projector: so.projectors.Projector,
   inner: optax.GradientTransformation,
-  schedule: Callable,
-  *,
-  per_matrix: bool = False,
-  params: str | None = None,
-) -> optax.GradientTransformation:
-  """One point of the grid, with the rates of this benchmark."""
-  tx = so.subspace(
-    so.SubspaceSpec(rank),
-    projector,
-    inner,
-    scale=SETTING.scale,
-    per_matrix=per_matrix,
-    params=params,
-  )
-  return optax.chain(tx, optax.scale_by_learning_rate(schedule))
+  **options: Any,
+) -> Callable[..., optax.GradientTransformation]:
+  """One point of the grid, made of a schedule."""
+  spec, scale = so.SubspaceSpec(rank), SETTING.scale
+  tx = so.subspace(spec, projector, inner, scale=scale, **options)
+  return lambda rate: optax.chain(tx, optax.scale_by_learning_rate(rate))

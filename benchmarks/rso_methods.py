@@ -1,35 +1,17 @@
-"""Training steps of a LLaMA that `rso.py` compiles, and where to compile them.
+"""The methods that `rso.py` compares, and how their layers are recomputed."""
 
-A step takes (params, state, tokens) and returns (params, state, loss).
-"""
-
-from collections.abc import Callable
-import dataclasses
 import functools
-import os
-import pathlib
-import sys
 from typing import Any
-
-# Nothing outside this machine is asked about TPUs.
-os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-sys.path.insert(
-  0, str(pathlib.Path(__file__).resolve().parent.parent / 'examples')
-)
 
 from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import topologies
-import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 import optax
 
+from benchmarks import programs
 import llama
 import subspace_optax as so
 
@@ -43,13 +25,6 @@ POLICIES = {
 ADAM = 'Adam'
 METHODS = ('GaLore', 'RSO', 'compressed')
 MASKED = optax.MaskedNode()
-CPU = 'virtual CPU devices: not what a TPU would run'
-
-# Nothing of what is counted depends on these, and it compiles sooner.
-_SOONER = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
 
 
 def shared(path: str) -> str:
@@ -60,11 +35,14 @@ def shared(path: str) -> str:
   return path
 
 
-def spec(rank: int, side: str = 'in', **options: Any) -> so.SubspaceSpec:
+def spec(rank: int, side: str = 'in') -> so.SubspaceSpec:
   """Kernels of all blocks, whatever their rank saves."""
   return so.SubspaceSpec(
-    rank, side=side, only_if_smaller=False, key_group=shared, **options
+    rank, side=side, only_if_smaller=False, key_group=shared
   )
+
+
+# --- Models ------------------------------------------------------------------
 
 
 class Remat(nnx.Module):
@@ -98,8 +76,7 @@ def model(config: llama.LlamaConfig, policy: str = 'none') -> tuple[Any, Any]:
     made.blocks = with_policy(made.blocks, policy)
     return made
 
-  graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)
-  return graphdef, nnx.to_pure_dict(params)
+  return programs.split(make)
 
 
 def named_product(*args: Any, **kwargs: Any) -> jax.Array:
@@ -120,35 +97,14 @@ def named_merge(graphdef: Any, params: Any) -> Any:
   return made
 
 
-def loss(merge: Any, graphdef: Any, params: Any, tokens: jax.Array) -> Any:
-  """Mean cross-entropy of tokens."""
-  logits = merge(graphdef, params)(tokens).astype(jnp.float32)
-  return jnp.mean(
-    optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-  )
+# --- Steps -------------------------------------------------------------------
 
 
-def whole_step(f: Any, tx: Any, value_and_grad: Any) -> Callable[..., Any]:
-  """The usual step, with whole gradients."""
-
-  def step(params, state, *args):
-    value, gradients = value_and_grad(f)(params, *args)
-    updates, state = tx.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, value
-
-  return step
-
-
-def in_subspace(
-  rank: int, side: str, rule: Any
-) -> optax.GradientTransformation:
+def in_subspace(rank: int, side: str, rule: Any) -> Any:
   """Adam in subspaces, with moments that start again with a new basis."""
-  return optax.chain(
-    so.subspace(
-      spec(rank, side), rule, optax.scale_by_adam(), transport='reset'
-    ),
-    optax.scale_by_learning_rate(1e-3),
-  )
+  adam, of = optax.scale_by_adam(), spec(rank, side)
+  tx = so.subspace(of, rule, adam, transport='reset')
+  return optax.chain(tx, optax.scale_by_learning_rate(1e-3))
 
 
 def training(
@@ -158,7 +114,7 @@ def training(
   side: str = 'in',
   value_and_grad: Any = jax.value_and_grad,
 ) -> tuple[Any, Any]:
-  """A method's `init` and its step.
+  """A method's `init`, and (params, state, tokens) -> (params, state, loss).
 
   Bases are those that compile soonest on a TPU: Gaussian ones in the place of
   Haar samples, and GaLore's by products in the place of an SVD.
@@ -181,13 +137,14 @@ def training(
   tx = optax.adam(1e-3)
   if name == 'GaLore':
     tx = in_subspace(rank, 'short', so.projectors.svd(200, 'randomized'))
-  return tx.init, whole_step(plain, tx, value_and_grad)
+  return tx.init, programs.whole_step(plain, tx, value_and_grad)
 
 
 def gradients(
-  name: str, of_loss: Any, params: Any, rank: int
+  name: str, graphdef: Any, params: Any, rank: int
 ) -> tuple[Any, tuple[Any, ...]]:
   """A method's loss and gradients, and the shapes of all but the tokens."""
+  of_loss = lambda merge: functools.partial(programs.loss, merge, graphdef)
   if name in (ADAM, 'GaLore'):
     return jax.value_and_grad(of_loss(named_merge)), (params,)
   rso = so.rso.subproblems(spec(rank), optax.sgd(1.0))
@@ -200,48 +157,18 @@ def gradients(
   return at_zero, (params, bases)
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-  """A mesh with one axis, `data`, and what its devices are."""
-
-  mesh: Mesh
-  name: str
-
-  def place(self, tree: Any, *axes: str) -> Any:
-    """Shapes on the mesh; the first axis cut, or whole on every device."""
-    sharding = NamedSharding(self.mesh, P(*axes))
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
-
-
-def target(topology: str, devices: int) -> Target:
-  """Devices of a TPU topology, or of this machine for 'cpu'."""
-  found, name = list(jax.devices()), CPU
-  if topology != 'cpu':
-    try:
-      found = topologies.get_topology_desc(topology, 'tpu').devices
-      name = f'{found[0].device_kind}, topology {topology}'
-    except Exception as error:  # no libtpu, or another process has it
-      print(f'no TPU compiler: {error}\nso this compiles for {name}')
-  kinds = (AxisType.Auto,)
-  mesh = Mesh(np.array(found[:devices]), ('data',), axis_types=kinds)
-  return Target(mesh, name)
-
-
 def compiled_step(
-  where: Target, name: str, made: tuple[Any, Any], tokens: Any, rank: int
+  mesh: Mesh, name: str, made: tuple[Any, Any], tokens: Any, rank: int
 ) -> Any:
-  """A compiled training step whose parameters and state are donated."""
+  """A compiled training step whose parameters and state are donated.
+
+  They are whole on every device of the mesh's axis `data`, which cuts tokens.
+  """
   graphdef, params = made
-  of_loss = lambda merge: functools.partial(loss, merge, graphdef)
+  of_loss = lambda merge: functools.partial(programs.loss, merge, graphdef)
   init, step = training(name, of_loss, rank)
-  arrays = where.place((params, jax.eval_shape(init, params)))
-  with jax.set_mesh(where.mesh):
+  on = lambda tree, *axes: programs.place(tree, NamedSharding(mesh, P(*axes)))
+  params, state = on((params, jax.eval_shape(init, params)))
+  with jax.set_mesh(mesh):
     run = jax.jit(step, donate_argnums=(0, 1))
-    return run.lower(*arrays, where.place(tokens, 'data')).compile()
-
-
-def counted(f: Any, *args: Any) -> Any:
-  """A program for a CPU, to be counted and not to be run."""
-  return jax.jit(f).lower(*args).compile(_SOONER)
+    return run.lower(params, state, on(tokens, 'data')).compile()

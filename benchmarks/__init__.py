@@ -1,0 +1,1 @@
+"""Measurements of the library; see the README beside this file."""

@@ -1,0 +1,1 @@
+"""What the papers claim: NAME.md says it, NAME.py measures it."""
