@@ -187,7 +187,8 @@ class Projector(NamedTuple):
     name: what `describe` calls it.
     init: (subspaces, zero_coords) -> the rule's own state, made of trees with
       the structure of the first subspaces; `zero_coords()` is a tree of float32
-      zeros where coordinates will be.
+      zeros where coordinates will be. `subspaces.basis` is what the state
+      stores: () if there is a `rebuild`.
     refresh: (context, matrices, subspaces, state) -> (subspaces, moves, state),
       before this step's coordinates are taken. `moves` is a tree of `Move`, or
       None if the rule never moves a basis here.
