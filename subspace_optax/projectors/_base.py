@@ -176,7 +176,7 @@ class Context(NamedTuple):
 # (layout, seeds, period) -> bases that depend on nothing else.
 Sample = Callable[[_layout.Layout, jax.Array, Any], jax.Array]
 
-# The period in the keys of the first bases, which no schedule reaches.
+# Reserved fold-in number of the first bases, in the place of a period.
 AT_INIT = 2**31 - 1
 
 
