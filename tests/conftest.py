@@ -102,19 +102,12 @@ def compiled_folder(tmp_path_factory):
   return folder / 'compiled'
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session', autouse=True)
 def compile_once(compiled_folder):
-  """What one run of a trainer has compiled, the next one reads.
+  """What one file, process or run of a trainer has compiled, others read.
 
-  Not for all tests: most compile a program once, and would only write it.
+  A third of all programs are compiled more than once: tests of one rule share
+  its trees, and `forget_programs` drops what the next file needs again.
   """
-  options = {
-    'jax_compilation_cache_dir': str(compiled_folder),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
+  jax.config.update('jax_compilation_cache_dir', str(compiled_folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
