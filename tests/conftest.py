@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import pathlib
 import resource
 import sys
 
@@ -95,7 +96,12 @@ def forget_programs():
 
 @pytest.fixture(scope='session')
 def compiled_folder(tmp_path_factory):
-  """A folder of compiled programs that all test processes share."""
+  """A folder of compiled programs that all test processes share.
+
+  Of this run alone, unless JAX_COMPILATION_CACHE_DIR names one that stays.
+  """
+  if kept := os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    return pathlib.Path(kept)
   folder = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
     folder = folder.parent
