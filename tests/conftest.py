@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import pathlib
 import resource
 import sys
 
@@ -95,26 +96,24 @@ def forget_programs():
 
 @pytest.fixture(scope='session')
 def compiled_folder(tmp_path_factory):
-  """A folder of compiled programs that all test processes share."""
+  """A folder of compiled programs that all test processes share.
+
+  Of this run alone, unless JAX_COMPILATION_CACHE_DIR names one that stays.
+  """
+  if kept := os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    return pathlib.Path(kept)
   folder = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
     folder = folder.parent
   return folder / 'compiled'
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session', autouse=True)
 def compile_once(compiled_folder):
-  """What one run of a trainer has compiled, the next one reads.
+  """What one file, process or run of a trainer has compiled, others read.
 
-  Not for all tests: most compile a program once, and would only write it.
+  A third of all programs are compiled more than once: tests of one rule share
+  its trees, and `forget_programs` drops what the next file needs again.
   """
-  options = {
-    'jax_compilation_cache_dir': str(compiled_folder),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
+  jax.config.update('jax_compilation_cache_dir', str(compiled_folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -48,8 +48,6 @@ RAW = {
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (3, 9))
 LABELS = ('animals', 'tools')
 
-pytestmark = pytest.mark.usefixtures('compile_once')
-
 
 # --- A checkpoint, and the model that it means -------------------------------
 

@@ -297,8 +297,14 @@ def test_names_of_axes_are_kept_however_many_trees_there_are():
   boxed = {'w': nn.Partitioned(bare['w'], ('embed', 'layers', 'mlp'))}
   tx = so.golore(1e-3, rank=2)
   state = tx.init(boxed)
+  # Of any optimizer, so one whose bases are soon traced.
+  given = so.projectors.periodic(
+    'given', lambda matrix, basis, period: basis, 2, uses_gradient=False
+  )
+  other = so.project(so.SubspaceSpec(2), given)
   for n in range(300):
-    jax.eval_shape(tx.init, {'w': jnp.ones((24, 8, 17 + n))})
+    tree = {'w': jax.ShapeDtypeStruct((24, 8, 17 + n), jnp.float32)}
+    jax.eval_shape(other.init, tree)
   _, state = jax.eval_shape(tx.update, bare, state, bare)
   assert measure.bases(state)['w'].shape == (8, 16, 2)
 

@@ -417,7 +417,6 @@ def test_blocks_must_keep_shapes():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('compile_once')
 def test_trainer(tmp_path, monkeypatch):
   words = np.random.default_rng(0).choice(test_pretrain.WORDS, 2400)
   (tmp_path / 'a.txt').write_text(' '.join(words))

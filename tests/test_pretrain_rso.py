@@ -1,6 +1,7 @@
 """The example trainer without whole gradients: RSO, and compressed GoLore."""
 
 import dataclasses
+import functools
 import pathlib
 import re
 import signal
@@ -18,8 +19,6 @@ import pretrain
 import report
 import test_pretrain
 import train_step
-
-pytestmark = pytest.mark.usefixtures('compile_once')
 
 
 @pytest.fixture(scope='module')
@@ -49,12 +48,22 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope='module', params=METHODS)
-def finished(request, tiny, tmp_path_factory):
-  """(configuration, summary, losses) of a whole run."""
-  out = tmp_path_factory.mktemp('runs') / request.param
-  config = dataclasses.replace(tiny, **METHODS[request.param], out=str(out))
-  return config, *run(config, out)
+@pytest.fixture(scope='module')
+def whole_run(tiny, tmp_path_factory):
+  """From a method to the (configuration, summary, losses) of its one run."""
+
+  @functools.cache
+  def once(name):
+    out = tmp_path_factory.mktemp('runs') / name
+    config = dataclasses.replace(tiny, **METHODS[name], out=str(out))
+    return config, *run(config, out)
+
+  return once
+
+
+@pytest.fixture(params=METHODS)
+def finished(request, whole_run):
+  return whole_run(request.param)
 
 
 def test_stopped_in_mid_subproblem_and_resumed_equals_uninterrupted(
@@ -102,22 +111,18 @@ def test_merged_in_mid_subproblem_is_the_same_model(tiny):
   assert abs(merged - without) > 1e-3
 
 
-def test_compressed_golore_is_golore(tiny, tmp_path):
+def test_compressed_golore_is_golore(tiny, whole_run, tmp_path):
   # GoLore@50%: gradients choose the bases first, with whole ones at refreshes.
-  losses = [
-    run(tiny, tmp_path / str(c), optimizer='golore', compressed=c)[1]
-    for c in (False, True)
-  ]
-  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+  _, losses = run(tiny, tmp_path, optimizer='golore')
+  np.testing.assert_allclose(whole_run('compressed')[2], losses, rtol=1e-5)
 
 
-def test_on_a_mesh_the_losses_are_the_same(tiny, tmp_path):
+def test_on_a_mesh_the_losses_are_the_same(tiny, whole_run, tmp_path):
   # Compressed steps: tests/test_compressed.py. Their recipe's SVDs are others
   # on a mesh, randomized ones.
-  _, losses = run(tiny, tmp_path / 'alone', optimizer='rso', steps=4)
   changes = {'optimizer': 'rso', 'steps': 4, 'mesh': 'data=2,fsdp=2'}
-  _, found = run(tiny, tmp_path / 'mesh', **changes)
-  np.testing.assert_allclose(found, losses, rtol=1e-4)
+  _, found = run(tiny, tmp_path, **changes)
+  np.testing.assert_allclose(found, whole_run('rso')[2][:4], rtol=1e-4)
 
 
 def _reduced(config):
