@@ -691,7 +691,7 @@ def subspace_adamw(
   """
   tx = _assemble(
     _choose_spec(spec, rank=rank, seed=seed),
-    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
+    projectors.dct(update_proj_gap, 'random', stagger=stagger),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport='first',
     residual=residuals.fira(limiter),
@@ -772,7 +772,7 @@ def subspace_muon(
     raise ValueError(f'b must lie in [0, 1), got {b}.')
   tx = _assemble(
     _choose_spec(spec, rank=rank, seed=seed),
-    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
+    projectors.dct(update_proj_gap, 'random', stagger=stagger),
     optax.trace(b, nesterov=True),
     transport='first',
     residual=residuals.orthogonal(1.0 / (1.0 - b)),
