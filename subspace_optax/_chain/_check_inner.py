@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `in_subspace` says of an inner optimizer that can't run as it is asked.
+"""Errors of `in_subspace` for inner optimizers that it cannot run.
 
-Optimizers are traced on the types of their arguments for that, and never run.
+The checks trace an optimizer on the types of its arguments, and never run it.
 """
 
 import functools

@@ -238,18 +238,20 @@ class InSubspace:
 
   def _show_params(self, updates: Any, params: Any) -> Any:
     """Returns what optimizers see in the place of params; None for nothing."""
-    if not self.takes_params:
-      return None if self.plain is None else params
-    if params is None:
+    if params is None and self.takes_params:
       raise ValueError(
         "params='coordinates' needs the parameters: call update(gradients, "
         'state, params).'
       )
+    if params is None or not (self.takes_params or self.plain):
+      return None
 
     def see(path: str, entry: Any, param: Any) -> Any:
       del path
       if not _is_projected(entry):
         return param
+      if not self.takes_params:
+        return optax.MaskedNode()
       return _linalg.coordinates(entry.layout, param, entry.basis)
 
     return _tree.map_entries(see, _tree.unbox(updates), params)

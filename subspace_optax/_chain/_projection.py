@@ -201,7 +201,7 @@ class Projection:
   def refresh_without_gradients(
     self, state: ProjectState, params: Any, active: jax.Array
   ) -> _refresh_bases.Refreshed:
-    """Does so where no rule looks at a gradient in this step."""
+    """Moves the bases that are due in a step without gradients."""
     matches = _match_updates.match_as_at_init(self.spec, state, params)
     matrices = _matrices.wrap_parameters(state.seed, matches, params)
     return self.refresh(state, matrices, matrices, active)

@@ -186,11 +186,12 @@ class SubspaceSpec:
       ValueError: no leaf of a non-empty tree is matched; dimension numbers
         that overlap or name a missing axis; a bad rank from a callable.
       TypeError: a leaf is no array, or in a box that nobody has registered; a
-        selected one is of another dtype than `FLOATS`.
+        selected one is of another dtype than float16, bfloat16, float32 and
+        float64.
     """
-    pairs, treedef = _tree.flatten_params(params)
+    pairs, _ = _tree.flatten_params(params)
     _check_distinct([path for path, _ in pairs])
-    numbers_of = self._dimension_numbers(params, pairs, treedef)
+    numbers_of = self._dimension_numbers(params, pairs)
     names = _tree.axis_names(params) if axis_names is None else axis_names
     leaves = tuple(
       _siblings.Leaf(path, tuple(leaf.shape), names.get(path))
@@ -297,7 +298,7 @@ class SubspaceSpec:
     layout = _layout.Layout(shape, rows, cols, project_rows, clipped)
     return layout, clipped < rank
 
-  def _dimension_numbers(self, params, pairs, treedef) -> list[Any]:
+  def _dimension_numbers(self, params, pairs) -> list[Any]:
     given = self.weight_dimension_numbers
     if callable(given):
       given = given(params)

@@ -136,6 +136,10 @@ def _chain_stages(
     return tuple(x.init(params) for x in (project, in_subspace, unproject))
 
   def update(updates, state, params=None, **extra_args):
+    if not isinstance(state, tuple) or len(state) != 3:
+      raise ValueError(
+        'the state is not one of `subspace`; call init of this optimizer.'
+      )
     bases, inner, left = state
     if feedback is not None:
       updates = _add_left_over(feedback, updates, left.residual)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from subspace_optax._chain import _first_states
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _layout
@@ -67,8 +68,8 @@ def zeros(params: Any, bases: Any, matches: Sequence[Any]) -> Any:
 def zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   """Returns B = 0 of one leaf, for `per_matrix`."""
   del path
-  static = (layout.coords_shape, jnp.promote_types(leaf.dtype, jnp.float32))
-  return layout.place_coords(jnp.zeros, static, (), leaf)
+  wide = jnp.promote_types(leaf.dtype, jnp.float32)
+  return _first_states.zero_coords(layout, leaf, wide)
 
 
 def trained(params: Any, coords: Any) -> Any:

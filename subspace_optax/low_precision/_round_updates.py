@@ -39,7 +39,7 @@ class CompensatedState(NamedTuple):
 def round_updates(
   rounding: str = 'stochastic', *, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-  """Makes updates of which `optax.apply_updates` loses nothing.
+  """Makes updates that `optax.apply_updates` adds without loss.
 
   It is the last of a chain, after the learning rate. Leaves of float32 and
   wider pass as they are.

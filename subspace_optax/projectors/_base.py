@@ -176,7 +176,7 @@ class Context(NamedTuple):
 # (layout, seeds, period) -> bases that depend on nothing else.
 Sample = Callable[[_layout.Layout, jax.Array, Any], jax.Array]
 
-# The period in the keys of the first bases, which no schedule reaches.
+# Reserved fold-in number of the first bases, in the place of a period.
 AT_INIT = 2**31 - 1
 
 
@@ -186,7 +186,8 @@ class Projector(NamedTuple):
   Attributes:
     name: what `describe` calls it.
     init: (subspaces, matrices) -> the rule's own state, made of trees with the
-      structure of the first subspaces; `matrices` have no gradients.
+      structure of the first subspaces, whose bases are () if there is a
+      `rebuild`; `matrices` have no gradients.
     refresh: (context, matrices, subspaces, state) -> (subspaces, moves, state),
       before this step's coordinates are taken. `moves` is a tree of `Move`, or
       None if the rule never moves a basis here.

@@ -91,7 +91,7 @@ def _by_svd(matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
 
 
 def _by_eigh(matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
-  """The same from G G^T."""
+  """Returns the same as `_by_svd`, from the eigenvectors of G G^T."""
   g = matrix.tall() * jax.lax.rsqrt(matrix.energy)[..., None, None]
   gram = _linalg.matmul(g, jnp.swapaxes(g, -1, -2))
   squares, u = _linalg.each(jnp.linalg.eigh, gram)

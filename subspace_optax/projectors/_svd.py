@@ -218,7 +218,7 @@ def _fill(layout: _layout.Layout, y: jax.Array, leaf: jax.Array) -> jax.Array:
 def _warm(
   rounds: int, matrix: _base.Matrix, basis: jax.Array, period: jax.Array
 ) -> jax.Array:
-  """The same from the last basis."""
+  """Rounds of subspace iteration from the last basis."""
   del period
   return _iterate(rounds, matrix, matrix.aligned(basis))
 

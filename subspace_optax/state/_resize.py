@@ -194,7 +194,7 @@ def _resized_codes(
   new: _projected.QuantizedBasis,
   leaves: dict[str, _Leaf],
 ) -> _projected.QuantizedBasis:
-  """Returns a basis of which the codes of all old columns stay."""
+  """Returns a basis that keeps the codes of all old columns."""
   if old.dtype != new.dtype:
     raise ValueError(
       f'state holds {_kind(old)} at {path!r}, where tx has {_kind(new)}; give '

@@ -17,11 +17,11 @@ CLIPS = ('layer', 'previous', 'two_pass')
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """The functions of `layerwise` at one batch.
+  """The functions of `layerwise` for one batch.
 
-  They take leaves that are trained; `fixed` are the other ones of the stack,
-  `fixed_rest` those of all else. What goes from layer to layer is a pair of
-  such trees, too.
+  They take the leaves that are trained and join them with the others: `fixed`
+  of the stack, `fixed_rest` of all else. A layer's input is a pair of such
+  trees, too.
   """
 
   embed: Callable[[Any, Any], Any]

@@ -102,10 +102,11 @@ def layerwise(
     rest: the optimizer of all other parameters; `tx` by default, whose
       `SubspaceSpec` then needs `allow_empty`.
     max_norm: what gradients' norms are clipped to; None for no clipping.
-    clip: of which gradient `max_norm` is the norm. 'layer': each layer's own,
-      and that of all else. 'previous': of the whole gradient one step before
-      (each layer's own in the first step, and after one that was not finite).
-      'two_pass': of the whole gradient, for which the backward pass runs twice.
+    clip: the norm that `max_norm` limits. 'layer': that of each layer's
+      gradient, and of all else's. 'previous': that of the whole gradient one
+      step before (of each layer's in the first step, and after one that was not
+      finite). 'two_pass': that of the whole gradient; the backward pass runs
+      twice.
     with_index: whether `block` takes the number of its layer, from 0, as a
       fourth argument. For dropout that differs by layer, put a random key into
       the batch and use `jax.random.fold_in(batch['key'], index)`: the backward

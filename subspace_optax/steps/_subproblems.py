@@ -161,20 +161,17 @@ def subproblems(
     _check_matches.check_matches(spec, matches)
     for match in filter(_is_lifted, matches):
       rule.check(match)
-    return _boxes.box_state(first_state, params)
+    return _first_states.make_state(spec, first_state, params)
 
-  def first_state(params):
-    matches = spec.match(params)
-    _, treedef = _tree.flatten(params)
+  def first_state(params, matches, treedef):
     make = functools.partial(_matrices.per_matrix, matches, treedef)
-    state = SubproblemState(
+    return SubproblemState(
       count=jnp.zeros((), jnp.int32),
       seed=make(functools.partial(_first_states.make_seeds, spec)),
       coords=make(_trees.zero_coords),
       inner=directions.init(params),
       lost=make(_nothing_lost) if rounding == 'compensated' else (),
     )
-    return _sharding.on_mesh_of([m.leaf for m in matches if m], state)
 
   def bases(params, state):
     seeds = dict(_tree.flatten(state.seed)[0])
