@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import jax
 import optax
 import optax.contrib
 
@@ -121,7 +122,8 @@ def scale_by_muon8bit(
     nesterov: whether to look ahead.
     adaptive: whether to scale by the dual norm of the momentum.
     preconditioning: see `optax.contrib.scale_by_muon`, as for the next.
-    weight_dimension_numbers: which axes are a matrix's; see there.
+    weight_dimension_numbers: which axes are a matrix's; see there. By default
+      the last two, those before them a stack.
     rounding: see `quantize_moments`.
     exclude: see `quantize_moments`.
     seed: of the rounding.
@@ -141,6 +143,8 @@ def scale_by_muon8bit(
     >>> state.coded.mu['w'].dtype
     dtype('int8')
   """
+  if weight_dimension_numbers is None:
+    weight_dimension_numbers = _last_two_axes
   muon = optax.contrib.scale_by_muon(
     ns_coeffs,
     ns_steps,
@@ -152,3 +156,8 @@ def scale_by_muon8bit(
     weight_dimension_numbers=weight_dimension_numbers,
   )
   return quantize_moments(muon, rounding=rounding, exclude=exclude, seed=seed)
+
+
+def _last_two_axes(params: Any) -> Any:
+  numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+  return jax.tree.map(lambda _: numbers, params)
