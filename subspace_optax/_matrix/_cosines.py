@@ -7,14 +7,64 @@ so that a basis of D's columns needs no memory between two steps.
 """
 
 import math
+from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
+
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _noise
 
 # Of a side, so that phases can be found in 32 bits.
 MOST_ROWS = 2**20
 
 _LOW_BITS = 10
+
+
+def make_basis(
+  layout: _layout.Layout, leaf: jax.Array, columns: jax.Array, seed: Any = None
+) -> jax.Array:
+  """Returns columns of D, or of diag(s) D with random signs s, as bases.
+
+  Args:
+    layout: of the leaf.
+    leaf: an array with the leaf's sharding; each device makes its own rows.
+    columns: (*batch, r), their numbers.
+    seed: (*batch), uint32, of the signs; None for D's own columns.
+
+  Returns:
+    (*batch and projected axes, r), float32.
+  """
+  rows = layout.row_numbers(leaf)
+  basis = cosines(rows, layout.ranks_along_basis(columns), layout.m)
+  if seed is None:
+    return basis
+  bits = _noise.hashed(layout.along_basis(seed), rows.astype(jnp.uint32))
+  return jnp.where(bits >> 31 == 1, -basis, basis)
+
+
+def draw_columns(
+  layout: _layout.Layout, seed: jax.Array, period: jax.Array | int
+) -> jax.Array:
+  """Returns a random subset of r column numbers for every matrix, in order.
+
+  Args:
+    layout: of the leaf.
+    seed: (*batch), uint32.
+    period: integers, a scalar or (*batch).
+  """
+  numbers = jnp.arange(layout.m, dtype=jnp.uint32)
+  numbers = jnp.expand_dims(numbers, tuple(range(seed.ndim)))
+  keys = _noise.hashed(seed, jnp.asarray(period).astype(jnp.uint32))
+  # 31 bits, so that they are integers of the same order.
+  bits = (_noise.hashed(keys[..., None], numbers) >> 1).astype(jnp.int32)
+  return largest(bits, layout.rank)
+
+
+def largest(values: jax.Array, rank: int) -> jax.Array:
+  """Returns the places of the r largest of the last axis, in order."""
+  return jnp.sort(lax.top_k(values, rank)[1], axis=-1)
 
 
 def cosines(rows: jax.Array, numbers: jax.Array, m: int) -> jax.Array:

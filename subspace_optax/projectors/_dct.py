@@ -23,6 +23,7 @@ permutation: a coordinate moves to its column's new place.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +31,6 @@ from jax import lax
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _cosines
-from subspace_optax._matrix import _layout
-from subspace_optax._matrix import _noise
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
@@ -137,7 +136,7 @@ def dct(
     return subspaces._replace(basis=basis, drift=drift), moves, state
 
   def rebuild(matrices, state):
-    make = lambda matrix, columns: _basis(is_random, matrix, columns)
+    make = functools.partial(_make_basis, is_random)
     return jax.tree.map(make, matrices, state.columns)
 
   def needs_gradient(context, state):
@@ -182,7 +181,7 @@ def _move(
   columns = _sharding.with_whole_rank(columns, f'{matrix.layout.batch_axes}y')
   source = _projected.select_columns(columns, old.columns).source
   kept = jnp.mean(source < columns.shape[-1], axis=-1, dtype=jnp.float32)
-  basis = _basis(is_random, matrix, columns)
+  basis = _make_basis(is_random, matrix, columns)
   new = _Chosen(
     basis,
     columns,
@@ -200,39 +199,22 @@ def _stay(columns: jax.Array) -> jax.Array:
   return _sharding.like(places, columns)
 
 
-def _basis(
+def _make_basis(
   is_random: bool, matrix: _base.Matrix, columns: jax.Array
 ) -> jax.Array:
-  """Returns D's columns, with the signs of the rows if they have any."""
-  layout = matrix.layout
-  rows = layout.row_numbers(matrix.like)
-  basis = _cosines.cosines(rows, layout.ranks_along_basis(columns), layout.m)
-  if not is_random:
-    return basis
-  seeds = layout.along_basis(matrix.seed)
-  signs = _noise.hashed(seeds, rows.astype(jnp.uint32)) >> 31
-  return jnp.where(signs == 1, -basis, basis)
+  seed = matrix.seed if is_random else None
+  return _cosines.make_basis(matrix.layout, matrix.like, columns, seed)
 
 
 def _first_columns(matrix: _base.Matrix) -> jax.Array:
   static, args = (matrix.layout,), (matrix.seed, _base.AT_INIT)
-  return matrix.layout.place_numbers(_draw_columns, static, args, matrix.like)
+  return matrix.layout.place_numbers(
+    _cosines.draw_columns, static, args, matrix.like
+  )
 
 
 def _choose_at_random(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
-  return _draw_columns(matrix.layout, matrix.seed, period)
-
-
-def _draw_columns(
-  layout: _layout.Layout, seed: jax.Array, period: jax.Array | int
-) -> jax.Array:
-  """Returns random subsets of r columns, in ascending order."""
-  numbers = jnp.arange(layout.m, dtype=jnp.uint32)
-  numbers = jnp.expand_dims(numbers, tuple(range(seed.ndim)))
-  keys = _noise.hashed(seed, jnp.asarray(period).astype(jnp.uint32))
-  # 31 bits, so that they are integers of the same order.
-  bits = (_noise.hashed(keys[..., None], numbers) >> 1).astype(jnp.int32)
-  return _largest(bits, layout.rank)
+  return _cosines.draw_columns(matrix.layout, matrix.seed, period)
 
 
 def _choose_by_norm(select: str) -> Choose:
@@ -241,14 +223,9 @@ def _choose_by_norm(select: str) -> Choose:
 
   def choose(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
     del period
-    return _largest(_norms(matrix, measure), matrix.layout.rank)
+    return _cosines.largest(_norms(matrix, measure), matrix.layout.rank)
 
   return choose
-
-
-def _largest(values: jax.Array, rank: int) -> jax.Array:
-  """Returns the places of the r largest of the last axis, in order."""
-  return jnp.sort(lax.top_k(values, rank)[1], axis=-1)
 
 
 def _norms(matrix: _base.Matrix, measure: Any) -> jax.Array:
@@ -268,7 +245,7 @@ def _norms(matrix: _base.Matrix, measure: Any) -> jax.Array:
     shape = (*layout.batch_shape, r)
     numbers = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
     numbers = jnp.minimum(k * r + numbers, layout.m - 1)
-    coords = matrix.unit_coordinates(_basis(False, matrix, numbers))
+    coords = matrix.unit_coordinates(_make_basis(False, matrix, numbers))
     return layout.sum_ranks(measure(coords))
 
   norms = lax.map(some, jnp.arange(chunks))
