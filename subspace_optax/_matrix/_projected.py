@@ -50,17 +50,14 @@ def carry(
   """Returns C X of each matrix, for the transition C of a `Move`."""
   if not isinstance(transition, Selection):
     return layout.mix_coords(transition, coords)
-
-  def gather(coords: jax.Array, source: jax.Array) -> jax.Array:
-    source = layout.ranks_along_coords(source)
-    taken = jnp.take_along_axis(
-      coords, jnp.minimum(source, layout.rank - 1), layout.rank_axis
-    )
-    return jnp.where(source < layout.rank, taken, 0)
-
-  if _sharding.explicit(coords) is None:
-    return gather(coords, transition.source)
-  return _sharding.automatic(gather, coords, coords, transition.source)
+  if _sharding.explicit(coords) is not None:
+    # jax can't tell how what it gathers along a split axis is sharded.
+    return layout.mix_coords(transition.dense, coords)
+  source = layout.ranks_along_coords(transition.source)
+  taken = jnp.take_along_axis(
+    coords, jnp.minimum(source, layout.rank - 1), layout.rank_axis
+  )
+  return jnp.where(source < layout.rank, taken, 0)
 
 
 class Move(NamedTuple):
