@@ -39,9 +39,10 @@ from subspace_optax._chain._subspace import subspace
 from subspace_optax._chain._unproject import unproject
 from subspace_optax._matrix._boxes import register_box
 from subspace_optax._matrix._projected import Projected
+from subspace_optax.low_precision._eight_bit import scale_by_adam8bit
+from subspace_optax.low_precision._eight_bit import scale_by_lion8bit
+from subspace_optax.low_precision._eight_bit import scale_by_muon8bit
 from subspace_optax.low_precision._quantize_moments import quantize_moments
-from subspace_optax.low_precision._quantize_moments import scale_by_adam8bit
-from subspace_optax.low_precision._quantize_moments import scale_by_lion8bit
 from subspace_optax.low_precision._round_updates import round_updates
 from subspace_optax.optimizers import apollo_adamw
 from subspace_optax.optimizers import fira_adamw
@@ -102,6 +103,7 @@ __all__ = [
   'rso',
   'scale_by_adam8bit',
   'scale_by_lion8bit',
+  'scale_by_muon8bit',
   'state_sharding',
   'subspace',
   'subspace_adamw',

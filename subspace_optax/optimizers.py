@@ -643,10 +643,10 @@ def subspace_adamw(
 ) -> Transformation:
   """AdamW for whole matrices with the moments of a quarter of their rows.
 
-  Our recipe for memory: Adam in GoLore's Haar basis, drawn again every T steps
-  and not stored, first moments carried along, and Fira's residual at the
-  paper's alpha = 1. With N Adam's direction, L its limiter and phi the ratio of
-  |N| to |R| in each column,
+  Our recipe for memory: Adam in random columns of the cosine transform, drawn
+  every T steps and not stored, first moments carried along, and Fira's residual
+  at the paper's alpha = 1. With N Adam's direction, L its limiter and phi the
+  ratio of |N| to |R| in each column,
 
     W <- W - lr (P N + L(phi (G - P R))).
 
@@ -674,11 +674,11 @@ def subspace_adamw(
       error.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: 2nr numbers, and a
-    few more.
+    An optimizer. State per m x n matrix, m the short side: r + 2nr numbers, and
+    a few more.
 
   Raises:
-    ValueError: see `SubspaceSpec`, `projectors.stiefel`, `residuals.fira`.
+    ValueError: see `SubspaceSpec`, `projectors.dct`, `residuals.fira`.
     TypeError: likewise.
 
   References:
@@ -691,7 +691,7 @@ def subspace_adamw(
   """
   tx = _assemble(
     _choose_spec(spec, rank=rank, seed=seed),
-    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
+    projectors.dct(update_proj_gap, 'random', stagger=stagger),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport='first',
     residual=residuals.fira(limiter),
@@ -722,10 +722,10 @@ def subspace_muon(
   """Muon with the momentum of a random subspace, and no basis in its state.
 
   Our recipe for quality: Muon orthogonalises momentum. Here the momentum is
-  that of r coordinates in a Haar basis, drawn again every T steps and carried
-  along by GoLore's C, and what is orthogonalised is momentum inside and this
-  step's gradient outside, E, each with the weight at which a constant gradient
-  would come out as it is:
+  that of r coordinates in random columns of the cosine transform, drawn every T
+  steps and carried along by GoLore's C. What is orthogonalised is momentum
+  inside and this step's gradient outside, E, each with the weight at which a
+  constant gradient would come out as it is:
 
     M <- b M + R,   W <- W - lr alpha NS(P (R + b M) + E / (1 - b)).
 
@@ -753,12 +753,12 @@ def subspace_muon(
       error.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: nr, and a few
-    numbers.
+    An optimizer. State per m x n matrix, m the short side: r + nr numbers, and
+    a few more.
 
   Raises:
-    ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.stiefel`.
-    TypeError: see `projectors.stiefel`.
+    ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.dct`.
+    TypeError: see `projectors.dct`.
 
   References:
     Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024;
@@ -772,7 +772,7 @@ def subspace_muon(
     raise ValueError(f'b must lie in [0, 1), got {b}.')
   tx = _assemble(
     _choose_spec(spec, rank=rank, seed=seed),
-    projectors.stiefel(update_proj_gap, stagger=stagger, regenerate=True),
+    projectors.dct(update_proj_gap, 'random', stagger=stagger),
     optax.trace(b, nesterov=True),
     transport='first',
     residual=residuals.orthogonal(1.0 / (1.0 - b)),

@@ -38,6 +38,8 @@ PROJECTORS: dict[str, Callable[[bool], projectors.Projector]] = {
     GAP, stagger=stagger, regenerate=True
   ),
   'gaussian': lambda stagger: projectors.gaussian(GAP, stagger=stagger),
+  'dct': lambda stagger: projectors.dct(GAP, stagger=stagger),
+  'dct_random': lambda stagger: projectors.dct(GAP, 'random', stagger=stagger),
   'switch': lambda stagger: projectors.switch(
     {
       0: projectors.gaussian(GAP, stagger=stagger),

@@ -195,7 +195,8 @@ OPTIMIZERS = {
     {'matrix': so.golore(0.02, 2, update_proj_gap=2), 'rest': optax.sgd(0.1)},
     {'w': 'matrix', 'v': 'rest', 'bias': 'rest'},
   ),
-  'residual': lambda: so.subspace_adamw(0.02, 2, update_proj_gap=2),
+  # Of a gradient near zero Adam makes steps of rounding, but for eps.
+  'residual': lambda: so.subspace_adamw(0.02, 2, update_proj_gap=2, eps=1e-3),
   'adam': lambda: optax.adam(0.02),
 }
 

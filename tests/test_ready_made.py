@@ -46,13 +46,13 @@ MADE = {
     lambda: rules.Apollo(1.0),
   ),
   'subspace_adamw': (
-    so.projectors.stiefel(GAP),
+    so.projectors.dct(GAP, 'random'),
     'first',
     ref.Adam(),
     lambda: rules.Fira(1.0),
   ),
   'subspace_muon': (
-    so.projectors.stiefel(GAP),
+    so.projectors.dct(GAP, 'random'),
     'first',
     Nesterov(),
     lambda: rules.Orthogonal(8.0, 10.0, 8 / 12),
@@ -87,12 +87,14 @@ def run(tx):
 
 def all_bases(projector, states):
   """Returns the bases that each step used, (count, m, r)."""
-  if projector is not None:
-    tx = so.project(SPEC, projector)
-    states, update = [tx.init(PARAMS)], ref.jit(tx.update)
-    for g in gradients():
-      states.append(update(g, states[-1], PARAMS)[1])
-  return [VIEW.bases(ref.bases(s)['w']) for s in states[1:]]
+  if projector is None:
+    return [VIEW.bases(ref.bases(s)['w']) for s in states[1:]]
+  tx, used = so.project(SPEC, projector), []
+  state, update = tx.init(PARAMS), ref.jit(tx.update)
+  for g in gradients():
+    nodes, state = update(g, state, PARAMS)
+    used.append(VIEW.bases(nodes['w'].basis))
+  return used
 
 
 def assert_update(update, direction, t):
@@ -156,8 +158,8 @@ FLOATS = {
   'fira_adamw': 8 * 3 + 2 * 3 * 12,
   'apollo_adamw': 2 * 3 * 12,
   'ldadamw': 8 * 3 + 3 * 3 * 12 + 8 * 12,
-  'subspace_adamw': 2 * 3 * 12,
-  'subspace_muon': 3 * 12,
+  'subspace_adamw': 3 + 2 * 3 * 12,
+  'subspace_muon': 3 + 3 * 12,
 }
 
 

@@ -75,7 +75,7 @@ def _matrices(path, x):
 
 
 @pytest.mark.parametrize('eta', [None, 0.5, lambda k: 1.0 / (1.0 + k)])
-@pytest.mark.parametrize('sample', ['haar', 'gaussian'])
+@pytest.mark.parametrize('sample', ['dct', 'haar', 'gaussian'])
 def test_equals_dense_loop(sample, eta):
   lr = 0.05
   rso = so.rso.subproblems(
@@ -121,7 +121,7 @@ def test_equals_dense_loop(sample, eta):
     np.testing.assert_allclose(after['bias'], bias, rtol=1e-5)
 
 
-@pytest.mark.parametrize('sample', ['haar', 'gaussian'])
+@pytest.mark.parametrize('sample', ['dct', 'haar', 'gaussian'])
 def test_bases_have_the_paper_s_scale(sample):
   spec = so.SubspaceSpec(16, side='in')
   rso = so.rso.subproblems(spec, optax.sgd(0.1), sample=sample)
@@ -130,7 +130,7 @@ def test_bases_have_the_paper_s_scale(sample):
   gram = np.swapaxes(p, 1, 2) @ p
   size = 256 / 16
   wanted = np.broadcast_to(size * np.eye(16), gram.shape)
-  if sample == 'haar':
+  if sample != 'gaussian':
     np.testing.assert_allclose(gram, wanted, atol=1e-4 * size)
   np.testing.assert_allclose(gram.mean(0), wanted[0], atol=0.1 * size)
   # E[P P^T] = I.
@@ -316,15 +316,15 @@ def test_moments_when_p_changes(name):
 
 def _drift(rounding, steps=64):
   """Returns how far 64 small merges have moved a weight of 1."""
-  params = {'w': jnp.ones((32, 64), jnp.bfloat16)}
+  params = {'w': jnp.ones((64, 256), jnp.bfloat16)}
   spec = so.SubspaceSpec(4, side='in')
   rso = so.rso.subproblems(
     spec, optax.sgd(1.0), update_proj_gap=1, rounding=rounding
   )
-  state, exact = rso.init(params), np.ones((32, 64))
+  state, exact = rso.init(params), np.ones((64, 256))
   update = cases.jit(rso.update)
   rng = np.random.default_rng(0)
-  direction = rng.standard_normal((32, 64)) / 32
+  direction = rng.standard_normal((64, 256)) / 32
   for _ in range(steps):
     p = np.asarray(rso.bases(params, state)['w'], np.float64)
     # A step of about 2e-4, a tenth of bfloat16's spacing at 1.
@@ -344,6 +344,7 @@ def test_small_updates_of_bfloat16_weights(rounding):
   if rounding == 'nearest':
     assert abs(share) < 0.5  # most of it is lost
   else:
+    # More than four standard errors of rounding at random.
     np.testing.assert_allclose(share, 1.0, atol=0.1)
   if rounding == 'compensated':
     np.testing.assert_allclose(got, wanted, atol=2e-4)

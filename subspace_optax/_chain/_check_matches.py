@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _notices
+from subspace_optax.projectors import _base
 
 _SMALLER = (
   'Take a smaller rank, pass only_if_smaller=False, or name them in `exclude`.'
@@ -56,6 +57,21 @@ def check_matches(
       f'matrices; assumed are\n{_guesses(guessed)}\nSay which axes they have '
       'in weight_dimension_numbers, or name the leaves in `exclude`.'
     )
+
+
+def check_sides(
+  projector: _base.Projector, matches: Iterable[_spec.Match | None]
+) -> None:
+  """Raises if a basis would span a side that is too long for its projector."""
+  most = projector.most_rows
+  for match in matches:
+    if match and match.layout and most is not None and match.layout.m > most:
+      raise ValueError(
+        f'{projector.name} takes sides of up to {most} rows, and that of '
+        f'{match.path!r}, of shape {match.leaf.shape}, has {match.layout.m}; '
+        'project the other one by `side` of SubspaceSpec, or name the leaf in '
+        '`exclude`.'
+      )
 
 
 def _reasons(matches: list[_spec.Match]) -> str:

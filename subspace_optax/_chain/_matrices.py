@@ -64,13 +64,20 @@ def _measure(
 
 
 def wrap_parameters(
-  state: Any,  # a ProjectState
+  seed: Any,
   matches: list[_spec.Match | None],
   params: Any,
   axis_name: Any = None,
 ) -> Any:
-  """Returns the tree of matrices whose gradients nobody looks at."""
-  seeds = dict(_tree.flatten(state.seed)[0])
+  """Returns the tree of matrices whose gradients nobody looks at.
+
+  Args:
+    seed: the tree of the seeds in a `ProjectState`.
+    matches: of the parameters.
+    params: the parameters, or gradients in their place.
+    axis_name: of a mapped axis, along which coordinates are averaged.
+  """
+  seeds = dict(_tree.flatten(seed)[0])
 
   def matrix(path: str, leaf: jax.Array, layout: _layout.Layout):
     layout = dataclasses.replace(layout, axis_name=axis_name)

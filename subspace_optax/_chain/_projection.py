@@ -101,6 +101,7 @@ class Projection:
     """Returns the first state, boxed as the parameters are."""
     matches = self.spec.match(params)
     _check_matches.check_matches(self.spec, matches)
+    _check_matches.check_sides(self.projector, matches)
     if not _describe.is_asked():
       _match_updates.remember_names(params)
     _ = self.storage  # which raises for what it can't hold
@@ -110,7 +111,6 @@ class Projection:
   def _first_state(
     self, params: Any, matches: list[_spec.Match | None], treedef: Any
   ) -> ProjectState:
-    del params
     make = functools.partial(_matrices.per_matrix, matches, treedef)
     first = functools.partial(
       _first_states.make_basis, self.spec, self.projector.sample, self.storage
@@ -121,13 +121,15 @@ class Projection:
       make(_zero),
       make(_zero),
     )
+    seed = make(functools.partial(_first_states.make_seeds, self.spec))
+    matrices = _matrices.wrap_parameters(seed, matches, params)
     state = ProjectState(
       count=jnp.zeros((), jnp.int32),
-      seed=make(functools.partial(_first_states.make_seeds, self.spec)),
+      seed=seed,
       subspaces=subspaces,
       # Whether a basis moves may depend on the gradient, and so what counts it.
       projector=_varying.vary_as_any(
-        self.projector.init(subspaces, functools.partial(make, _zero_coords)),
+        self.projector.init(subspaces, matrices),
         [m.leaf for m in matches if m],
       ),
     )
@@ -201,7 +203,7 @@ class Projection:
   ) -> _refresh_bases.Refreshed:
     """Moves the bases that are due in a step without gradients."""
     matches = _match_updates.match_as_at_init(self.spec, state, params)
-    matrices = _matrices.wrap_parameters(state, matches, params)
+    matrices = _matrices.wrap_parameters(state.seed, matches, params)
     return self.refresh(state, matrices, matrices, active)
 
   def take_coordinates(
@@ -315,7 +317,7 @@ class Projection:
     axis_name: Any,
   ) -> Seen:
     matches = _match_updates.match_as_at_init(self.spec, state, params)
-    matrices = _matrices.wrap_parameters(state, matches, params, axis_name)
+    matrices = _matrices.wrap_parameters(state.seed, matches, params, axis_name)
     coords, matrices = _matrices.take_coordinates(updates, matrices)
     known = refreshed.get(paths(state)) or self.refresh(
       state, matrices, matrices, jnp.array(True)
@@ -363,8 +365,3 @@ def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   """Returns a float32 zero per matrix."""
   del path
   return layout.place_values(jnp.zeros, (layout.batch_shape,), (), leaf)
-
-
-def _zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
-  del path
-  return _first_states.zero_coords(layout, leaf, jnp.float32)

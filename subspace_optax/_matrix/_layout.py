@@ -265,6 +265,41 @@ class Layout:
     """Returns where axes of a matrix stand, and not those that count them."""
     return tuple(i for i, c in enumerate(axes) if c not in self.batch_axes)
 
+  # One value per column of the basis, (*batch, r).
+
+  def ranks_along_basis(self, x: jax.Array) -> jax.Array:
+    """Returns (*batch, r), shaped to broadcast against the basis."""
+    return jnp.expand_dims(x, self._of_matrix(self.basis_axes(r='')))
+
+  def ranks_along_coords(self, x: jax.Array) -> jax.Array:
+    """Returns (*batch, r), shaped to broadcast against coords."""
+    axes = self.coords_axes()
+    order = [c for c in axes if c in f'{self.batch_axes}y']
+    x = jnp.moveaxis(x, -1, order.index('y'))
+    return jnp.expand_dims(x, [i for i, c in enumerate(axes) if c not in order])
+
+  def sum_ranks(self, coords: jax.Array) -> jax.Array:
+    """Returns the sum of every row of coordinates, (*batch, r)."""
+    axes = self.coords_axes()
+    batch = f'{self.batch_axes}y'
+    gone = tuple(i for i, c in enumerate(axes) if c not in batch)
+    order = [c for c in axes if c in batch]
+    return jnp.moveaxis(jnp.sum(coords, axis=gone), order.index('y'), -1)
+
+  def row_numbers(self, leaf: jax.Array) -> jax.Array:
+    """Returns 0 to m - 1, int32, shaped to broadcast against the basis.
+
+    Under explicit sharding every device has the numbers of its own rows.
+    """
+    sizes = self._sizes(self.projected)
+    numbers = jnp.arange(self.m, dtype=jnp.int32).reshape(sizes)
+    names = ''.join(_AXES[i] for i in self.projected)
+    numbers = _placement.align(numbers, leaf, self.leaf_axes, names)
+    order = [names.index(c) for c in self.basis_axes(r='') if c in names]
+    axes = self.basis_axes()
+    gone = [i for i, c in enumerate(axes) if c not in names]
+    return jnp.expand_dims(jnp.transpose(numbers, order), gone)
+
   # One value per column: the leaf's axes without the projected ones.
 
   def columns(self, leaf: jax.Array) -> jax.Array:
@@ -273,7 +308,7 @@ class Layout:
 
   def coords_columns(self, coords: jax.Array) -> jax.Array:
     """Returns the sum of every column of coordinates, over the rank."""
-    return jnp.sum(coords, axis=self._rank_axis)
+    return jnp.sum(coords, axis=self.rank_axis)
 
   def sum_columns(self, x: jax.Array) -> jax.Array:
     """Returns the sum of a matrix's values, one of them per column."""
@@ -289,10 +324,11 @@ class Layout:
 
   def columns_to_coords(self, x: jax.Array) -> jax.Array:
     """Returns one value per column, shaped to broadcast against coords."""
-    return jnp.expand_dims(x, self._rank_axis)
+    return jnp.expand_dims(x, self.rank_axis)
 
   @property
-  def _rank_axis(self) -> int:
+  def rank_axis(self) -> int:
+    """Where the rank stands among the axes of coordinates."""
     return self.coords_axes().index('y')
 
   # Where arrays of state live, given where the leaf lives.
@@ -312,6 +348,10 @@ class Layout:
   def place_values(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, a value per matrix, sharded as `leaf`."""
     return self._place(make, static, args, leaf, self.batch_axes)
+
+  def place_numbers(self, make, static, args, leaf) -> jax.Array:
+    """Returns `make(*static, *args)`, (*batch, r), with the rank not split."""
+    return self._place(make, static, args, leaf, f'{self.batch_axes}x')
 
   def _place(self, make, static, args, leaf, axes: str) -> jax.Array:
     return _placement.place(make, static, args, leaf, self.leaf_axes, axes)

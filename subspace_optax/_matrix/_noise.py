@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random bits for rounding: cheap, and the same however an array is sharded.
+"""Random bits for rounding and choosing, the same however arrays are sharded.
 
 A hash of each number's place in its array, of a seed and of the step: a few
 integer operations that fuse with what is rounded, where a counter-based
-generator would cost more than the optimizer. Good enough to round by, and for
-nothing else.
+generator would cost more than the optimizer. Good enough to round by, to
+choose columns and signs by, and for nothing else.
 """
 
 from typing import Any
@@ -48,6 +48,14 @@ def bits(salt: Any, count: jax.Array, like: jax.Array) -> jax.Array:
 def uniform(salt: jax.Array, count: jax.Array, like: jax.Array) -> jax.Array:
   """Returns float32 in [0, 1) for each number of an array; see `bits`."""
   return (bits(salt, count, like) >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def hashed(seed: jax.Array, number: jax.Array) -> jax.Array:
+  """Returns 32 random bits for every pair of a seed and a number, uint32.
+
+  Elementwise in arrays that broadcast, so that a shard makes its own bits.
+  """
+  return _mixed(number ^ _mixed(seed))
 
 
 def _mixed(x: jax.Array) -> jax.Array:

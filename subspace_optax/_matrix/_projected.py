@@ -9,6 +9,55 @@ import jax.numpy as jnp
 
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _sharding
+
+
+class Selection(NamedTuple):
+  """C of bases whose columns are columns of one orthonormal matrix.
+
+  A partial permutation: a coordinate moves to its column's new place, and is 0
+  where a column is new.
+  """
+
+  # shape=(*batch, r), dtype=int32: where each new column stands in the old
+  # basis, r if it does not
+  source: jax.Array
+
+  @property
+  def dense(self) -> jax.Array:
+    """C itself, (*batch, r, r), float32."""
+    places = jnp.arange(self.source.shape[-1])
+    places = jnp.expand_dims(places, tuple(range(self.source.ndim)))
+    return (self.source[..., None] == places).astype(jnp.float32)
+
+
+def select_columns(new: jax.Array, old: jax.Array) -> Selection:
+  """Returns how the old columns of bases stand in the new ones.
+
+  Args:
+    new: (*batch, r), numbers of columns, each at most once.
+    old: likewise.
+  """
+  same = new[..., :, None] == old[..., None, :]
+  found = jnp.any(same, axis=-1)
+  place = jnp.argmax(same, axis=-1).astype(jnp.int32)
+  return Selection(jnp.where(found, place, new.shape[-1]))
+
+
+def carry(
+  layout: _layout.Layout, transition: Any, coords: jax.Array
+) -> jax.Array:
+  """Returns C X of each matrix, for the transition C of a `Move`."""
+  if not isinstance(transition, Selection):
+    return layout.mix_coords(transition, coords)
+  if _sharding.explicit(coords) is not None:
+    # jax can't tell how what it gathers along a split axis is sharded.
+    return layout.mix_coords(transition.dense, coords)
+  source = layout.ranks_along_coords(transition.source)
+  taken = jnp.take_along_axis(
+    coords, jnp.minimum(source, layout.rank - 1), layout.rank_axis
+  )
+  return jnp.where(source < layout.rank, taken, 0)
 
 
 class Move(NamedTuple):
@@ -19,10 +68,11 @@ class Move(NamedTuple):
       of any vmap: under one, a `cond` runs both its branches.
     transition: C = P_n^T P_o (P_o^T P_o)^-1, which maps coordinates in the old
       basis to coordinates in the new one; the identity where nothing moved.
+      Rules that know it to be a partial permutation return a `Selection`.
   """
 
   moved: jax.Array  # shape=(*batch,), dtype=bool
-  transition: jax.Array  # shape=(*batch, r, r), dtype=float32
+  transition: Any  # shape=(*batch, r, r), dtype=float32; or a `Selection`
 
 
 class QuantizedBasis(NamedTuple):

@@ -2,6 +2,7 @@
 """How the basis of every matrix is found and moved."""
 
 from subspace_optax.projectors._base import Projector as Projector
+from subspace_optax.projectors._dct import dct as dct
 from subspace_optax.projectors._gap import LazyGap as LazyGap
 from subspace_optax.projectors._grassmann import (
   grassmann_tracking as grassmann_tracking,

@@ -185,10 +185,9 @@ class Projector(NamedTuple):
 
   Attributes:
     name: what `describe` calls it.
-    init: (subspaces, zero_coords) -> the rule's own state, made of trees with
-      the structure of the first subspaces; `zero_coords()` is a tree of float32
-      zeros where coordinates will be. `subspaces.basis` is what the state
-      stores: () if there is a `rebuild`.
+    init: (subspaces, matrices) -> the rule's own state, made of trees with the
+      structure of the first subspaces, whose bases are () if there is a
+      `rebuild`; `matrices` have no gradients.
     refresh: (context, matrices, subspaces, state) -> (subspaces, moves, state),
       before this step's coordinates are taken. `moves` is a tree of `Move`, or
       None if the rule never moves a basis here.
@@ -202,10 +201,11 @@ class Projector(NamedTuple):
       gradient and not at its coordinates alone: True, False or traced.
     small_steps: whether its bases move by steps that the rounding of integers
       could swallow.
+    most_rows: the longest side that a basis can span; None for any.
   """
 
   name: str
-  init: Callable[[Subspaces, Callable[[], Any]], Any]
+  init: Callable[[Subspaces, Any], Any]
   refresh: Callable[..., tuple[Subspaces, Any, Any]]
   track: Callable[..., tuple[Subspaces, Any, Any]]
   sample: Sample = _linalg.haar
@@ -213,6 +213,7 @@ class Projector(NamedTuple):
   orthonormal: bool = True
   needs_gradient: Callable[[Context, Any], Any] = lambda context, state: True
   small_steps: bool = False
+  most_rows: int | None = None
 
 
 def no_track(context, matrices, coords, subspaces, state):

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+from jax import core
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _tree
@@ -82,6 +83,15 @@ def check_static(steps: Any, name: str) -> None:
   check_int(steps, name)
 
 
+def check_not_traced(gap: Any) -> None:
+  """Raises if `update_proj_gap` is of another trace, as in compressed steps."""
+  if isinstance(gap, core.Tracer):
+    raise ValueError(
+      'update_proj_gap must be static for compressed steps; under '
+      "optax.inject_hyperparams, pass static_args=('update_proj_gap', ...)."
+    )
+
+
 def check_int(
   value: Any, name: str, *, least: int = 1, most: int = MOST_STEPS
 ) -> None:
@@ -94,6 +104,18 @@ def check_int(
     raise ValueError(
       f'{name} must be at most {most}, got {value}; steps are counted in int32.'
     )
+
+
+def any_due(
+  gap: '_Fixed | _Lazy', context: _base.Context, owed: Any, schedule: Any
+) -> Any:
+  """Returns whether any matrix is due or owed a refresh in this step."""
+  due, _, _ = gap.due(context, owed, schedule)
+  wanted = jax.tree.map(
+    lambda due, owed: jnp.any(due | (owed & context.active)), due, owed
+  )
+  wanted = jax.tree.leaves(wanted)
+  return jnp.any(jnp.stack(wanted)) if wanted else False
 
 
 class FixedState(NamedTuple):

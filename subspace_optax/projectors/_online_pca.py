@@ -107,10 +107,10 @@ def online_pca(
       )
   first = _svd.svd(_NEVER) if init == 'svd' else None
 
-  def init_fn(subspaces, zero_coords):
+  def init_fn(subspaces, matrices):
     start = ()
     if first:
-      start = first.init(subspaces, zero_coords)
+      start = first.init(subspaces, matrices)
       start = start._replace(owed=jax.tree.map(jnp.ones_like, start.owed))
     return OnlinePcaState(optimizer.init(subspaces.basis), start)
 

@@ -16,7 +16,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax import core
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _layout
@@ -71,8 +70,8 @@ def periodic(
   in_turn = stagger or traced or update_proj_gap != 1
   sample = sample or _linalg.haar
 
-  def init(subspaces: _base.Subspaces, zero_coords: Any) -> PeriodicState:
-    del zero_coords
+  def init(subspaces: _base.Subspaces, matrices: Any) -> PeriodicState:
+    del matrices
     per_matrix = subspaces.captured_energy
     owed = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.bool_), per_matrix)
     period = ()
@@ -114,19 +113,10 @@ def periodic(
     )
 
   def needs_gradient(context, state):
-    if isinstance(update_proj_gap, core.Tracer):  # of another trace
-      raise ValueError(
-        'update_proj_gap must be static for compressed steps; under '
-        "optax.inject_hyperparams, pass static_args=('update_proj_gap', ...)."
-      )
+    _gap.check_not_traced(update_proj_gap)
     if not uses_gradient:
       return False
-    due, _, _ = gap.due(context, state.owed, state.schedule)
-    wanted = jax.tree.map(
-      lambda due, owed: jnp.any(due | (owed & context.active)), due, state.owed
-    )
-    wanted = jax.tree.leaves(wanted)
-    return jnp.any(jnp.stack(wanted)) if wanted else False
+    return _gap.any_due(gap, context, state.owed, state.schedule)
 
   if options is not None:
     name = _base.call(

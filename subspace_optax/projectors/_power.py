@@ -99,12 +99,12 @@ def power_iteration(
   if not keeps_mean:
     return rule
 
-  def init(subspaces, zero_coords):
+  def init(subspaces, matrices):
     count = lambda x: jnp.zeros_like(x, jnp.int32)
     return PowerState(
-      rule.init(subspaces, zero_coords),
+      rule.init(subspaces, matrices),
       jax.tree.map(count, subspaces.captured_energy),
-      zero_coords(),
+      jax.tree.map(_zero_coords, matrices),
     )
 
   def refresh(context, matrices, subspaces, state):
@@ -134,6 +134,12 @@ def power_iteration(
     return subspaces, None, PowerState(state.periodic, count, mean)
 
   return _base.Projector(rule.name, init, refresh, track)
+
+
+def _zero_coords(matrix: _base.Matrix) -> jax.Array:
+  """Returns float32 zeros where coordinates will be."""
+  static = (matrix.layout.coords_shape, jnp.dtype(jnp.float32))
+  return matrix.layout.place_coords(jnp.zeros, static, (), matrix.like)
 
 
 def _power_step(

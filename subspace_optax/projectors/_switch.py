@@ -66,8 +66,8 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
         'step; leave out regenerate=True.'
       )
 
-  def init(subspaces, zero_coords):
-    return tuple(rule.init(subspaces, zero_coords) for rule in rules)
+  def init(subspaces, matrices):
+    return tuple(rule.init(subspaces, matrices) for rule in rules)
 
   def in_turn(context, state):
     """Yields each rule, the context it sees, and its state."""

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from subspace_optax._matrix import _cosines
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _noise
@@ -20,7 +21,7 @@ from subspace_optax._matrix import _varying
 from subspace_optax.low_precision import _rounding
 from subspace_optax.transports import _base as _transport
 
-SAMPLES = ('haar', 'gaussian')
+SAMPLES = ('dct', 'haar', 'gaussian')
 ROUNDING = ('nearest', 'compensated', 'stochastic')
 
 
@@ -43,10 +44,14 @@ class Rule:
     self, layout: _layout.Layout, leaf: jax.Array, seeds: jax.Array, k: Any
   ) -> jax.Array:
     """Returns P of a leaf in the k-th subproblem."""
-    if self.sample == 'haar':
+    if self.sample == 'gaussian':
+      p = _linalg.gaussian(layout, seeds, k) * layout.rank**-0.5
+    elif self.sample == 'haar':
       p = _linalg.haar(layout, seeds, k) * (layout.m / layout.rank) ** 0.5
     else:
-      p = _linalg.gaussian(layout, seeds, k) * layout.rank**-0.5
+      columns = _cosines.draw_columns(layout, seeds, k)
+      p = _cosines.make_basis(layout, leaf, columns, seeds)
+      p = p * (layout.m / layout.rank) ** 0.5
     return layout.settle_basis(p.astype(self.basis_dtype), leaf)
 
   def node(

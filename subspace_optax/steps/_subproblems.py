@@ -90,7 +90,7 @@ def subproblems(
   inner: optax.GradientTransformation,
   *,
   update_proj_gap: int = 200,
-  sample: str = 'haar',
+  sample: str = 'dct',
   eta: Any = None,
   transport: str | _transport.Transport = 'reset',
   rounding: str = 'nearest',
@@ -107,9 +107,10 @@ def subproblems(
       too, so that its schedules are those of one subproblem. It sees no W:
       there is no decay of the weights.
     update_proj_gap: tau, inner steps of a subproblem.
-    sample: 'haar', with P^T P = (m / r) I, or 'gaussian', with entries of
-      N(0, 1 / r); for both E[P P^T] = I. Drawn again at every step, the former
-      costs about 16mr^2 FLOPs, the latter mr random numbers.
+    sample: how P is drawn, again at every step: 'dct', random columns of the
+      cosine transform with random signs of rows, for mr cosines; 'haar', for
+      about 16mr^2 FLOPs; or 'gaussian', with entries of N(0, 1 / r), for mr
+      random numbers. The first two have P^T P = (m / r) I, all E[P P^T] = I.
     eta: of the proximal term |B|^2 / (2 eta): a number, a function of the
       number of the subproblem, or None for no such term.
     transport: what a new P means for the optimizer's moments, see

@@ -33,16 +33,34 @@ class Moment:
     mean: of squares about means, these means, of the same shape; else None.
     count: of squares about means, the steps behind both, a scalar or one value
       per matrix that broadcasts against `value`; else None.
-    transition: C = P_n^T P_o (P_o^T P_o)^-1, (*batch, r, r), float32. It maps
-      coordinates in the old basis to those in the new one.
+    change: C as the projector knows it; see `transition` and `carry`.
   """
 
   value: jax.Array
   kind: str
   mean: jax.Array | None
   count: jax.Array | None
-  transition: jax.Array
+  change: Any
   layout: _layout.Layout
+
+  @property
+  def transition(self) -> jax.Array:
+    """C = P_n^T P_o (P_o^T P_o)^-1, (*batch, r, r), float32.
+
+    It maps coordinates in the old basis to those in the new one.
+    """
+    is_selection = isinstance(self.change, _projected.Selection)
+    return self.change.dense if is_selection else self.change
+
+  def carry(self, x: jax.Array) -> jax.Array:
+    """Returns C X of each matrix, for X like `value`."""
+    return _projected.carry(self.layout, self.change, x)
+
+  def carry_squares(self, x: jax.Array) -> jax.Array:
+    """Returns (C * C) X of each matrix, the product of C element by element."""
+    is_selection = isinstance(self.change, _projected.Selection)
+    squared = self.change if is_selection else jnp.square(self.change)
+    return _projected.carry(self.layout, squared, x)
 
   def mix(self, c: jax.Array, x: jax.Array) -> jax.Array:
     """Returns C X of each matrix, for C like `transition`, X like `value`."""

@@ -95,7 +95,7 @@ def both(b1: Any, b2: Any) -> _base.Transport:
     if moment.kind != 'square':
       return _map_mean(moment)
     if moment.mean is None:
-      return moment.mix(jnp.square(moment.transition), moment.value)
+      return moment.carry_squares(moment.value)
     return _map_square(moment, moment.mean, b1, b2)
 
   return _base.Transport('both', move)
@@ -138,7 +138,7 @@ def as_transport(transport: Any) -> _base.Transport:
 
 
 def _map_mean(moment: _base.Moment) -> jax.Array:
-  return moment.mix(moment.transition, moment.value)
+  return moment.carry(moment.value)
 
 
 def _map_square(
@@ -148,9 +148,8 @@ def _map_square(
   square = _linalg.widen(moment.value)
   mean = _linalg.widen(mean) / _debias(b1, moment.count)
   variance = square / weight - jnp.square(mean)
-  c = moment.transition
-  new = moment.mix(jnp.square(c), variance)
-  return weight * jnp.abs(new + jnp.square(moment.mix(c, mean)))
+  new = moment.carry_squares(variance) + jnp.square(moment.carry(mean))
+  return weight * jnp.abs(new)
 
 
 def _debias(rate: Any, count: Any) -> jax.Array:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The orthonormal cosine transform, and columns of it made from their numbers.
+
+Column k of D, m x m, is c_k cos(pi (2i + 1) k / 2m) in row i, with c_0 the root
+of 1/m and all other c_k the root of 2/m (the DCT-II). A column costs m cosines,
+so that a basis of D's columns needs no memory between two steps.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _noise
+
+# Of a side, so that phases can be found in 32 bits.
+MOST_ROWS = 2**20
+
+_LOW_BITS = 10
+
+
+def make_basis(
+  layout: _layout.Layout, leaf: jax.Array, columns: jax.Array, seed: Any = None
+) -> jax.Array:
+  """Returns columns of D, or of diag(s) D with random signs s, as bases.
+
+  Args:
+    layout: of the leaf.
+    leaf: an array with the leaf's sharding; each device makes its own rows.
+    columns: (*batch, r), their numbers.
+    seed: (*batch), uint32, of the signs; None for D's own columns.
+
+  Returns:
+    (*batch and projected axes, r), float32.
+  """
+  rows = layout.row_numbers(leaf)
+  basis = cosines(rows, layout.ranks_along_basis(columns), layout.m)
+  if seed is None:
+    return basis
+  bits = _noise.hashed(layout.along_basis(seed), rows.astype(jnp.uint32))
+  return jnp.where(bits >> 31 == 1, -basis, basis)
+
+
+def draw_columns(
+  layout: _layout.Layout, seed: jax.Array, period: jax.Array | int
+) -> jax.Array:
+  """Returns a random subset of r column numbers for every matrix, in order.
+
+  Args:
+    layout: of the leaf.
+    seed: (*batch), uint32.
+    period: integers, a scalar or (*batch).
+  """
+  numbers = jnp.arange(layout.m, dtype=jnp.uint32)
+  numbers = jnp.expand_dims(numbers, tuple(range(seed.ndim)))
+  keys = _noise.hashed(seed, jnp.asarray(period).astype(jnp.uint32))
+  # 31 bits, so that they are integers of the same order.
+  bits = (_noise.hashed(keys[..., None], numbers) >> 1).astype(jnp.int32)
+  return largest(bits, layout.rank)
+
+
+def largest(values: jax.Array, rank: int) -> jax.Array:
+  """Returns the places of the r largest of the last axis, in order."""
+  return jnp.sort(lax.top_k(values, rank)[1], axis=-1)
+
+
+def cosines(rows: jax.Array, numbers: jax.Array, m: int) -> jax.Array:
+  """Returns entries of D, float32, with errors of one part in 10^7.
+
+  Elementwise in arrays that broadcast, so that a shard makes its own rows.
+
+  Args:
+    rows: i, integers from 0 to m - 1.
+    numbers: k, likewise.
+    m: the transform's size, at most `MOST_ROWS`.
+  """
+  phase = _phase(2 * rows.astype(jnp.uint32) + 1, numbers.astype(jnp.uint32), m)
+  # cos is even and turns its sign half way: fold 4m phases into 0 to m, where
+  # float32 holds the angle best.
+  phase = jnp.minimum(phase, 4 * m - phase)
+  is_negative = phase > m
+  phase = jnp.where(is_negative, 2 * m - phase, phase)
+  x = jnp.cos(phase.astype(jnp.float32) * (math.pi / 2 / m))
+  x = jnp.where(is_negative, -x, x)
+  return x * jnp.where(numbers == 0, (1 / m) ** 0.5, (2 / m) ** 0.5)
+
+
+def _phase(odd: jax.Array, number: jax.Array, m: int) -> jax.Array:
+  """Returns (odd * number) mod 4m, exactly, for uint32 factors below 2m."""
+  if 2 * m * m < 2**32:
+    return (odd * number % (4 * m)).astype(jnp.int32)
+  high = odd * (number >> _LOW_BITS) % (4 * m) << _LOW_BITS
+  low = odd * (number & ((1 << _LOW_BITS) - 1))
+  # Each below 2^32; their sum is not.
+  return ((high % (4 * m) + low % (4 * m)) % (4 * m)).astype(jnp.int32)

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns of the cosine transform: bases that cost nothing to find or to keep.
+
+Modoranu et al., `FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
+Optimization of Large Language Models <https://arxiv.org/abs/2505.17967>`_,
+2025. With D the orthonormal DCT of the projected side, a basis is r of D's
+columns, those along which the gradient is largest:
+
+  S = D^T G,   P = D[:, k_1 ... k_r],   R = P^T G = S[k_1 ... k_r].
+
+The randomised form is ours: P = diag(s) D[:, k_1 ... k_r] with random signs s,
+drawn once for a matrix, and a random subset of columns. P^T P = I, and since
+each column is in the subset with probability r / m,
+
+  E[P P^T] = diag(s) D (r / m) I D^T diag(s) = (r / m) I,
+
+which is all that the proofs of GoLore (Lemma 5), subspace gradient descent and
+RSO ask of a random basis. A Haar basis needs mr normal numbers and a
+factorisation for it.
+
+Two bases share columns of one orthonormal matrix, so C = P_n^T P_o is a partial
+permutation: a coordinate moves to its column's new place.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _cosines
+from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
+from subspace_optax.projectors import _base
+from subspace_optax.projectors import _gap
+
+SELECTIONS = ('l1', 'l2', 'random')
+
+# (matrix, period) -> (*batch, r), numbers of columns in ascending order.
+Choose = Callable[[_base.Matrix, jax.Array], jax.Array]
+
+
+class DctState(NamedTuple):
+  """State of `dct`; trees with a leaf for every projected one."""
+
+  owed: Any  # leaf shape=(*batch,), dtype=bool: choose at next good G
+  schedule: Any  # see `_gap`
+  columns: Any  # leaf shape=(*batch, r), dtype=int32, in ascending order
+
+
+def dct(
+  update_proj_gap: Any = 200,
+  select: str = 'l1',
+  *,
+  stagger: bool = False,
+) -> _base.Projector:
+  """Columns of the cosine transform, chosen at steps 0, T, 2T and so on.
+
+  No basis is stored and nothing is factorised: the state holds the numbers of r
+  columns, from which every step makes the basis, mr cosines.
+
+  Args:
+    update_proj_gap: T, steps between choices, or a `LazyGap`.
+    select: 'l1' or 'l2' takes the columns along which the gradient has the
+      largest norm, at the price of one transform of the gradient; 'random'
+      takes a random subset of columns, with random signs of the rows, and
+      looks at no gradient.
+    stagger: whether matrices take turns within each T steps, starting from
+      random columns, so that no step chooses for them all.
+
+  Returns:
+    A projector with orthonormal bases. When a basis moves, moments are carried
+    along by moving their rows, without a product.
+
+  Raises:
+    TypeError: the gap is no int.
+    ValueError: the gap is below 1; an unknown selection; at `init`, a projected
+      side longer than 2^20.
+
+  References:
+    Modoranu et al., `FFT-based Dynamic Subspace Selection
+    <https://arxiv.org/abs/2505.17967>`_, 2025
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> tx = so.project(so.SubspaceSpec(rank=1), so.projectors.dct())
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> print(state.projector.columns['w'])  # a constant is column 0
+    [0]
+  """
+  if select not in SELECTIONS:
+    raise ValueError(f'select must be one of {SELECTIONS}, got {select!r}.')
+  gap = _gap.schedule(update_proj_gap, stagger)
+  is_random = select == 'random'
+  choose = _choose_at_random if is_random else _choose_by_norm(select)
+
+  def init(subspaces: _base.Subspaces, matrices: Any) -> DctState:
+    per_matrix = subspaces.captured_energy
+    owed = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.bool_), per_matrix)
+    columns = jax.tree.map(_first_columns, matrices)
+    return DctState(owed, gap.init(per_matrix), columns)
+
+  def refresh(context, matrices, subspaces, state):
+    due, period, schedule = gap.due(context, state.owed, state.schedule)
+
+    def one(basis, matrix, drift, owed, due, period, columns):
+      good = jnp.ones_like(matrix.ok) if is_random else matrix.ok
+      wanted = (due | (owed & context.active)) & good
+      old = _Chosen(basis, columns, drift, _stay(columns))
+      new = _varying.cond(
+        jnp.any(wanted),
+        lambda: _move(choose, is_random, matrix, wanted, period, old),
+        lambda: old,
+      )
+      move = _projected.Move(wanted, _projected.Selection(new.source))
+      owed = (owed | due) & ~wanted
+      return new.basis, new.drift, owed, new.columns, move
+
+    basis, drift, owed, columns, moves = _tree.map_unzip(
+      one,
+      5,
+      subspaces.basis,
+      matrices,
+      subspaces.drift,
+      state.owed,
+      due,
+      period,
+      state.columns,
+    )
+    state = DctState(owed, gap.after(schedule, moves, drift), columns)
+    return subspaces._replace(basis=basis, drift=drift), moves, state
+
+  def rebuild(matrices, state):
+    make = functools.partial(_make_basis, is_random)
+    return jax.tree.map(make, matrices, state.columns)
+
+  def needs_gradient(context, state):
+    _gap.check_not_traced(update_proj_gap)
+    if is_random:
+      return False
+    return _gap.any_due(gap, context, state.owed, state.schedule)
+
+  return _base.Projector(
+    _base.call(
+      'dct', update_proj_gap=update_proj_gap, select=select, stagger=stagger
+    ),
+    init,
+    refresh,
+    _base.no_track,
+    rebuild=rebuild,
+    needs_gradient=needs_gradient,
+    most_rows=_cosines.MOST_ROWS,
+  )
+
+
+class _Chosen(NamedTuple):
+  """What a refresh changes of one leaf."""
+
+  basis: jax.Array  # shape=(*batch and projected axes, r)
+  columns: jax.Array  # shape=(*batch, r), dtype=int32
+  drift: jax.Array  # shape=(*batch,), dtype=float32
+  source: jax.Array  # shape=(*batch, r), dtype=int32; see `Selection`
+
+
+def _move(
+  choose: Choose,
+  is_random: bool,
+  matrix: _base.Matrix,
+  wanted: jax.Array,
+  period: jax.Array,
+  old: _Chosen,
+) -> _Chosen:
+  """Chooses columns for the matrices that want new ones."""
+  columns = choose(matrix, period)
+  columns = jnp.where(wanted[..., None], columns, old.columns)
+  columns = _sharding.with_whole_rank(columns, f'{matrix.layout.batch_axes}y')
+  source = _projected.select_columns(columns, old.columns).source
+  kept = jnp.mean(source < columns.shape[-1], axis=-1, dtype=jnp.float32)
+  basis = _make_basis(is_random, matrix, columns)
+  new = _Chosen(
+    basis,
+    columns,
+    # Chordal distance of the two subspaces, as a share of the largest possible.
+    jnp.where(wanted, jnp.sqrt(1.0 - kept), old.drift),
+    source,
+  )
+  return jax.tree.map(_sharding.like, new, old)
+
+
+def _stay(columns: jax.Array) -> jax.Array:
+  """Returns the sources of columns that stay."""
+  last = columns.ndim - 1
+  places = lax.broadcasted_iota(jnp.int32, columns.shape, last)
+  return _sharding.like(places, columns)
+
+
+def _make_basis(
+  is_random: bool, matrix: _base.Matrix, columns: jax.Array
+) -> jax.Array:
+  seed = matrix.seed if is_random else None
+  return _cosines.make_basis(matrix.layout, matrix.like, columns, seed)
+
+
+def _first_columns(matrix: _base.Matrix) -> jax.Array:
+  static, args = (matrix.layout,), (matrix.seed, _base.AT_INIT)
+  return matrix.layout.place_numbers(
+    _cosines.draw_columns, static, args, matrix.like
+  )
+
+
+def _choose_at_random(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
+  return _cosines.draw_columns(matrix.layout, matrix.seed, period)
+
+
+def _choose_by_norm(select: str) -> Choose:
+  """Returns what chooses the columns along which a gradient is largest."""
+  measure = jnp.abs if select == 'l1' else jnp.square
+
+  def choose(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
+    del period
+    return _cosines.largest(_norms(matrix, measure), matrix.layout.rank)
+
+  return choose
+
+
+def _norms(matrix: _base.Matrix, measure: Any) -> jax.Array:
+  """Returns the norm of every row of D^T G / ||G||, (*batch, m).
+
+  By a fast transform where a device has all of G. Else by products with r
+  columns of D at a time, so that only r-wide arrays cross devices.
+  """
+  layout, r = matrix.layout, matrix.layout.rank
+  if layout.axis_name is None and not _sharding.is_sharded(matrix.like):
+    unit = matrix.tall() * lax.rsqrt(matrix.energy)[..., None, None]
+    whole = jax.scipy.fft.dct(unit, axis=-2, norm='ortho')
+    return jnp.sum(measure(whole), axis=-1)
+  chunks = -(-layout.m // r)
+
+  def some(k: jax.Array) -> jax.Array:
+    shape = (*layout.batch_shape, r)
+    numbers = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    numbers = jnp.minimum(k * r + numbers, layout.m - 1)
+    coords = matrix.unit_coordinates(_make_basis(False, matrix, numbers))
+    return layout.sum_ranks(measure(coords))
+
+  norms = lax.map(some, jnp.arange(chunks))
+  norms = jnp.moveaxis(norms, 0, -2).reshape(*norms.shape[1:-1], chunks * r)
+  return norms[..., : layout.m]

@@ -1,0 +1,258 @@
+"""`projectors.dct` against the transform's definition in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import references as ref
+import subspace_optax as so
+
+GAP = 2
+SELECTIONS = ['l1', 'l2', 'random']
+
+
+def transform(m):
+  """Returns D, m x m, by its formula; phases are exact in integers."""
+  i, k = np.arange(m)[:, None], np.arange(m)[None, :]
+  d = np.cos(np.pi * ((2 * i + 1) * k % (4 * m)) / (2 * m))
+  return d * np.where(k == 0, np.sqrt(1 / m), np.sqrt(2 / m))
+
+
+def largest(g, rank, select):
+  """Returns the columns of D along which g is largest, in order."""
+  s = transform(len(g)).T @ g
+  norms = np.abs(s).sum(1) if select == 'l1' else np.linalg.norm(s, axis=1)
+  return np.sort(np.argsort(-norms)[:rank])
+
+
+def columns(state):
+  return ref.find(state, 'columns').columns
+
+
+def bases(node, view):
+  return view.bases(node.basis)
+
+
+def project(select, gap=GAP, rank=ref.RANK, **kwargs):
+  spec = so.SubspaceSpec(rank)
+  tx = so.project(spec, so.projectors.dct(gap, select, **kwargs))
+  return tx.init, ref.jit(tx.update)
+
+
+@functools.cache
+def run(select, steps=2 * GAP + 1):
+  """Returns gradients, nodes and states of some steps."""
+  views = ref.KERNELS | ref.ATTENTION
+  init, update = project(select)
+  state, found = init(ref.like(views)), []
+  for t in range(steps):
+    grads = ref.like(views, 100 + t)
+    nodes, state = update(grads, state)
+    found.append((grads, nodes, state))
+  return views, found
+
+
+@pytest.mark.parametrize('select', ['l1', 'l2'])
+def test_columns_are_those_of_the_largest_norms(select):
+  views, steps = run(select)
+  for t in (0, GAP, 2 * GAP):
+    for shown in range(t, min(t + GAP, len(steps))):
+      for name, view in views.items():
+        gradients = view.matrices(steps[t][0][name])
+        found = np.asarray(columns(steps[shown][2])[name])
+        found = found.reshape(len(gradients), -1)
+        expected = [largest(g, ref.RANK, select) for g in gradients]
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+@pytest.mark.parametrize('select', SELECTIONS)
+def test_bases_are_columns_of_the_transform(select):
+  views, steps = run(select)
+  _, nodes, state = steps[-1]
+  for name, view in views.items():
+    made = bases(nodes[name], view)
+    chosen = np.asarray(columns(state)[name]).reshape(len(made), -1)
+    for p, k in zip(made, chosen, strict=True):
+      d = transform(len(p))[:, k]
+      if select == 'random':
+        d *= np.sign(p[:, :1]) * np.sign(d[:, :1])
+      np.testing.assert_allclose(p, d, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize('m, rank', [(512, 128), (1000, 250), (40_000, 7)])
+def test_orthonormal_in_float32_at_any_length(m, rank):
+  params = {'w': jnp.ones((m, max(m // 4, rank)), jnp.bfloat16)}
+  spec = so.SubspaceSpec(rank, side='in')
+  tx = so.project(spec, so.projectors.dct(1, 'random'))
+  nodes, _ = ref.jit(tx.update)(params, tx.init(params))
+  p = np.asarray(nodes['w'].basis, np.float64)
+  assert p.shape == (m, rank)
+  np.testing.assert_allclose(p.T @ p, np.eye(rank), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('select', SELECTIONS)
+def test_transition_is_the_dense_formula(select):
+  views, steps = run(select)
+  for t in range(1, len(steps)):
+    for name, view in views.items():
+      new, old = (bases(steps[i][1][name], view) for i in (t, t - 1))
+      move = steps[t][1][name].before
+      found = np.asarray(move.transition.dense)
+      found = found.reshape(len(new), ref.RANK, ref.RANK)
+      for c, p_new, p_old in zip(found, new, old, strict=True):
+        np.testing.assert_allclose(
+          c, ref.transition(p_new, p_old), rtol=0, atol=2e-6
+        )
+        assert set(np.unique(c)) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize('select', ['l1', 'random'])
+@pytest.mark.parametrize('inner', ['adam', 'momentum'])
+def test_first_moments_are_carried_by_the_dense_formula(inner, select):
+  tx, inner, _ = ref.INNER[inner]
+  views = {'stack': ref.STACK, **ref.ATTENTION}
+  whole = so.subspace(
+    so.SubspaceSpec(ref.RANK),
+    so.projectors.dct(GAP, select),
+    tx,
+    transport='first',
+  )
+  update, state = ref.jit(whole.update), whole.init(ref.like(views))
+  read = so.project(so.SubspaceSpec(ref.RANK), so.projectors.dct(GAP, select))
+  see, seen = ref.jit(read.update), read.init(ref.like(views))
+  dense = {k: ref.InSubspace(v, inner, 'first') for k, v in views.items()}
+  for t in range(2 * GAP + 1):
+    grads = ref.like(views, t)
+    updates, state = update(grads, state)
+    nodes, seen = see(grads, seen)
+    for name, view in views.items():
+      dense[name].move(bases(nodes[name], view))
+      np.testing.assert_allclose(
+        view.matrices(updates[name]),
+        dense[name].step(grads[name]),
+        rtol=2e-4,
+        atol=2e-5,
+      )
+
+
+def test_dct_adamw():
+  """Both moments follow their columns: m <- Q m and v <- |Q| v, Q = P_n^T P_o.
+
+  LDAdam's rule is that for a partial permutation.
+  """
+  b1, b2, eps, rank = 0.9, 0.99, 1e-8, 3
+  shape = (8, 12)
+  tx = so.subspace(
+    so.SubspaceSpec(rank),
+    so.projectors.dct(1, 'l1'),
+    optax.scale_by_adam(b1, b2, eps),
+    transport=so.transports.both(b1, b2),
+  )
+  update, state = ref.jit(tx.update), tx.init({'w': jnp.zeros(shape)})
+  d = transform(8)
+  m = v = old = None
+  for t in range(1, 8):
+    g = np.asarray(ref.normal(t, shape), np.float64)
+    updates, state = update({'w': jnp.asarray(g, jnp.float32)}, state)
+    p = d[:, largest(g, rank, 'l1')]
+    if old is None:
+      m = v = np.zeros((rank, 12))
+      old = p
+    q = p.T @ old
+    r = p.T @ g
+    m = b1 * q @ m + (1 - b1) * r
+    v = b2 * np.abs(q) @ v + (1 - b2) * r**2
+    direction = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    np.testing.assert_allclose(updates['w'], p @ direction, rtol=0, atol=2e-4)
+    old = p
+
+
+def test_random_projections_are_unbiased():
+  """E[P P^T] = (r / m) I, within five standard errors, and signs decorrelate.
+
+  Columns of a stack of matrices are independent samples.
+  """
+  count, m, rank = 4000, 6, 2
+  view = ref.view((count, m, 8))
+  init, update = project('random', rank=rank)
+  params = {k: jnp.ones(view.shape) for k in 'ab'}
+  state, found = init(params), []
+  for _ in range(GAP + 1):
+    nodes, state = update(params, state)
+    found.append({k: bases(nodes[k], view) for k in params})
+  for p in (found[0]['a'], found[GAP]['a'], found[0]['b']):
+    squares = p @ np.swapaxes(p, 1, 2)
+    error = squares.std(0) / np.sqrt(count)
+    expected = rank / m * np.eye(m)
+    assert np.all(np.abs(squares.mean(0) - expected) <= 5 * error + 1e-6)
+  # Subsets of two periods and of two leaves have no more in common than chance.
+  for other in (found[GAP]['a'], found[0]['b']):
+    p = found[0]['a']
+    shared = np.sum((np.swapaxes(p, 1, 2) @ other) ** 2, axis=(1, 2))
+    error = shared.std() / np.sqrt(count)
+    assert abs(shared.mean() - rank**2 / m) < 5 * error
+
+
+def test_a_random_choice_looks_at_no_gradient():
+  init, update = project('random')
+  params = ref.like(ref.KERNELS)
+  _, one = update(params, init(params))
+  _, other = update(jax.tree.map(lambda x: x * jnp.nan, params), init(params))
+  jax.tree.map(np.testing.assert_array_equal, columns(one), columns(other))
+
+
+@pytest.mark.parametrize('bad', [0.0, np.nan, np.inf])
+@pytest.mark.parametrize('select', ['l1', 'l2'])
+def test_a_bad_gradient_leaves_the_basis_to_the_next(select, bad):
+  init, update = project(select, gap=3)
+  good = ref.like(ref.KERNELS, 1)
+  spoiled = jax.tree.map(lambda x: x.at[..., 0, 0].set(bad) * (bad != 0), good)
+  _, first = update(good, init(good))
+  before = columns(first)
+  state = first
+  for _ in range(2):
+    _, state = update(ref.like(ref.KERNELS, 2), state)
+  _, state = update(spoiled, state)  # due here
+  jax.tree.map(np.testing.assert_array_equal, columns(state), before)
+  last = ref.like(ref.KERNELS, 3)
+  _, state = update(last, state)
+  for name, view in ref.KERNELS.items():
+    expected = [largest(g, ref.RANK, select) for g in view.matrices(last[name])]
+    found = np.asarray(columns(state)[name]).reshape(len(expected), -1)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_the_rank_is_clipped_at_the_transform():
+  spec = so.SubspaceSpec(100, only_if_smaller=False)
+  tx = so.project(spec, so.projectors.dct())
+  params = {'w': ref.normal(0, (6, 9))}
+  nodes, state = ref.jit(tx.update)(params, tx.init(params))
+  np.testing.assert_array_equal(columns(state)['w'], np.arange(6))
+  np.testing.assert_allclose(
+    nodes['w'].basis @ nodes['w'].coords, params['w'], rtol=0, atol=1e-5
+  )
+
+
+def test_nothing_of_the_size_of_a_basis_is_stored():
+  tx = so.project(so.SubspaceSpec(8), so.projectors.dct())
+  params = {'w': jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+  state = jax.eval_shape(tx.init, params)
+  assert sum(x.size for x in jax.tree.leaves(state)) < 2 * 8
+
+
+def test_bad_arguments():
+  with pytest.raises(ValueError, match='select must be one of'):
+    so.projectors.dct(select='largest')
+  with pytest.raises(ValueError, match='at least 1'):
+    so.projectors.dct(0)
+  tx = so.project(so.SubspaceSpec(2, side='in'), so.projectors.dct())
+  long = {'w': jax.ShapeDtypeStruct((2**20 + 1, 4), jnp.bfloat16)}
+  with pytest.raises(ValueError, match="'w'.*1048577"):
+    jax.eval_shape(tx.init, long)
+  switch = so.projectors.switch
+  with pytest.raises(ValueError, match='switch stores its bases, but dct'):
+    switch({0: so.projectors.svd(), 5: so.projectors.dct()})
