@@ -674,8 +674,8 @@ def subspace_adamw(
       error.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: r + 2nr numbers, and
-    a few more.
+    An optimizer. State per m x n matrix, m the short side: 2nr numbers, and a
+    few more.
 
   Raises:
     ValueError: see `SubspaceSpec`, `projectors.dct`, `residuals.fira`.
@@ -753,8 +753,8 @@ def subspace_muon(
       error.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: r + nr numbers, and
-    a few more.
+    An optimizer. State per m x n matrix, m the short side: nr, and a few
+    numbers.
 
   Raises:
     ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.dct`.

@@ -158,8 +158,8 @@ FLOATS = {
   'fira_adamw': 8 * 3 + 2 * 3 * 12,
   'apollo_adamw': 2 * 3 * 12,
   'ldadamw': 8 * 3 + 3 * 3 * 12 + 8 * 12,
-  'subspace_adamw': 3 + 2 * 3 * 12,
-  'subspace_muon': 3 + 3 * 12,
+  'subspace_adamw': 2 * 3 * 12,
+  'subspace_muon': 3 * 12,
 }
 
 

@@ -44,19 +44,34 @@ def make_basis(
   return jnp.where(bits >> 31 == 1, -basis, basis)
 
 
-def draw_columns(
-  layout: _layout.Layout, seed: jax.Array, period: jax.Array | int
+def draw_basis(
+  layout: _layout.Layout,
+  leaf: jax.Array,
+  seed: jax.Array,
+  period: jax.Array | int,
 ) -> jax.Array:
-  """Returns a random subset of r column numbers for every matrix, in order.
+  """Returns diag(s) D[:, k] with random signs s and a random subset k.
 
   Args:
     layout: of the leaf.
+    leaf: see `make_basis`.
     seed: (*batch), uint32.
-    period: integers, a scalar or (*batch).
+    period: integers, a scalar or (*batch); signs are new in each, too.
+  """
+  keys = _noise.hashed(seed, jnp.asarray(period).astype(jnp.uint32))
+  # Signs from other bits than those by which columns are chosen.
+  return make_basis(layout, leaf, draw_columns(layout, keys), ~keys)
+
+
+def draw_columns(layout: _layout.Layout, keys: jax.Array) -> jax.Array:
+  """Returns a random subset of r column numbers for every key, in order.
+
+  Args:
+    layout: of the leaf.
+    keys: (*batch), uint32.
   """
   numbers = jnp.arange(layout.m, dtype=jnp.uint32)
-  numbers = jnp.expand_dims(numbers, tuple(range(seed.ndim)))
-  keys = _noise.hashed(seed, jnp.asarray(period).astype(jnp.uint32))
+  numbers = jnp.expand_dims(numbers, tuple(range(keys.ndim)))
   # 31 bits, so that they are integers of the same order.
   bits = (_noise.hashed(keys[..., None], numbers) >> 1).astype(jnp.int32)
   return largest(bits, layout.rank)

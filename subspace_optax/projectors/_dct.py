@@ -8,22 +8,22 @@ columns, those along which the gradient is largest:
 
   S = D^T G,   P = D[:, k_1 ... k_r],   R = P^T G = S[k_1 ... k_r].
 
-The randomised form is ours: P = diag(s) D[:, k_1 ... k_r] with random signs s,
-drawn once for a matrix, and a random subset of columns. P^T P = I, and since
-each column is in the subset with probability r / m,
+The columns of two bases are of one orthonormal matrix, so C = P_n^T P_o is a
+partial permutation: a coordinate moves to its column's new place.
 
-  E[P P^T] = diag(s) D (r / m) I D^T diag(s) = (r / m) I,
+The randomised form is ours: P = diag(s) D[:, k_1 ... k_r] with random signs s
+and a random subset of columns. P^T P = I, and since each column is in the
+subset with probability r / m, whatever the signs,
+
+  E[P P^T | s] = diag(s) D (r / m) I D^T diag(s) = (r / m) I,
 
 which is all that the proofs of GoLore (Lemma 5), subspace gradient descent and
 RSO ask of a random basis. A Haar basis needs mr normal numbers and a
-factorisation for it.
-
-Two bases share columns of one orthonormal matrix, so C = P_n^T P_o is a partial
-permutation: a coordinate moves to its column's new place.
+factorisation for it. Signs are drawn anew with each subset: with the same ones
+the subsets would be of one basis for good, and toy problems converge slower.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,11 +37,9 @@ from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
 from subspace_optax.projectors import _base
 from subspace_optax.projectors import _gap
+from subspace_optax.projectors import _periodic
 
 SELECTIONS = ('l1', 'l2', 'random')
-
-# (matrix, period) -> (*batch, r), numbers of columns in ascending order.
-Choose = Callable[[_base.Matrix, jax.Array], jax.Array]
 
 
 class DctState(NamedTuple):
@@ -61,7 +59,8 @@ def dct(
   """Columns of the cosine transform, chosen at steps 0, T, 2T and so on.
 
   No basis is stored and nothing is factorised: the state holds the numbers of r
-  columns, from which every step makes the basis, mr cosines.
+  columns, or the period of a random choice, from which every step makes the
+  basis, mr cosines.
 
   Args:
     update_proj_gap: T, steps between choices, or a `LazyGap`.
@@ -73,8 +72,8 @@ def dct(
       random columns, so that no step chooses for them all.
 
   Returns:
-    A projector with orthonormal bases. When a basis moves, moments are carried
-    along by moving their rows, without a product.
+    A projector with orthonormal bases. Where columns are chosen by a norm,
+    moments are carried along by moving their rows, without a product.
 
   Raises:
     TypeError: the gap is no int.
@@ -95,9 +94,35 @@ def dct(
   """
   if select not in SELECTIONS:
     raise ValueError(f'select must be one of {SELECTIONS}, got {select!r}.')
+  name = _base.call(
+    'dct', update_proj_gap=update_proj_gap, select=select, stagger=stagger
+  )
+  if select == 'random':
+    projector = _periodic.periodic(
+      name,
+      _draw,
+      update_proj_gap,
+      stagger=stagger,
+      uses_gradient=False,
+      regenerate=True,
+    )
+  else:
+    projector = _by_norm(name, select, update_proj_gap, stagger)
+  return projector._replace(most_rows=_cosines.MOST_ROWS)
+
+
+def _draw(matrix: _base.Matrix, basis: Any, period: jax.Array) -> jax.Array:
+  """Returns the randomised form of all matrices of a leaf."""
+  del basis
+  return _cosines.draw_basis(matrix.layout, matrix.like, matrix.seed, period)
+
+
+def _by_norm(
+  name: str, select: str, update_proj_gap: Any, stagger: bool
+) -> _base.Projector:
+  """Returns the rule of columns along which the gradient is largest."""
   gap = _gap.schedule(update_proj_gap, stagger)
-  is_random = select == 'random'
-  choose = _choose_at_random if is_random else _choose_by_norm(select)
+  measure = jnp.abs if select == 'l1' else jnp.square
 
   def init(subspaces: _base.Subspaces, matrices: Any) -> DctState:
     per_matrix = subspaces.captured_energy
@@ -106,17 +131,17 @@ def dct(
     return DctState(owed, gap.init(per_matrix), columns)
 
   def refresh(context, matrices, subspaces, state):
-    due, period, schedule = gap.due(context, state.owed, state.schedule)
+    due, _, schedule = gap.due(context, state.owed, state.schedule)
 
-    def one(basis, matrix, drift, owed, due, period, columns):
-      good = jnp.ones_like(matrix.ok) if is_random else matrix.ok
-      wanted = (due | (owed & context.active)) & good
-      old = _Chosen(basis, columns, drift, _stay(columns))
-      new = _varying.cond(
-        jnp.any(wanted),
-        lambda: _move(choose, is_random, matrix, wanted, period, old),
-        lambda: old,
-      )
+    def one(basis, matrix, drift, owed, due, columns):
+      wanted = (due | (owed & context.active)) & matrix.ok
+      old = new = _Chosen(basis, columns, drift, _stay(columns))
+      if matrix.gradient is not None:  # else nothing is due: `needs_gradient`
+        new = _varying.cond(
+          jnp.any(wanted),
+          lambda: _move(measure, matrix, wanted, old),
+          lambda: old,
+        )
       move = _projected.Move(wanted, _projected.Selection(new.source))
       owed = (owed | due) & ~wanted
       return new.basis, new.drift, owed, new.columns, move
@@ -129,33 +154,42 @@ def dct(
       subspaces.drift,
       state.owed,
       due,
-      period,
       state.columns,
     )
     state = DctState(owed, gap.after(schedule, moves, drift), columns)
     return subspaces._replace(basis=basis, drift=drift), moves, state
 
   def rebuild(matrices, state):
-    make = functools.partial(_make_basis, is_random)
-    return jax.tree.map(make, matrices, state.columns)
+    _check_ranks(matrices, state.columns)
+    return jax.tree.map(_make_basis, matrices, state.columns)
 
   def needs_gradient(context, state):
     _gap.check_not_traced(update_proj_gap)
-    if is_random:
-      return False
     return _gap.any_due(gap, context, state.owed, state.schedule)
 
   return _base.Projector(
-    _base.call(
-      'dct', update_proj_gap=update_proj_gap, select=select, stagger=stagger
-    ),
+    name,
     init,
     refresh,
     _base.no_track,
     rebuild=rebuild,
     needs_gradient=needs_gradient,
-    most_rows=_cosines.MOST_ROWS,
   )
+
+
+def _check_ranks(matrices: Any, columns: Any) -> None:
+  """Raises for the state of another rank."""
+  known = dict(_tree.flatten(columns)[0])
+  for path, matrix in _tree.flatten(matrices)[0]:
+    if _tree.is_masked(matrix):
+      continue
+    found, rank = known[path].shape[-1], matrix.layout.rank
+    if found != rank:
+      raise ValueError(
+        f'gradient {path!r} needs the numbers of {rank} columns, but init '
+        f'chose {found}; take a state of another rank over by '
+        'subspace_optax.resize_rank.'
+      )
 
 
 class _Chosen(NamedTuple):
@@ -168,20 +202,18 @@ class _Chosen(NamedTuple):
 
 
 def _move(
-  choose: Choose,
-  is_random: bool,
+  measure: Callable[[jax.Array], jax.Array],
   matrix: _base.Matrix,
   wanted: jax.Array,
-  period: jax.Array,
   old: _Chosen,
 ) -> _Chosen:
   """Chooses columns for the matrices that want new ones."""
-  columns = choose(matrix, period)
+  columns = _cosines.largest(_norms(matrix, measure), matrix.layout.rank)
   columns = jnp.where(wanted[..., None], columns, old.columns)
   columns = _sharding.with_whole_rank(columns, f'{matrix.layout.batch_axes}y')
   source = _projected.select_columns(columns, old.columns).source
   kept = jnp.mean(source < columns.shape[-1], axis=-1, dtype=jnp.float32)
-  basis = _make_basis(is_random, matrix, columns)
+  basis = _make_basis(matrix, columns)
   new = _Chosen(
     basis,
     columns,
@@ -199,33 +231,16 @@ def _stay(columns: jax.Array) -> jax.Array:
   return _sharding.like(places, columns)
 
 
-def _make_basis(
-  is_random: bool, matrix: _base.Matrix, columns: jax.Array
-) -> jax.Array:
-  seed = matrix.seed if is_random else None
-  return _cosines.make_basis(matrix.layout, matrix.like, columns, seed)
+def _make_basis(matrix: _base.Matrix, columns: jax.Array) -> jax.Array:
+  return _cosines.make_basis(matrix.layout, matrix.like, columns)
 
 
 def _first_columns(matrix: _base.Matrix) -> jax.Array:
-  static, args = (matrix.layout,), (matrix.seed, _base.AT_INIT)
+  """Returns random columns, for matrices that wait for their turn."""
+  static, args = (matrix.layout,), (matrix.seed,)
   return matrix.layout.place_numbers(
     _cosines.draw_columns, static, args, matrix.like
   )
-
-
-def _choose_at_random(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
-  return _cosines.draw_columns(matrix.layout, matrix.seed, period)
-
-
-def _choose_by_norm(select: str) -> Choose:
-  """Returns what chooses the columns along which a gradient is largest."""
-  measure = jnp.abs if select == 'l1' else jnp.square
-
-  def choose(matrix: _base.Matrix, period: jax.Array) -> jax.Array:
-    del period
-    return _cosines.largest(_norms(matrix, measure), matrix.layout.rank)
-
-  return choose
 
 
 def _norms(matrix: _base.Matrix, measure: Any) -> jax.Array:
@@ -245,7 +260,7 @@ def _norms(matrix: _base.Matrix, measure: Any) -> jax.Array:
     shape = (*layout.batch_shape, r)
     numbers = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
     numbers = jnp.minimum(k * r + numbers, layout.m - 1)
-    coords = matrix.unit_coordinates(_make_basis(False, matrix, numbers))
+    coords = matrix.unit_coordinates(_make_basis(matrix, numbers))
     return layout.sum_ranks(measure(coords))
 
   norms = lax.map(some, jnp.arange(chunks))

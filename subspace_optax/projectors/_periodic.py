@@ -27,7 +27,7 @@ from subspace_optax.projectors import _base
 from subspace_optax.projectors import _gap
 
 # (matrix, its basis, period) -> new bases, (*batch and projected axes, r).
-Draw = Callable[[_base.Matrix, jax.Array, jax.Array], jax.Array]
+Draw = Callable[[_base.Matrix, Any, jax.Array], jax.Array]
 
 
 class PeriodicState(NamedTuple):
@@ -62,7 +62,8 @@ def periodic(
     uses_gradient: whether `draw` looks at the gradient, and needs a good one.
     orthonormal: whether a basis that is not orthonormal is a failed one.
     sample: how bases are drawn without a gradient, if that is how.
-    regenerate: whether to draw them again at every step instead of storing.
+    regenerate: whether to draw them again at every step instead of storing, by
+      a `draw` that looks at no old basis.
   """
   gap = _gap.schedule(update_proj_gap, stagger)
   # Rules that move at every step do so for a whole stack at once.
@@ -108,9 +109,8 @@ def periodic(
     return subspaces, moves, state
 
   def rebuild(matrices, state):
-    return jax.tree.map(
-      lambda x, period: sample(x.layout, x.seed, period), matrices, state.period
-    )
+    make = lambda matrix, period: draw(matrix, None, period)
+    return jax.tree.map(make, matrices, state.period)
 
   def needs_gradient(context, state):
     _gap.check_not_traced(update_proj_gap)

@@ -49,8 +49,7 @@ class Rule:
     elif self.sample == 'haar':
       p = _linalg.haar(layout, seeds, k) * (layout.m / layout.rank) ** 0.5
     else:
-      columns = _cosines.draw_columns(layout, seeds, k)
-      p = _cosines.make_basis(layout, leaf, columns, seeds)
+      p = _cosines.draw_basis(layout, leaf, seeds, k)
       p = p * (layout.m / layout.rank) ** 0.5
     return layout.settle_basis(p.astype(self.basis_dtype), leaf)
 
