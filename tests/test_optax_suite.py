@@ -24,7 +24,7 @@ RATES = {
   'fira_adamw': 0.3,
   'apollo_adamw': 0.3,
   'ldadamw': 0.1,
-  'subspace_adamw': 0.1,
+  'subspace_adamw': 0.2,
   'subspace_muon': 0.01,
 }
 every_optimizer = pytest.mark.parametrize('name', RATES)
