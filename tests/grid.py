@@ -127,7 +127,6 @@ FACTORS: dict[str, tuple] = {
   'basis_dtype': (jnp.float32, jnp.bfloat16),
   'every_k': (1, 2),
   'residual': (None, *RESIDUALS),
-  'leaf': ('stack', 'matrix'),
 }
 
 
@@ -142,12 +141,11 @@ class Point(NamedTuple):
   basis_dtype: Any
   every_k: int
   residual: str | None
-  leaf: str  # what is projected; tests/test_grid.py says its shape
 
   def __str__(self) -> str:
     flags = ['stagger'] * self.stagger + [f'every_{self.every_k}']
     dtype = jnp.dtype(self.basis_dtype).name
-    return '-'.join([*self[:4], *flags, dtype, str(self.residual), self.leaf])
+    return '-'.join([*self[:4], *flags, dtype, str(self.residual)])
 
 
 def transport(name: str, rates: tuple[float, float]) -> Any:

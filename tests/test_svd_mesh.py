@@ -135,7 +135,7 @@ def test_nothing_to_order():
 # A small LLaMA.
 
 CONFIG = llama.named('llama_test', vocab=16)
-STEPS, GAP = 40, 12
+STEPS = 100
 PLACES = {
   'rows': ((4,), ('x', None)),
   'both': ((2, 2), ('x', 'y')),
@@ -183,7 +183,7 @@ def optimizer(method):
   )
   return so.subspace(
     spec,
-    so.projectors.svd(GAP, method),
+    so.projectors.svd(30, method),
     optax.scale_by_adam(),
     scale=0.25,
     after=optax.scale_by_learning_rate(4e-3),

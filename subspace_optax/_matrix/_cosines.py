@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _noise
+from subspace_optax._matrix import _placement
 
 # Of a side, so that phases can be found in 32 bits.
 MOST_ROWS = 2**20
@@ -36,12 +37,25 @@ def make_basis(
   Returns:
     (*batch and projected axes, r), float32.
   """
-  rows = layout.row_numbers(leaf)
-  basis = cosines(rows, layout.ranks_along_basis(columns), layout.m)
+  rows = _row_numbers(layout, leaf)
+  columns = layout.ranks_along(columns, layout.basis_axes())
+  basis = cosines(rows, columns, layout.m)
   if seed is None:
     return basis
   bits = _noise.hashed(layout.along_basis(seed), rows.astype(jnp.uint32))
   return jnp.where(bits >> 31 == 1, -basis, basis)
+
+
+def _row_numbers(layout: _layout.Layout, leaf: jax.Array) -> jax.Array:
+  """Returns 0 to m - 1, int32, shaped to broadcast against the basis."""
+  ones = (1,) * len(layout.batch_shape)
+  numbers = jnp.arange(layout.m, dtype=jnp.int32).reshape(*ones, layout.m, 1)
+  # Axes of size 1 are not split.
+  names = ''.join(
+    '-' if c in layout.batch_axes else c for c in layout.basis_axes(r='-')
+  )
+  numbers = layout.one.from_matrix(numbers)
+  return _placement.align(numbers, leaf, layout.leaf_axes, names)
 
 
 def draw_basis(

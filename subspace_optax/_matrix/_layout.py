@@ -258,47 +258,18 @@ class Layout:
     """Returns one value per matrix, shaped to broadcast against some axes."""
     return jnp.expand_dims(x, self._of_matrix(axes))
 
+  def ranks_along(self, x: jax.Array, axes: str) -> jax.Array:
+    """Returns (*batch, r), shaped to broadcast against some axes."""
+    kept = [c for c in axes if c == 'y' or c in self.batch_axes]
+    x = jnp.moveaxis(x, -1, kept.index('y'))
+    return jnp.expand_dims(x, [i for i, c in enumerate(axes) if c not in kept])
+
   def _sum_squares(self, x: jax.Array, axes: str) -> jax.Array:
     return jnp.sum(jnp.square(x), axis=self._of_matrix(axes))
 
   def _of_matrix(self, axes: str) -> tuple[int, ...]:
     """Returns where axes of a matrix stand, and not those that count them."""
     return tuple(i for i, c in enumerate(axes) if c not in self.batch_axes)
-
-  # One value per column of the basis, (*batch, r).
-
-  def ranks_along_basis(self, x: jax.Array) -> jax.Array:
-    """Returns (*batch, r), shaped to broadcast against the basis."""
-    return jnp.expand_dims(x, self._of_matrix(self.basis_axes(r='')))
-
-  def ranks_along_coords(self, x: jax.Array) -> jax.Array:
-    """Returns (*batch, r), shaped to broadcast against coords."""
-    axes = self.coords_axes()
-    order = [c for c in axes if c in f'{self.batch_axes}y']
-    x = jnp.moveaxis(x, -1, order.index('y'))
-    return jnp.expand_dims(x, [i for i, c in enumerate(axes) if c not in order])
-
-  def sum_ranks(self, coords: jax.Array) -> jax.Array:
-    """Returns the sum of every row of coordinates, (*batch, r)."""
-    axes = self.coords_axes()
-    batch = f'{self.batch_axes}y'
-    gone = tuple(i for i, c in enumerate(axes) if c not in batch)
-    order = [c for c in axes if c in batch]
-    return jnp.moveaxis(jnp.sum(coords, axis=gone), order.index('y'), -1)
-
-  def row_numbers(self, leaf: jax.Array) -> jax.Array:
-    """Returns 0 to m - 1, int32, shaped to broadcast against the basis.
-
-    Under explicit sharding every device has the numbers of its own rows.
-    """
-    sizes = self._sizes(self.projected)
-    numbers = jnp.arange(self.m, dtype=jnp.int32).reshape(sizes)
-    names = ''.join(_AXES[i] for i in self.projected)
-    numbers = _placement.align(numbers, leaf, self.leaf_axes, names)
-    order = [names.index(c) for c in self.basis_axes(r='') if c in names]
-    axes = self.basis_axes()
-    gone = [i for i, c in enumerate(axes) if c not in names]
-    return jnp.expand_dims(jnp.transpose(numbers, order), gone)
 
   # One value per column: the leaf's axes without the projected ones.
 

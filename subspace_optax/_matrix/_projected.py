@@ -53,7 +53,7 @@ def carry(
   if _sharding.explicit(coords) is not None:
     # jax can't tell how what it gathers along a split axis is sharded.
     return layout.mix_coords(transition.dense, coords)
-  source = layout.ranks_along_coords(transition.source)
+  source = layout.ranks_along(transition.source, layout.coords_axes())
   taken = jnp.take_along_axis(
     coords, jnp.minimum(source, layout.rank - 1), layout.rank_axis
   )

@@ -261,7 +261,8 @@ def _norms(matrix: _base.Matrix, measure: Any) -> jax.Array:
     numbers = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
     numbers = jnp.minimum(k * r + numbers, layout.m - 1)
     coords = matrix.unit_coordinates(_make_basis(matrix, numbers))
-    return layout.sum_ranks(measure(coords))
+    axes = layout.coords_axes(), f'{layout.batch_axes}y'
+    return jnp.einsum(f'{axes[0]}->{axes[1]}', measure(coords))
 
   norms = lax.map(some, jnp.arange(chunks))
   norms = jnp.moveaxis(norms, 0, -2).reshape(*norms.shape[1:-1], chunks * r)
