@@ -435,6 +435,9 @@ def test_what_it_refuses():
   with errors.raises(ValueError, 'rounding', "'up'"):
     so.rso.subproblems(_spec(), inner, rounding='up')
   rso = so.rso.subproblems(_spec(), inner)
+  long = {'w': jax.ShapeDtypeStruct((2**20 + 1, 8), jnp.float32)}
+  with errors.raises(ValueError, "'w'", 1048577, "sample='dct'"):
+    so.rso.subproblems(so.SubspaceSpec(2, side='in'), inner).init(long)
   params = cases.tree(LEAVES)
   with errors.raises(ValueError, "'query'", 'with respect to B'):
     rso.update(params, rso.init(params), params)

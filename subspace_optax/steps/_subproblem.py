@@ -37,8 +37,14 @@ class Rule:
   basis_dtype: Any
 
   def check(self, match: Any) -> None:
-    """Raises for a leaf of a dtype that can't be rounded like this."""
+    """Raises for a leaf that can't be rounded or lifted like this."""
     _rounding.check(self.rounding, match.path, match.leaf.dtype)
+    if self.sample == 'dct' and match.layout.m > _cosines.MOST_ROWS:
+      raise ValueError(
+        f"sample='dct' takes up to {_cosines.MOST_ROWS} inputs, and "
+        f'{match.path!r}, of shape {match.leaf.shape}, has {match.layout.m}; '
+        'take another sample, or name the leaf in `exclude`.'
+      )
 
   def draw(
     self, layout: _layout.Layout, leaf: jax.Array, seeds: jax.Array, k: Any

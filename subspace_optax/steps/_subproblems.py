@@ -108,9 +108,10 @@ def subproblems(
       there is no decay of the weights.
     update_proj_gap: tau, inner steps of a subproblem.
     sample: how P is drawn, again at every step: 'dct', random columns of the
-      cosine transform with random signs of rows, for mr cosines; 'haar', for
-      about 16mr^2 FLOPs; or 'gaussian', with entries of N(0, 1 / r), for mr
-      random numbers. The first two have P^T P = (m / r) I, all E[P P^T] = I.
+      cosine transform with random signs of rows, for mr cosines; 'haar', for mr
+      random numbers and about 8mr^2 FLOPs; or 'gaussian', with entries of
+      N(0, 1 / r), for mr random numbers. The first two have P^T P = (m / r) I,
+      all E[P P^T] = I.
     eta: of the proximal term |B|^2 / (2 eta): a number, a function of the
       number of the subproblem, or None for no such term.
     transport: what a new P means for the optimizer's moments, see
@@ -127,8 +128,9 @@ def subproblems(
 
   Raises:
     ValueError: another side; an unknown sample or rounding; what `in_subspace`
-      raises; at `init`, float16 to be rounded stochastically, or an optimizer
-      that steps along the gradient.
+      raises; at `init`, float16 to be rounded stochastically, more than 2^20
+      inputs for the cosine transform, or an optimizer that steps along the
+      gradient.
     TypeError: a gap that is no int.
 
   References:
