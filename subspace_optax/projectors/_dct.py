@@ -135,7 +135,7 @@ def _by_norm(
 
     def one(basis, matrix, drift, owed, due, columns):
       wanted = (due | (owed & context.active)) & matrix.ok
-      old = new = _Chosen(basis, columns, drift, _stay(columns))
+      old = new = _Chosen(columns, drift, _stay(columns))
       if matrix.gradient is not None:  # else nothing is due: `needs_gradient`
         new = _varying.cond(
           jnp.any(wanted),
@@ -144,7 +144,9 @@ def _by_norm(
         )
       move = _projected.Move(wanted, _projected.Selection(new.source))
       owed = (owed | due) & ~wanted
-      return new.basis, new.drift, owed, new.columns, move
+      # Behind the branch, so that a step makes one basis, whether it moves.
+      basis = _sharding.like(_make_basis(matrix, new.columns), basis)
+      return basis, new.drift, owed, new.columns, move
 
     basis, drift, owed, columns, moves = _tree.map_unzip(
       one,
@@ -195,7 +197,6 @@ def _check_ranks(matrices: Any, columns: Any) -> None:
 class _Chosen(NamedTuple):
   """What a refresh changes of one leaf."""
 
-  basis: jax.Array  # shape=(*batch and projected axes, r)
   columns: jax.Array  # shape=(*batch, r), dtype=int32
   drift: jax.Array  # shape=(*batch,), dtype=float32
   source: jax.Array  # shape=(*batch, r), dtype=int32; see `Selection`
@@ -213,9 +214,7 @@ def _move(
   columns = _sharding.with_whole_rank(columns, f'{matrix.layout.batch_axes}y')
   source = _projected.select_columns(columns, old.columns).source
   kept = jnp.mean(source < columns.shape[-1], axis=-1, dtype=jnp.float32)
-  basis = _make_basis(matrix, columns)
   new = _Chosen(
-    basis,
     columns,
     # Chordal distance of the two subspaces, as a share of the largest possible.
     jnp.where(wanted, jnp.sqrt(1.0 - kept), old.drift),
