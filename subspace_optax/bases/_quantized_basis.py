@@ -77,8 +77,8 @@ def _check(dtype: Any, projector: _base.Projector) -> None:
   if projector.rebuild:
     raise ValueError(
       f'basis_dtype={dtype.name!r} is of bases that are stored, but '
-      f'{projector.name} draws its bases again at every step; leave out '
-      "regenerate=True, or take 'float32' or 'bfloat16'."
+      f'{projector.name} makes its bases again at every step; take '
+      "'float32' or 'bfloat16', or leave out regenerate=True."
     )
 
 

@@ -2,8 +2,8 @@
 """Which storage a spec's `basis_dtype` and a projector ask for.
 
 Bases are stored as they are, as codes, or not at all: a projector with
-`rebuild` draws them again from its own state, such as a seed and a period. The
-column numbers of a fixed transform would be of the last kind.
+`rebuild` makes them again from its own state: a seed and a period, or the
+numbers of a fixed transform's columns.
 """
 
 from collections.abc import Callable

@@ -32,7 +32,7 @@ class Subspaces(NamedTuple):
   """
 
   # leaf shape=(*batch and projected axes, r), dtype=basis_dtype; () between
-  # steps if the projector draws them again; if that is an integer, a
+  # steps if the projector makes them again; if the dtype is an integer, a
   # `QuantizedBasis` between steps, which projectors see as float32
   basis: Any
   captured_energy: Any  # leaf shape=(*batch,), dtype=float32, of the last G
@@ -194,7 +194,7 @@ class Projector(NamedTuple):
     track: (context, matrices, coords, subspaces, state) -> (subspaces, moves,
       state), after they are taken.
     sample: draws the first bases.
-    rebuild: (matrices, state) -> bases, for a rule that draws them again at
+    rebuild: (matrices, state) -> bases, for a rule that makes them again at
       every step; None for one whose bases are stored.
     orthonormal: whether all its bases have P^T P = I, up to rounding.
     needs_gradient: (context, state) -> whether the coming step looks at the

@@ -35,8 +35,9 @@ def stiefel(
     update_proj_gap: T, steps between samples, or a `LazyGap`.
     stagger: whether matrices take turns within each T steps, starting from
       random bases, so that no step refreshes them all.
-    regenerate: whether to draw the bases again at every step, about 16mr^2
-      FLOPs and mr random numbers, instead of storing mr of them.
+    regenerate: whether to draw the bases again at every step, mr random numbers
+      and about 8mr^2 FLOPs (16mr^2 for r above m / 2), instead of storing mr
+      numbers.
 
   Returns:
     A projector with orthonormal bases.

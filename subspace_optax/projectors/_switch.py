@@ -31,7 +31,7 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
 
   Raises:
     ValueError: no projector for step 0, or a negative step; a projector that
-      regenerates its bases.
+      makes its bases again at every step.
     TypeError: a step that is no int; something that is no projector.
 
   References:
@@ -62,8 +62,8 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
   for rule in rules:
     if rule.rebuild:
       raise ValueError(
-        f'switch stores its bases, but {rule.name} draws them again at every '
-        'step; leave out regenerate=True.'
+        f'switch stores its bases, but {rule.name} makes them again at every '
+        'step; leave out regenerate=True, or take a projector that stores them.'
       )
 
   def init(subspaces, matrices):

@@ -43,9 +43,11 @@ def resize_rank(
   new blocks; at another rank they may have no codes, or get some, since small
   matrices keep float32.
 
-  A basis that is drawn again at every step (`regenerate=True`, as in
-  `apollo_adamw`, `subspace_adamw` and `subspace_muon`) is another one at
-  another rank, with nothing to carry: moments of such leaves start anew.
+  A basis that is made again at every step (`regenerate=True`, as in
+  `apollo_adamw`; `dct`, as in `subspace_adamw` and `subspace_muon`) is another
+  one at another rank, with nothing to carry: moments of such leaves start anew.
+  Columns that `dct` chooses by the gradient are random ones until they are next
+  due.
 
   Args:
     tx: the optimizer to go on with, of other ranks.
