@@ -180,6 +180,8 @@ OPTIMIZERS = {
   'int8': Case(
     _of(lambda: projectors.svd(GAP, 'randomized'), basis_dtype='int8')
   ),
+  'dct': Case(_of(lambda: projectors.dct(GAP))),
+  'dct_l2': Case(_of(lambda: projectors.dct(GAP, 'l2', stagger=True))),
 }
 
 
