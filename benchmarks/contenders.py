@@ -1,0 +1,134 @@
+"""The optimizers of the Pareto benchmark, each with all that it keeps.
+
+All are made alike: (schedule, weight decay, options) -> an optimizer of the
+matrices. Embedding, head and norms are Adam's, in 8 bits where the method's
+moments are in 8 or 4 bits, unless the method is one of whole models.
+"""
+
+from collections.abc import Callable
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import optax.contrib
+
+import subspace_optax as so
+
+B2 = 0.99  # of every Adam
+
+
+class Contender(NamedTuple):
+  """An optimizer, and where its search starts.
+
+  Attributes:
+    make: (schedule, weight decay) -> optimizer of the matrices.
+    lr: first peak learning rate of the search.
+    bits: of the moments of the rest.
+    ours: whether this library is where it comes from.
+    whole: whether it takes all leaves, embedding, head and norms included.
+  """
+
+  make: Callable[[Any, Any], optax.GradientTransformation]
+  lr: float
+  bits: int = 32
+  ours: bool = False
+  whole: bool = False
+
+
+def adam(bits: int = 32) -> optax.GradientTransformation:
+  if bits == 32:
+    return optax.scale_by_adam(b2=B2)
+  return so.quantize_moments(optax.scale_by_adam(b2=B2), 8)
+
+
+def _stepping(direction: Callable[[], Any]) -> Callable[[Any, Any], Any]:
+  """Adds decoupled weight decay and the learning rate."""
+  return lambda lr, decay: optax.chain(
+    direction(),
+    optax.add_decayed_weights(decay),
+    optax.scale_by_learning_rate(lr),
+  )
+
+
+def _adafactor() -> optax.GradientTransformation:
+  """Adafactor without momentum, its updates clipped to a root mean square 1."""
+  return optax.chain(
+    optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+    optax.clip_by_block_rms(1.0),
+  )
+
+
+def _muon(bits: int, beta: float = 0.95) -> Callable[[], Any]:
+  """Muon on the last two axes of every leaf."""
+
+  def axes(params: Any) -> Any:
+    number = optax.contrib.MuonDimensionNumbers
+    return jax.tree.map(lambda x: number(x.ndim - 2, x.ndim - 1), params)
+
+  def direction() -> optax.GradientTransformation:
+    muon = optax.contrib.scale_by_muon(
+      beta=beta, weight_dimension_numbers=axes
+    )
+    muon = muon if bits == 32 else so.quantize_moments(muon, bits)
+    # As in `optax.contrib.muon` by default.
+    return optax.chain(muon, optax.stateless(_lengthen))
+
+  return direction
+
+
+def _lengthen(updates: Any, params: Any) -> Any:
+  """Multiplies updates of kernels that widen by sqrt(out / in)."""
+  del params
+  factor = lambda x: max(1.0, x.shape[-1] / x.shape[-2]) ** 0.5
+  return jax.tree.map(lambda x: factor(x) * x, updates)
+
+
+def ours(name: str, **options: Any) -> Callable[[Any, Any], Any]:
+  """One of the library's ready-made optimizers."""
+  make = so.optimizers.READY_MADE[name]
+  takes = inspect.signature(make).parameters
+  if 'b2' in takes:
+    options.setdefault('b2', B2)
+  if 'rank' in takes:
+    options.setdefault('rank', 0.25)
+  return lambda lr, decay: make(lr, weight_decay=decay, **options)
+
+
+def _dct_adamw(lr: Any, decay: Any) -> optax.GradientTransformation:
+  """DCT-AdamW: chosen columns of the cosine transform, nothing outside."""
+  return so.subspace(
+    so.SubspaceSpec(0.25),
+    so.projectors.dct(200),
+    adam(),
+    transport=so.transports.both(0.9, B2),
+    after=optax.chain(
+      optax.add_decayed_weights(decay), optax.scale_by_learning_rate(lr)
+    ),
+  )
+
+
+_of_ours = functools.partial(Contender, ours=True)
+
+CONTENDERS: dict[str, Contender] = {
+  'adamw': Contender(_stepping(adam), 4e-3),
+  'muon': Contender(_stepping(_muon(32)), 2e-2),
+  'subspace_muon': _of_ours(ours('subspace_muon'), 2.5e-3),
+  'subspace_muon_8bit': _of_ours(
+    ours('subspace_muon', moment_bits=8), 2.5e-3, bits=8
+  ),
+  'muon_8bit': Contender(_stepping(_muon(8)), 2e-2, bits=8, ours=True),
+  'adamw_8bit': Contender(
+    _stepping(functools.partial(adam, 8)), 4e-3, bits=8, ours=True
+  ),
+  'subspace_adamw': _of_ours(ours('subspace_adamw'), 4e-3),
+  'adafactor': Contender(_stepping(_adafactor), 4e-3),
+  'subspace_adamw_8bit': _of_ours(
+    ours('subspace_adamw', moment_bits=8), 4e-3, bits=8
+  ),
+  'galore': Contender(
+    ours('galore', base_optimizer=optax.scale_by_adam(b2=B2)), 4e-3
+  ),
+  'dct_adamw': _of_ours(_dct_adamw, 4e-3),
+}

@@ -1,0 +1,213 @@
+"""Test loss against bytes: every optimizer, tuned, at 20 tokens a weight.
+
+A LLaMA over bytes; model, data, batch and their order are the same for all.
+For each method, peak learning rate (by factors of 2) and weight decay (by
+factors of 3) are searched from a start until the best has both neighbours of
+both behind it, by the validation loss of seed 0; further seeds run at the best,
+and what is reported is the loss on a third text. Schedules end at 0; nothing is
+stopped early.
+
+Every run is a file in runs/pareto, named by a hash of its settings and of its
+whole program, so that an interrupted benchmark goes on where it was, and a run
+whose code has changed runs again. Any number of processes may run side by side:
+`taskset -c 1 nice python -m benchmarks.pareto` is one on one core. `--report`
+writes results/pareto.json, .md and .png of what is there.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import tyro
+
+from benchmarks import contenders
+from benchmarks import corpora
+from benchmarks import harness
+from benchmarks import pareto_run
+
+RUNS = harness.ROOT / 'runs' / 'pareto'
+LR_FACTOR = 2.0
+DECAY_FACTOR = 3.0
+FIRST_DECAY = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """What is compared; see the module."""
+
+  size: str = '0.1M'
+  multiple: float = 1.0
+  batch: int = 8
+  seq: int = 128
+  corpora: tuple[str, ...] = tuple(corpora.CORPORA)
+  methods: tuple[str, ...] = tuple(contenders.CONTENDERS)
+  seeds: int = 3
+  most: int = 14  # points of a search
+  seconds: float = math.inf  # begins no run later than this
+  report: bool = False  # only writes what is there
+  runs: str = str(RUNS)
+  out: str = str(harness.RESULTS / 'pareto.json')
+
+
+class Point(NamedTuple):
+  """What differs between the runs of a job; rounded, so as to be the same."""
+
+  lr: float
+  decay: float
+  seed: int = 0
+
+  @classmethod
+  def near(cls, lr: float, decay: float) -> 'Point':
+    return cls(float(f'{lr:.4g}'), float(f'{decay:.4g}'))
+
+
+def jobs(args: Args) -> Iterator[pareto_run.Job]:
+  """All jobs, corpus by corpus."""
+  for corpus in args.corpora:
+    for method in args.methods:
+      yield pareto_run.Job(
+        method, corpus, args.size, args.multiple, args.batch, args.seq
+      )
+
+
+def neighbours(point: Point) -> list[Point]:
+  """The points that must be worse before one counts as the best."""
+  lr, decay = point.lr, point.decay
+  return [
+    Point.near(lr * LR_FACTOR, decay),
+    Point.near(lr / LR_FACTOR, decay),
+    Point.near(lr, decay * DECAY_FACTOR),
+    Point.near(lr, decay / DECAY_FACTOR),
+  ]
+
+
+def loss(row: dict) -> float:
+  """The validation loss; a diverged run is worse than any other."""
+  return math.inf if row['validation'] is None else row['validation']
+
+
+def best(rows: Sequence[dict]) -> Point:
+  row = min((row for row in rows if row['seed'] == 0), key=loss)
+  return Point(row['lr'], row['decay'])
+
+
+def wanted(
+  job: pareto_run.Job, rows: Sequence[dict], args: Args
+) -> list[Point]:
+  """The runs that a search lacks as it stands, the most urgent first."""
+  known = {Point(row['lr'], row['decay'], row['seed']) for row in rows}
+  start = Point.near(contenders.CONTENDERS[job.method].lr, FIRST_DECAY)
+  if start not in known:
+    return [start]
+  at = best(rows)
+  tuned = [point for point in known if point.seed == 0]
+  missing = [point for point in neighbours(at) if point not in known]
+  if missing and len(tuned) < args.most:
+    return missing
+  seeds = [at._replace(seed=seed) for seed in range(1, args.seeds)]
+  return [point for point in seeds if point not in known]
+
+
+class Store:
+  """Runs in files, and claims of those that are under way."""
+
+  def __init__(self, folder: str):
+    self.folder = pathlib.Path(folder)
+    self.folder.mkdir(parents=True, exist_ok=True)
+
+  def rows(self, job: pareto_run.Job, digest: str) -> list[dict]:
+    """What is known of a job, from its own program."""
+    same = dataclasses.asdict(job) | {'program': digest}
+    return [x for x in self.all() if same.items() <= x.items()]
+
+  def all(self) -> list[dict]:
+    return [json.loads(p.read_text()) for p in self.folder.glob('*.json')]
+
+  def path(self, fields: dict) -> pathlib.Path:
+    text = json.dumps(fields, sort_keys=True).encode()
+    return self.folder / f'{hashlib.sha256(text).hexdigest()[:16]}.json'
+
+  def claim(self, path: pathlib.Path) -> bool:
+    """Whether a run is now this process's to do."""
+    claim = path.with_suffix('.claim')
+    if claim.exists() and not _alive(claim.read_text()):
+      claim.unlink(missing_ok=True)
+    try:
+      with claim.open('x') as file:
+        file.write(str(os.getpid()))
+    except FileExistsError:
+      return False
+    return True
+
+  def save(self, path: pathlib.Path, row: dict) -> None:
+    harness.save_results(path, row, indent=None)
+    path.with_suffix('.claim').unlink()
+
+
+def _alive(pid: str) -> bool:
+  try:
+    os.kill(int(pid), 0)
+  except (ValueError, ProcessLookupError):
+    return False
+  return True
+
+
+class Worker:
+  """Runs what is missing, one run at a time."""
+
+  def __init__(self, args: Args):
+    self.args, self.store = args, Store(args.runs)
+    self.trainers: dict[pareto_run.Job, pareto_run.Trainer] = {}
+
+  def trainer(self, job: pareto_run.Job) -> pareto_run.Trainer:
+    if job not in self.trainers:
+      self.trainers[job] = pareto_run.Trainer(job)
+    return self.trainers[job]
+
+  def next(self) -> tuple[pareto_run.Job, Point, pathlib.Path] | None:
+    """The first run that nobody has done or claimed."""
+    for job in jobs(self.args):
+      digest = self.trainer(job).digest
+      for point in wanted(job, self.store.rows(job, digest), self.args):
+        path = self.store.path(fields(job, digest, point))
+        if not path.exists() and self.store.claim(path):
+          return job, point, path
+    return None
+
+  def run(self) -> None:
+    began = time.monotonic()
+    while time.monotonic() - began < self.args.seconds:
+      found = self.next()
+      if found is None:
+        return
+      job, point, path = found
+      trainer = self.trainer(job)
+      row = fields(job, trainer.digest, point) | trainer.run(*point)
+      row |= {'memory': trainer.memory(), 'machine': harness.describe_machine()}
+      self.store.save(path, row)
+      print(
+        f'{job.method} {job.corpus} {job.size} x{job.multiple:g}: '
+        f'lr {point.lr:g}, decay {point.decay:g}, seed {point.seed}: '
+        f'{row["validation"]} in {row["seconds"]} s',
+        flush=True,
+      )
+
+
+def fields(job: pareto_run.Job, digest: str, point: Point) -> dict[str, Any]:
+  """What tells a run from all others."""
+  return dataclasses.asdict(job) | point._asdict() | {'program': digest}
+
+
+def main(args: Args) -> None:
+  if not args.report:
+    Worker(args).run()
+
+
+if __name__ == '__main__':
+  main(tyro.cli(Args, description=__doc__))
