@@ -68,9 +68,7 @@ def _muon(bits: int, beta: float = 0.95) -> Callable[[], Any]:
     return jax.tree.map(lambda x: number(x.ndim - 2, x.ndim - 1), params)
 
   def direction() -> optax.GradientTransformation:
-    muon = optax.contrib.scale_by_muon(
-      beta=beta, weight_dimension_numbers=axes
-    )
+    muon = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=axes)
     muon = muon if bits == 32 else so.quantize_moments(muon, bits)
     # As in `optax.contrib.muon` by default.
     return optax.chain(muon, optax.stateless(_lengthen))
@@ -132,3 +130,49 @@ CONTENDERS: dict[str, Contender] = {
   ),
   'dct_adamw': _of_ours(_dct_adamw, 4e-3),
 }
+
+
+def _form(
+  b: float = 0.9,
+  weight: float | None = None,
+  gap: int = 200,
+  rank: float = 0.25,
+  projector: Any = None,
+  **options: Any,
+) -> Contender:
+  """A form of `subspace_muon`, by its pieces."""
+
+  def make(lr: Any, decay: Any) -> optax.GradientTransformation:
+    rule = projector or (lambda gap: so.projectors.dct(gap, 'random'))
+    outside = 1.0 / (1.0 - b) if weight is None else weight
+    return so.subspace(
+      so.SubspaceSpec(rank),
+      rule(gap),
+      optax.trace(b, nesterov=True),
+      transport=so.transports.first(),
+      residual=so.residuals.orthogonal(outside, **options),
+      scale=8.0,
+      after=optax.chain(
+        optax.add_decayed_weights(decay), optax.scale_by_learning_rate(lr)
+      ),
+    )
+
+  return _of_ours(make, 2.5e-3)
+
+
+# Forms of `subspace_muon` that were tried; see docs/recipes.md.
+FORMS = {
+  'b 0.95': _form(0.95),
+  'w 1.9': _form(0.9, 1.9),
+  'w 4': _form(0.9, 4.0),
+  'b 0.95, w 4': _form(0.95, 4.0),
+  'b 0.95, w 8': _form(0.95, 8.0),
+  'w 0': _form(0.95, 0.0),
+  'gap 50': _form(gap=50),
+  'gap 1000': _form(gap=1000),
+  'l1 columns': _form(projector=so.projectors.dct),
+  'power': _form(projector=so.projectors.power_iteration),
+  'rank 0.5': _form(rank=0.5),
+  'rank 0.125': _form(rank=0.125),
+}
+CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}

@@ -59,7 +59,7 @@ def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
   adam8bit = so.scale_by_adam8bit()
   within = lambda rule, inner: done(so.subspace(spec, rule, inner))
   products = so.projectors.svd(200, 'randomized')
-  drawn = so.projectors.stiefel(200, regenerate=True)
+  drawn = so.projectors.dct(200, 'random')
   return {
     'AdamW': optax.adamw(1e-3),
     '8-bit Adam': done(adam8bit),

@@ -29,6 +29,7 @@ import tyro
 from benchmarks import contenders
 from benchmarks import corpora
 from benchmarks import harness
+from benchmarks import pareto_report
 from benchmarks import pareto_run
 
 RUNS = harness.ROOT / 'runs' / 'pareto'
@@ -204,9 +205,48 @@ def fields(job: pareto_run.Job, digest: str, point: Point) -> dict[str, Any]:
   return dataclasses.asdict(job) | point._asdict() | {'program': digest}
 
 
+def collect(args: Args) -> dict[str, Any]:
+  """All searches that are in the store, each with what it lacks."""
+  found: dict[tuple, list[dict]] = {}
+  names = [field.name for field in dataclasses.fields(pareto_run.Job)]
+  for row in Store(args.runs).all():
+    found.setdefault((*(row[k] for k in names), row['program']), []).append(row)
+  searches = [
+    _search(pareto_run.Job(*key), rows, args)
+    for (*key, _), rows in found.items()
+    if key[0] in contenders.CONTENDERS
+  ]
+  return {'machine': harness.describe_machine(), 'searches': searches}
+
+
+def _search(job: pareto_run.Job, rows: list[dict], args: Args) -> dict:
+  kept = ('lr', 'decay', 'seed', 'validation', 'test', 'curve', 'seconds')
+  at = best(rows)
+  return {
+    **dataclasses.asdict(job),
+    'steps': job.steps,
+    'program': rows[0]['program'],
+    'best': {'lr': at.lr, 'decay': at.decay},
+    'lacks': len(wanted(job, rows, args)),
+    'memory': rows[0]['memory'],
+    'runs': [{name: row[name] for name in kept} for row in rows],
+  }
+
+
+def report(args: Args) -> None:
+  """Writes and prints what is there."""
+  results = collect(args)
+  harness.save_results(args.out, results, indent=None)
+  text = pareto_report.markdown(results)
+  harness.next_to(args.out, '.md').write_text(text)
+  pareto_report.picture(results, harness.next_to(args.out, '.png'))
+  print(text)
+
+
 def main(args: Args) -> None:
   if not args.report:
     Worker(args).run()
+  report(args)
 
 
 if __name__ == '__main__':

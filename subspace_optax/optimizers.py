@@ -230,7 +230,9 @@ def galore(
   )
 
 
-@_ready_made('rank', 'random_from', 'seed', 'every_k', 'moment_bits')
+@_ready_made(
+  'rank', 'random_from', 'regenerate', 'seed', 'every_k', 'moment_bits'
+)
 def golore(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),
@@ -238,6 +240,7 @@ def golore(
   update_proj_gap: Any = _default(200),
   scale: Any = 1.0,
   random_from: int = _default(0),
+  regenerate: bool = False,
   inner: optax.GradientTransformation | None = None,
   plain: optax.GradientTransformation | None = None,
   weight_decay: Any = 0.0,
@@ -261,6 +264,9 @@ def golore(
     scale: factor of the projected leaves' updates.
     random_from: first step with random bases; 0 for pure GoLore, 8,000 for
       GoLore@20% of 10,000 steps.
+    regenerate: whether bases are random columns of the cosine transform, made
+      again at every step, in place of Haar samples that are stored. What the
+      proofs ask of a random basis holds for both, see `projectors.dct`.
     inner: the optimizer in the subspace and of plain leaves, whose first
       moments must be known: see `in_subspace`. `optax.scale_by_adam()` by
       default. It must return directions along the gradient, as
@@ -278,11 +284,13 @@ def golore(
       error.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: mr + 2nr.
+    An optimizer. State per m x n matrix, m the short side: mr + 2nr, or 2nr
+    with `regenerate`.
 
   Raises:
-    ValueError: see `SubspaceSpec` and `projectors.switch`; at `init`, an
-      `inner` that steps against the gradient.
+    ValueError: `regenerate` together with `random_from`; see `SubspaceSpec` and
+      `projectors.switch`; at `init`, an `inner` that steps against the
+      gradient.
     TypeError: likewise, or `random_from` is no int.
 
   References:
@@ -294,7 +302,15 @@ def golore(
     >>> tx = so.golore(1e-3, rank=128, random_from=8_000)
   """
   _gap.check_int(random_from, 'random_from', least=0)
+  if regenerate and random_from != 0:
+    raise ValueError(
+      f'regenerate=True is for bases that are random from the start, but '
+      f'random_from={random_from}: bases of an SVD must be stored. Leave one '
+      'of them out.'
+    )
   rule = projectors.stiefel(update_proj_gap, stagger=stagger)
+  if regenerate:
+    rule = projectors.dct(update_proj_gap, 'random', stagger=stagger)
   if random_from != 0:
     svd = projectors.svd(update_proj_gap, stagger=stagger)
     rule = projectors.switch({0: svd, operator.index(random_from): rule})

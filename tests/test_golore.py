@@ -98,6 +98,22 @@ def test_bases():
           np.testing.assert_allclose(ref.projection(p), best, atol=1e-5)
 
 
+def test_regenerated_bases_are_those_of_the_cosine_transform():
+  """By the same keys as `projectors.dct`; none of them is in the state."""
+  tx = so.golore(0.01, ref.RANK, update_proj_gap=GAP, regenerate=True, seed=3)
+  spec = so.SubspaceSpec(ref.RANK, seed=3)
+  rule = so.projectors.dct(GAP, 'random')
+  same = so.subspace(spec, rule, optax.scale_by_adam(), transport='first')
+  same = optax.chain(same, optax.scale(-0.01))
+  params, states = run(tx, 3)
+  expected, _ = run(same, 3)
+  for k in ref.KERNELS:
+    np.testing.assert_allclose(params[-1][k], expected[-1][k], atol=1e-6)
+  assert all(x.size <= 1 for x in jax.tree.leaves(ref.bases(states[-1])))
+  with pytest.raises(ValueError, match='regenerate=True .* random_from=4'):
+    so.golore(0.01, random_from=4, regenerate=True)
+
+
 def test_state_dtypes_stay():
   """bfloat16 params and gradients, float32 bases and moments."""
   tx = so.golore(0.1, ref.RANK, update_proj_gap=GAP, weight_decay=0.1)

@@ -233,7 +233,8 @@ def _spec_of_one():
   return so.SubspaceSpec(RANK, side='in')
 
 
-def test_the_theorem_s_parameters_keep_its_bound():
+@pytest.mark.parametrize('sample', ['dct', 'haar'])
+def test_the_theorem_s_parameters_keep_its_bound(sample):
   # f(W) = |A^(1/2) (W - W*)|^2 / 2 with A of eigenvalues up to L = 2.
   m, n, r, many = 12, 5, 3, 16
   rng = np.random.default_rng(0)
@@ -251,7 +252,11 @@ def test_the_theorem_s_parameters_keep_its_bound():
     spec = so.SubspaceSpec(r, side='in', seed=seed, only_if_smaller=False)
     # Until the objective, of condition 3, is at its minimum.
     rso = so.rso.subproblems(
-      spec, optax.sgd(p.learning_rate), update_proj_gap=30, eta=p.eta
+      spec,
+      optax.sgd(p.learning_rate),
+      update_proj_gap=30,
+      sample=sample,
+      eta=p.eta,
     )
 
     def advance(carry, t, rso=rso):

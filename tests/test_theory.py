@@ -2,7 +2,9 @@
 
 Every claim is held to its rate, from both sides, so that neither plain SGD nor
 a basis that stays would pass. Stacks of matrices stand for repetitions: each
-has its own bases and noise. Lemma 5 is in `test_stiefel`.
+has its own bases and noise. Lemma 5 is in `test_stiefel` and `test_dct`: it is
+all that the proofs ask of random bases, and so what holds for Haar samples must
+hold for random columns of the cosine transform.
 """
 
 import math
@@ -103,11 +105,12 @@ def gaps(tx, batch=0):
   return descend(tx, START, STEPS, gradient, measure)
 
 
-def golore(inner, random_from=0):
+def golore(inner, random_from=0, regenerate=False):
   return so.golore(
     LR,
     update_proj_gap=GAP,
     random_from=random_from,
+    regenerate=regenerate,
     inner=inner,
     spec=spec(R),
   )
@@ -137,10 +140,11 @@ def test_galore_stalls(b1):
   np.testing.assert_allclose(gap[-1], gap[STEPS // 2], rtol=1e-6)
 
 
+@pytest.mark.parametrize('regenerate', [False, True], ids=['haar', 'dct'])
 @pytest.mark.parametrize(
   'b1, transport', [(1.0, 'first'), (0.2, 'first'), (0.2, 'keep')]
 )
-def test_golore_converges_at_the_rate_of_its_rank(b1, transport):
+def test_golore_converges_at_the_rate_of_its_rank(b1, transport, regenerate):
   """At r/n of full SGD's rate, less what momentum loses when bases move.
 
   Momentum projection leaves r/n of the momentum, in the mean, and none is left
@@ -150,9 +154,12 @@ def test_golore_converges_at_the_rate_of_its_rank(b1, transport):
   kept = share if transport == 'first' else 0.0
   old = (1 - b1) ** GAP  # what is left of a period's first momentum at its end
   lost = (1 - kept) / (1 - kept * old) * (1 - old) * (1 - b1) / b1
-  tx = golore(msgd(b1))
+  tx = golore(msgd(b1), regenerate=regenerate)
   if transport == 'keep':
-    tx = so.subspace(spec(R), so.projectors.stiefel(GAP), msgd(b1))
+    rule = so.projectors.stiefel(GAP)
+    if regenerate:
+      rule = so.projectors.dct(GAP, 'random')
+    tx = so.subspace(spec(R), rule, msgd(b1))
     tx = optax.chain(tx, optax.scale(-LR))
   found = speed(gaps(tx))
   np.testing.assert_allclose(found, share * (1 - lost / GAP), rtol=0.015)
@@ -212,17 +219,23 @@ def squared_gradients(curvature, w, steps):
 
 
 @pytest.mark.parametrize('least', [SMOOTHNESS, SMOOTHNESS / 10])
-def test_subspace_gradient_descent_meets_its_bound(least):
+@pytest.mark.parametrize(
+  'rule',
+  [so.projectors.stiefel(1), so.projectors.dct(1, 'random')],
+  ids=['haar', 'dct'],
+)
+def test_subspace_gradient_descent_meets_its_bound(rule, least):
   """(1/(T+1)) sum E||grad f||^2 <= 2 m L (f_0 - f*) / (r (T+1)), gamma = 1/L.
 
   With equal curvatures every step leaves 1 - r/m of the squared gradient, and
-  the bound holds with equality but for what is left of it after T steps.
+  the bound holds with equality but for what is left of it after T steps. Else
+  the sum depends on fourth moments of P, which are known of Haar samples.
   """
   steps = 20
   curvature = np.geomspace(least, SMOOTHNESS, M)
   scale = np.broadcast_to(curvature[:, None], (MANY, M, 3))
   w = np.broadcast_to(np.cos(np.arange(3.0 * M)).reshape(M, 3), (MANY, M, 3))
-  tx = so.subspace(spec(RANK), so.projectors.stiefel(1), optax.identity())
+  tx = so.subspace(spec(RANK), rule, optax.identity())
   squares = descend(
     optax.chain(tx, optax.scale(-1 / SMOOTHNESS)),
     w,
@@ -236,11 +249,12 @@ def test_subspace_gradient_descent_meets_its_bound(least):
   tight = 1 - (1 - RANK / M) ** (steps + 1)
   error = found.std() / math.sqrt(MANY)
   assert error < 0.02 * expected
-  np.testing.assert_allclose(found.mean(), expected, rtol=0, atol=5 * error)
   if least == SMOOTHNESS:
     np.testing.assert_allclose(expected, tight * bound)
   else:
     assert found.mean() + 5 * error < bound
+  if least == SMOOTHNESS or rule.name.startswith('stiefel'):
+    np.testing.assert_allclose(found.mean(), expected, rtol=0, atol=5 * error)
 
 
 def test_golore_follows_theorem_4():

@@ -115,8 +115,10 @@ def _svd() -> Any:
   return so.projectors.svd(200, 'randomized')
 
 
-def _stiefel(regenerate: bool) -> Any:
-  return so.projectors.stiefel(200, regenerate=regenerate)
+def _random(regenerate: bool) -> Any:
+  if regenerate:
+    return so.projectors.dct(200, 'random')
+  return so.projectors.stiefel(200)
 
 
 def _gaussian() -> Any:
@@ -146,10 +148,10 @@ METHODS: dict[str, Method] = {
   'galore': Method(lambda s: _adam(s, _svd()), ranked=True),
   'galore8bit': Method(lambda s: _adam8bit(s, _svd()), ranked=True),
   'golore': Method(
-    lambda s: _adam(s, _stiefel(s.regenerate), transport='first'), True, True
+    lambda s: _adam(s, _random(s.regenerate), transport='first'), True, True
   ),
   'golore8bit': Method(
-    lambda s: _adam8bit(s, _stiefel(True), transport='first'), True, True
+    lambda s: _adam8bit(s, _random(True), transport='first'), True, True
   ),
   'gaussian8bit': Method(lambda s: _adam8bit(s, _gaussian()), True, True),
   'subspace_adamw8bit': Method(_subspace_adamw8bit, True, True),

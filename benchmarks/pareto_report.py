@@ -1,0 +1,137 @@
+"""The table and the picture of the Pareto benchmark."""
+
+import math
+import statistics
+from typing import Any
+
+from benchmarks import contenders
+from benchmarks import harness
+from benchmarks.harness import MIB
+
+NOTES = """
+Loss is that of a text that chose nothing, in nats per byte: the mean over the
+seeds at the rate and decay that the validation text chose for seed 0. Seeds
+change weights and data. Embedding, head and norms are Adam's at one rate in all
+rows but those of whole models; their states count. A search that is not done
+says what it lacks.
+"""
+
+HEAD = ('method', 'lr', 'decay', 'loss', 'std', 'seeds', 'optimizer MiB')
+HEAD += ('loss vs adamw', 'state vs adamw', 'lacks')
+
+
+def losses(search: dict) -> list[float]:
+  """Test losses of all seeds at the best."""
+  return [
+    math.inf if row['test'] is None else row['test'] for row in at_best(search)
+  ]
+
+
+def at_best(search: dict) -> list[dict]:
+  point = (search['best']['lr'], search['best']['decay'])
+  return [x for x in search['runs'] if (x['lr'], x['decay']) == point]
+
+
+def mean(search: dict) -> float:
+  return statistics.fmean(losses(search))
+
+
+def cells(search: dict, base: dict | None) -> list[str]:
+  """One line; two of its cells are relative to AdamW's."""
+  values, size = losses(search), search['memory']['optimizer_bytes']
+  over_adamw = ['-', '-']
+  if base is not None:
+    share = 100 * size / base['memory']['optimizer_bytes']
+    over_adamw = [
+      f'{100 * (mean(search) / mean(base) - 1):+.2f} %',
+      f'{share:.0f} %',
+    ]
+  return [
+    search['method'],
+    f'{search["best"]["lr"]:.3g}',
+    f'{search["best"]["decay"]:.2g}',
+    f'{mean(search):.4f}',
+    f'{statistics.stdev(values):.4f}' if len(values) > 1 else '-',
+    str(len(values)),
+    f'{size / MIB:.3f}',
+    *over_adamw,
+    str(search['lacks'] or ''),
+  ]
+
+
+def groups(results: dict) -> dict[str, list[dict]]:
+  """The searches of each size, length and corpus, the best first."""
+  found: dict[str, list[dict]] = {}
+  for search in sorted(results['searches'], key=mean):
+    name = '{corpus}, {size}, {multiple:g} x 20 tokens a weight, {steps} steps'
+    found.setdefault(name.format(**search), []).append(search)
+  return dict(sorted(found.items()))
+
+
+def adamw(searches: list[dict]) -> dict | None:
+  return next((s for s in searches if s['method'] == 'adamw'), None)
+
+
+def markdown(results: dict[str, Any]) -> str:
+  """All groups, one table each."""
+  of = results['machine']
+  text = (
+    f'Measured on {of["processor"]}, {of["cores"]} cores, jax {of["jax"]}.\n'
+    f'{NOTES}'
+  )
+  for name, searches in groups(results).items():
+    rows = [cells(search, adamw(searches)) for search in searches]
+    text += f'\n### {name}\n\n{harness.table(HEAD, rows)}\n'
+  return text
+
+
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+  """The points that no other beats in both coordinates."""
+  kept, least = [], math.inf
+  for x, y in sorted(points):
+    if y < least:
+      kept.append((x, y))
+      least = y
+  return kept
+
+
+def _panel(axes: Any, searches: list[dict]) -> None:
+  """Losses over bytes of state, with the front."""
+  points = []
+  for search in searches:
+    values, y = losses(search), mean(search)
+    x = search['memory']['optimizer_bytes'] / MIB
+    points.append((x, y))
+    name = search['method']
+    ours = contenders.CONTENDERS[name].ours
+    color = 'tab:red' if name.startswith('subspace_') else 'tab:gray'
+    color = 'tab:blue' if ours and color == 'tab:gray' else color
+    ends = [[y - min(values)], [max(values) - y]]
+    axes.errorbar(x, y, ends, marker='o', color=color, capsize=3, markersize=4)
+    axes.annotate(
+      name, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color
+    )
+  line = front(points)
+  axes.step(
+    *zip(*line, strict=True), where='post', color='black', lw=0.8, ls=':'
+  )
+  axes.set_xscale('log')
+  axes.grid(alpha=0.3)
+
+
+def picture(results: dict, path: Any) -> None:
+  """A panel for each group, without the forms that were only tried."""
+  found = {
+    name: [s for s in searches if ', ' not in s['method']]
+    for name, searches in groups(results).items()
+  }
+  found = {name: x for name, x in found.items() if len(x) > 2}
+  if not found:
+    return
+  shape = {'figsize': (7 * len(found), 5), 'squeeze': False}
+  with harness.draw(path, 1, len(found), dpi=130, **shape) as (_, grid):
+    for axes, (name, searches) in zip(grid[0], found.items(), strict=True):
+      _panel(axes, searches)
+      axes.set_title(name, fontsize=9)
+      axes.set_xlabel('optimizer state, MiB')
+      axes.set_ylabel('test loss, nats per byte')
