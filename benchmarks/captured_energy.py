@@ -38,28 +38,34 @@ class Args:
   out: str = str(harness.RESULTS / 'captured_energy.json')
 
 
-def rules(gap: int) -> dict[str, projectors.Projector]:
-  """From the name in the picture to the projector."""
+def panels(gap: int) -> dict[str, dict[str, projectors.Projector]]:
+  """From the title of a panel to its projectors by name."""
   adam = optax.adam(5e-3)
-  randomized = lambda rounds: projectors.svd(
-    gap, 'randomized', power_iterations=rounds
-  )
   return {
-    'svd exact': projectors.svd(gap, 'exact'),
-    'svd randomized': randomized(1),
-    'svd randomized, 2 rounds': randomized(2),
-    'svd warm': projectors.svd(gap, 'warm', power_iterations=1),
-    'importance_svd': projectors.importance_svd(gap),
-    'power_iteration': projectors.power_iteration(1),
-    'power_iteration, momentum 0.9': projectors.power_iteration(1, 0.9),
-    'online_pca': projectors.online_pca(adam),
-    'online_pca from svd': projectors.online_pca(adam, init='svd'),
-    'online_pca every 4': projectors.online_pca(adam, update_every=4),
-    'grassmann_tracking': projectors.grassmann_tracking(gap),
-    'grassmann_tracking every 5': projectors.grassmann_tracking(5),
-    'grassmann_walk': projectors.grassmann_walk(gap),
-    'stiefel': projectors.stiefel(gap),
-    'gaussian': projectors.gaussian(gap),
+    f'chosen by a gradient every {gap} steps': {
+      'svd exact': projectors.svd(gap, 'exact'),
+      'svd randomized': projectors.svd(gap, 'randomized'),
+      'svd warm': projectors.svd(gap, 'warm', power_iterations=1),
+      'importance_svd': projectors.importance_svd(gap),
+      'dct l1': projectors.dct(gap, 'l1'),
+      'dct l2': projectors.dct(gap, 'l2'),
+    },
+    'moved at every step, or nearly': {
+      'power_iteration': projectors.power_iteration(1),
+      'power_iteration, momentum 0.9': projectors.power_iteration(1, 0.9),
+      'online_pca': projectors.online_pca(adam),
+      'online_pca from svd': projectors.online_pca(adam, init='svd'),
+      'online_pca every 4': projectors.online_pca(adam, update_every=4),
+      'dct l1, every step': projectors.dct(1, 'l1'),
+    },
+    'moved a little, or at random': {
+      'grassmann_tracking': projectors.grassmann_tracking(gap),
+      'grassmann_tracking every 5': projectors.grassmann_tracking(5),
+      'grassmann_walk': projectors.grassmann_walk(gap),
+      'stiefel': projectors.stiefel(gap),
+      'gaussian': projectors.gaussian(gap),
+      'dct random': projectors.dct(gap, 'random'),
+    },
   }
 
 
@@ -97,9 +103,8 @@ def run(args: Args) -> dict:
   corpus = pretrain.load_corpus(config)
   loss, tx, state = pretrain.build(config, corpus.vocab)
   spec = so.SubspaceSpec(args.rank)
-  made = {
-    k: so.project(spec, v) for k, v in rules(args.update_proj_gap).items()
-  }
+  rules = panels(args.update_proj_gap).values()
+  made = {k: so.project(spec, v) for of in rules for k, v in of.items()}
   steps = {name: watch(one) for name, one in made.items()}
   states = {name: one.init(state['params']) for name, one in made.items()}
   gradient_of = jax.jit(jax.grad(loss))
@@ -135,19 +140,22 @@ def means(args: Args, results: dict) -> dict[str, float]:
   }
 
 
-@harness.picture(figsize=(10, 6), dpi=150)
-def picture(axes: Any, results: dict) -> None:
+@harness.picture(1, 3, figsize=(17, 5.5), sharey=True)
+def picture(grid: Any, results: dict) -> None:
   """Captured energy over training, the best possible above it."""
-  axes.plot(*zip(*results['best'], strict=True), 'k', label='best possible')
-  ratios = results['mean_share_of_the_best']
-  for i, (name, curve) in enumerate(results['curves'].items()):
-    label = f'{name} ({ratios[name]:.2f} of the best)'
-    axes.plot(curve, color=harness.color(i), linewidth=0.9, label=label)
-  axes.set_xlabel('step of the main job')
-  rank = results['settings']['rank']
-  axes.set_ylabel(f'share of the gradient at rank {rank}, mean of matrices')
-  axes.set_ylim(0, 1)
-  axes.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+  rank, ratios = results['settings']['rank'], results['mean_share_of_the_best']
+  titles = panels(results['settings']['update_proj_gap']).items()
+  for axes, (title, rules) in zip(grid, titles, strict=True):
+    axes.plot(*zip(*results['best'], strict=True), 'k', label='best possible')
+    for i, name in enumerate(rules):
+      label = f'{name} ({ratios[name]:.2f} of the best)'
+      curve, style = results['curves'][name], f'C{i}'
+      axes.plot(curve, style, linewidth=0.9, label=label)
+    axes.set_title(title)
+    axes.set_xlabel('step of the main job')
+    axes.legend(fontsize=8, loc='lower right')
+  grid[0].set_ylabel(f'share of the gradient at rank {rank}, mean of matrices')
+  grid[0].set_ylim(0, 1.02)
 
 
 def main(args: Args) -> None:

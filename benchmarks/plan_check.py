@@ -61,6 +61,8 @@ ROWS = tuple(
     ('llama_7b', 'galore', 1024, 'layerwise', 1, 'auto'),
     ('llama_7b', 'galore8bit', 1024, 'layerwise', 1, 'auto'),
     ('llama_7b', 'subspace_adamw8bit', 1024, 'layerwise', 1, 'auto'),
+    ('llama_7b', 'subspace_muon8bit', 1024, 'layerwise', 1, 'auto'),
+    ('llama_7b', 'subspace_muon8bit', 1024, 'layerwise', 1, 'default'),
     ('llama_7b', 'adafactor', 0, 'layerwise', 1, 'auto'),
     ('llama_7b', 'golore8bit', 1024, 'layerwise', 2, 'auto'),
     ('llama_1b', 'golore8bit', 512, 'layerwise', 1, 'auto'),

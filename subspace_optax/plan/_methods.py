@@ -126,12 +126,12 @@ def _gaussian() -> Any:
   return so.projectors.gaussian(200, regenerate=True)
 
 
-def _subspace_adamw8bit(s: Settings) -> Any:
-  return so.subspace_adamw(_LR, spec=_spec(_eight_bit(s)), moment_bits=8)
-
-
 def _ours(make: Callable[..., Any]) -> Callable[[Settings], Any]:
   return lambda s: make(_LR, spec=_spec(s))
+
+
+def _ours8bit(make: Callable[..., Any]) -> Callable[[Settings], Any]:
+  return lambda s: make(_LR, spec=_spec(_eight_bit(s)), moment_bits=8)
 
 
 def _rso(s: Settings) -> Any:
@@ -154,7 +154,8 @@ METHODS: dict[str, Method] = {
     lambda s: _adam8bit(s, _random(True), transport='first'), True, True
   ),
   'gaussian8bit': Method(lambda s: _adam8bit(s, _gaussian()), True, True),
-  'subspace_adamw8bit': Method(_subspace_adamw8bit, True, True),
+  'subspace_adamw8bit': Method(_ours8bit(so.subspace_adamw), True, True),
+  'subspace_muon8bit': Method(_ours8bit(so.subspace_muon), True, True),
   'rso': Method(_rso, ranked=True, random=True),
 }
 # Those that draw their bases again in any case.
