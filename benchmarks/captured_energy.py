@@ -51,6 +51,7 @@ def rules(gap: int) -> dict[str, projectors.Projector]:
     'svd warm': projectors.svd(gap, 'warm', power_iterations=1),
     'importance_svd': projectors.importance_svd(gap),
     'power_iteration': projectors.power_iteration(1),
+    'lagged_power': projectors.lagged_power(1),
     'power_iteration, momentum 0.9': projectors.power_iteration(1, 0.9),
     'online_pca': projectors.online_pca(adam),
     'online_pca from svd': projectors.online_pca(adam, init='svd'),

@@ -796,6 +796,167 @@ def subspace_muon(
   return _notices.warning_of_ones(tx, b=b)
 
 
+@_ready_made('rank', 'seed', 'moment_bits')
+def dion(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(0.25),
+  *,
+  scale: Any = 8.0,
+  b: Any = 0.95,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """Dion: orthogonal updates of rank r from a momentum of whole matrices.
+
+  For B = M + G one half of a power step finds the basis P, from the last step's
+  coordinates; what it holds of the momentum decays, what it does not hold adds
+  up:
+
+    P = orth(B Q^T),  R = P^T B,  M <- B - (1 - b) P R,  Q <- unit rows of R,
+    W <- W - lr alpha sqrt(out / in) P Q.
+
+  Nothing is orthogonalised but the m x r basis, and what crosses devices is r
+  wide.
+
+  Args:
+    learning_rate: a float or a schedule, about Adam's for embeddings, heads
+      and norms.
+    rank: r, here a share of the short side; see `SubspaceSpec`.
+    scale: alpha, the step of matrices over that of the other leaves.
+    b: mu, decay of the momentum inside of the subspace, in [0, 1).
+    plain: optimizer of the leaves that are not projected,
+      `optax.scale_by_adam()` by default; it returns directions along the
+      gradient, as `optax.adam(...)` does not.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 for `quantize_moments` of the moments of `plain`. The
+      momentum of whole matrices takes the dtype that `spec` says.
+    seed: of the first bases and of rounding.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: mn + mr + nr. The
+    paper keeps mn + nr, and no basis.
+
+  Raises:
+    ValueError: b outside of [0, 1); see `SubspaceSpec`.
+    TypeError: see `SubspaceSpec`.
+
+  References:
+    Ahn et al., `Dion: Distributed Orthonormalized Updates
+    <https://arxiv.org/abs/2504.05295>`_, 2025, Algorithm 1
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.dion(2e-3)
+  """
+  return _assemble_momentum(
+    _choose_spec(spec, rank=rank, seed=seed),
+    projectors.lagged_power(),
+    'rows',
+    b=b,
+    scale=scale,
+    plain=plain,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
+    moment_bits=moment_bits,
+  )
+
+
+@_ready_made('rank', 'seed', 'moment_bits')
+def trion(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(0.25),
+  *,
+  scale: Any = 8.0,
+  b: Any = 0.95,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """Trion: Dion with columns of the cosine transform, and nothing factorised.
+
+  The basis of each step is the r columns along which the momentum B = M + G has
+  the largest l1 norm, and Newton-Schulz runs on its r x n coordinates:
+
+    R = P^T B,  M <- B - (1 - b) P R,
+    W <- W - lr alpha sqrt(out / in) P NS(R).
+
+  Args:
+    learning_rate: a float or a schedule, about Adam's for embeddings, heads
+      and norms.
+    rank: r, here a share of the short side; see `SubspaceSpec`.
+    scale: alpha, the step of matrices over that of the other leaves.
+    b: mu, decay of the momentum inside of the subspace, in [0, 1).
+    plain: optimizer of the leaves that are not projected,
+      `optax.scale_by_adam()` by default; it returns directions along the
+      gradient, as `optax.adam(...)` does not.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 for `quantize_moments` of the moments of `plain`. The
+      momentum of whole matrices takes the dtype that `spec` says.
+    seed: of rounding.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: mn, and the numbers
+    of r columns.
+
+  Raises:
+    ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.dct`.
+    TypeError: see `SubspaceSpec`.
+
+  References:
+    Modoranu et al., `FFT-based Dynamic Subspace Selection
+    <https://arxiv.org/abs/2505.17967>`_, 2025
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.trion(2e-3)
+  """
+  return _assemble_momentum(
+    _choose_spec(spec, rank=rank, seed=seed),
+    projectors.dct(1, 'l1'),
+    'orthogonal',
+    b=b,
+    scale=scale,
+    plain=plain,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
+    moment_bits=moment_bits,
+  )
+
+
+def _assemble_momentum(
+  spec: _spec.SubspaceSpec,
+  projector: projectors.Projector,
+  form: str,
+  *,
+  b: Any,
+  plain: optax.GradientTransformation | None,
+  **rest: Any,
+) -> Transformation:
+  """Returns an optimizer whose momentum is that of whole matrices."""
+  if not isinstance(b, jax.Array) and not 0 <= b < 1:
+    raise ValueError(f'b must lie in [0, 1), got {b}.')
+  return _assemble(
+    spec,
+    projector,
+    optax.identity(),
+    residual=residuals.momentum_feedback(b, form),
+    plain=optax.scale_by_adam() if plain is None else plain,
+    plain_name='' if plain is None else 'plain',
+    **rest,
+  )
+
+
 def _choose_spec(
   spec: _spec.SubspaceSpec | None, **fields: Any
 ) -> _spec.SubspaceSpec:

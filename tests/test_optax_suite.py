@@ -26,6 +26,8 @@ RATES = {
   'ldadamw': 0.1,
   'subspace_adamw': 0.2,
   'subspace_muon': 0.01,
+  'dion': 0.01,
+  'trion': 0.01,
 }
 every_optimizer = pytest.mark.parametrize('name', RATES)
 narrow_and_wide = pytest.mark.parametrize(

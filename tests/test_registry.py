@@ -29,7 +29,11 @@ KEYWORDS = (
   'seed',
   'spec',
 )
-PARAMS = {'up': jnp.ones((128, 256)), 'bias': jnp.ones(256)}
+PARAMS = {
+  'up': jnp.ones((128, 256)),
+  'bias': jnp.ones(256),
+  'lm_head': jnp.ones((64, 128)),
+}
 
 
 @pytest.mark.parametrize('name', cases.READY_MADE)

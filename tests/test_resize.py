@@ -65,12 +65,14 @@ STORED = {
   'online': lambda r: so.online_subspace_descent(0.1, spec=_spec(r)),
   'fira': lambda r: so.fira_adamw(0.1, spec=_spec(r)),
   'ldadamw': lambda r: so.ldadamw(0.1, spec=_spec(r)),
+  'dion': lambda r: so.dion(0.1, spec=_spec(r)),
   'each': _each,
   'wrapped': _in_wrappers,
 }
 DRAWN = {
   'subspace_adamw': lambda r: so.subspace_adamw(0.1, spec=_spec(r)),
   'subspace_muon': lambda r: so.subspace_muon(0.1, spec=_spec(r)),
+  'trion': lambda r: so.trion(0.1, spec=_spec(r)),
   'apollo': lambda r: so.apollo_adamw(0.1, spec=_spec(r)),
 }
 MAKE = STORED | DRAWN
