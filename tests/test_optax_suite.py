@@ -16,7 +16,8 @@ import pytest
 import references as ref
 import subspace_optax as so
 
-# Learning rates that come close to the target in 200 steps.
+# Learning rates that come close to the target in 200 steps, Trion's in 500: its
+# steps are of one length, and few columns of a fixed transform a step.
 RATES = {
   'galore': 0.1,
   'golore': 0.3,
@@ -27,7 +28,7 @@ RATES = {
   'subspace_adamw': 0.2,
   'subspace_muon': 0.01,
   'dion': 0.01,
-  'trion': 0.01,
+  'trion': 0.005,
 }
 every_optimizer = pytest.mark.parametrize('name', RATES)
 narrow_and_wide = pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_reaches_a_target_of_its_rank(name):
   target = {'stack': left @ right, 'bias': ref.normal(7, (3,))}
   params = jax.tree.map(jnp.zeros_like, target)
   state = tx.init(params)
-  for _ in range(200):
+  for _ in range(500 if name == 'trion' else 200):
     gradient = jax.tree.map(lambda p, t: p - t, params, target)
     updates, state = update(gradient, state, params, unknown=jnp.ones(2))
     params = optax.apply_updates(params, updates)

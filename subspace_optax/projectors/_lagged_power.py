@@ -44,8 +44,8 @@ def lagged_power(
 
   Made for momentum, see `residuals.momentum_feedback`. A step costs one product
   with the gradient (2mnr) and about 24mr^2 of Cholesky QR, half of what
-  `power_iteration` takes of products. Q starts as normal numbers, and is kept
-  by a matrix whose gradient is zero or not finite.
+  `power_iteration` takes of products. Q starts at random, and is kept by a
+  matrix whose gradient is zero or not finite.
 
   Args:
     update_proj_gap: T, steps between power steps, or a `LazyGap`. Q follows at
@@ -116,14 +116,14 @@ def _draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
 
 
 def _first_right(matrix: _base.Matrix) -> jax.Array:
-  """Returns normal numbers where coordinates will be."""
+  """Returns random rows of length 1 where coordinates will be."""
   static, args = (matrix.layout,), (matrix.seed,)
-  return matrix.layout.place_coords(_normal, static, args, matrix.like)
+  return matrix.layout.place_coords(_draw_rows, static, args, matrix.like)
 
 
-def _normal(layout: _layout.Layout, seeds: jax.Array) -> jax.Array:
+def _draw_rows(layout: _layout.Layout, seeds: jax.Array) -> jax.Array:
   """Returns them as a basis of the other side, its rank where coords' is."""
   other = dataclasses.replace(layout, project_rows=not layout.project_rows)
   # Other numbers than those of the first basis.
   x = _linalg.gaussian(other, seeds, _base.AT_INIT - 1)
-  return jnp.moveaxis(x, -1, layout.rank_axis)
+  return _coords.unit_rows(layout, jnp.moveaxis(x, -1, layout.rank_axis))
