@@ -16,7 +16,8 @@ A subspace optimizer is a choice of each of these:
   residuals      what happens to the rest of the gradient
 
 Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
-`apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`, `dion`, `trion`.
+`apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`, `dion`, `trion`;
+`scale` has no subspace.
 
 Before and during training: `describe`, `memory_report`, `subspace_metrics`,
 `state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`. Steps that
@@ -51,6 +52,7 @@ from subspace_optax.optimizers import galore
 from subspace_optax.optimizers import golore
 from subspace_optax.optimizers import ldadamw
 from subspace_optax.optimizers import online_subspace_descent
+from subspace_optax.optimizers import scale
 from subspace_optax.optimizers import subspace_adamw
 from subspace_optax.optimizers import subspace_muon
 from subspace_optax.optimizers import trion
@@ -104,6 +106,7 @@ __all__ = [
   'resize_rank',
   'round_updates',
   'rso',
+  'scale',
   'scale_by_adam8bit',
   'scale_by_lion8bit',
   'scale_by_muon8bit',

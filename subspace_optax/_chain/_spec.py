@@ -54,6 +54,8 @@ class Match(NamedTuple):
     how: how its matrix was found, see `SubspaceSpec`; '' if it has none.
     is_clipped: whether the rank that was asked for exceeds its short side.
     is_reversed: whether its bias is as long as what is read as its inputs.
+    kind: 'an embedding', 'a head' and so on, of a leaf that stays plain by its
+      name; else ''.
   """
 
   path: str
@@ -64,6 +66,7 @@ class Match(NamedTuple):
   how: str = ''
   is_clipped: bool = False
   is_reversed: bool = False
+  kind: str = ''
 
   @property
   def matrices(self) -> str:
@@ -213,7 +216,8 @@ class SubspaceSpec:
   ) -> Match:
     reason = self._exclusion(decisions, path, leaf, dims)
     if reason:
-      return Match(path, leaf, None, False, reason)
+      kind = decisions.plain_kinds[path] if self.exclude == AUTO else ''
+      return Match(path, leaf, None, False, reason, kind=kind)
     if dims is None:
       axes = decisions.axes[path]
       axes = axes.reversed() if self.outputs_first else axes
