@@ -108,6 +108,7 @@ def _draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
   """Returns orth(G Q^T), the gradient's length divided out."""
   del period
   layout, p = matrix.layout, matrix.aligned(basis)
+  assert matrix.mean is not None  # see `refresh`
   image = matrix.unit_image(matrix.mean)
   size = _linalg.safe_sqrt(layout.basis_energy(image))
   return _linalg.orthonormalize(

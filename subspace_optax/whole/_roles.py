@@ -111,10 +111,10 @@ def _sides(
   if match.layout is not None:
     return match.layout.rows, match.layout.cols
   last = len(match.leaf.shape) - 1
-  sides = (last - 1,), (last,)
+  rows, cols = (last - 1,), (last,)
   # Tables have their tokens first in all libraries.
   reverse = spec.outputs_first and kind != 'embedding'
-  return sides[::-1] if reverse else sides
+  return (cols, rows) if reverse else (rows, cols)
 
 
 def _tied(roles: Iterable[Role]) -> Role | None:
