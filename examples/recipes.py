@@ -20,6 +20,7 @@ LEARNING_RATES = {
   'ldadamw': (4e-3, 5e-3),
   'subspace_adamw': (4e-3, 5e-3),
   'subspace_muon': (5e-3, 5e-3),
+  # Not tuned: those of the optimizers whose steps are of the same length.
   'dion': (5e-3, 5e-3),
   'trion': (5e-3, 5e-3),
   'scale': (5e-3, 5e-3),
