@@ -29,6 +29,7 @@ RATES = {
   'subspace_muon': 0.01,
   'dion': 0.01,
   'trion': 0.005,
+  'scale': 0.02,
 }
 every_optimizer = pytest.mark.parametrize('name', RATES)
 narrow_and_wide = pytest.mark.parametrize(
@@ -38,10 +39,10 @@ narrow_and_wide = pytest.mark.parametrize(
 
 def factory(name):
   """Returns the factory, at rank 2 and with a new basis in every other step."""
-  make = getattr(so, name)
-  gap = 'update_proj_gap' in inspect.signature(make).parameters
+  make = so.optimizers.READY_MADE[name]
+  options = {'rank': 2, 'update_proj_gap': 2}
   return functools.partial(
-    make, rank=2, **({'update_proj_gap': 2} if gap else {})
+    make, **{k: x for k, x in options.items() if so.optimizers.takes(make, k)}
   )
 
 

@@ -1,5 +1,7 @@
 """SCALE against a dense float64 loop, and which leaf it takes for what."""
 
+import warnings
+
 from flax import linen
 import jax
 import jax.numpy as jnp
@@ -184,6 +186,39 @@ def test_names_of_axes_tell_tables_from_heads():
   assert momentum.shape == (6, 11)
 
 
+@pytest.mark.parametrize('head', ['auto', 'lm_head'])
+def test_layer_by_layer(head):
+  """A stack without a head is a part of a model: nothing to warn of."""
+  params = {
+    'embed': ref.normal(0, (11, 6)),
+    'blocks': {'up': ref.normal(1, (3, 6, 6)), 'norm': jnp.ones((3, 6))},
+    'lm_head': ref.normal(2, (6, 11)),
+  }
+  block = lambda p, x, batch: x + jnp.tanh(p['norm'][None] * x @ p['up'])
+  top = lambda p, x, batch: jnp.mean(jnp.square(x @ p['lm_head'] - 1))
+  bottom = lambda p, batch: p['embed'][batch]
+  tx, batch = make(head=head), jnp.arange(4)
+  train = so.layerwise(tx, embed=bottom, block=block, head=top)
+  with warnings.catch_warnings():
+    warnings.filterwarnings('error', message='scale finds')
+    state = train.init(params)
+
+  def loss(p):
+    x = bottom(p, batch)
+    for i in range(3):
+      x = block(jax.tree.map(lambda y, i=i: y[i], p['blocks']), x, batch)
+    return top(p, x, batch)
+
+  found = wanted = params
+  own, step = tx.init(params), ref.jit(train.step)
+  for _ in range(3):
+    found, state, _ = step(found, state, batch)
+    updates, own = ref.jit(tx.update)(jax.grad(loss)(wanted), own, wanted)
+    wanted = optax.apply_updates(wanted, updates)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
 def test_description():
   text = so.describe(make(), tree(0))
   assert [line.split()[:5] for line in text.splitlines()] == [
@@ -250,6 +285,12 @@ def test_sharded(kind):
     state = tx.init(params)
     step = cases.jit(tx.update)
     found, new = step(g, state, params)
+    planned = so.state_sharding(tx, params)
+  for x, s in zip(
+    jax.tree.leaves(state), jax.tree.leaves(planned), strict=True
+  ):
+    assert x.sharding.is_equivalent_to(s, x.ndim)
+  with jax.set_mesh(mesh):
     for _ in range(2):
       found, _ = step(g, state, params)
   for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):

@@ -127,8 +127,8 @@ class SubspaceSpec:
       and PyTorch, and not (in, out), as those of Flax and haiku; not where
       `weight_dimension_numbers` say it, nor where heads are axes of their own.
       It matters to the sides 'in' and 'out', to which side a square matrix is
-      projected on, and to `subspace_muon`, whose steps are longer the more
-      outputs there are.
+      projected on, to `subspace_muon`, `dion` and `trion`, whose steps are
+      longer the more outputs there are, and to `scale`.
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an

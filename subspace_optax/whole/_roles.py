@@ -11,6 +11,7 @@ import re
 from typing import Any, NamedTuple
 
 from subspace_optax._chain import _spec
+from subspace_optax._matrix import _names
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _tree
 
@@ -65,7 +66,7 @@ def find_roles(
     tied = _tied(roles.values()) if head == AUTO else None
     if tied is not None:
       roles[tied.match.path] = tied
-    elif head != AUTO:
+    elif head != AUTO and not are_layers(known):
       paths = ', '.join(match.path for match in known)
       raise ValueError(
         f'head={head!r} finds no leaf of two axes or more among {paths}; pass '
@@ -127,9 +128,21 @@ def _tied(roles: Iterable[Role]) -> Role | None:
   return Role(match, (last,), True, 'tied head')
 
 
-def tell(roles: dict[str, Role], head: str | None) -> None:
+def are_layers(matches: Iterable[_spec.Match | None]) -> bool:
+  """Whether a tree is a stack of layers alone, whose head is elsewhere.
+
+  As the one that `layerwise` takes apart.
+  """
+  return all(_names.in_layer(match.path) for match in matches if match)
+
+
+def tell(
+  matches: Iterable[_spec.Match | None],
+  roles: dict[str, Role],
+  head: str | None,
+) -> None:
   """Warns of a head that is guessed, or that is nowhere."""
-  if head != AUTO:
+  if head != AUTO or are_layers(matches):
     return
   heads = [role for role in roles.values() if role.is_head]
   tied = [role.match.path for role in heads if role.why == 'tied head']

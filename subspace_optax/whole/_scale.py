@@ -63,7 +63,7 @@ def normalize_outputs(
       _match_updates.remember_names(params)
     roles = _roles.find_roles(spec, matches, _tree.axis_names(params), head)
     _check_matches.check_matches(spec, matches)
-    _roles.tell(roles, head)
+    _roles.tell(matches, roles, head)
     _describe.record_whole('scale', _rows(matches, roles))
     return _first_states.make_state(spec, first_state, params)
 
