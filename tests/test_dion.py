@@ -343,3 +343,17 @@ def test_momentum_of_bfloat16_gradients_grows_in_float32():
 def test_bad_arguments(make, argument, value):
   with errors.raises(ValueError, argument, value):
     make()
+
+
+@pytest.mark.parametrize('name', ['dion', 'trion'])
+@pytest.mark.parametrize('moment_dtype', ['parameter', None])
+def test_momentum_has_the_dtype_of_moments(name, moment_dtype):
+  params = {'w': jnp.ones((2, 24, 32), jnp.bfloat16), 'b': jnp.ones((3,))}
+  spec = so.SubspaceSpec(3, moment_dtype=moment_dtype)
+  tx = getattr(so, name)(0.1, spec=spec)
+  state = jax.eval_shape(tx.init, params)
+  updates, new = jax.eval_shape(tx.update, params, state, params)
+  types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert types((new, updates)) == types((state, params))
+  wanted = jnp.bfloat16 if moment_dtype else jnp.float32
+  assert momentum(state)['w'].dtype == wanted

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coordinates, r x n, as matrices of their own, in the leaf's own axes."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -14,16 +12,10 @@ _LEAST = 1e-5
 
 def as_leaf(layout: _layout.Layout) -> _layout.Layout:
   """Returns the layout of coordinates as a leaf, the rank its short side."""
-  axes = layout.coords_axes()
-  at = layout.rank_axis
+  axes, at = layout.coords_axes(), layout.rank_axis
   matrix = [i for i, c in enumerate(axes) if c not in layout.batch_axes]
-  return dataclasses.replace(
-    layout,
-    shape=layout.coords_shape,
-    rows=(at,),
-    cols=tuple(i for i in matrix if i != at),
-    project_rows=True,
-  )
+  cols = tuple(i for i in matrix if i != at)
+  return _layout.Layout(layout.coords_shape, (at,), cols, True, layout.rank)
 
 
 def unit_rows(layout: _layout.Layout, coords: jax.Array) -> jax.Array:
