@@ -1021,10 +1021,10 @@ def scale(
     >>> params = {'norm': norm, 'up': up, 'lm_head': jnp.ones((16, 99))}
     >>> print(so.describe(tx, params))
     scale
-    path     shape  as      inputs  update
-    lm_head  16x99  head    16      momentum
-    norm     16     plain   -       has fewer than two axes
-    up       16x64  matrix  16      normalized
+    path     shape    as      inputs  update
+    lm_head  (16,99)  head    16      momentum
+    norm     (16)     plain   -       has fewer than two axes
+    up       (16,64)  matrix  16      normalized
   """
   _check_decay(b)
   _check_number('scale', scale)

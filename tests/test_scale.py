@@ -224,13 +224,13 @@ def test_description():
   assert [line.split()[:5] for line in text.splitlines()] == [
     ['scale'],
     ['path', 'shape', 'as', 'inputs', 'update'],
-    ['embed/embedding', '11x6', 'embedding', '11', 'normalized'],
-    ['layers/norm/scale', '2x6', 'plain', '-', 'is'],
-    ['layers/out/kernel', '2x3x4x6', 'matrix', '3x4', 'normalized'],
-    ['layers/query/kernel', '2x6x3x4', 'matrix', '6', 'normalized'],
-    ['layers/up/bias', '2x8', 'plain', '-', 'is'],
-    ['layers/up/kernel', '2x6x8', 'matrix', '6', 'normalized'],
-    ['lm_head/kernel', '6x11', 'head', '6', 'momentum'],
+    ['embed/embedding', '(11,6)', 'embedding', '11', 'normalized'],
+    ['layers/norm/scale', '(2,6)', 'plain', '-', 'is'],
+    ['layers/out/kernel', '(2,3,4,6)', 'matrix', '(3,4)', 'normalized'],
+    ['layers/query/kernel', '(2,6,3,4)', 'matrix', '6', 'normalized'],
+    ['layers/up/bias', '(2,8)', 'plain', '-', 'is'],
+    ['layers/up/kernel', '(2,6,8)', 'matrix', '6', 'normalized'],
+    ['lm_head/kernel', '(6,11)', 'head', '6', 'momentum'],
   ]
 
 

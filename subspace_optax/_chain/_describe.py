@@ -121,7 +121,8 @@ def describe(tx_or_spec: Any, params: Any) -> str:
     A table with a line for each leaf: its path and shape, the number and shape
     of its matrices, their rank, the side that the basis spans, how the matrix's
     axes were found (see `SubspaceSpec`), and the basis's dtype and shape, or
-    the reason why there is no basis.
+    the reason why there is no basis. Of `scale`, which has no subspace, what it
+    takes each leaf for, the number of its inputs and what it does with it.
 
   Raises:
     ValueError: the optimizer holds no `project`.

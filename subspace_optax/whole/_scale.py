@@ -9,6 +9,7 @@ j, with M = G or, of the head, M <- b M + (1 - b) G,
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -126,11 +127,11 @@ def _rows(
   rows = []
   for match in filter(None, matches):
     role = roles.get(match.path)
-    shape = 'x'.join(map(str, match.leaf.shape)) or '()'
+    shape = f'({",".join(map(str, match.leaf.shape))})'
     if role is None:
       rows.append((match.path, shape, 'plain', '-', match.reason or '-'))
       continue
-    over = 'x'.join(str(match.leaf.shape[i]) for i in role.inputs)
+    over = str(math.prod(match.leaf.shape[i] for i in role.inputs))
     what = 'momentum' if role.is_head else 'normalized'
     rows.append((match.path, shape, role.why, over, what))
   return rows
