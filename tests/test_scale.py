@@ -226,7 +226,7 @@ def test_description():
     ['path', 'shape', 'as', 'inputs', 'update'],
     ['embed/embedding', '(11,6)', 'embedding', '11', 'normalized'],
     ['layers/norm/scale', '(2,6)', 'plain', '-', 'is'],
-    ['layers/out/kernel', '(2,3,4,6)', 'matrix', '(3,4)', 'normalized'],
+    ['layers/out/kernel', '(2,3,4,6)', 'matrix', '12', 'normalized'],
     ['layers/query/kernel', '(2,6,3,4)', 'matrix', '6', 'normalized'],
     ['layers/up/bias', '(2,8)', 'plain', '-', 'is'],
     ['layers/up/kernel', '(2,6,8)', 'matrix', '6', 'normalized'],
