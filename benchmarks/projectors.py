@@ -53,6 +53,7 @@ RULES: dict[str, Callable[[], _base.Projector]] = {
   'svd warm': lambda: projectors.svd(1, 'warm', power_iterations=1),
   'importance_svd gram': lambda: projectors.importance_svd(1, 'gram'),
   'power_iteration': lambda: projectors.power_iteration(1),
+  'lagged_power': lambda: projectors.lagged_power(1),
   'online_pca sgd': lambda: projectors.online_pca(optax.sgd(0.1)),
   'online_pca adam': lambda: projectors.online_pca(optax.adam(5e-3)),
   'grassmann_tracking': lambda: projectors.grassmann_tracking(1),

@@ -16,7 +16,8 @@ A subspace optimizer is a choice of each of these:
   residuals      what happens to the rest of the gradient
 
 Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
-`apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`.
+`apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`, `dion`, `trion`;
+`scale` has no subspace.
 
 Before and during training: `describe`, `memory_report`, `subspace_metrics`,
 `state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`. Steps that
@@ -45,13 +46,16 @@ from subspace_optax.low_precision._eight_bit import scale_by_muon8bit
 from subspace_optax.low_precision._quantize_moments import quantize_moments
 from subspace_optax.low_precision._round_updates import round_updates
 from subspace_optax.optimizers import apollo_adamw
+from subspace_optax.optimizers import dion
 from subspace_optax.optimizers import fira_adamw
 from subspace_optax.optimizers import galore
 from subspace_optax.optimizers import golore
 from subspace_optax.optimizers import ldadamw
 from subspace_optax.optimizers import online_subspace_descent
+from subspace_optax.optimizers import scale
 from subspace_optax.optimizers import subspace_adamw
 from subspace_optax.optimizers import subspace_muon
+from subspace_optax.optimizers import trion
 from subspace_optax.state._maxtext import dimension_numbers_from_paths
 from subspace_optax.state._memory import MemoryReport
 from subspace_optax.state._memory import memory_report
@@ -84,6 +88,7 @@ __all__ = [
   'data_parallel_step',
   'describe',
   'dimension_numbers_from_paths',
+  'dion',
   'fira_adamw',
   'galore',
   'golore',
@@ -101,6 +106,7 @@ __all__ = [
   'resize_rank',
   'round_updates',
   'rso',
+  'scale',
   'scale_by_adam8bit',
   'scale_by_lion8bit',
   'scale_by_muon8bit',
@@ -113,6 +119,7 @@ __all__ = [
   'theorem_parameters',
   'train_step',
   'transports',
+  'trion',
   'unproject',
 ]
 

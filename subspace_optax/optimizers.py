@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ready-made optimizers in optax's own form.
 
-All take (learning_rate, rank) and then keywords, which mean the same wherever
-they are; `galore` takes the arguments of `optax.contrib.galore` before them.
+All take (learning_rate, rank), those of whole matrices learning_rate alone, and
+then keywords, which mean the same wherever they are; `galore` takes the
+arguments of `optax.contrib.galore` before them.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ import optax
 from subspace_optax import projectors
 from subspace_optax import residuals
 from subspace_optax import transports
+from subspace_optax._chain import _dtypes
 from subspace_optax._chain import _spec
 from subspace_optax._chain import _subspace
 from subspace_optax._matrix import _notices
@@ -27,6 +29,7 @@ from subspace_optax._matrix import _sign
 from subspace_optax.low_precision import _quantize_moments
 from subspace_optax.projectors import _gap
 from subspace_optax.transports import _moments
+from subspace_optax.whole import _scale
 
 Mask = Any | Callable[[Any], Any] | None
 Transformation = optax.GradientTransformationExtraArgs
@@ -67,6 +70,16 @@ def _unwrap(argument: Any) -> Any:
 READY_MADE: dict[str, Callable[..., Transformation]] = {}
 
 _Make = TypeVar('_Make', bound=Callable[..., Transformation])
+
+
+def takes(make: Callable[..., Any], argument: str) -> bool:
+  """Whether an optimizer has an argument of this name."""
+  return argument in inspect.signature(make).parameters
+
+
+def with_rank(make: Callable[..., Any], rank: Any) -> Callable[..., Any]:
+  """Returns an optimizer of some rank; one without a rank as it is."""
+  return functools.partial(make, rank=rank) if takes(make, 'rank') else make
 
 
 def _ready_made(*static: str) -> Callable[[_Make], _Make]:
@@ -784,8 +797,7 @@ def subspace_muon(
     >>> import subspace_optax as so
     >>> tx = so.subspace_muon(5e-3)
   """
-  if not isinstance(b, jax.Array) and not 0 <= b < 1:
-    raise ValueError(f'b must lie in [0, 1), got {b}.')
+  _check_decay(b)
   tx = _assemble(
     _choose_spec(spec, rank=rank, seed=seed),
     projectors.dct(update_proj_gap, 'random', stagger=stagger),
@@ -799,6 +811,263 @@ def subspace_muon(
     moment_bits=moment_bits,
   )
   return _notices.warning_of_ones(tx, b=b)
+
+
+@_ready_made('rank', 'seed', 'moment_bits')
+def dion(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(0.25),
+  *,
+  scale: Any = 8.0,
+  b: Any = 0.95,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """Dion: orthogonal updates of rank r from a momentum of whole matrices.
+
+  For B = M + G one half of a power step finds the basis P, from the last step's
+  coordinates; what it holds of the momentum decays, what it does not hold adds
+  up:
+
+    P = orth(B Q^T),  R = P^T B,  M <- B - (1 - b) P R,  Q <- unit rows of R,
+    W <- W - lr alpha sqrt(out / in) P Q.
+
+  Nothing is orthogonalised but the m x r basis, and what crosses devices is r
+  wide.
+
+  Args:
+    learning_rate: a float or a schedule, about Adam's for embeddings, heads
+      and norms.
+    rank: r, here a share of the short side; see `SubspaceSpec`.
+    scale: alpha, the step of matrices over that of the other leaves.
+    b: mu, decay of the momentum inside of the subspace, in [0, 1).
+    plain: optimizer of the leaves that are not projected,
+      `optax.scale_by_adam()` by default; it returns directions along the
+      gradient, as `optax.adam(...)` does not.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 for `quantize_moments` of the moments of `plain`. The
+      momentum of whole matrices takes the dtype that `spec` says.
+    seed: of the first bases and of rounding.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: mn + mr + nr. The
+    paper keeps mn + nr, and no basis.
+
+  Raises:
+    ValueError: b outside of [0, 1); see `SubspaceSpec`.
+    TypeError: see `SubspaceSpec`.
+
+  References:
+    Ahn et al., `Dion: Distributed Orthonormalized Updates
+    <https://arxiv.org/abs/2504.05295>`_, 2025, Algorithm 1
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.dion(2e-3)
+  """
+  return _assemble_momentum(
+    _choose_spec(spec, rank=rank, seed=seed),
+    projectors.lagged_power(),
+    'rows',
+    b=b,
+    scale=scale,
+    plain=plain,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
+    moment_bits=moment_bits,
+  )
+
+
+@_ready_made('rank', 'seed', 'moment_bits')
+def trion(
+  learning_rate: optax.ScalarOrSchedule,
+  rank: Any = _default(0.25),
+  *,
+  scale: Any = 8.0,
+  b: Any = 0.95,
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """Trion: Dion with columns of the cosine transform, and nothing factorised.
+
+  The basis of each step is the r columns along which the momentum B = M + G has
+  the largest l1 norm, and Newton-Schulz runs on its r x n coordinates:
+
+    R = P^T B,  M <- B - (1 - b) P R,
+    W <- W - lr alpha sqrt(out / in) P NS(R).
+
+  Args:
+    learning_rate: a float or a schedule, about Adam's for embeddings, heads
+      and norms.
+    rank: r, here a share of the short side; see `SubspaceSpec`.
+    scale: alpha, the step of matrices over that of the other leaves.
+    b: mu, decay of the momentum inside of the subspace, in [0, 1).
+    plain: optimizer of the leaves that are not projected,
+      `optax.scale_by_adam()` by default; it returns directions along the
+      gradient, as `optax.adam(...)` does not.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 for `quantize_moments` of the moments of `plain`. The
+      momentum of whole matrices takes the dtype that `spec` says.
+    seed: of rounding.
+    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      error.
+
+  Returns:
+    An optimizer. State per m x n matrix, m the short side: mn, and the numbers
+    of r columns.
+
+  Raises:
+    ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.dct`.
+    TypeError: see `SubspaceSpec`.
+
+  References:
+    Modoranu et al., `FFT-based Dynamic Subspace Selection
+    <https://arxiv.org/abs/2505.17967>`_, 2025
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.trion(2e-3)
+  """
+  return _assemble_momentum(
+    _choose_spec(spec, rank=rank, seed=seed),
+    projectors.dct(1, 'l1'),
+    'orthogonal',
+    b=b,
+    scale=scale,
+    plain=plain,
+    after=_decay_and_step(learning_rate, weight_decay, mask),
+    moment_bits=moment_bits,
+  )
+
+
+def _assemble_momentum(
+  spec: _spec.SubspaceSpec,
+  projector: projectors.Projector,
+  form: str,
+  *,
+  b: Any,
+  plain: optax.GradientTransformation | None,
+  **rest: Any,
+) -> Transformation:
+  """Returns an optimizer whose momentum is that of whole matrices."""
+  _check_decay(b)
+  return _assemble(
+    spec,
+    projector,
+    optax.identity(),
+    residual=residuals.momentum_feedback(b, form),
+    plain=optax.scale_by_adam() if plain is None else plain,
+    plain_name='' if plain is None else 'plain',
+    **rest,
+  )
+
+
+@_ready_made('head', 'seed', 'moment_bits')
+def scale(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  scale: Any = 1.0,
+  b: Any = 0.9,
+  head: str | None = 'auto',
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """SCALE: normalised gradients, with momentum for the head alone.
+
+  The floor of memory: no subspace, and of all matrices only the head has state.
+  With M = G or, of the head, M <- b M + (1 - b) G, each output j of a matrix
+  moves by a root mean square of lr:
+
+    W_ij <- W_ij - lr alpha M_ij / max(sqrt(mean_i M_ij^2), 1e-8).
+
+  An embedding's inputs are its tokens. The table of a tied model makes the
+  logits, and counts as the head: its inputs are the width. `describe` shows
+  what is done with each leaf. A gradient that is not finite stays in the head's
+  momentum, as with optax; see `optax.apply_if_finite`.
+
+  Args:
+    learning_rate: a float or a schedule; the paper takes 1e-3 at 350M.
+    scale: alpha, the step of matrices over that of the other leaves.
+    b: decay of the head's momentum, in [0, 1).
+    head: 'auto' for heads by their names or, if there is none, the largest
+      embedding, with a warning; or a regular expression of the paths of heads,
+      which may be of embeddings; None for a model without one, in which nothing
+      has momentum.
+    plain: optimizer of norms, biases and all else that is no matrix,
+      `optax.scale_by_adam()` by default; it returns directions along the
+      gradient, as `optax.adam(...)` does not.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of rounding.
+    spec: a `SubspaceSpec` that says which leaves are matrices, of which axes;
+      its rank has no meaning here. Passing it with `seed` is an error.
+
+  Returns:
+    An optimizer. State per i x j matrix: nothing, and ij of the head.
+
+  Raises:
+    ValueError: b outside of [0, 1); see `SubspaceSpec`; at `init`, a regular
+      expression that finds no head.
+    TypeError: `head` is no string; see `SubspaceSpec`.
+
+  References:
+    Glentis et al., `A Minimalist Optimizer Design for LLM Pretraining
+    <https://arxiv.org/abs/2506.16659>`_, 2025
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> tx = so.scale(1e-3)
+    >>> up, norm = jnp.ones((16, 64)), jnp.ones((16,))
+    >>> params = {'norm': norm, 'up': up, 'lm_head': jnp.ones((16, 99))}
+    >>> print(so.describe(tx, params))
+    scale
+    path     shape    as      inputs  update
+    lm_head  (16,99)  head    16      momentum
+    norm     (16)     plain   -       has fewer than two axes
+    up       (16,64)  matrix  16      normalized
+  """
+  _check_decay(b)
+  _check_number('scale', scale)
+  _check_bits(moment_bits)
+  if head is not None and not isinstance(head, str):
+    raise TypeError(
+      f"head must be 'auto', a regular expression or None, got {head!r}."
+    )
+  spec = _choose_spec(spec, rank=1, seed=seed)
+  ready = functools.partial(_quantize, moment_bits, spec.seed)
+  tx = _scale.normalize_outputs(
+    spec,
+    ready(optax.ema(b, debias=False), ''),
+    ready(optax.scale_by_adam(), '')
+    if plain is None
+    else ready(plain, 'plain'),
+    head=head,
+    scale=scale,
+  )
+  after = _decay_and_step(learning_rate, weight_decay, mask)
+  return _dtypes.round_last(optax.chain(tx, after))
+
+
+def _check_decay(b: Any) -> None:
+  """Raises for a decay outside of [0, 1)."""
+  if not isinstance(b, jax.Array) and not 0 <= b < 1:
+    raise ValueError(f'b must lie in [0, 1), got {b}.')
 
 
 def _choose_spec(
@@ -874,8 +1143,7 @@ def _assemble(
   passed them, who may have passed optimizers that step against the gradient.
   """
   _check_number('scale', scale)
-  if moment_bits not in (8, 32):
-    raise ValueError(f'moment_bits must be 32 or 8, got {moment_bits!r}.')
+  _check_bits(moment_bits)
   if inner is None:
     inner, inner_name = optax.scale_by_adam(), ''
   ready = functools.partial(_quantize, moment_bits, spec.seed)
@@ -889,6 +1157,11 @@ def _assemble(
     after=after,
     **how,
   )
+
+
+def _check_bits(moment_bits: Any) -> None:
+  if moment_bits not in (8, 32):
+    raise ValueError(f'moment_bits must be 32 or 8, got {moment_bits!r}.')
 
 
 def _quantize(bits: int, seed: int, optimizer: Any, name: str) -> Any:

@@ -25,6 +25,7 @@ PROJECTORS: dict[str, Callable[[bool], projectors.Projector]] = {
   ),
   'importance': lambda stagger: projectors.importance_svd(GAP, stagger=stagger),
   'power': lambda stagger: projectors.power_iteration(1, 0.9, stagger=stagger),
+  'lagged_power': lambda stagger: projectors.lagged_power(1, stagger=stagger),
   'online_pca': lambda stagger: projectors.online_pca(optax.adam(0.02)),
   'online_pca_options': lambda stagger: projectors.online_pca(
     optax.sgd(0.5), init='svd', update_every=2, orthonormalize_every=4
@@ -115,6 +116,7 @@ RESIDUALS = {
   'apollo_mini': residuals.apollo('tensor'),
   'sign': residuals.sign(),
   'error_feedback': residuals.error_feedback(b1=0.0),
+  'momentum_feedback': residuals.momentum_feedback(),
   'orthogonal': residuals.orthogonal(),
 }
 

@@ -165,36 +165,66 @@ def test_first_moments_are_carried_by_the_dense_formula(inner, select):
       )
 
 
-def test_dct_adamw():
-  """Both moments follow their columns: m <- Q m and v <- |Q| v, Q = P_n^T P_o.
+class DctAdam:
+  """Modoranu et al., DCT-AdamW, for one m x n matrix of n >= m."""
+
+  b1, b2, eps = 0.9, 0.99, 1e-8
+
+  def __init__(self, m, n, feedback):
+    self.m = self.v = np.zeros((ref.RANK, n))
+    self.t, self.p, self.feedback = 0, None, feedback
+    self.error = np.zeros((m, n))
+
+  def step(self, g):
+    g = g + self.error
+    if self.t % GAP == 0:
+      new = transform(len(g))[:, largest(g, ref.RANK, 'l1')]
+      turn = new.T @ (new if self.p is None else self.p)
+      self.m, self.v, self.p = turn @ self.m, np.abs(turn @ self.v), new
+    self.t += 1
+    r = self.p.T @ g
+    self.error = self.feedback * (g - self.p @ r)
+    self.m = self.b1 * self.m + (1 - self.b1) * r
+    self.v = self.b2 * self.v + (1 - self.b2) * r**2
+    mean, square = (
+      self.m / (1 - self.b1**self.t),
+      self.v / (1 - self.b2**self.t),
+    )
+    return self.p @ (mean / (np.sqrt(square) + self.eps))
+
+
+@pytest.mark.parametrize('feedback', [False, True])
+def test_dct_adamw(feedback):
+  """Both moments follow their columns: m <- Q m and v <- |Q v|, Q = P_n^T P_o.
 
   LDAdam's rule is that for a partial permutation.
   """
-  b1, b2, eps, rank = 0.9, 0.99, 1e-8, 3
-  shape = (8, 12)
+  b1, b2, views = DctAdam.b1, DctAdam.b2, ref.KERNELS | ref.ATTENTION
   tx = so.subspace(
-    so.SubspaceSpec(rank),
-    so.projectors.dct(1, 'l1'),
-    optax.scale_by_adam(b1, b2, eps),
+    so.SubspaceSpec(ref.RANK),
+    so.projectors.dct(GAP, 'l1'),
+    optax.scale_by_adam(b1, b2, DctAdam.eps),
     transport=so.transports.both(b1, b2),
+    residual=so.residuals.error_feedback(b1=0.0) if feedback else None,
   )
-  update, state = ref.jit(tx.update), tx.init({'w': jnp.zeros(shape)})
-  d = transform(8)
-  m = v = old = None
-  for t in range(1, 8):
-    g = np.asarray(ref.normal(t, shape), np.float64)
-    updates, state = update({'w': jnp.asarray(g, jnp.float32)}, state)
-    p = d[:, largest(g, rank, 'l1')]
-    if old is None:
-      m = v = np.zeros((rank, 12))
-      old = p
-    q = p.T @ old
-    r = p.T @ g
-    m = b1 * q @ m + (1 - b1) * r
-    v = b2 * np.abs(q) @ v + (1 - b2) * r**2
-    direction = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
-    np.testing.assert_allclose(updates['w'], p @ direction, rtol=0, atol=2e-4)
-    old = p
+  update, state = ref.jit(tx.update), tx.init(ref.like(views))
+  dense = {
+    k: [DctAdam(v.m, v.n, feedback) for _ in range(v.count)]
+    for k, v in views.items()
+  }
+  for t in range(4 * GAP):
+    g = ref.like(views, t)
+    updates, state = update(g, state)
+    for k, v in views.items():
+      pairs = zip(dense[k], v.matrices(g[k]), strict=True)
+      wanted = np.stack([adam.step(one) for adam, one in pairs])
+      np.testing.assert_allclose(
+        v.matrices(updates[k]),
+        wanted,
+        rtol=0,
+        atol=2e-4,
+        err_msg=f'{k} at step {t}',
+      )
 
 
 def test_random_projections_are_unbiased():

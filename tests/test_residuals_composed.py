@@ -41,6 +41,8 @@ MADE = {
   'ldadamw': lambda: so.ldadamw(LR, spec=SPEC),
   'subspace_adamw': lambda: so.subspace_adamw(LR, update_proj_gap=2, spec=SPEC),
   'subspace_muon': lambda: so.subspace_muon(LR, update_proj_gap=2, spec=SPEC),
+  'dion': lambda: so.dion(LR, spec=SPEC),
+  'trion': lambda: so.trion(LR, spec=SPEC),
   'sign': lambda: _of_rule(residuals.sign(0.3)),
   'error_feedback': lambda: _of_rule(residuals.error_feedback(b1=0.9)),
 }

@@ -177,6 +177,9 @@ OPTIMIZERS = {
   'subspace_adamw': Case(_ready_made('subspace_adamw')),
   # Orthogonalises whole matrices, by Gram matrices of their short sides.
   'subspace_muon': Case(_ready_made('subspace_muon'), most=GRAM),
+  'dion': Case(lambda: so.dion(LEARNING_RATE, spec=_spec())),
+  'trion': Case(lambda: so.trion(LEARNING_RATE, spec=_spec())),
+  'lagged_power': Case(_of(lambda: projectors.lagged_power())),
   'int8': Case(
     _of(lambda: projectors.svd(GAP, 'randomized'), basis_dtype='int8')
   ),

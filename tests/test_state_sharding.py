@@ -36,6 +36,8 @@ MADE = {
   'ldadamw': lambda: so.ldadamw(0.02, 4),
   'subspace_adamw': lambda: so.subspace_adamw(0.02, 4),
   'subspace_muon': lambda: so.subspace_muon(0.02, 4),
+  'dion': lambda: so.dion(0.02, 4),
+  'trion': lambda: so.trion(0.02, 4),
 }
 WRAPPED = {
   'chain': lambda: optax.chain(
@@ -136,9 +138,10 @@ def test_jitted_init_and_steps_stay_there_with_one_compilation(name, kind):
 
 @pytest.mark.parametrize('name', MADE)
 def test_no_device_holds_more_than_its_part(name):
-  # Rank 8, so that the axes which are left divide it. LDAdam's buffer of the
-  # residual is a whole leaf, which has no other axes than the leaf's own.
-  left = P('tensor', 'fsdp') if name == 'ldadamw' else P('tensor')
+  # Rank 8, so that the axes which are left divide it. Buffers of the residual
+  # are whole leaves, which have no other axes than the leaf's own.
+  whole = name in ('ldadamw', 'dion', 'trion')
+  left = P('tensor', 'fsdp') if whole else P('tensor')
   mesh = _mesh()
   shapes = {
     'layers': ((2, 128, 128), P(None, 'fsdp', 'tensor')),

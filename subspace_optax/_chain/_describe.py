@@ -44,6 +44,20 @@ class Record(NamedTuple):
   keep_gradient: bool
 
 
+class Whole(NamedTuple):
+  """What an optimizer of whole matrices was initialised with."""
+
+  name: str
+  rows: list[tuple[str, ...]]  # of path, shape, role, inputs and what is done
+
+
+def record_whole(name: str, rows: list[tuple[str, ...]]) -> None:
+  """Adds a `Whole` to the list of whoever listens."""
+  records = _records.get()
+  if records is not None:
+    records.append(Whole(name, rows))
+
+
 def record(spec: _spec.SubspaceSpec, matches: Matches, *args: Any) -> None:
   """Adds a `Record` to the list of whoever listens."""
   records = _records.get()
@@ -79,14 +93,20 @@ def _of_shape(match: _spec.Match) -> _spec.Match:
 
 def records_of(tx: Any, params: Any) -> list[Record]:
   """Returns the records of all `project`s in an optimizer."""
-  records: list[Record] = []
-  with _listening(records), _notices.quiet(errors=True):
-    # A new function each time: jax would serve a traced one from its cache.
-    jax.eval_shape(lambda p: tx.init(p), params)
+  records = [x for x in _heard(tx, params) if isinstance(x, Record)]
   if not records:
     raise ValueError(
       f'the optimizer holds no `subspace_optax.project`: {tx!r}.'
     )
+  return records
+
+
+def _heard(tx: Any, params: Any) -> list[Record | Whole]:
+  """Returns what all parts of an optimizer tell of themselves at `init`."""
+  records: list[Record | Whole] = []
+  with _listening(records), _notices.quiet(errors=True):
+    # A new function each time: jax would serve a traced one from its cache.
+    jax.eval_shape(lambda p: tx.init(p), params)
   return records
 
 
@@ -101,7 +121,8 @@ def describe(tx_or_spec: Any, params: Any) -> str:
     A table with a line for each leaf: its path and shape, the number and shape
     of its matrices, their rank, the side that the basis spans, how the matrix's
     axes were found (see `SubspaceSpec`), and the basis's dtype and shape, or
-    the reason why there is no basis.
+    the reason why there is no basis. Of `scale`, which has no subspace, what it
+    takes each leaf for, the number of its inputs and what it does with it.
 
   Raises:
     ValueError: the optimizer holds no `project`.
@@ -118,17 +139,26 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   """
   if isinstance(tx_or_spec, _spec.SubspaceSpec):
     return _table(tx_or_spec.match(params), tx_or_spec)
-  return '\n'.join(
-    f'{x.projector.name}\n{_table(x.matches, x.spec)}'
-    for x in records_of(tx_or_spec, params)
-  )
+  records = _heard(tx_or_spec, params) or records_of(tx_or_spec, params)
+  return '\n'.join(map(_shown, records))
 
 
+def _shown(record: Record | Whole) -> str:
+  if isinstance(record, Whole):
+    return f'{record.name}\n{_aligned([_HEADER_OF_WHOLE, *record.rows])}'
+  return f'{record.projector.name}\n{_table(record.matches, record.spec)}'
+
+
+_HEADER_OF_WHOLE = ('path', 'shape', 'as', 'inputs', 'update')
 _HEADER = ('path', 'shape', 'as matrices', 'rank', 'side', 'axes', 'basis')
 
 
 def _table(matches: Matches, spec: _spec.SubspaceSpec) -> str:
   rows = [_HEADER, *(_row(match, spec) for match in matches if match)]
+  return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))

@@ -130,6 +130,11 @@ def remember_names(params: Any) -> None:
     del _names_at_init[next(iter(_names_at_init))]
 
 
+def names_of(updates: Any) -> _tree.AxisNames:
+  """Returns the names of a tree's axes, or the latest that it had at init."""
+  return next(iter(_find_names(updates)), {})
+
+
 def _find_names(updates: Any) -> list[_tree.AxisNames]:
   """Returns the names of axes in boxes, or those that the tree may have had."""
   names = _tree.axis_names(updates)

@@ -54,6 +54,8 @@ class Match(NamedTuple):
     how: how its matrix was found, see `SubspaceSpec`; '' if it has none.
     is_clipped: whether the rank that was asked for exceeds its short side.
     is_reversed: whether its bias is as long as what is read as its inputs.
+    kind: 'an embedding', 'a head' and so on, of a leaf that stays plain by its
+      name; else ''.
   """
 
   path: str
@@ -64,6 +66,7 @@ class Match(NamedTuple):
   how: str = ''
   is_clipped: bool = False
   is_reversed: bool = False
+  kind: str = ''
 
   @property
   def matrices(self) -> str:
@@ -124,8 +127,8 @@ class SubspaceSpec:
       and PyTorch, and not (in, out), as those of Flax and haiku; not where
       `weight_dimension_numbers` say it, nor where heads are axes of their own.
       It matters to the sides 'in' and 'out', to which side a square matrix is
-      projected on, and to `subspace_muon`, whose steps are longer the more
-      outputs there are.
+      projected on, to `subspace_muon`, `dion` and `trion`, whose steps are
+      longer the more outputs there are, and to `scale`.
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an
@@ -213,7 +216,8 @@ class SubspaceSpec:
   ) -> Match:
     reason = self._exclusion(decisions, path, leaf, dims)
     if reason:
-      return Match(path, leaf, None, False, reason)
+      kind = decisions.plain_kinds[path] if self.exclude == AUTO else ''
+      return Match(path, leaf, None, False, reason, kind=kind)
     if dims is None:
       axes = decisions.axes[path]
       axes = axes.reversed() if self.outputs_first else axes

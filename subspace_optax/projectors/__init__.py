@@ -13,6 +13,7 @@ from subspace_optax.projectors._grassmann import (
 from subspace_optax.projectors._importance import (
   importance_svd as importance_svd,
 )
+from subspace_optax.projectors._lagged_power import lagged_power as lagged_power
 from subspace_optax.projectors._one_matrix import Matrix as Matrix
 from subspace_optax.projectors._one_matrix import periodic as periodic
 from subspace_optax.projectors._online_pca import online_pca as online_pca

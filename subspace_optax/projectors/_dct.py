@@ -91,6 +91,18 @@ def dct(
     >>> _, state = tx.update(params, tx.init(params))
     >>> print(state.projector.columns['w'])  # a constant is column 0
     [0]
+
+    DCT-AdamW, whose error feedback is optional. Second moments follow their
+    columns by the same permutation, which `both` is for such bases:
+
+    >>> import optax
+    >>> tx = so.subspace(
+    ...   so.SubspaceSpec(rank=128),
+    ...   so.projectors.dct(update_proj_gap=200),
+    ...   optax.scale_by_adam(b1=0.9, b2=0.999),
+    ...   transport=so.transports.both(b1=0.9, b2=0.999),
+    ...   residual=so.residuals.error_feedback(b1=0.0),
+    ... )
   """
   if select not in SELECTIONS:
     raise ValueError(f'select must be one of {SELECTIONS}, got {select!r}.')

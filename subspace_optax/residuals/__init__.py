@@ -7,5 +7,8 @@ from subspace_optax.residuals._error_feedback import (
   error_feedback as error_feedback,
 )
 from subspace_optax.residuals._fira import fira as fira
+from subspace_optax.residuals._momentum_feedback import (
+  momentum_feedback as momentum_feedback,
+)
 from subspace_optax.residuals._orthogonal import orthogonal as orthogonal
 from subspace_optax.residuals._sign import sign as sign

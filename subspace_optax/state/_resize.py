@@ -44,10 +44,10 @@ def resize_rank(
   matrices keep float32.
 
   A basis that is made again at every step (`regenerate=True`, as in
-  `apollo_adamw`; `dct`, as in `subspace_adamw` and `subspace_muon`) is another
-  one at another rank, with nothing to carry: moments of such leaves start anew.
-  Columns that `dct` chooses by the gradient are random ones until they are next
-  due.
+  `apollo_adamw`; `dct`, as in `subspace_adamw`, `subspace_muon` and `trion`) is
+  another one at another rank, with nothing to carry: moments of such leaves
+  start anew, but for those of whole matrices. Columns that `dct` chooses by the
+  gradient are random ones until they are next due.
 
   Args:
     tx: the optimizer to go on with, of other ranks.

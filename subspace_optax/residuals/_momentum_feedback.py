@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error feedback in the momentum: what a step has used of it decays.
+
+Ahn et al., `Dion: Distributed Orthonormalized Updates
+<https://arxiv.org/abs/2504.05295>`_, 2025, Algorithm 1; Modoranu et al., `Trion
+<https://arxiv.org/abs/2505.17967>`_, 2025, is the same with another basis. With
+M the momentum of the whole matrix and P the basis of B = M + G,
+
+  R = P^T B,   M <- B - (1 - mu) P R,
+  W <- W - lr alpha sqrt(out / in) P N(R),
+
+where N takes the rows of R to length 1 (Dion), or its singular values close to
+1 (Trion): an orthogonal update of rank r.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _coords
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _newton_schulz
+from subspace_optax._matrix import _projected
+from subspace_optax.projectors import _gap
+from subspace_optax.residuals import _base
+
+FORMS = ('orthogonal', 'rows')
+
+
+def momentum_feedback(
+  mu: Any = 0.95, form: str = 'orthogonal', *, steps: int = 5
+) -> _base.Residual:
+  """Keeps momentum of whole matrices, and normalises the coordinates of it.
+
+  The projector and the inner optimizer see the momentum B in the gradient's
+  place. What the subspace holds of it decays by `mu` at every step; what it
+  does not hold adds up until it is large enough for the next bases. The inner
+  optimizer's direction is what is normalised: `optax.identity()` is the
+  papers'.
+
+  The state is the momentum, in the shape, sharding and, unless the spec says
+  otherwise, float32 or wider. Gradient and momentum add up in the wider dtype
+  of both. Where a gradient is not finite the momentum stays as it is. Two
+  products with the basis beside the projection, and only arrays of width r
+  cross devices.
+
+  Args:
+    mu: decay of the momentum inside of the subspace, in [0, 1).
+    form: 'orthogonal', Newton-Schulz on the r x n coordinates (Trion), or
+      'rows', each row at length 1 (Dion), which is as good as orthogonal where
+      bases follow the singular vectors, as those of `lagged_power`.
+    steps: Newton-Schulz iterations.
+
+  Returns:
+    A residual rule for `subspace_optax.subspace`, which alone can give
+    `project` another gradient.
+
+  Raises:
+    ValueError: mu outside of [0, 1); an unknown form; fewer than one step.
+    TypeError: steps that are no int.
+
+  References:
+    Ahn et al., `Dion <https://arxiv.org/abs/2504.05295>`_, 2025; Modoranu et
+    al., `Trion <https://arxiv.org/abs/2505.17967>`_, 2025
+
+  Example:
+    >>> import optax, subspace_optax as so
+    >>> trion = so.subspace(
+    ...   so.SubspaceSpec(rank=0.25),
+    ...   so.projectors.dct(update_proj_gap=1),
+    ...   optax.identity(),
+    ...   plain=optax.scale_by_adam(),
+    ...   residual=so.residuals.momentum_feedback(0.95),
+    ... )
+  """
+  if not isinstance(mu, jax.Array) and not 0 <= mu < 1:
+    raise ValueError(f'mu must lie in [0, 1), got {mu}.')
+  if form not in FORMS:
+    raise ValueError(f'form must be one of {FORMS}, got {form!r}.')
+  _gap.check_static(steps, 'steps')
+
+  def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
+    del count
+    layout = node.layout
+    used = node.combine((1.0 - mu) * _base.inside(node))
+    rest = (_linalg.widen(node.gradient) - used).astype(last.dtype)
+    finite = jnp.isfinite(layout.energy(rest))
+    momentum = jnp.where(layout.along_leaf(finite), rest, last)
+    direction = _linalg.widen(node.direction)
+    if form == 'rows':
+      direction = _coords.unit_rows(layout, direction)
+    else:
+      matrices = _coords.as_leaf(layout)
+      direction = _newton_schulz.newton_schulz(matrices, direction, steps)
+    factor = scale * (layout.outputs / layout.inputs) ** 0.5
+    return node.combine(factor * direction), momentum
+
+  return _base.Residual('momentum_feedback', update, _zeros, _add)
+
+
+def _zeros(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
+  static = (tuple(leaf.shape), jnp.dtype(dtype))
+  return layout.place_leaf(jnp.zeros, static, (), leaf)
+
+
+def _add(gradient: jax.Array, momentum: jax.Array) -> jax.Array:
+  # Not in the gradient's dtype: in bfloat16 a momentum that grows for long
+  # would stop to.
+  dtype = jnp.promote_types(gradient.dtype, momentum.dtype)
+  return (_linalg.widen(gradient) + _linalg.widen(momentum)).astype(dtype)

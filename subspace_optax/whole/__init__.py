@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers of whole matrices, without a subspace."""

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SCALE does with each leaf: matrices, embeddings, the head, the rest.
+
+Which leaves these are is told by a `SubspaceSpec`, as for subspaces; heads and
+embeddings are those that it keeps plain by their names.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _names
+from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _tree
+
+AUTO = 'auto'
+
+
+class Role(NamedTuple):
+  """How a leaf is normalised.
+
+  Attributes:
+    match: what the spec makes of it.
+    inputs: the axes of its inputs, over which the root mean square is taken.
+    is_head: whether it has momentum.
+    why: 'matrix', 'embedding', 'head' or 'tied head'.
+  """
+
+  match: _spec.Match
+  inputs: tuple[int, ...]
+  is_head: bool
+  why: str
+
+
+def of_rank_one(spec: _spec.SubspaceSpec) -> _spec.SubspaceSpec:
+  """Returns the spec for matrices that are not projected, of any size."""
+  return dataclasses.replace(
+    spec, rank=1, only_if_smaller=False, allow_empty=True
+  )
+
+
+def find_roles(
+  spec: _spec.SubspaceSpec,
+  matches: Iterable[_spec.Match | None],
+  names: _tree.AxisNames,
+  head: str | None,
+) -> dict[str, Role]:
+  """Returns the roles of all leaves that are normalised, by path.
+
+  Args:
+    spec: of `of_rank_one`.
+    matches: its matches.
+    names: of the axes in boxes, by path.
+    head: see `optimizers.scale`.
+
+  Raises:
+    ValueError: no leaf's path has what a regular expression looks for.
+  """
+  known = [match for match in matches if match is not None]
+  found = [_role(spec, match, names, head) for match in known]
+  roles = {role.match.path: role for role in found if role}
+  heads = [role for role in roles.values() if role.is_head]
+  if head is not None and not heads:
+    tied = _tied(roles.values()) if head == AUTO else None
+    if tied is not None:
+      roles[tied.match.path] = tied
+    elif head != AUTO and not are_layers(known):
+      paths = ', '.join(match.path for match in known)
+      raise ValueError(
+        f'head={head!r} finds no leaf of two axes or more among {paths}; pass '
+        "a regular expression of the head's path, or None if there is no head."
+      )
+  return roles
+
+
+def _role(
+  spec: _spec.SubspaceSpec,
+  match: _spec.Match,
+  names: _tree.AxisNames,
+  head: str | None,
+) -> Role | None:
+  """Returns the role of a leaf, None for one of the plain optimizer."""
+  if len(match.leaf.shape) < 2:
+    return None
+  kind = _kind(match, names.get(match.path))
+  named = head not in (None, AUTO) and bool(re.search(head, match.path))
+  rows, cols = _sides(spec, match, kind)
+  if kind == 'embedding':
+    # A table's inputs are its tokens, a head's are the model's width.
+    tied = Role(match, cols, True, 'tied head')
+    return tied if named else Role(match, rows, False, kind)
+  if named or (kind == 'head' and head == AUTO):
+    return Role(match, rows, True, 'head')
+  if kind == 'head':
+    return Role(match, rows, False, 'matrix')
+  return Role(match, rows, False, 'matrix') if match.layout else None
+
+
+def _kind(match: _spec.Match, names: Any) -> str:
+  """Returns 'embedding' or 'head' for leaves with such names, else ''."""
+  if match.kind == 'an embedding or a head':  # by the name of an axis
+    return 'head' if names and names[-1] == 'vocab' else 'embedding'
+  return {'an embedding': 'embedding', 'a head': 'head'}.get(match.kind, '')
+
+
+def _sides(
+  spec: _spec.SubspaceSpec, match: _spec.Match, kind: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the axes of a leaf's inputs and of its outputs."""
+  if match.layout is not None:
+    return match.layout.rows, match.layout.cols
+  last = len(match.leaf.shape) - 1
+  rows, cols = (last - 1,), (last,)
+  # Tables have their tokens first in all libraries.
+  reverse = spec.outputs_first and kind != 'embedding'
+  return (cols, rows) if reverse else (rows, cols)
+
+
+def _tied(roles: Iterable[Role]) -> Role | None:
+  """Returns the largest table of embeddings as a head, if there is any."""
+  tables = [role for role in roles if role.why == 'embedding']
+  if not tables:
+    return None
+  match = max(tables, key=lambda role: role.match.leaf.size).match
+  last = len(match.leaf.shape) - 1
+  return Role(match, (last,), True, 'tied head')
+
+
+def are_layers(matches: Iterable[_spec.Match | None]) -> bool:
+  """Whether a tree is a stack of layers alone, whose head is elsewhere.
+
+  As the one that `layerwise` takes apart.
+  """
+  return all(_names.in_layer(match.path) for match in matches if match)
+
+
+def tell(
+  matches: Iterable[_spec.Match | None],
+  roles: dict[str, Role],
+  head: str | None,
+) -> None:
+  """Warns of a head that is guessed, or that is nowhere."""
+  if head != AUTO or are_layers(matches):
+    return
+  heads = [role for role in roles.values() if role.is_head]
+  tied = [role.match.path for role in heads if role.why == 'tied head']
+  rest = (
+    'Pass a regular expression of its path as `head`, or head=None if there is '
+    'no head.'
+  )
+  if tied:
+    _notices.warn(
+      f'scale finds no head by its name, and takes the embedding {tied[0]!r} '
+      'for one that is tied: it has momentum, and its outputs are tokens. '
+      f'{rest}'
+    )
+  elif not heads:
+    _notices.warn(
+      f'scale finds no head by its name, and no embedding that may be tied: '
+      f'no leaf has momentum. {rest}'
+    )
