@@ -65,7 +65,9 @@ def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
   return {
     'optax.adamw': lambda: optax.adamw(lr, weight_decay=decay),
     **{
-      f'so.{name}': lambda make=make: make(lr, rank, weight_decay=decay)
+      f'so.{name}': lambda make=make: so.optimizers.with_rank(make, rank)(
+        lr, weight_decay=decay
+      )
       for name, make in so.optimizers.READY_MADE.items()
     },
     # It projects no stack: layers are handed to it one by one.

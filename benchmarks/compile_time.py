@@ -23,8 +23,11 @@ OUT = harness.RESULTS / 'compile_time.json'
 
 def optimizers() -> dict[str, Any]:
   """AdamW and all ready-made ones."""
-  ours = so.optimizers.READY_MADE.items()
-  return {'optax.adamw': optax.adamw(1e-3)} | {k: f(1e-3, 8) for k, f in ours}
+  ours = {
+    name: so.optimizers.with_rank(make, 8)(1e-3)
+    for name, make in so.optimizers.READY_MADE.items()
+  }
+  return {'optax.adamw': optax.adamw(1e-3)} | ours
 
 
 def seconds(tx: Any) -> dict[str, float]:

@@ -6,7 +6,6 @@ schedule, the rank as a share of the width, and the run's settings.
 """
 
 from collections.abc import Callable
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -140,12 +139,11 @@ def _plain(make: Callable[[Any], optax.GradientTransformation]) -> Callable:
 
 def _ours(make: Callable[..., Any], **fixed: Any) -> Callable:
   """One of the library's ready-made optimizers, with what it takes."""
-  takes = inspect.signature(make).parameters
 
   def build(lr, rank, gap, seed):
-    choices = {'update_proj_gap': gap, 'seed': seed}
-    known = {k: x for k, x in choices.items() if k in takes}
-    return make(lr, rank, **known, **fixed)
+    choices = {'rank': rank, 'update_proj_gap': gap, 'seed': seed}
+    known = {k: x for k, x in choices.items() if so.optimizers.takes(make, k)}
+    return make(lr, **known, **fixed)
 
   return build
 
@@ -185,7 +183,12 @@ METHODS: dict[str, Method] = {
 # Peak learning rates of ready-made optimizers; 4e-3 of the others.
 _RATES = {'fira_adamw': 1.6e-2, 'apollo_adamw': 8e-3, 'subspace_muon': 5e-3}
 METHODS |= {
-  name: Method(_ours(make), _RATES.get(name, 4e-3), ranked=True, ours=True)
+  name: Method(
+    _ours(make),
+    _RATES.get(name, 4e-3),
+    ranked=so.optimizers.takes(make, 'rank'),
+    ours=True,
+  )
   for name, make in so.optimizers.READY_MADE.items()
 }
 

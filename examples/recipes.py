@@ -1,7 +1,6 @@
 """From the name of an optimizer to an optax chain."""
 
 from collections.abc import Callable
-import inspect
 from typing import Any
 
 import jax
@@ -65,16 +64,13 @@ def micro_steps(c) -> int:
   return c.accumulation if inside else 1
 
 
-def takes(make: Callable, argument: str) -> bool:
-  return argument in inspect.signature(make).parameters
-
-
 def ready_made(make: Callable) -> Callable:
   """From one of the library's optimizers to what is made of the settings."""
 
   def build(c, lr):
     steps = micro_steps(c)
     choices = {
+      'rank': c.rank,
       'update_proj_gap': c.update_proj_gap,
       # GoLore@50%: gradients choose the bases, then chance does.
       'random_from': c.steps // 2,
@@ -84,7 +80,7 @@ def ready_made(make: Callable) -> Callable:
       'seed': c.seed,
     }
     choices = {k: x for k, x in choices.items() if takes(make, k)}
-    return make(lr, c.rank, **choices)
+    return make(lr, **choices)
 
   return build
 
@@ -146,7 +142,7 @@ def muon(c, lr):
   )
 
 
-READY_MADE = so.optimizers.READY_MADE
+READY_MADE, takes = so.optimizers.READY_MADE, so.optimizers.takes
 OPTIMIZERS = {name: ready_made(make) for name, make in READY_MADE.items()} | {
   f.__name__: f for f in (rso, contrib_galore, adamw, adafactor, muon)
 }

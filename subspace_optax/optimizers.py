@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ready-made optimizers in optax's own form.
 
-All take (learning_rate, rank) and then keywords, which mean the same wherever
-they are; `galore` takes the arguments of `optax.contrib.galore` before them.
+All take (learning_rate, rank), those of whole matrices learning_rate alone, and
+then keywords, which mean the same wherever they are; `galore` takes the
+arguments of `optax.contrib.galore` before them.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,6 +68,16 @@ def _unwrap(argument: Any) -> Any:
 READY_MADE: dict[str, Callable[..., Transformation]] = {}
 
 _Make = TypeVar('_Make', bound=Callable[..., Transformation])
+
+
+def takes(make: Callable[..., Any], argument: str) -> bool:
+  """Whether an optimizer has an argument of this name."""
+  return argument in inspect.signature(make).parameters
+
+
+def with_rank(make: Callable[..., Any], rank: Any) -> Callable[..., Any]:
+  """Returns an optimizer of some rank; one without a rank as it is."""
+  return functools.partial(make, rank=rank) if takes(make, 'rank') else make
 
 
 def _ready_made(*static: str) -> Callable[[_Make], _Make]:

@@ -24,6 +24,11 @@ READY_MADE = tuple(so.optimizers.READY_MADE)
 LEARNING_RATE = 0.02
 
 
+def ready_made(name: str, rank: Any) -> Callable[..., Any]:
+  """Returns a ready-made optimizer of some rank, if it has a rank."""
+  return so.optimizers.with_rank(so.optimizers.READY_MADE[name], rank)
+
+
 def inner_of(name: str) -> str:
   """Returns what a ready-made optimizer calls its inner optimizer."""
   return 'base_optimizer' if name == 'galore' else 'inner'

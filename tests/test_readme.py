@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import cases
 import subspace_optax as so
 
 README = pathlib.Path(__file__).parents[1] / 'README.md'
@@ -52,7 +53,7 @@ def test_every_ready_made_optimizer_has_a_row_of_costs():
 @pytest.mark.parametrize('name', so.optimizers.READY_MADE)
 def test_the_state_is_what_the_row_says(name):
   params = {'w': jax.ShapeDtypeStruct((64, 160), jnp.float32)}
-  tx = so.optimizers.READY_MADE[name](1e-3, rank=8)
+  tx = cases.ready_made(name, rank=8)(1e-3)
   sizes = [x.size for x in jax.tree.leaves(jax.eval_shape(tx.init, params))]
   _, state, _ = _costs()[name]
   formula, _, side = state.partition(',')

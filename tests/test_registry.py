@@ -34,19 +34,23 @@ PARAMS = {'up': jnp.ones((128, 256)), 'bias': jnp.ones(256)}
 
 @pytest.mark.parametrize('name', cases.READY_MADE)
 def test_signatures_are_alike(name):
-  """(learning_rate, rank, *, keywords in one order), `galore` as contrib's."""
+  """(learning_rate, rank, *, keywords in one order), `galore` as contrib's.
+
+  Without a rank where there is no subspace.
+  """
   make = so.optimizers.READY_MADE[name]
   assert getattr(so, name) is make
   arguments = inspect.signature(make).parameters
   kinds = [x.kind for x in arguments.values()]
-  first = 8 if name == 'galore' else 2
+  by_position = ['learning_rate', *(['rank'] if 'rank' in arguments else [])]
+  first = 8 if name == 'galore' else len(by_position)
   assert kinds[:first] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * first
   assert set(kinds[first:]) == {inspect.Parameter.KEYWORD_ONLY}
-  assert list(arguments)[:2] == ['learning_rate', 'rank']
+  assert list(arguments)[: len(by_position)] == by_position
   if name == 'galore':
     contrib = inspect.signature(optax.contrib.galore).parameters
     assert list(arguments)[:8] == list(contrib)[:8]
-  shared = [k for k in arguments if k in KEYWORDS and k in list(arguments)[2:]]
+  shared = [k for k in arguments if k in KEYWORDS]
   always = {'scale', 'plain', 'weight_decay', 'mask', 'moment_bits', 'seed'}
   assert always | {'spec'} <= set(shared)
   if name != 'galore':
@@ -56,10 +60,9 @@ def test_signatures_are_alike(name):
 @pytest.mark.parametrize('name', cases.READY_MADE)
 def test_moments_in_8_bits(name):
   """Of every one: few floats left, and the same step at first."""
-  make = so.optimizers.READY_MADE[name]
   states, updates = [], []
   for bits in (32, 8):
-    tx = make(0.1, rank=32, moment_bits=bits)
+    tx = cases.ready_made(name, rank=32)(0.1, moment_bits=bits)
     state = tx.init(PARAMS)
     gradient = jax.tree.map(
       lambda x: jax.random.normal(jax.random.key(x.ndim), x.shape), PARAMS
@@ -99,16 +102,22 @@ def dummy(learning_rate, rank=8, *, update_proj_gap=10, seed=0, spec=None):
   spec = spec or so.SubspaceSpec(rank, seed=seed, allow_empty=True)
   return so.golore(learning_rate, update_proj_gap=update_proj_gap, spec=spec)
 
-so.optimizers.READY_MADE['dummy'] = dummy
+def whole(learning_rate, *, seed=0, spec=None):
+  return dummy(learning_rate, seed=seed, spec=spec)
+
+so.optimizers.READY_MADE |= dict(dummy=dummy, whole=whole)
 import cases, recipes, settings
 from benchmarks import methods
 from subspace_optax import plan
-assert 'dummy' in cases.READY_MADE
-assert 'dummy' in methods.METHODS
-methods.METHODS['dummy'].make(1e-3, 4, 5, 0).init({{'w': jnp.ones((16, 32))}})
-plan.optimizer('dummy', rank=4).init({{'w': jnp.ones((16, 32))}})
-made = recipes.make(settings.Config(optimizer='dummy', rank=4))
-made.init({{'kernel': jnp.ones((16, 32))}})
+for name, ranked in (('dummy', True), ('whole', False)):
+  assert name in cases.READY_MADE
+  cases.ready_made(name, 4)(1e-3).init({{'w': jnp.ones((16, 32))}})
+  method = methods.METHODS[name]
+  assert method.ranked == ranked
+  method.make(1e-3, 4, 5, 0).init({{'w': jnp.ones((16, 32))}})
+  plan.optimizer(name, rank=4).init({{'w': jnp.ones((16, 32))}})
+  made = recipes.make(settings.Config(optimizer=name, rank=4))
+  made.init({{'kernel': jnp.ones((16, 32))}})
 """
 
 

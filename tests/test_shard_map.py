@@ -1,7 +1,6 @@
 """Optimizers on meshes of mixed axis types, and inside of `jax.shard_map`."""
 
 import functools
-import inspect
 
 import jax
 from jax import lax
@@ -24,10 +23,9 @@ SPEC = so.SubspaceSpec(2)
 
 
 def ready_made(name, **kwargs):
-  make = getattr(so, name)
-  if 'update_proj_gap' in inspect.signature(make).parameters:
+  if so.optimizers.takes(getattr(so, name), 'update_proj_gap'):
     kwargs = {'update_proj_gap': 2} | kwargs
-  return make(0.1, rank=2, **kwargs)
+  return cases.ready_made(name, rank=2)(0.1, **kwargs)
 
 
 MADE = {name: functools.partial(ready_made, name) for name in cases.READY_MADE}

@@ -15,7 +15,6 @@ import optax
 import pytest
 
 import cases
-import subspace_optax as so
 
 LAYERS, D, H, K, F, V = 4, 64, 4, 16, 128, 256
 
@@ -209,6 +208,6 @@ def bytes_of_adam(trainer):
 @pytest.mark.parametrize('trainer', TRAINERS)
 @pytest.mark.parametrize('name', cases.READY_MADE)
 def test_state_is_sharded_as_that_of_adam(trainer, name):
-  own, share = bytes_of(getattr(so, name)(1e-3, rank=8), trainer)
+  own, share = bytes_of(cases.ready_made(name, rank=8)(1e-3), trainer)
   assert own <= bytes_of_adam(trainer)
   assert own <= 1.05 * share

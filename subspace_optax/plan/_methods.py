@@ -158,7 +158,9 @@ METHODS: dict[str, Method] = {
 # Those that draw their bases again in any case.
 _RANDOM = ('apollo_adamw', 'subspace_adamw', 'subspace_muon')
 METHODS |= {
-  name: Method(_ours(make), ranked=True, random=name in _RANDOM)
+  name: Method(
+    _ours(make), so.optimizers.takes(make, 'rank'), random=name in _RANDOM
+  )
   for name, make in so.optimizers.READY_MADE.items()
   if name not in METHODS
 }
