@@ -116,6 +116,9 @@ RESIDUALS = {
   'sign': residuals.sign(),
   'error_feedback': residuals.error_feedback(b1=0.0),
   'orthogonal': residuals.orthogonal(),
+  'normuon': residuals.orthogonal(
+    ns_coeffs='dion', preconditioning='aol', b2=0.9
+  ),
 }
 
 FACTORS: dict[str, tuple] = {

@@ -74,7 +74,8 @@ def orthogonalize(
   olds: Any = [squares] * len(parts)
   at = sorted(layout.batch + layout.cols).index(axis)
   if rule.b2 is not None:
-    olds = lax.split(_sharding.replicate(squares), layout.blocks, at)
+    olds = _sharding.regroup(squares, (at,), ())
+    olds = lax.split(olds, layout.blocks, at)
   directions, news = zip(
     *(
       _one_block(rule, _with_width(layout, width), part, old)
