@@ -16,7 +16,8 @@ A subspace optimizer is a choice of each of these:
   residuals      what happens to the rest of the gradient
 
 Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
-`apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`.
+`apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`; and without a
+subspace, `normuon`.
 
 Before and during training: `describe`, `memory_report`, `subspace_metrics`,
 `state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`. Steps that
@@ -49,6 +50,7 @@ from subspace_optax.optimizers import fira_adamw
 from subspace_optax.optimizers import galore
 from subspace_optax.optimizers import golore
 from subspace_optax.optimizers import ldadamw
+from subspace_optax.optimizers import normuon
 from subspace_optax.optimizers import online_subspace_descent
 from subspace_optax.optimizers import subspace_adamw
 from subspace_optax.optimizers import subspace_muon
@@ -67,6 +69,7 @@ from subspace_optax.steps._layerwise import layerwise
 from subspace_optax.steps._train_step import TrainStep
 from subspace_optax.steps._train_step import train_step
 from subspace_optax.transports._moments import register_moments
+from subspace_optax.whole import scale_by_normuon
 
 __version__ = '0.1.0'
 
@@ -91,6 +94,7 @@ __all__ = [
   'layerwise',
   'ldadamw',
   'memory_report',
+  'normuon',
   'online_subspace_descent',
   'project',
   'projectors',
@@ -104,6 +108,7 @@ __all__ = [
   'scale_by_adam8bit',
   'scale_by_lion8bit',
   'scale_by_muon8bit',
+  'scale_by_normuon',
   'state_sharding',
   'subspace',
   'subspace_adamw',

@@ -84,7 +84,7 @@ def test_blocks_are_leaves_of_their_own(outputs_first):
       atol=1e-5,
     )
   np.testing.assert_allclose(
-    squares, np.concatenate([v for _, v in wanted]), rtol=1e-4
+    turn(squares)[0], np.concatenate([v for _, v in wanted]), rtol=1e-4
   )
 
 
@@ -92,14 +92,14 @@ def test_heads_are_a_stack():
   """(embed, heads, head_dim), each head with neurons of its own."""
   leaves = [ref.normal(t, (8, 3, 5)) for t in range(3)]
   found, squares = steps(layout((8, 3, 5), (0,), (2,)), leaves)
-  assert squares.shape == (3, 5)
+  assert squares.shape == (1, 3, 5)
   for i in range(3):
     wanted, v = dense([x[:, i] for x in leaves])
     for t in range(3):
       np.testing.assert_allclose(
         found[t][:, i], wanted[t], rtol=1e-4, atol=1e-5
       )
-    np.testing.assert_allclose(squares[i], v, rtol=1e-4)
+    np.testing.assert_allclose(squares[0, i], v, rtol=1e-4)
 
 
 def test_a_stack_of_fused_kernels():
@@ -110,7 +110,7 @@ def test_a_stack_of_fused_kernels():
       layout((8, 32), (0,), (1,), WIDTHS), [x[:, i] for x in leaves]
     )
     np.testing.assert_allclose(found[1][:, i], alone[1], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(squares[i], v, rtol=1e-4)
+    np.testing.assert_allclose(squares[:, i], v, rtol=1e-4)
 
 
 def _optimizer(blocks, **spec):
@@ -163,7 +163,7 @@ def test_sharded_equals_unsharded(mode, blocks, spec):
 def test_the_state_is_one_number_for_each_output():
   state = _optimizer(WIDTHS).init({'w': jnp.ones((2, 8, 32), jnp.bfloat16)})
   found = ref.find(state, 'residual').residual['w']
-  assert found.shape == (2, 32) and found.dtype == jnp.float32
+  assert found.shape == (2, 1, 32) and found.dtype == jnp.float32
   tx = so.subspace(
     so.SubspaceSpec(4),
     projectors.dct(2, 'random'),
@@ -171,7 +171,7 @@ def test_the_state_is_one_number_for_each_output():
     residual=residuals.orthogonal(),
   )
   state = tx.init({'w': jnp.ones((8, 32))})
-  assert not any(x.shape == (32,) for x in jax.tree.leaves(state))
+  assert not any(x.shape == (1, 32) for x in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize(

@@ -305,26 +305,6 @@ class Layout:
     """Where the rank stands among the axes of coordinates."""
     return self.coords_axes().index('y')
 
-  # One value per neuron: the leaf's axes without the rows' ones.
-
-  def mean_inputs(self, leaf: jax.Array) -> jax.Array:
-    """Returns the mean of every output's column, over the inputs."""
-    return jnp.mean(leaf, axis=self.rows)
-
-  def neurons_to_leaf(self, x: jax.Array) -> jax.Array:
-    """Returns one value per output, shaped to broadcast against the leaf."""
-    return jnp.expand_dims(x, self.rows)
-
-  @property
-  def neurons_axes(self) -> str:
-    """Subscripts of one value per output."""
-    return ''.join(_AXES[i] for i in sorted(self.batch + self.cols))
-
-  @property
-  def neurons_shape(self) -> tuple[int, ...]:
-    """Shape of one value per output."""
-    return self._sizes(sorted(self.batch + self.cols))
-
   # Where arrays of state live, given where the leaf lives.
 
   def place_leaf(self, make, static, args, leaf) -> jax.Array:
@@ -342,10 +322,6 @@ class Layout:
   def place_values(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, a value per matrix, sharded as `leaf`."""
     return self._place(make, static, args, leaf, self.batch_axes)
-
-  def place_neurons(self, make, static, args, leaf) -> jax.Array:
-    """Returns `make(*static, *args)`, a value per output, sharded as `leaf`."""
-    return self._place(make, static, args, leaf, self.neurons_axes)
 
   def place_numbers(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, (*batch, r), with the rank not split."""

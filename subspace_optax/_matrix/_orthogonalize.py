@@ -49,10 +49,19 @@ def make_rule(
 
 
 def first_squares(layout: _layout.Layout, leaf: Any) -> jax.Array:
-  """Returns the zeros from which mean squares start, one for each output."""
+  """Returns the zeros from which mean squares start, one for each output.
+
+  Of the leaf's shape, with 1 for the inputs' axes.
+  """
   dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-  static = (layout.neurons_shape, dtype)
-  return layout.place_neurons(jnp.zeros, static, (), leaf)
+  static = (squares_shape(layout), dtype)
+  return layout.place_leaf(jnp.zeros, static, (), leaf)
+
+
+def squares_shape(layout: _layout.Layout) -> tuple[int, ...]:
+  """Returns the shape of one number for each output."""
+  sizes = enumerate(layout.shape)
+  return tuple(1 if i in layout.rows else size for i, size in sizes)
 
 
 def orthogonalize(
@@ -72,10 +81,9 @@ def orthogonalize(
   whole = _sharding.regroup(x, layout.cols, layout.rows)
   parts = lax.split(whole, layout.blocks, axis)
   olds: Any = [squares] * len(parts)
-  at = sorted(layout.batch + layout.cols).index(axis)
   if rule.b2 is not None:
-    olds = _sharding.regroup(squares, (at,), ())
-    olds = lax.split(olds, layout.blocks, at)
+    olds = _sharding.regroup(squares, layout.cols, ())
+    olds = lax.split(olds, layout.blocks, axis)
   directions, news = zip(
     *(
       _one_block(rule, _with_width(layout, width), part, old)
@@ -86,7 +94,7 @@ def orthogonalize(
   direction = _sharding.like(jnp.concatenate(directions, axis), x)
   if rule.b2 is None:
     return direction, squares
-  return direction, _sharding.like(jnp.concatenate(news, at), squares)
+  return direction, _sharding.like(jnp.concatenate(news, axis), squares)
 
 
 def _with_width(layout: _layout.Layout, width: int) -> _layout.Layout:
@@ -109,8 +117,9 @@ def _equalize_neurons(
   rule: Rule, layout: _layout.Layout, x: jax.Array, squares: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Returns O' of the norm of O, and new mean squares, the old for NaN."""
-  new = rule.b2 * squares + (1.0 - rule.b2) * layout.mean_inputs(x * x)
-  scaled = x / layout.neurons_to_leaf(_linalg.safe_sqrt(new) + rule.eps)
+  mean = jnp.mean(x * x, axis=layout.rows, keepdims=True)
+  new = rule.b2 * squares + (1.0 - rule.b2) * mean
+  scaled = x / (_linalg.safe_sqrt(new) + rule.eps)
   before, after = layout.energy(x), layout.energy(scaled)
   factor = _linalg.safe_sqrt(before / jnp.where(after > 0, after, 1.0))
   kept = jnp.where(jnp.isfinite(new), new, squares)

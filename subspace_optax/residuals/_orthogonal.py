@@ -63,7 +63,7 @@ def orthogonal(
 
   Returns:
     A residual rule. With `b2` its state is float32 or wider, of the leaf's
-    shape without the inputs' axes, and unchanged by gradients with NaN.
+    shape with 1 for the inputs' axes, and unchanged by gradients with NaN.
 
   Raises:
     ValueError: fewer than one step; coefficients that are no triples of finite
