@@ -20,6 +20,7 @@ LEARNING_RATES = {
   'ldadamw': (4e-3, 5e-3),
   'subspace_adamw': (4e-3, 5e-3),
   'subspace_muon': (5e-3, 5e-3),
+  'normuon': (5e-3, 5e-3),
   'contrib_galore': (5e-3, 5e-3),
   'adamw': (2.5e-3, 5e-3),
   'adafactor': (3e-3, 3e-3),

@@ -111,7 +111,7 @@ def test_integers_that_nobody_passed_are_not_traced(factory):
   assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
 
-@every_factory
+@pytest.mark.parametrize('factory', RANKED, ids=lambda make: make.__name__)
 def test_signatures_show_defaults_as_numbers(factory):
   rank = inspect.signature(factory).parameters['rank']
   assert rank.default in (128, 0.25) and rank.default != 4

@@ -5,7 +5,6 @@ subspace whose properties are tested.
 """
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ RATES = {
   'ldadamw': 0.1,
   'subspace_adamw': 0.2,
   'subspace_muon': 0.01,
+  'normuon': 0.01,
 }
 every_optimizer = pytest.mark.parametrize('name', RATES)
 narrow_and_wide = pytest.mark.parametrize(
@@ -36,10 +36,9 @@ narrow_and_wide = pytest.mark.parametrize(
 def factory(name):
   """Returns the factory, at rank 2 and with a new basis in every other step."""
   make = getattr(so, name)
-  gap = 'update_proj_gap' in inspect.signature(make).parameters
-  return functools.partial(
-    make, rank=2, **({'update_proj_gap': 2} if gap else {})
-  )
+  options = {'rank': 2, 'update_proj_gap': 2}
+  taken = {k: x for k, x in options.items() if so.optimizers.takes(make, k)}
+  return functools.partial(make, **taken)
 
 
 def tree(seed, dtype=jnp.float32):

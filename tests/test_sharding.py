@@ -177,6 +177,9 @@ OPTIMIZERS = {
   'subspace_adamw': Case(_ready_made('subspace_adamw')),
   # Orthogonalises whole matrices, by Gram matrices of their short sides.
   'subspace_muon': Case(_ready_made('subspace_muon'), most=GRAM),
+  'subspace_normuon': Case(
+    _ready_made('subspace_muon', b2=0.9, preconditioning='aol'), most=GRAM
+  ),
   'int8': Case(
     _of(lambda: projectors.svd(GAP, 'randomized'), basis_dtype='int8')
   ),

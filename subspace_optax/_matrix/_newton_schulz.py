@@ -80,10 +80,11 @@ def iteration(ns_coeffs: Any, steps: int, preconditioning: str) -> Iteration:
     )
   named = isinstance(ns_coeffs, str)
   given = PRESETS.get(ns_coeffs) if named else ns_coeffs
+  table: Any = np.zeros(())
   try:
     table = np.asarray(given, np.float64)
   except (TypeError, ValueError):
-    table = np.zeros(())
+    pass  # no table, which the next lines say
   if table.ndim not in (1, 2) or table.shape[-1] != 3 or not table.size:
     raise ValueError(
       f'ns_coeffs must be one of {tuple(PRESETS)}, three numbers, or three for '
@@ -92,7 +93,8 @@ def iteration(ns_coeffs: Any, steps: int, preconditioning: str) -> Iteration:
   if not np.isfinite(table).all():
     raise ValueError(f'ns_coeffs must be finite, got {ns_coeffs!r}.')
   rows = [table] * steps if table.ndim == 1 else table
-  return Iteration(tuple((*map(float, row),) for row in rows), preconditioning)
+  triples = tuple((float(a), float(b), float(c)) for a, b, c in rows)
+  return Iteration(triples, preconditioning)
 
 
 def newton_schulz(

@@ -54,8 +54,9 @@ def run_with_plain(
     matches = _match.match_to_squares(spec, bare, squares)
     paths = {m.path for m in matches if m and m.layout}
     mine, a = own.update(bare, state.projected, params, **extra_args)
-    hide = lambda tree: None if tree is None else _beside.split(tree, paths)[1]
-    others, b = rest.update(hide(bare), state.plain, hide(params), **extra_args)
+    hidden = _beside.split(bare, paths)[1]
+    weights = None if params is None else _beside.split(params, paths)[1]
+    others, b = rest.update(hidden, state.plain, weights, **extra_args)
     merge = lambda _, x, y: x if _tree.is_masked(y) else y
     merged = _tree.map_entries(merge, mine, others)
     entries = [entry for _, entry in _tree.flatten(merged)[0]]
