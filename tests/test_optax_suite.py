@@ -5,6 +5,7 @@ subspace whose properties are tested.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
