@@ -45,6 +45,8 @@ PRECONDITIONING = ('frobenius', 'spectral', 'aol', 'schatten')
 
 # Below a saving of an eighth, products of X alone keep more of its digits.
 _LEAST_RATIO = 2.0
+# With products of bfloat16, five steps in parts of 3 and 2 end up to 4 % from
+# the exact ones; whole products 1.6 %, and iterates in bfloat16 33 %.
 _MOST_IN_A_ROW = 3
 # Of power iteration, for the largest singular value to a few percent.
 _ROUNDS = 32
