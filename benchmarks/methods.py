@@ -181,7 +181,12 @@ METHODS: dict[str, Method] = {
   'subspace_adamw_8bit': _ours_8bit(so.subspace_adamw),
 }
 # Peak learning rates of ready-made optimizers; 4e-3 of the others.
-_RATES = {'fira_adamw': 1.6e-2, 'apollo_adamw': 8e-3, 'subspace_muon': 5e-3}
+_RATES = {
+  'fira_adamw': 1.6e-2,
+  'apollo_adamw': 8e-3,
+  'subspace_muon': 5e-3,
+  'normuon': 5e-3,
+}
 METHODS |= {
   name: Method(
     _ours(make),

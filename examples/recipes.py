@@ -24,6 +24,7 @@ LEARNING_RATES = {
   'dion': (5e-3, 5e-3),
   'trion': (5e-3, 5e-3),
   'scale': (5e-3, 5e-3),
+  'normuon': (5e-3, 5e-3),
   'contrib_galore': (5e-3, 5e-3),
   'adamw': (2.5e-3, 5e-3),
   'adafactor': (3e-3, 3e-3),

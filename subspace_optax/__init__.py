@@ -17,7 +17,7 @@ A subspace optimizer is a choice of each of these:
 
 Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
 `apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`, `dion`, `trion`;
-`scale` has no subspace.
+and without a subspace, `normuon` and `scale`.
 
 Before and during training: `describe`, `memory_report`, `subspace_metrics`,
 `state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`. Steps that
@@ -51,6 +51,7 @@ from subspace_optax.optimizers import fira_adamw
 from subspace_optax.optimizers import galore
 from subspace_optax.optimizers import golore
 from subspace_optax.optimizers import ldadamw
+from subspace_optax.optimizers import normuon
 from subspace_optax.optimizers import online_subspace_descent
 from subspace_optax.optimizers import scale
 from subspace_optax.optimizers import subspace_adamw
@@ -71,6 +72,7 @@ from subspace_optax.steps._layerwise import layerwise
 from subspace_optax.steps._train_step import TrainStep
 from subspace_optax.steps._train_step import train_step
 from subspace_optax.transports._moments import register_moments
+from subspace_optax.whole import scale_by_normuon
 
 __version__ = '0.1.0'
 
@@ -96,6 +98,7 @@ __all__ = [
   'layerwise',
   'ldadamw',
   'memory_report',
+  'normuon',
   'online_subspace_descent',
   'project',
   'projectors',
@@ -110,6 +113,7 @@ __all__ = [
   'scale_by_adam8bit',
   'scale_by_lion8bit',
   'scale_by_muon8bit',
+  'scale_by_normuon',
   'state_sharding',
   'subspace',
   'subspace_adamw',

@@ -21,6 +21,7 @@ import optax
 from subspace_optax import projectors
 from subspace_optax import residuals
 from subspace_optax import transports
+from subspace_optax import whole
 from subspace_optax._chain import _dtypes
 from subspace_optax._chain import _spec
 from subspace_optax._chain import _subspace
@@ -740,6 +741,9 @@ def subspace_muon(
   update_proj_gap: Any = _default(200),
   scale: Any = 8.0,
   b: Any = 0.9,
+  b2: Any = None,
+  ns_coeffs: Any = 'standard',
+  preconditioning: str = 'frobenius',
   plain: optax.GradientTransformation | None = None,
   weight_decay: Any = 0.0,
   mask: Mask = None,
@@ -770,6 +774,10 @@ def subspace_muon(
     update_proj_gap: T, steps between new bases.
     scale: alpha, the step of matrices over that of the other leaves.
     b: decay of the momentum, in [0, 1).
+    b2: decay of the mean squares of output neurons, for NorMuon in a subspace;
+      None for Muon. See `residuals.orthogonal`, as for the next two.
+    ns_coeffs: coefficients of the Newton-Schulz iteration.
+    preconditioning: what brings singular values to at most 1 before it.
     plain: optimizer of the leaves that are not projected,
       `optax.scale_by_adam()` by default; it returns directions along the
       gradient, as `optax.adam(...)` does not.
@@ -782,11 +790,12 @@ def subspace_muon(
       error.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: nr, and a few
-    numbers.
+    An optimizer. State per m x n matrix, m the short side: nr, a number per
+    output with `b2`, and a few numbers.
 
   Raises:
-    ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.dct`.
+    ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.dct`,
+      `residuals.orthogonal`.
     TypeError: see `projectors.dct`.
 
   References:
@@ -803,14 +812,92 @@ def subspace_muon(
     projectors.dct(update_proj_gap, 'random', stagger=stagger),
     optax.trace(b, nesterov=True),
     transport='first',
-    residual=residuals.orthogonal(1.0 / (1.0 - b)),
+    residual=residuals.orthogonal(
+      1.0 / (1.0 - b),
+      ns_coeffs=ns_coeffs,
+      preconditioning=preconditioning,
+      b2=b2,
+    ),
     scale=scale,
     plain=optax.scale_by_adam() if plain is None else plain,
     plain_name='' if plain is None else 'plain',
     after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
-  return _notices.warning_of_ones(tx, b=b)
+  return _notices.warning_of_ones(tx, b=b, **({} if b2 is None else {'b2': b2}))
+
+
+@_ready_made('seed', 'moment_bits')
+def normuon(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  scale: Any = 8.0,
+  b: Any = 0.95,
+  b2: Any = 0.95,
+  ns_coeffs: Any = 'standard',
+  preconditioning: str = 'frobenius',
+  plain: optax.GradientTransformation | None = None,
+  weight_decay: Any = 0.0,
+  mask: Mask = None,
+  moment_bits: int = _default(32),
+  seed: int = _default(0),
+  spec: _spec.SubspaceSpec | None = None,
+) -> Transformation:
+  """NorMuon on whole matrices, without a subspace; Adam on the rest.
+
+  What `subspace_muon` is compared with: Muon's momentum of whole matrices, and
+  output neurons brought to one size; see `scale_by_normuon`. Steps are as long
+  as those of `subspace_muon`: singular values are near `scale` times the
+  learning rate.
+
+  Args:
+    learning_rate: a float or a schedule, about Adam's for embeddings, heads
+      and norms.
+    scale: alpha, the step of matrices over that of the other leaves.
+    b: decay of the momentum, in [0, 1).
+    b2: decay of the mean squares of output neurons.
+    ns_coeffs: see `scale_by_normuon`, as for the next.
+    preconditioning: what comes before the iteration.
+    plain: optimizer of the leaves that are no matrices,
+      `optax.scale_by_adam()` by default. It returns directions along the
+      gradient.
+    weight_decay: decoupled, on the weights before the step, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    seed: of the rounding in 8 bits.
+    spec: a `SubspaceSpec` that tells which leaves are matrices, and their axes;
+      its rank, side and bases do not matter. Passing `seed` beside it is an
+      error.
+
+  Returns:
+    An optimizer. State per matrix: one of its size, and a number per output.
+
+  Raises:
+    ValueError: see `scale_by_normuon`.
+    TypeError: `plain` is no optimizer.
+
+  References:
+    Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1
+
+  Example:
+    >>> import subspace_optax as so
+    >>> tx = so.normuon(5e-3, weight_decay=0.1)
+  """
+  _check_number('scale', scale)
+  _check_bits(moment_bits)
+  spec = _choose_spec(spec, rank=1, seed=seed)
+  matrices = whole.scale_by_normuon(
+    spec, b=b, b2=b2, ns_coeffs=ns_coeffs, preconditioning=preconditioning
+  )
+  ready = functools.partial(_quantize, moment_bits, spec.seed)
+  tx = whole.run_with_plain(
+    spec,
+    optax.chain(ready(matrices, ''), optax.scale(scale)),
+    ready(plain or optax.scale_by_adam(), 'plain' if plain else ''),
+    _decay_and_step(learning_rate, weight_decay, mask),
+    whole.squares_in,
+  )
+  return _notices.warning_of_ones(tx, b=b, b2=b2)
 
 
 @_ready_made('rank', 'seed', 'moment_bits')
@@ -1122,6 +1209,11 @@ def _check_number(name: str, value: Any, rest: str = '') -> None:
     )
 
 
+def _check_bits(moment_bits: Any) -> None:
+  if moment_bits not in (8, 32):
+    raise ValueError(f'moment_bits must be 32 or 8, got {moment_bits!r}.')
+
+
 def _assemble(
   spec: _spec.SubspaceSpec,
   projector: projectors.Projector,
@@ -1157,11 +1249,6 @@ def _assemble(
     after=after,
     **how,
   )
-
-
-def _check_bits(moment_bits: Any) -> None:
-  if moment_bits not in (8, 32):
-    raise ValueError(f'moment_bits must be 32 or 8, got {moment_bits!r}.')
 
 
 def _quantize(bits: int, seed: int, optimizer: Any, name: str) -> Any:

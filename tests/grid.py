@@ -118,6 +118,9 @@ RESIDUALS = {
   'error_feedback': residuals.error_feedback(b1=0.0),
   'momentum_feedback': residuals.momentum_feedback(),
   'orthogonal': residuals.orthogonal(),
+  'normuon': residuals.orthogonal(
+    ns_coeffs='dion', preconditioning='aol', b2=0.9
+  ),
 }
 
 FACTORS: dict[str, tuple] = {

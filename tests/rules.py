@@ -95,4 +95,21 @@ class Orthogonal:
     u, s, v = np.linalg.svd(x / np.linalg.norm(x), full_matrices=False)
     for _ in range(5):
       s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return self.scale * u * s @ v
+    return self.scale * self.adapt(u * s @ v)
+
+  def adapt(self, o):
+    return o
+
+
+class NorMuon(Orthogonal):
+  """Each output neuron over the root of its running mean of squares."""
+
+  def __init__(self, scale, weight, b2, widening=1.0, outputs_last=True):
+    super().__init__(scale, weight, widening)
+    self.b2, self.inputs, self.v = b2, 0 if outputs_last else 1, 0.0
+
+  def adapt(self, o):
+    mean = np.mean(o**2, axis=self.inputs, keepdims=True)
+    self.v = self.b2 * self.v + (1 - self.b2) * mean
+    scaled = o / (np.sqrt(self.v) + EPS)
+    return scaled * np.linalg.norm(o) / np.linalg.norm(scaled)

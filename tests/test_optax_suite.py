@@ -30,6 +30,7 @@ RATES = {
   'dion': 0.01,
   'trion': 0.005,
   'scale': 0.02,
+  'normuon': 0.01,
 }
 every_optimizer = pytest.mark.parametrize('name', RATES)
 narrow_and_wide = pytest.mark.parametrize(

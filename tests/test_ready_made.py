@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import cases
 import errors
 import references as ref
 import rules
@@ -205,7 +206,8 @@ _ROOTS = {
   'apollo_adamw': {'eps_root': 0.01},
   'ldadamw': {'eps_root': 0.01},
   'subspace_adamw': {'eps_root': 0.01},
-  'subspace_muon': {'plain': _ADAM},
+  'subspace_muon': {'plain': _ADAM, 'b2': 0.9},
+  'normuon': {'plain': _ADAM},
 }
 
 
@@ -215,7 +217,7 @@ def test_derivatives_are_finite_where_gradients_are_zero(name):
   gradient = jax.tree.map(jnp.cos, params)
   params |= {f'zero_{k}': x for k, x in params.items()}
   gradient |= {f'zero_{k}': jnp.zeros_like(x) for k, x in gradient.items()}
-  tx = getattr(so, name)(1.0, ref.RANK, **_ROOTS[name])
+  tx = cases.ready_made(name, ref.RANK)(1.0, **_ROOTS[name])
   found = ref.jit(functools.partial(derivatives, tx))(params, gradient)
   for k, x in found.items():
     assert np.isfinite(x).all(), k
@@ -229,6 +231,8 @@ def test_derivatives_are_finite_where_gradients_are_zero(name):
     ('apollo_adamw', {'b2': 0.999}),
     ('subspace_adamw', {'b2': 0.999}),
     ('subspace_muon', {'b': 0.999}),
+    ('subspace_muon', {'b2': 0.999}),
+    ('normuon', {'b2': 0.999}),
   ],
 )
 def test_decay_rates_that_are_one_in_bfloat16_are_warned_of(name, rates):

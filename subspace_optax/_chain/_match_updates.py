@@ -82,6 +82,15 @@ def _match_to_state(
   return fits[0]
 
 
+def find_readings(
+  spec: _spec.SubspaceSpec, updates: Any
+) -> list[list[_spec.Match | None]]:
+  """Returns the matches of a tree for all names that its axes may have."""
+  known = _find_names(updates)
+  known = known if {} in known else [*known, {}]
+  return [spec.match(updates, names) for names in known]
+
+
 def _find_fits(
   spec: _spec.SubspaceSpec,
   updates: Any,

@@ -28,15 +28,24 @@ class DimensionNumbers(NamedTuple):
   Attributes:
     reduction_axis: axis or axes of the rows (the input side).
     output_axis: axis or axes of the columns (the output side).
+    output_blocks: widths of the kernels that a fused one holds side by side
+      along its output axis, as (3072, 1024, 1024) of query, key and value.
+      Muon's rules orthogonalise each alone; one basis serves all of them. None
+      for one kernel.
+
+  Heads need no blocks: with `DimensionNumbers(0, 2)` the heads of a kernel of
+  (embed, heads, head_dim) are a stack, and each head a matrix.
 
   Example:
     >>> import subspace_optax as so
-    >>> so.DimensionNumbers(0, (1, 2))  # (embed, heads, head_dim)
-    DimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+    >>> together = so.DimensionNumbers(0, (1, 2))  # (embed, heads, head_dim)
+    >>> each_head = so.DimensionNumbers(0, 2)
+    >>> fused = so.DimensionNumbers(0, 1, output_blocks=(3072, 1024, 1024))
   """
 
   reduction_axis: int | tuple[int, ...] = -2
   output_axis: int | tuple[int, ...] = -1
+  output_blocks: tuple[int, ...] | None = None
 
 
 Rank = int | float | Callable[[str, Any], int | float]
@@ -231,6 +240,8 @@ class SubspaceSpec:
         f'which needs one of {_dtypes.FLOATS}; name it in `exclude`.'
       )
     layout, is_clipped = self._layout(path, leaf, axes.rows, axes.cols)
+    blocks = _spec_checks.name_blocks(path, leaf, dims, axes.cols)
+    layout = dataclasses.replace(layout, blocks=blocks)
     plain = functools.partial(Match, path, leaf, None, how=axes.how)
     if 0 in leaf.shape:
       return plain(selected=False, reason='has no elements')

@@ -46,6 +46,26 @@ def name_axes(
   return rows, cols
 
 
+def name_blocks(
+  path: str, leaf: Any, dims: Any, cols: tuple[int, ...]
+) -> tuple[int, ...]:
+  """Returns the widths of fused kernels; optax's numbers have none."""
+  blocks = getattr(dims, 'output_blocks', None)
+  if blocks is None:
+    return ()
+  where = f'output_blocks={blocks!r} of leaf {path!r} of shape '
+  where += f'{tuple(leaf.shape)}'
+  if len(cols) != 1:
+    raise ValueError(f'{where} cut one output axis, not {len(cols)}.')
+  widths = tuple(map(operator.index, blocks))
+  if not widths or min(widths) < 1 or sum(widths) != leaf.shape[cols[0]]:
+    raise ValueError(
+      f'{where} must be positive and add up to {leaf.shape[cols[0]]}, the '
+      f'length of axis {cols[0]}.'
+    )
+  return widths
+
+
 def _normalize(path: str, leaf: Any, name: str, axis: Any) -> tuple[int, ...]:
   axes = (axis,) if isinstance(axis, numbers.Integral) else tuple(axis)
   axes = tuple(operator.index(i) for i in axes)

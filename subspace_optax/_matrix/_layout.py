@@ -42,6 +42,8 @@ class Layout:
     rank: r, at most the short side.
     axis_name: a mapped axis along which leaves are parts of a mean, so that
       what products with them return is averaged.
+    blocks: widths of the matrices that stand side by side along the columns'
+      axis, as those of a fused kernel; none for one matrix.
   """
 
   shape: tuple[int, ...]
@@ -50,6 +52,7 @@ class Layout:
   project_rows: bool
   rank: int
   axis_name: Any = None
+  blocks: tuple[int, ...] = ()
 
   @property
   def batch(self) -> tuple[int, ...]:

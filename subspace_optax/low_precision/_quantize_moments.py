@@ -16,11 +16,11 @@ from typing import Any
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _names
+from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _sign
@@ -113,17 +113,22 @@ def quantize_moments(
   def first_state(params):
     params = _tree.unbox(params)
     leaves = dict(_tree.flatten(params)[0])
+    state = _small_state(inner, params)
     count, scales = jnp.zeros((), jnp.int32), {}
+    with _notices.quiet():
+      whole = jax.eval_shape(inner.init, params)
+    types = {m.path: m.tree for m in _moments.moments_in(whole)}
 
     def zeros(moments: _moments.MomentTree) -> Any:
       dtype = _codes.dtype_of(bits, moments.kind)
       first = functools.partial(_first_codes, leaves, exclude, dtype)
+      own = types[moments.path]
       codes, scales[moments.path] = _tree.map_unzip(
-        first, 2, _coded_state.paths_in(moments.tree)
+        first, 2, _coded_state.paths_in(own), own
       )
       return codes
 
-    coded = _moments.map_moments(zeros, _small_state(inner, params))
+    coded = _moments.map_moments(zeros, state)
     state = _coded_state.EightBitState(count, coded, scales)
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
@@ -149,39 +154,32 @@ def quantize_moments(
 
 
 def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
-  """Returns the first state of an optimizer, with one number for each moment.
+  """Returns the first state of an optimizer, without whole moments.
 
-  Whole moments in float32 are never in memory, only their types are traced.
+  Whole moments in float32 are never in memory: only their types are traced, or
+  one number stands for each, where there are other arrays.
   """
-  shape = lambda x: (1,) * len(x.shape)
-  # Ones, so that moments which start as a copy are none that start at zero.
-  small = jax.tree.map(lambda x: jnp.ones(shape(x), x.dtype), params)
-  whole, state = jax.eval_shape(inner.init, params), inner.init(small)
+  whole = jax.eval_shape(inner.init, params)
   if _moments.holds_codes(whole):
     raise ValueError('inner has moments in 8 bits already; pass it as it is.')
   _moments.check_registered(whole, 'quantize_moments')
-  found = _moments.moments_in(state)
-  if not found:
+  if not _moments.moments_in(whole):
     raise ValueError(
       f'quantize_moments finds no moments in {type(whole).__name__}; pass an '
       'optimizer without any as it is, or name them with '
       '`subspace_optax.register_moments`.'
     )
-  for moments in found:
-    known = [
-      x for x in jax.tree.leaves(moments.tree) if not isinstance(x, Tracer)
-    ]
-    if any(np.any(np.asarray(x) != 0) for x in known):
-      raise ValueError(
-        f'the moments {moments.path!r} must start at zero to be coded.'
-      )
-  nothing = lambda moments: None
-  rest = [
-    jax.tree.leaves(_moments.map_moments(nothing, x)) for x in (whole, state)
-  ]
-  # A Python number has no shape in the one, and none in the other.
-  shapes = [[getattr(x, 'shape', ()) for x in leaves] for leaves in rest]
-  if shapes[0] != shapes[1]:
+  if not _shapes_of_rest(whole):
+    # Of the leaves' own shapes, which may tell it what is a matrix.
+    _check_zero(jax.jit(lambda x: _are_zero(inner.init(x)))(params))
+    return whole
+  shape = lambda x: (1,) * len(x.shape)
+  # Ones, so that moments which start as a copy are none that start at zero.
+  small = jax.tree.map(lambda x: jnp.ones(shape(x), x.dtype), params)
+  with _notices.quiet():
+    state = inner.init(small)
+  _check_zero(_are_zero(state))
+  if _shapes_of_rest(whole) != _shapes_of_rest(state):
     raise ValueError(
       "inner keeps arrays of the parameters' shapes that no registered moment "
       'names, and quantize_moments knows no others.'
@@ -189,8 +187,31 @@ def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
   return state
 
 
+def _shapes_of_rest(state: Any) -> list[tuple[int, ...]]:
+  """Returns the shapes of what are no moments; a Python number has none."""
+  rest = jax.tree.leaves(_moments.map_moments(lambda moments: None, state))
+  return [getattr(x, 'shape', ()) for x in rest]
+
+
+def _are_zero(state: Any) -> dict[str, jax.Array]:
+  """Returns whether moments are zero, by the paths of their fields."""
+
+  def is_zero(tree: Any) -> jax.Array:
+    each = [jnp.all(x == 0) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.asarray(each))
+
+  return {m.path: is_zero(m.tree) for m in _moments.moments_in(state)}
+
+
+def _check_zero(zero: dict[str, jax.Array]) -> None:
+  """Raises for moments that are known to start elsewhere."""
+  for path, is_zero in zero.items():
+    if not isinstance(is_zero, Tracer) and not is_zero:
+      raise ValueError(f'the moments {path!r} must start at zero to be coded.')
+
+
 def _first_codes(
-  leaves: dict[str, Any], exclude: str | None, dtype: Any, path: str
+  leaves: dict[str, Any], exclude: str | None, dtype: Any, path: str, own: Any
 ) -> tuple[jax.Array, jax.Array]:
   """Returns codes of zeros for the moment of a leaf, and their scales."""
   if path not in leaves:
@@ -199,6 +220,9 @@ def _first_codes(
       'keep the tree of the parameters.'
     )
   leaf = leaves[path]
+  if own.shape != leaf.shape:  # one number for many, as NorMuon's
+    small = _placement.zeros_along(leaf, own.shape)
+    return small.astype(own.dtype), jnp.zeros((), jnp.float32)
   if not _is_large(leaf) or _is_excluded(exclude, path):
     wide = jnp.zeros_like(leaf, _wide(leaf.dtype))
     return wide, jnp.zeros((), jnp.float32)

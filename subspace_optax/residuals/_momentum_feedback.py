@@ -80,6 +80,7 @@ def momentum_feedback(
   if form not in FORMS:
     raise ValueError(f'form must be one of {FORMS}, got {form!r}.')
   _gap.check_static(steps, 'steps')
+  how = _newton_schulz.iteration('standard', steps, 'frobenius')
 
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     del count
@@ -93,7 +94,7 @@ def momentum_feedback(
       direction = _coords.unit_rows(layout, direction)
     else:
       matrices = _coords.as_leaf(layout)
-      direction = _newton_schulz.newton_schulz(matrices, direction, steps)
+      direction = _newton_schulz.newton_schulz(matrices, direction, how)
     factor = scale * (layout.outputs / layout.inputs) ** 0.5
     return node.combine(factor * direction), momentum
 

@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers of whole matrices, without a subspace."""
+
+from subspace_optax.whole._normuon import NorMuonState as NorMuonState
+from subspace_optax.whole._normuon import scale_by_normuon as scale_by_normuon
+from subspace_optax.whole._normuon import squares_in as squares_in
+from subspace_optax.whole._with_plain import run_with_plain as run_with_plain

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Muon's direction of whole matrices, and NorMuon's.
+
+Muon's is sqrt(max(1, out / in)) O, where O is X orthogonalised. Li et al.,
+`NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1, divides each
+output neuron's part of O by the root of its own mean square,
+
+  v <- b2 v + (1 - b2) mean_in(O^2),   O' = O / (sqrt(v) + eps),
+
+and scales O' to the norm of O, as the authors' code does: the paper's
+0.2 sqrt(mn) / ||O'||_F is a learning rate that matches Adam's.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _newton_schulz
+from subspace_optax._matrix import _sharding
+
+
+class Rule(NamedTuple):
+  """From matrices to directions.
+
+  Attributes:
+    how: the iteration.
+    b2: decay of the mean squares, None for Muon.
+    eps: added to their roots.
+  """
+
+  how: _newton_schulz.Iteration
+  b2: Any = None
+  eps: Any = 1e-8
+
+
+def make_rule(
+  ns_coeffs: Any, steps: int, preconditioning: str, b2: Any, eps: Any
+) -> Rule:
+  """Returns a `Rule`, or raises for arguments that make none."""
+  how = _newton_schulz.iteration(ns_coeffs, steps, preconditioning)
+  if b2 is not None and not isinstance(b2, jax.Array) and not 0 <= b2 < 1:
+    raise ValueError(f'b2 must lie in [0, 1), or be None, got {b2}.')
+  return Rule(how, b2, eps)
+
+
+def first_squares(layout: _layout.Layout, leaf: Any) -> jax.Array:
+  """Returns the zeros from which mean squares start, one for each output.
+
+  Of the leaf's shape, with 1 for the inputs' axes.
+  """
+  dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+  static = (squares_shape(layout), dtype)
+  return layout.place_leaf(jnp.zeros, static, (), leaf)
+
+
+def squares_shape(layout: _layout.Layout) -> tuple[int, ...]:
+  """Returns the shape of one number for each output."""
+  sizes = enumerate(layout.shape)
+  return tuple(1 if i in layout.rows else size for i, size in sizes)
+
+
+def orthogonalize(
+  rule: Rule, layout: _layout.Layout, x: jax.Array, squares: Any
+) -> tuple[jax.Array, Any]:
+  """Returns directions, and the mean squares after them.
+
+  Args:
+    rule: what to do.
+    layout: of the leaf, whose blocks are matrices of their own.
+    x: the leaf, float32 or wider.
+    squares: of `first_squares`; anything for a rule without b2.
+  """
+  if not layout.blocks:
+    return _one_block(rule, layout, x, squares)
+  axis = layout.cols[0]
+  whole = _sharding.regroup(x, layout.cols, layout.rows)
+  parts = lax.split(whole, layout.blocks, axis)
+  olds: Any = [squares] * len(parts)
+  if rule.b2 is not None:
+    olds = _sharding.regroup(squares, layout.cols, ())
+    olds = lax.split(olds, layout.blocks, axis)
+  directions, news = zip(
+    *(
+      _one_block(rule, _with_width(layout, width), part, old)
+      for width, part, old in zip(layout.blocks, parts, olds, strict=True)
+    ),
+    strict=True,
+  )
+  direction = _sharding.like(jnp.concatenate(directions, axis), x)
+  if rule.b2 is None:
+    return direction, squares
+  return direction, _sharding.like(jnp.concatenate(news, axis), squares)
+
+
+def _with_width(layout: _layout.Layout, width: int) -> _layout.Layout:
+  """Returns the layout of one block."""
+  sizes = list(layout.shape)
+  sizes[layout.cols[0]] = width
+  return dataclasses.replace(layout, shape=tuple(sizes), blocks=())
+
+
+def _one_block(
+  rule: Rule, layout: _layout.Layout, x: jax.Array, squares: Any
+) -> tuple[jax.Array, Any]:
+  x = _newton_schulz.newton_schulz(layout, x, rule.how)
+  if rule.b2 is not None:
+    x, squares = _equalize_neurons(rule, layout, x, squares)
+  return max(1.0, layout.outputs / layout.inputs) ** 0.5 * x, squares
+
+
+def _equalize_neurons(
+  rule: Rule, layout: _layout.Layout, x: jax.Array, squares: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns O' of the norm of O, and new mean squares, the old for NaN."""
+  mean = jnp.mean(x * x, axis=layout.rows, keepdims=True)
+  new = rule.b2 * squares + (1.0 - rule.b2) * mean
+  scaled = x / (_linalg.safe_sqrt(new) + rule.eps)
+  before, after = layout.energy(x), layout.energy(scaled)
+  factor = _linalg.safe_sqrt(before / jnp.where(after > 0, after, 1.0))
+  kept = jnp.where(jnp.isfinite(new), new, squares)
+  return scaled * layout.along_leaf(factor), _sharding.like(kept, squares)

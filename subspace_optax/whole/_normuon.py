@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NorMuon: Muon whose output neurons all move alike.
+
+Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1.
+With O the orthogonalised G + b M of a matrix,
+
+  M <- b M + G,   v <- b2 v + (1 - b2) mean_in(O^2),
+  W <- W - lr sqrt(max(1, out / in)) c O / (sqrt(v) + eps),
+
+one v for each output, and c so that the matrix has the norm of O.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from subspace_optax._chain import _check_matches
+from subspace_optax._chain import _first_states
+from subspace_optax._chain import _matrices
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _boxes
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _orthogonalize
+from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _tree
+from subspace_optax.projectors import _gap
+from subspace_optax.transports import _moments
+from subspace_optax.whole import _match
+
+
+class NorMuonState(NamedTuple):
+  """State of `scale_by_normuon`; `MaskedNode` for leaves that are no matrix."""
+
+  trace: Any  # tree, leaf shape=the leaf's: momentum
+  # tree, leaf shape=the leaf's with 1 for the inputs' axes, dtype=float32 or
+  # wider: mean squares of orthogonalised momentum
+  nu: Any
+
+
+_moments.register_moments(NorMuonState, [], {'nu': None}, sums=['trace'])
+
+
+def scale_by_normuon(
+  spec: _spec.SubspaceSpec | None = None,
+  *,
+  b: Any = 0.95,
+  b2: Any = 0.95,
+  eps: Any = 1e-8,
+  steps: int = 5,
+  ns_coeffs: Any = 'standard',
+  preconditioning: str = 'frobenius',
+) -> optax.GradientTransformationExtraArgs:
+  """Momentum, orthogonalised, with output neurons brought to one size.
+
+  The momentum is that of `optax.trace(b, nesterov=True)`, as in the authors'
+  code, where the paper takes a mean without looking ahead: the orthogonalised
+  matrix does not depend on the scale. Matrices are scaled back to their norm,
+  as there, and by Muon's sqrt(max(1, out / in)), so that learning rates are
+  those of `optax.contrib.muon`.
+
+  Args:
+    spec: which leaves are matrices, and their axes: `SubspaceSpec(1)` by
+      default. Its rank, side and bases do not matter. Heads as a stack and
+      fused kernels as blocks are matrices of their own, see `DimensionNumbers`.
+      Other leaves come out as they are.
+    b: decay of the momentum.
+    b2: decay of the mean squares.
+    eps: added to their roots.
+    steps: see `residuals.orthogonal`, as for the next two.
+    ns_coeffs: coefficients of the Newton-Schulz iteration.
+    preconditioning: what comes before it.
+
+  Returns:
+    A transformation for whole leaves, whose momentum has the dtype that `spec`
+    says. `quantize_moments` takes it. A gradient with NaN stays in the
+    momentum, as in optax.
+
+  Raises:
+    ValueError: b or b2 outside of [0, 1), or what `residuals.orthogonal`
+      refuses; at `init`, no leaf that is a matrix, unless `spec` allows it.
+    TypeError: `spec` is none; steps that are no int.
+
+  References:
+    Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> tx = so.scale_by_normuon()
+    >>> state = tx.init({'up': jnp.ones((16, 64)), 'norm': jnp.ones(16)})
+    >>> state.trace['up'].shape, state.nu['up'].shape
+    ((16, 64), (1, 64))
+  """
+  spec = _match.whole_spec(spec)
+  if not isinstance(b, jax.Array) and not 0 <= b < 1:
+    raise ValueError(f'b must lie in [0, 1), got {b}.')
+  if b2 is None:
+    raise ValueError('b2 must lie in [0, 1), got None.')
+  _gap.check_static(steps, 'steps')
+  rule = _orthogonalize.make_rule(ns_coeffs, steps, preconditioning, b2, eps)
+
+  def init(params):
+    _check_matches.check_matches(spec, spec.match(params))
+    _match.remember_names(params)
+    make = functools.partial(_first_state, spec)
+    return _first_states.make_state(spec, make, params)
+
+  def update(updates, state, params=None, **extra_args):
+    del params, extra_args
+    matches = _match.match_to_squares(spec, updates, state.nu)
+    trace, nu = (dict(_tree.flatten(x)[0]) for x in state)
+    entries = []
+    for match, (path, g) in zip(
+      matches, _tree.flatten(updates)[0], strict=True
+    ):
+      if match and match.layout:
+        looked, trace[path] = _accumulate(b, g, trace[path])
+        g, nu[path] = _direct(rule, match.layout, g, looked, nu[path])
+      entries.append(g)
+    treedef = _tree.flatten(updates)[1]
+    state = NorMuonState(*(treedef.unflatten(x.values()) for x in (trace, nu)))
+    return _tree.replace_entries(updates, entries), state
+
+  return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+
+
+def squares_in(state: Any) -> Any:
+  """Returns the tree of mean squares in the state of a chain around it."""
+  is_own = lambda x: isinstance(x, NorMuonState)
+  leaves = jax.tree.leaves(state, is_leaf=is_own)
+  return next(x.nu for x in leaves if is_own(x))
+
+
+def _first_state(
+  spec: _spec.SubspaceSpec,
+  params: Any,
+  matches: list[_spec.Match | None],
+  treedef: Any,
+) -> NorMuonState:
+  del params
+
+  def zeros(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+    del path
+    static = (tuple(leaf.shape), spec.dtype_of_moments(leaf.dtype))
+    return layout.place_leaf(jnp.zeros, static, (), leaf)
+
+  def squares(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
+    del path
+    return _orthogonalize.first_squares(layout, leaf)
+
+  make = functools.partial(_matrices.per_matrix, matches, treedef)
+  return NorMuonState(make(zeros), make(squares))
+
+
+def _accumulate(b: Any, g: jax.Array, m: jax.Array) -> tuple[Any, jax.Array]:
+  """Returns G + b M for the new momentum M, and M."""
+  g, wide = _linalg.widen(g), _linalg.widen(m)
+  new = b * wide + g
+  return g + b * new, _sharding.like(new, m)
+
+
+def _direct(
+  rule: _orthogonalize.Rule, layout: _layout.Layout, g: Any, x: Any, nu: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the direction of one leaf, and its new mean squares."""
+  direction, nu = _orthogonalize.orthogonalize(rule, layout, x, nu)
+  return _sharding.like(direction, g), nu

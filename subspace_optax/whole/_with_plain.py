@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An optimizer of matrices, another one of the rest, and what follows both."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from subspace_optax._chain import _beside
+from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _first_states
+from subspace_optax._chain import _spec
+from subspace_optax._matrix import _boxes
+from subspace_optax._matrix import _tree
+from subspace_optax.whole import _match
+
+
+def run_with_plain(
+  spec: _spec.SubspaceSpec,
+  matrices: optax.GradientTransformation,
+  plain: optax.GradientTransformation,
+  after: optax.GradientTransformation,
+  squares_in: Callable[[Any], Any],
+) -> optax.GradientTransformationExtraArgs:
+  """Returns an optimizer whose updates are float32 or wider until `after`.
+
+  Args:
+    spec: which leaves are matrices.
+    matrices: sees the whole tree, so that it reads axes as `spec` does of the
+      parameters; what it makes of other leaves is not used.
+    plain: of the other leaves, and of them alone.
+    after: of all updates, such as weight decay and learning rate.
+    squares_in: from the state of `matrices` to its tree of mean squares, which
+      tells what `init` took for a matrix.
+  """
+  spec = _match.whole_spec(spec)
+  own, rest = map(optax.with_extra_args_support, (matrices, plain))
+
+  def first_state(params, matches, treedef):
+    del treedef
+    paths = {m.path for m in matches if m and m.layout}
+    cast = lambda x: x.astype(spec.dtype_of_moments(x.dtype))
+    others = jax.tree.map(cast, _beside.split(params, paths)[1])
+    return _beside.BesideState(own.init(params), rest.init(others))
+
+  def init(params):
+    return _first_states.make_state(spec, first_state, params)
+
+  def update(updates, state, params=None, **extra_args):
+    widen = lambda _, g: _dtypes.widen(spec, g)
+    bare = _tree.map_entries(widen, _tree.unbox(updates))
+    squares = squares_in(state.projected)
+    matches = _match.match_to_squares(spec, bare, squares)
+    paths = {m.path for m in matches if m and m.layout}
+    mine, a = own.update(bare, state.projected, params, **extra_args)
+    hidden = _beside.split(bare, paths)[1]
+    weights = None if params is None else _beside.split(params, paths)[1]
+    others, b = rest.update(hidden, state.plain, weights, **extra_args)
+    merge = lambda _, x, y: x if _tree.is_masked(y) else y
+    merged = _tree.map_entries(merge, mine, others)
+    entries = [entry for _, entry in _tree.flatten(merged)[0]]
+    new = _beside.BesideState(a, b)
+    return _tree.replace_entries(updates, entries), new
+
+  tx = optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+  return _dtypes.round_last(optax.chain(tx, after))

@@ -1,0 +1,272 @@
+"""NorMuon on whole matrices, against a dense float64 loop."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import cases
+import errors
+import references as ref
+import subspace_optax as so
+from subspace_optax import whole
+
+B, B2, SCALE, LR, DECAY = 0.9, 0.8, 8.0, 0.05, 0.1
+# Matrices that widen and narrow, a stack, heads that belong together.
+VIEWS = {
+  'up': ref.view((8, 20), left=True),
+  'layers/down': ref.view((2, 12, 8), left=True),
+  'query/kernel': ref.QUERY._replace(left=True),
+}
+PARAMS = ref.like(VIEWS, 9) | {'norm': ref.normal(8, (8,))}
+
+
+def gradients(t):
+  return ref.like(VIEWS, t) | {'norm': ref.normal(100 + t, (8,))}
+
+
+class Dense:
+  """NorMuon for one matrix of inputs by outputs."""
+
+  def __init__(self):
+    self.m = self.v = 0.0
+
+  def step(self, g):
+    self.m = B * self.m + g
+    u, s, w = np.linalg.svd(g + B * self.m, full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for _ in range(5):
+      s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    o = u * s @ w
+    self.v = B2 * self.v + (1 - B2) * np.mean(o**2, axis=0)
+    new = o / (np.sqrt(self.v) + 1e-8)
+    new *= np.linalg.norm(o) / np.linalg.norm(new)
+    return np.sqrt(max(1.0, g.shape[1] / g.shape[0])) * new
+
+
+def make(**options):
+  return so.normuon(LR, b=B, b2=B2, weight_decay=DECAY, **options)
+
+
+def run(tx, steps=5, put=lambda x: x, of=gradients):
+  """Returns the updates, and the last state."""
+  params = jax.tree.map(put, PARAMS)
+  state, update, found = tx.init(params), cases.jit(tx.update), []
+  for t in range(steps):
+    updates, new = update(jax.tree.map(put, of(t)), state, params)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+      assert (x.shape, x.dtype, x.weak_type) == (y.shape, y.dtype, y.weak_type)
+      assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    state = new
+    found.append(jax.tree.map(np.asarray, updates))
+  assert update._cache_size() == 1
+  return found, state
+
+
+def own(state):
+  """Returns NorMuon's state inside of the optimizer's."""
+  is_own = lambda x: isinstance(x, whole.NorMuonState)
+  (found,) = filter(is_own, jax.tree.leaves(state, is_leaf=is_own))
+  return found
+
+
+def test_equals_a_dense_loop():
+  found, state = run(make())
+  for k, view in VIEWS.items():
+    loops = [Dense() for _ in range(view.count)]
+    weights = view.matrices(PARAMS[k])
+    for t, updates in enumerate(found):
+      wanted = np.stack(
+        [
+          f.step(g)
+          for f, g in zip(loops, view.matrices(gradients(t)[k]), strict=True)
+        ]
+      )
+      np.testing.assert_allclose(
+        view.matrices(updates[k]),
+        -LR * (SCALE * wanted + DECAY * weights),
+        rtol=1e-4,
+        atol=1e-5,
+        err_msg=f'{k} step {t}',
+      )
+    nu = view._replace(shape=own(state).nu[k].shape).matrices(own(state).nu[k])
+    np.testing.assert_allclose(
+      nu[:, 0], np.stack([f.v for f in loops]), rtol=1e-4
+    )
+
+
+def test_other_leaves_are_those_of_the_plain_optimizer():
+  found, _ = run(make(plain=optax.scale_by_lion()))
+  lion = optax.chain(
+    optax.scale_by_lion(),
+    optax.add_decayed_weights(DECAY),
+    optax.scale_by_learning_rate(LR),
+  )
+  params = {'norm': PARAMS['norm']}
+  state = lion.init(params)
+  for t, updates in enumerate(found):
+    wanted, state = lion.update({'norm': gradients(t)['norm']}, state, params)
+    np.testing.assert_allclose(updates['norm'], wanted['norm'], rtol=1e-6)
+
+
+def test_without_the_learning_rate_other_leaves_stay_as_they_are():
+  tx = so.scale_by_normuon(b=B, b2=B2)
+  state = tx.init(PARAMS)
+  updates, _ = cases.jit(tx.update)(gradients(0), state)
+  np.testing.assert_array_equal(updates['norm'], gradients(0)['norm'])
+  wanted = Dense().step(VIEWS['up'].matrices(gradients(0)['up'])[0])
+  np.testing.assert_allclose(updates['up'], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('bits', [32, 8])
+def test_sharded_equals_unsharded(kind, bits):
+  wanted, _ = run(make(moment_bits=bits))
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(kind,) * 2)
+
+  def put(x):
+    spec = {1: P('x'), 2: P('x', 'y')}.get(x.ndim, P(None, None, 'x'))
+    spec = spec if x.shape != VIEWS['layers/down'].shape else P(None, 'x', 'y')
+    return jax.device_put(x, NamedSharding(mesh, fits(spec, x.shape)))
+
+  def fits(spec, shape):
+    entries = [
+      k if n % 2 == 0 else None for k, n in zip(spec, shape, strict=True)
+    ]
+    while entries and entries[-1] is None and kind == AxisType.Auto:
+      entries.pop()
+    return P(*entries)
+
+  with jax.set_mesh(mesh):
+    found, _ = run(make(moment_bits=bits), put=put)
+  for x, y in zip(found, wanted, strict=True):
+    for k in PARAMS:
+      np.testing.assert_allclose(x[k], y[k], rtol=1e-3, atol=1e-4)
+
+
+def test_quantize_moments_codes_the_momentum_alone():
+  params = {'w': jnp.ones((2, 64, 128), jnp.bfloat16)}
+  tx = so.quantize_moments(so.scale_by_normuon())
+  state = tx.init(params)
+  assert state.coded.trace['w'].dtype == jnp.int8
+  assert state.coded.nu['w'].dtype == jnp.float32
+  assert state.coded.nu['w'].shape == (2, 1, 128)
+  wide = so.scale_by_normuon()
+  exact, update = wide.init(params), cases.jit(tx.update)
+  for t in range(4):
+    g = {'w': ref.normal(t, (2, 64, 128)).astype(jnp.bfloat16)}
+    found, state = update(g, state)
+    wanted, exact = cases.jit(wide.update)(g, exact)
+    x, y = (np.asarray(u['w'], np.float64) for u in (found, wanted))
+    assert np.linalg.norm(x - y) < 0.05 * np.linalg.norm(y)
+  np.testing.assert_allclose(state.coded.nu['w'], exact.nu['w'], rtol=0.05)
+
+
+def test_rank_side_and_size_of_the_spec_do_not_matter():
+  spec = so.SubspaceSpec(64, side='out', exclude='norm')
+  found, _ = run(make(spec=spec), 2)
+  wanted, _ = run(make(), 2)
+  for k in PARAMS:
+    np.testing.assert_allclose(found[1][k], wanted[1][k], rtol=1e-5, atol=1e-6)
+
+
+def test_zero_and_nan_gradients():
+  """Zeros move nothing but by momentum; squares forget no neuron for NaN."""
+
+  def of(t):
+    g = gradients(t)
+    if t == 0:
+      return jax.tree.map(jnp.zeros_like, g)
+    return g | {'up': g['up'].at[0, 0].set(jnp.nan)} if t == 2 else g
+
+  found, state = run(make(), 3, of=of)
+  for k in VIEWS:
+    np.testing.assert_allclose(
+      found[0][k], -LR * DECAY * PARAMS[k], rtol=1e-5, atol=1e-8
+    )
+  assert np.isnan(found[2]['up']).all()  # as optax: it shows
+  assert np.isfinite(own(state).nu['up']).all()
+  assert np.isfinite(found[2]['layers/down']).all()
+
+
+@pytest.mark.parametrize('dtype', ['parameter', None])
+def test_dtypes(dtype):
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+  spec = so.SubspaceSpec(1, moment_dtype=dtype)
+  tx = make(spec=spec)
+  state = jax.eval_shape(tx.init, params)
+  updates, new = jax.eval_shape(tx.update, params, state, params)
+  types = lambda x: [
+    (v.shape, v.dtype, v.weak_type) for v in jax.tree.leaves(x)
+  ]
+  assert types(new) == types(state)
+  assert types(updates) == types(params)
+  wanted = jnp.bfloat16 if dtype else jnp.float32
+  assert own(state).trace['up'].dtype == wanted
+  assert own(state).nu['up'].dtype == jnp.float32
+
+
+def test_inside_scan_vmap_and_injected_hyperparameters():
+  tx = optax.inject_hyperparams(so.normuon)(learning_rate=LR, b=B, b2=B2)
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(gradients, range(3)))
+
+  def step(state, g):
+    updates, state = tx.update(g, state, PARAMS)
+    return state, updates
+
+  _, found = cases.jit(lambda g: jax.lax.scan(step, tx.init(PARAMS), g))(
+    stacked
+  )
+  wanted, _ = run(so.normuon(LR, b=B, b2=B2), 3)
+  for t in range(3):
+    for k in PARAMS:
+      np.testing.assert_allclose(
+        found[k][t], wanted[t][k], rtol=1e-4, atol=1e-6
+      )
+  alone = so.normuon(LR, b=B, b2=B2)
+  one = lambda g: alone.update(g, alone.init(PARAMS), PARAMS)[0]
+  mapped = cases.jit(jax.vmap(one))(stacked)
+  for k in PARAMS:
+    np.testing.assert_allclose(mapped[k][0], wanted[0][k], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'make, parts',
+  [
+    (lambda: so.scale_by_normuon(b=1.0), ('b must', '1.0')),
+    (lambda: so.scale_by_normuon(b2=1.0), ('b2', '1.0')),
+    (lambda: so.scale_by_normuon(b2=None), ('b2', 'None')),
+    (lambda: so.scale_by_normuon(steps=0), ('steps', '0')),
+    (lambda: so.scale_by_normuon(ns_coeffs='x'), ('ns_coeffs', "'x'")),
+    (lambda: so.normuon(1e-3, b=-0.1), ('b must', '-0.1')),
+    (lambda: so.normuon(1e-3, preconditioning='x'), ('preconditioning', 'x')),
+    (lambda: so.normuon(1e-3, moment_bits=3), ('moment_bits', '3')),
+    (lambda: so.subspace_muon(1e-3, b2=1.0), ('b2', '1.0')),
+    (lambda: so.subspace_muon(1e-3, ns_coeffs='x'), ('ns_coeffs', "'x'")),
+    (
+      lambda: so.subspace_muon(1e-3, preconditioning='x'),
+      ('preconditioning', 'x'),
+    ),
+  ],
+)
+def test_bad_arguments(make, parts):
+  with errors.raises(ValueError, *parts):
+    make()
+
+
+def test_other_trees_than_at_init():
+  tx = so.scale_by_normuon()
+  state = tx.init(PARAMS)
+  with errors.raises(ValueError, 'tree of the parameters'):
+    tx.update({'up': PARAMS['up']}, state)
+  with errors.raises(ValueError, 'fits the state'):
+    tx.update(PARAMS | {'up': jnp.ones((8, 21))}, state)
+  with errors.raises(ValueError, 'include', 'nothing'):
+    so.scale_by_normuon(so.SubspaceSpec(1, include='nothing')).init(PARAMS)
+  with errors.raises(TypeError, 'spec', '8'):
+    so.scale_by_normuon(8)
