@@ -111,12 +111,12 @@ _of_ours = functools.partial(Contender, ours=True)
 
 CONTENDERS: dict[str, Contender] = {
   'adamw': Contender(_stepping(adam), 4e-3),
-  'muon': Contender(_stepping(_muon(32)), 2e-2),
-  'subspace_muon': _of_ours(ours('subspace_muon'), 2.5e-3),
+  'muon': Contender(_stepping(_muon(32)), 1e-2),
+  'subspace_muon': _of_ours(ours('subspace_muon'), 1.25e-3),
   'subspace_muon_8bit': _of_ours(
-    ours('subspace_muon', moment_bits=8), 2.5e-3, bits=8
+    ours('subspace_muon', moment_bits=8), 1.25e-3, bits=8
   ),
-  'muon_8bit': Contender(_stepping(_muon(8)), 2e-2, bits=8, ours=True),
+  'muon_8bit': Contender(_stepping(_muon(8)), 1e-2, bits=8, ours=True),
   'adamw_8bit': Contender(
     _stepping(functools.partial(adam, 8)), 4e-3, bits=8, ours=True
   ),
@@ -144,35 +144,38 @@ def _form(
 
   def make(lr: Any, decay: Any) -> optax.GradientTransformation:
     rule = projector or (lambda gap: so.projectors.dct(gap, 'random'))
-    outside = 1.0 / (1.0 - b) if weight is None else weight
     return so.subspace(
       so.SubspaceSpec(rank),
       rule(gap),
       optax.trace(b, nesterov=True),
       transport=so.transports.first(),
-      residual=so.residuals.orthogonal(outside, **options),
+      residual=so.residuals.orthogonal(
+        1 + b if weight is None else weight, **options
+      ),
       scale=8.0,
       after=optax.chain(
         optax.add_decayed_weights(decay), optax.scale_by_learning_rate(lr)
       ),
     )
 
-  return _of_ours(make, 2.5e-3)
+  return _of_ours(make, 1.25e-3)
 
 
-# Forms of `subspace_muon` that were tried; see docs/recipes.md.
+# Forms of `subspace_muon` that were tried; see docs/recipes.md. The weight of
+# the residual is 1 + b, as that of this step's coordinates, where none is said.
 FORMS = {
+  'b 0.9': _form(0.9),
   'b 0.95': _form(0.95),
-  'w 1.9': _form(0.9, 1.9),
-  'w 4': _form(0.9, 4.0),
+  'b 0.9, w 10': _form(0.9, 10.0),
+  'b 0.9, w 1': _form(0.9, 1.0),
   'b 0.95, w 4': _form(0.95, 4.0),
-  'b 0.95, w 8': _form(0.95, 8.0),
-  'w 0': _form(0.95, 0.0),
-  'gap 50': _form(gap=50),
-  'gap 1000': _form(gap=1000),
-  'l1 columns': _form(projector=so.projectors.dct),
-  'power': _form(projector=so.projectors.power_iteration),
-  'rank 0.5': _form(rank=0.5),
-  'rank 0.125': _form(rank=0.125),
+  'b 0.98': _form(0.98),
+  'b 0.95, rank 0.5': _form(0.95, rank=0.5),
+  'b 0.95, l1': _form(0.95, projector=so.projectors.dct),
+  'b 0.95, gap 50': _form(0.95, gap=50),
+  'b 0.95, gap 1000': _form(0.95, gap=1000),
+  'b 0.95, power': _form(0.95, projector=so.projectors.power_iteration),
+  'b 0.95, w 0': _form(0.95, 0.0),
+  'b 0.95, b2 0.95': _form(0.95, b2=0.95),
 }
 CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}

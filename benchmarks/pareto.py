@@ -35,7 +35,7 @@ from benchmarks import pareto_run
 RUNS = harness.ROOT / 'runs' / 'pareto'
 LR_FACTOR = 2.0
 DECAY_FACTOR = 3.0
-FIRST_DECAY = 1e-3
+FIRST_DECAY = 3e-3
 
 
 @dataclasses.dataclass(frozen=True)
