@@ -26,6 +26,21 @@ class EightBitState(NamedTuple):
   scales: dict[str, Any]
 
 
+def moments_of(state: EightBitState) -> dict[str, tuple[Any, Any]]:
+  """Returns the trees of codes and of scales, by the path of their moment."""
+  moments = _moments.moments_in(state.coded)
+  return {m.path: (m.tree, state.scales[m.path]) for m in moments}
+
+
+def with_moments(
+  state: EightBitState, moments: dict[str, tuple[Any, Any]]
+) -> EightBitState:
+  """Returns a state with other trees of codes and scales, see `moments_of`."""
+  coded = _moments.map_moments(lambda m: moments[m.path][0], state.coded)
+  scales = {path: scales for path, (_, scales) in moments.items()}
+  return EightBitState(state.count, coded, scales)
+
+
 def decoded(state: EightBitState) -> Any:
   """Returns the optimizer's own state, moments in float32."""
   return _moments.map_moments(
@@ -42,23 +57,23 @@ def encoded(new: Any, state: EightBitState, noise: Any) -> EightBitState:
   Args:
     new: of the optimizer, moments in float32.
     state: as it was.
-    noise: the seed of the rounding and the number of the step; None rounds to
-      the nearest.
+    noise: the seed of the rounding, the number of the step and that of the
+      first number, of a part of each array; None rounds to the nearest.
   """
-  codes = {m.path: m.tree for m in _moments.moments_in(state.coded)}
-  scales = {}
+  before, scales = moments_of(state), {}
 
   def encode(moments: _moments.MomentTree) -> Any:
     def one(path: str, x: Any, old: Any, scale: Any) -> Any:
       if noise is None:
         return _codes.encode(x, old, scale)
-      seed, count = noise
+      seed, *place = noise
       salt = _noise.salt(seed, f'{moments.path} {path}')
-      return _codes.encode(x, old, scale, (salt, count))
+      return _codes.encode(x, old, scale, (salt, *place))
 
-    old = codes[moments.path]
-    arrays = moments.tree, old, state.scales[moments.path]
-    tree, scales[moments.path] = _tree.map_unzip(one, 2, paths_in(old), *arrays)
+    old = before[moments.path]
+    tree, scales[moments.path] = _tree.map_unzip(
+      one, 2, paths_in(old[0]), moments.tree, *old
+    )
     return tree
 
   coded = _moments.map_moments(encode, new)

@@ -45,11 +45,16 @@ def dtype_of(bits: int, kind: str) -> Any:
   return _DTYPES[bits][kind == 'square']
 
 
+def are_codes(x: Any) -> bool:
+  """Whether an array, or what stands in its place, is one of codes."""
+  return getattr(x, 'dtype', None) in _CODES
+
+
 def encode(
   x: jax.Array,
   codes: jax.Array,
   scales: jax.Array,
-  noise: tuple[Any, jax.Array] | None = None,
+  noise: tuple[Any, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns codes and scales of an array.
 
@@ -58,8 +63,8 @@ def encode(
     codes: an array of the shape, dtype and sharding that codes shall have. Of
       another dtype than codes have, it is what `x` is to be like.
     scales: likewise, of the scales.
-    noise: (salt, count) to round at random, see `_noise.bits`; None rounds to
-      the nearest in proportion.
+    noise: (salt, count) to round at random, or (salt, count, start), see
+      `_noise.bits`; None rounds to the nearest in proportion.
   """
   if codes.dtype not in _CODES:
     return _sharding.like(x, codes), scales
@@ -92,7 +97,7 @@ def _encode(
   x: jax.Array,
   codes: jax.Array,
   scales: jax.Array,
-  noise: tuple[Any, jax.Array] | None,
+  noise: tuple[Any, ...] | None,
 ) -> tuple[jax.Array, jax.Array]:
   top, k = _CODES[codes.dtype]
   blocks = _blocks.Blocks(codes.shape, scales.shape)
@@ -101,8 +106,8 @@ def _encode(
   relative = size / blocks.spread(jnp.where(largest > 0, largest, 1.0))
   random = None
   if noise is not None:
-    salt, count = noise
-    random = _noise.uniform(salt, count, codes)
+    salt, count, *start = noise
+    random = _noise.uniform(salt, count, codes, *start)
   place = k * jnp.log2(relative) + top  # -inf of 0
   c = jnp.clip(_rounded(place, k, random), 1, top)
   if codes.dtype == jnp.int8:

@@ -26,6 +26,7 @@ from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
 from subspace_optax.low_precision import _blocks
+from subspace_optax.low_precision import _by_layer
 from subspace_optax.low_precision import _coded_state
 from subspace_optax.low_precision import _codes
 from subspace_optax.transports import _moments
@@ -135,14 +136,20 @@ def quantize_moments(
         'the state.'
       )
     params = None if params is None else _tree.unbox(params)
-    bare, wide = _tree.unbox(updates), _coded_state.decoded(state)
-    gradients = _widen(bare, wide)
-    directions, new = inner.update(gradients, wide, params, **extra_args)
-    directions = jax.tree.map(_as_gradient, directions, bare)
-    entries = [entry for _, entry in _tree.flatten(directions)[0]]
     count = jnp.asarray(optax.safe_increment(state.count))
-    noise = (seed, count) if rounding == 'stochastic' else None
-    new = _coded_state.encoded(new, state, noise)._replace(count=count)
+
+    def step(bare, state, params, start=0):
+      wide = _coded_state.decoded(state)
+      gradients = _widen(bare, wide)
+      directions, new = inner.update(gradients, wide, params, **extra_args)
+      directions = jax.tree.map(_as_gradient, directions, bare)
+      noise = (seed, count, start) if rounding == 'stochastic' else None
+      return directions, _coded_state.encoded(new, state, noise)
+
+    bare = _tree.unbox(updates)
+    directions, new = _by_layer.update(step, bare, state, params)
+    entries = [entry for _, entry in _tree.flatten(directions)[0]]
+    new = new._replace(count=count)
     return _tree.replace_entries(updates, entries), new
 
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
