@@ -184,7 +184,7 @@ def galore(
       that no step computes all SVDs. Their bases then start as random samples.
     every_k: number of micro-steps in one step, whose gradients are accumulated
       in their subspaces; see `subspace`. None for 1.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the first bases if staggered, and of rounding.
     spec: a `SubspaceSpec` in the place of `rank`, `seed` and
       `weight_dimension_numbers`; passing both is an error.
@@ -272,7 +272,7 @@ def golore(
       in their subspaces; see `subspace`. None for 1.
     stagger: whether matrices are refreshed in different steps of every tau, so
       that no step refreshes all of them.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the random bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -352,7 +352,7 @@ def online_subspace_descent(
     mask: which leaves decay; see `optax.add_decayed_weights`.
     every_k: number of micro-steps in one step, whose gradients are accumulated
       in their subspaces; see `subspace`. None for 1.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the first bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -434,7 +434,7 @@ def fira_adamw(
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices are refreshed in different steps of every T. Their
       bases then start as random samples.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the first bases if staggered.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -510,7 +510,7 @@ def apollo_adamw(
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices get new bases in different steps of every T.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -585,7 +585,7 @@ def ldadamw(
       returns directions along the gradient.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the first bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -668,7 +668,7 @@ def subspace_adamw(
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices get new bases in different steps of every T.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -747,7 +747,7 @@ def subspace_muon(
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices get new bases in different steps of every T.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -858,8 +858,8 @@ def _assemble(
   passed them, who may have passed optimizers that step against the gradient.
   """
   _check_number('scale', scale)
-  if moment_bits not in (8, 32):
-    raise ValueError(f'moment_bits must be 32 or 8, got {moment_bits!r}.')
+  if moment_bits not in (4, 8, 32):
+    raise ValueError(f'moment_bits must be 32, 8 or 4, got {moment_bits!r}.')
   if inner is None:
     inner, inner_name = optax.scale_by_adam(), ''
   ready = functools.partial(_quantize, moment_bits, spec.seed)
@@ -879,7 +879,7 @@ def _quantize(bits: int, seed: int, optimizer: Any, name: str) -> Any:
   """Returns an optimizer with moments in `bits`, checked if it has a name."""
   if name:
     _sign.require_optimizer(optimizer, name)
-  if bits == 8 and _has_wide_moments(optimizer):
+  if bits != 32 and _has_wide_moments(optimizer):
     optimizer = _quantize_moments.quantize_moments(optimizer, bits, seed=seed)
   if not name:
     return optimizer

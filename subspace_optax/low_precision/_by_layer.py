@@ -26,7 +26,7 @@ from subspace_optax.transports import _moments
 # Numbers of a layer that are worth a turn of a loop.
 _LEAST_SIZE = 2**16
 
-_State = _coded_state.EightBitState
+_State = _coded_state.CodedState
 
 # (updates, state, params, start) -> (directions, new state); `start` is the
 # number of an array's first entry, if it is a part of a longer one.
