@@ -91,18 +91,31 @@ def _each_layer(step: Step, updates: Any, state: _State) -> tuple[Any, _State]:
     # With the counters before the step: `carried` has those after it.
     old = _coded_state.with_moments(state, moments)
     start = i.astype(jnp.uint32) * size
-    # Always the first branch. Its arguments and results are apart from the
-    # stacks, of which XLA would make copies to read and write them at once.
-    directions, new = _varying.cond(
-      i < len(stack),
-      lambda: step(gradients, old, None, start),
-      lambda: (gradients, old),
-    )
+    run = lambda gradients, old: step(gradients, old, None, start)
+    directions, new = _apart(run, i < len(stack), gradients, old)
     layer = directions, _coded_state.moments_of(new)
     directions, moments = jax.tree.map(put, stacks, layer)
     return directions, _coded_state.with_moments(new, moments)
 
   return _varying.fori_loop(0, len(stack), one, (updates, state))
+
+
+def _apart(run: Callable[..., Any], always: jax.Array, *layer: Any) -> Any:
+  """Returns `run(*layer)`, of arrays that are apart from their stacks.
+
+  XLA would otherwise read stacks while it overwrites them, and make copies to
+  do so. For CPUs it removes barriers, but not a branch that is always taken,
+  around which it makes copies for a TPU.
+  """
+
+  def behind_barrier(*layer: Any) -> Any:
+    found = run(*lax.optimization_barrier(layer))
+    return jax.tree.map(_varying.vary_as, found, layer)
+
+  def in_branch(*layer: Any) -> Any:
+    return _varying.cond(always, run, lambda *layer: layer, *layer)
+
+  return lax.platform_dependent(*layer, cpu=in_branch, default=behind_barrier)
 
 
 def _pick(
