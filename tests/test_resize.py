@@ -230,7 +230,7 @@ def test_moments_in_8_bits(old_rank, new_rank):
     moments['old'] = _coded_state.encoded(filled, start)
     return moments['old']
 
-  got = _coded_state.decoded(resized(inner, coded))
+  got = _coded_state.decoded(resized(so.scale_by_adam8bit(), coded))
   wanted = resized(
     optax.scale_by_adam(), lambda _: _coded_state.decoded(moments['old'])
   )

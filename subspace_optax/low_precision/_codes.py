@@ -153,8 +153,10 @@ def _sizes_in_4_bits(
   del dtype
   share = 0.5 if random is None else random
   steps = zip(_LEVELS[:-1], np.diff(_LEVELS), strict=True)
-  reached = [relative > low + share * step for low, step in steps]
-  return sum(x.astype(jnp.float32) for x in reached)
+  c = jnp.zeros_like(relative)
+  for low, step in steps:
+    c += relative > low + share * step
+  return c
 
 
 def _rounded(place: jax.Array, k: int, random: jax.Array | None) -> jax.Array:

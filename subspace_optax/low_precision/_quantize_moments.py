@@ -54,7 +54,7 @@ def quantize_moments(
   the smallest of these. One gradient that is not finite, or whose square is
   not, spoils its block.
 
-  With `bits=4`, means and sums of gradients are in 4 bits: 0.53 bytes a number
+  With `bits=4`, means and sums of gradients take 4 bits: 0.53 bytes a number
   for the sizes of most models, 0.56 at most. Their code has 7 sizes, so that
   this is for momentum that decays by 5 % a step or faster, as Muon's and
   Adam's. Second moments stay in 8 bits, since optimizers divide by them: Adam

@@ -75,8 +75,9 @@ def register_moments(
       the means of gradients that go with it, both debiased by 1 - b^count with
       the state's `count`; or to None if there is no such field.
     sums: fields with sums of gradients, without a weight of 1 - b.
-    elementwise: whether a number's update depends on no other number's gradient
-      or moments. `quantize_moments` then updates a stack of layers one by one.
+    elementwise: whether a number's update depends on nothing but its own
+      gradient and moments, and on counters. `quantize_moments` then updates a
+      stack layer by layer, and passes no parameters.
 
   Raises:
     ValueError: a field that the type does not have.
