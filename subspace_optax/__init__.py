@@ -11,7 +11,7 @@ A subspace optimizer is a choice of each of these:
   SubspaceSpec   which leaves, as which matrices, at which rank
   projectors     how bases are found and moved
   an optax transformation, which runs on coordinates; `quantize_moments` keeps
-                 its moments in 8 bits
+                 its moments in 8 or 4 bits
   transports     what happens to its moments when a basis moves
   residuals      what happens to the rest of the gradient
 

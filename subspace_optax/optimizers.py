@@ -198,7 +198,7 @@ def galore(
       that no step computes all SVDs. Their bases then start as random samples.
     every_k: number of micro-steps in one step, whose gradients are accumulated
       in their subspaces; see `subspace`. None for 1.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the first bases if staggered, and of rounding.
     spec: a `SubspaceSpec` in the place of `rank`, `seed` and
       `weight_dimension_numbers`; passing both is an error.
@@ -292,7 +292,7 @@ def golore(
       in their subspaces; see `subspace`. None for 1.
     stagger: whether matrices are refreshed in different steps of every tau, so
       that no step refreshes all of them.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the random bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -382,7 +382,7 @@ def online_subspace_descent(
     mask: which leaves decay; see `optax.add_decayed_weights`.
     every_k: number of micro-steps in one step, whose gradients are accumulated
       in their subspaces; see `subspace`. None for 1.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the first bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -464,7 +464,7 @@ def fira_adamw(
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices are refreshed in different steps of every T. Their
       bases then start as random samples.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the first bases if staggered.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -540,7 +540,7 @@ def apollo_adamw(
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices get new bases in different steps of every T.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -615,7 +615,7 @@ def ldadamw(
       returns directions along the gradient.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the first bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -698,7 +698,7 @@ def subspace_adamw(
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices get new bases in different steps of every T.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -784,7 +784,7 @@ def subspace_muon(
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
     stagger: whether matrices get new bases in different steps of every T.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the bases.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -863,7 +863,7 @@ def normuon(
       gradient.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of the rounding in 8 bits.
     spec: a `SubspaceSpec` that tells which leaves are matrices, and their axes;
       its rank, side and bases do not matter. Passing `seed` beside it is an
@@ -937,8 +937,8 @@ def dion(
       gradient, as `optax.adam(...)` does not.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 for `quantize_moments` of the moments of `plain`. The
-      momentum of whole matrices takes the dtype that `spec` says.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of the moments of `plain`.
+      The momentum of whole matrices takes the dtype that `spec` says.
     seed: of the first bases and of rounding.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -1004,8 +1004,8 @@ def trion(
       gradient, as `optax.adam(...)` does not.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 for `quantize_moments` of the moments of `plain`. The
-      momentum of whole matrices takes the dtype that `spec` says.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of the moments of `plain`.
+      The momentum of whole matrices takes the dtype that `spec` says.
     seed: of rounding.
     spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
       error.
@@ -1100,7 +1100,7 @@ def scale(
       gradient, as `optax.adam(...)` does not.
     weight_decay: decoupled, on the weights before the step, not scaled.
     mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 for `quantize_moments` of all moments.
+    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
     seed: of rounding.
     spec: a `SubspaceSpec` that says which leaves are matrices, of which axes;
       its rank has no meaning here. Passing it with `seed` is an error.
@@ -1210,8 +1210,8 @@ def _check_number(name: str, value: Any, rest: str = '') -> None:
 
 
 def _check_bits(moment_bits: Any) -> None:
-  if moment_bits not in (8, 32):
-    raise ValueError(f'moment_bits must be 32 or 8, got {moment_bits!r}.')
+  if moment_bits not in (4, 8, 32):
+    raise ValueError(f'moment_bits must be 32, 8 or 4, got {moment_bits!r}.')
 
 
 def _assemble(
@@ -1255,7 +1255,7 @@ def _quantize(bits: int, seed: int, optimizer: Any, name: str) -> Any:
   """Returns an optimizer with moments in `bits`, checked if it has a name."""
   if name:
     _sign.require_optimizer(optimizer, name)
-  if bits == 8 and _has_wide_moments(optimizer):
+  if bits != 32 and _has_wide_moments(optimizer):
     optimizer = _quantize_moments.quantize_moments(optimizer, bits, seed=seed)
   if not name:
     return optimizer

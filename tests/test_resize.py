@@ -232,7 +232,7 @@ def test_moments_in_8_bits(old_rank, new_rank):
 
   def coded(start):
     filled = jax.tree.map(abs, _filled(_coded_state.decoded(start)))
-    moments['old'] = _coded_state.encoded(filled, start, None)
+    moments['old'] = _coded_state.encoded(filled, start)
     return moments['old']
 
   got = _coded_state.decoded(resized(so.scale_by_adam8bit(), coded))
@@ -273,7 +273,7 @@ def test_8_bits_or_not_is_no_change_of_rank():
     so.SubspaceSpec(16), projectors.stiefel(9), inner
   )
   state = make(so.scale_by_adam8bit()).init(params)
-  _refused(make(optax.scale_by_adam()), state, params, 'EightBitState')
+  _refused(make(optax.scale_by_adam()), state, params, 'CodedState')
 
 
 @pytest.mark.parametrize('name', DRAWN)

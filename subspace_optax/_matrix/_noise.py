@@ -28,26 +28,32 @@ def salt(seed: Any, name: str) -> Any:
   return np.uint32((seed * _ODD + crc) % 2**32)
 
 
-def bits(salt: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+def bits(
+  salt: Any, count: jax.Array, like: jax.Array, start: Any = 0
+) -> jax.Array:
   """Returns 32 random bits for each number of an array.
 
   Args:
     salt: uint32, of the array.
     count: the step.
     like: the array, whose shape and, where explicit, sharding the bits take.
+    start: the number of the first, of a part of an array.
   """
   index = jnp.zeros(like.shape, jnp.uint32)
   for axis in range(like.ndim):
     along = lax.broadcasted_iota(jnp.uint32, like.shape, axis)
     index = index * jnp.uint32(like.shape[axis]) + along
+  index = index + jnp.asarray(start, jnp.uint32)
   index = _sharding.like(index, like.astype(jnp.uint32))
   step = _mixed(jnp.asarray(salt, jnp.uint32) + count.astype(jnp.uint32))
   return _mixed(index ^ step)
 
 
-def uniform(salt: jax.Array, count: jax.Array, like: jax.Array) -> jax.Array:
+def uniform(
+  salt: jax.Array, count: jax.Array, like: jax.Array, start: Any = 0
+) -> jax.Array:
   """Returns float32 in [0, 1) for each number of an array; see `bits`."""
-  return (bits(salt, count, like) >> 8).astype(jnp.float32) * 2.0**-24
+  return (bits(salt, count, like, start) >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def hashed(seed: jax.Array, number: jax.Array) -> jax.Array:

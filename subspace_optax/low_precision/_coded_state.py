@@ -13,20 +13,35 @@ from subspace_optax.low_precision import _codes
 from subspace_optax.transports import _moments
 
 
-class EightBitState(NamedTuple):
-  """State of an optimizer whose moments take a byte each."""
+class CodedState(NamedTuple):
+  """State of an optimizer whose moments take a byte or half of one each."""
 
   count: jax.Array  # shape=(), dtype=int32, updates so far
   # The optimizer's own state. For each moment a tree, leaf shape=the leaf's:
-  # dtype=int8, uint8 for squares; of leaves that are not coded, float32, or the
-  # leaf's if that is wider or complex.
+  # dtype=int8 or int4, uint8 for squares; of leaves that are not coded,
+  # float32, or the leaf's if that is wider or complex.
   coded: Any
   # From the path of each moment to a tree, leaf shape=one value per block,
   # dtype=float32; a scalar for leaves that are not coded.
   scales: dict[str, Any]
 
 
-def decoded(state: EightBitState) -> Any:
+def moments_of(state: CodedState) -> dict[str, tuple[Any, Any]]:
+  """Returns the trees of codes and of scales, by the path of their moment."""
+  moments = _moments.moments_in(state.coded)
+  return {m.path: (m.tree, state.scales[m.path]) for m in moments}
+
+
+def with_moments(
+  state: CodedState, moments: dict[str, tuple[Any, Any]]
+) -> CodedState:
+  """Returns a state with other trees of codes and scales, see `moments_of`."""
+  coded = _moments.map_moments(lambda m: moments[m.path][0], state.coded)
+  scales = {path: scales for path, (_, scales) in moments.items()}
+  return CodedState(state.count, coded, scales)
+
+
+def decoded(state: CodedState) -> Any:
   """Returns the optimizer's own state, moments in float32."""
   return _moments.map_moments(
     lambda moments: jax.tree.map(
@@ -36,39 +51,42 @@ def decoded(state: EightBitState) -> Any:
   )
 
 
-def encoded(new: Any, state: EightBitState, noise: Any) -> EightBitState:
+def encoded(
+  new: Any, state: CodedState, rounding: str = 'nearest', noise: Any = ()
+) -> CodedState:
   """Returns the optimizer's own new state, coded like `state`.
 
   Args:
     new: of the optimizer, moments in float32.
     state: as it was.
-    noise: the seed of the rounding and the number of the step; None rounds to
-      the nearest.
+    rounding: see `_codes.is_random`.
+    noise: unless to the nearest, the seed, the number of the step, and in a
+      part of an array that of its first entry.
   """
-  codes = {m.path: m.tree for m in _moments.moments_in(state.coded)}
-  scales = {}
+  before, scales = moments_of(state), {}
 
   def encode(moments: _moments.MomentTree) -> Any:
     def one(path: str, x: Any, old: Any, scale: Any) -> Any:
-      if noise is None:
+      if not _codes.is_random(rounding, old.dtype):
         return _codes.encode(x, old, scale)
-      seed, count = noise
+      seed, *place = noise
       salt = _noise.salt(seed, f'{moments.path} {path}')
-      return _codes.encode(x, old, scale, (salt, count))
+      return _codes.encode(x, old, scale, (salt, *place))
 
-    old = codes[moments.path]
-    arrays = moments.tree, old, state.scales[moments.path]
-    tree, scales[moments.path] = _tree.map_unzip(one, 2, paths_in(old), *arrays)
+    old = before[moments.path]
+    tree, scales[moments.path] = _tree.map_unzip(
+      one, 2, paths_in(old[0]), moments.tree, *old
+    )
     return tree
 
   coded = _moments.map_moments(encode, new)
-  return EightBitState(state.count, coded, scales)
+  return CodedState(state.count, coded, scales)
 
 
 def all_decoded(state: Any) -> Any:
   """Returns any state, with float32 moments in place of codes and scales."""
   return jax.tree.map(
-    lambda x: EightBitState(x.count, decoded(x), {}) if _is_state(x) else x,
+    lambda x: CodedState(x.count, decoded(x), {}) if _is_state(x) else x,
     state,
     is_leaf=_is_state,
   )
@@ -78,7 +96,7 @@ def all_encoded(wide: Any, like: Any) -> Any:
   """Returns what `all_decoded` made, coded like the state `like`."""
   return jax.tree.map(
     lambda x, y: (
-      encoded(x.coded, y._replace(count=x.count), None) if _is_state(x) else x
+      encoded(x.coded, y._replace(count=x.count)) if _is_state(x) else x
     ),
     wide,
     like,
@@ -87,22 +105,22 @@ def all_encoded(wide: Any, like: Any) -> Any:
 
 
 def _change(
-  f: Callable[[Any], Any], state: EightBitState, wanted: Any
-) -> EightBitState:
+  f: Callable[[Any], Any], state: CodedState, wanted: Any
+) -> CodedState:
   """Returns the state with `f` of the optimizer's own, if that is wanted.
 
   Rounded to the nearest: this is rare, and no mean is to be kept.
   """
   return _varying.cond(
-    wanted, lambda: encoded(f(decoded(state)), state, None), lambda: state
+    wanted, lambda: encoded(f(decoded(state)), state), lambda: state
   )
 
 
-_moments.register_codec(EightBitState, decoded, _change)
+_moments.register_codec(CodedState, decoded, _change)
 
 
 def _is_state(x: Any) -> bool:
-  return isinstance(x, EightBitState)
+  return isinstance(x, CodedState)
 
 
 def paths_in(tree: Any) -> Any:

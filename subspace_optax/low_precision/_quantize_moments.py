@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers with a byte for each number of their moments.
+"""Optimizers with a byte, or half of one, for each number of their moments.
 
 Dettmers et al., `8-bit Optimizers via Block-wise Quantization
 <https://arxiv.org/abs/2110.02861>`_, 2021; the code is that of `_codes`. The
@@ -26,48 +26,59 @@ from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
 from subspace_optax.low_precision import _blocks
+from subspace_optax.low_precision import _by_layer
 from subspace_optax.low_precision import _coded_state
 from subspace_optax.low_precision import _codes
 from subspace_optax.transports import _moments
 
-ROUNDING = ('stochastic', 'nearest')
+ROUNDING = ('auto', 'stochastic', 'nearest')
 
 # Smaller matrices stay float32: what they would save is nothing.
-_LEAST_SIZE = 4096
+_LEAST_SIZE = 512
 
 
 def quantize_moments(
   inner: optax.GradientTransformation,
   bits: int = 8,
   *,
-  rounding: str = 'stochastic',
+  rounding: str = 'auto',
   exclude: str | None = 'auto',
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """Keeps the moments of an optimizer in 8 bits.
+  """Keeps the moments of an optimizer in 8 bits, or first moments in 4.
 
   Moments are coded in blocks of 80 to 512 numbers, each with a float32 scale:
-  1.03 bytes a number for the sizes of most models, and 1.05 at most. The
-  relative error is the same in 15 octaves below a block's largest first moment
-  and 25 below its largest second moment; smaller second moments are taken for
-  the smallest of these. One gradient that is not finite, or whose square is
+  1.03 bytes a number for the sizes of most models, and 1.05 at most. First
+  moments are squares of even codes: the error is a part in 64 of the block's
+  largest number at most, and smaller for smaller ones. Of second moments it is
+  7 % in each of 25 octaves below the block's largest; smaller ones are taken
+  for the smallest of these. One gradient that is not finite, or whose square is
   not, spoils its block.
 
-  While a leaf is updated its moments are float32: of a stack of layers, all of
-  them, which may take more than the codes save. `layerwise` holds one layer's.
+  With `bits=4`, means and sums of gradients take 4 bits: 0.53 bytes a number
+  for the sizes of most models, 0.56 at most. Their code has 7 sizes, so that
+  this is for momentum that decays by 5 % a step or faster, as Muon's and
+  Adam's. Second moments stay in 8 bits, since optimizers divide by them: Adam
+  then takes 0.53 + 1.03 bytes.
+
+  While a leaf is updated its moments are float32. Of a stack of layers (leading
+  axes of three or more) only one layer's are, if the optimizer is registered as
+  elementwise, as Adam and Lion are, and if the program can see that the first
+  axis is on one device. It can't on a mesh of automatic axes: there, all are.
 
   Args:
     inner: an optimizer whose moments start at zero and are registered, see
       `register_moments`; or a chain of such.
-    bits: 8.
+    bits: 8 or 4.
     rounding: 'stochastic' is right in the mean, so that moments move by less
-      than a code at a step; 'nearest' is not, and slower than half a code's
-      4 % they don't move.
+      than a code at a step; 'nearest' is not, and moments that change by less
+      than half a code don't move. 'auto' rounds codes of 8 bits at random and
+      codes of 4 bits to the nearest, where it halves the variance.
     exclude: regular expression; leaves whose path it finds are not coded. None
       for no path; 'auto' for norms and biases by their names. Complex leaves
       are not coded either, nor are those of fewer than two axes or with less
-      than 4,096 numbers in the last two, such as an attention kernel of
-      (768, 12, 64). Their moments are the optimizer's, float32 or wider.
+      than 512 numbers in the last two. Their moments are the optimizer's,
+      float32 or wider.
     seed: of the rounding.
 
   Returns:
@@ -129,25 +140,31 @@ def quantize_moments(
       return codes
 
     coded = _moments.map_moments(zeros, state)
-    state = _coded_state.EightBitState(count, coded, scales)
+    state = _coded_state.CodedState(count, coded, scales)
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
 
   def update(updates, state, params=None, **extra_args):
-    if not isinstance(state, _coded_state.EightBitState):
+    if not isinstance(state, _coded_state.CodedState):
       raise ValueError(
-        f'the state is {type(state).__name__}, and not one with moments in 8 '
-        'bits: call init of this optimizer, or train on with the one that made '
-        'the state.'
+        f'the state is {type(state).__name__}, and not one with moments in '
+        f'{bits} bits: call init of this optimizer, or train on with the one '
+        'that made the state.'
       )
     params = None if params is None else _tree.unbox(params)
-    bare, wide = _tree.unbox(updates), _coded_state.decoded(state)
-    gradients = _widen(bare, wide)
-    directions, new = inner.update(gradients, wide, params, **extra_args)
-    directions = jax.tree.map(_as_gradient, directions, bare)
-    entries = [entry for _, entry in _tree.flatten(directions)[0]]
     count = jnp.asarray(optax.safe_increment(state.count))
-    noise = (seed, count) if rounding == 'stochastic' else None
-    new = _coded_state.encoded(new, state, noise)._replace(count=count)
+
+    def step(bare, state, params, start=0):
+      wide = _coded_state.decoded(state)
+      gradients = _widen(bare, wide)
+      directions, new = inner.update(gradients, wide, params, **extra_args)
+      directions = jax.tree.map(_as_gradient, directions, bare)
+      noise = seed, count, start
+      return directions, _coded_state.encoded(new, state, rounding, noise)
+
+    bare = _tree.unbox(updates)
+    directions, new = _by_layer.update(step, bare, state, params)
+    entries = [entry for _, entry in _tree.flatten(directions)[0]]
+    new = new._replace(count=count)
     return _tree.replace_entries(updates, entries), new
 
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
@@ -161,7 +178,7 @@ def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
   """
   whole = jax.eval_shape(inner.init, params)
   if _moments.holds_codes(whole):
-    raise ValueError('inner has moments in 8 bits already; pass it as it is.')
+    raise ValueError('inner has moments in codes already; pass it as it is.')
   _moments.check_registered(whole, 'quantize_moments')
   if not _moments.moments_in(whole):
     raise ValueError(

@@ -39,9 +39,9 @@ def resize_rank(
 
   Of a basis in int8 or int4 the codes of the columns that stay are copied; made
   orthonormal with others, those columns turn by less than their rounding.
-  Moments in 8 bits are decoded, resized and rounded to the nearest code of the
-  new blocks; at another rank they may have no codes, or get some, since small
-  matrices keep float32.
+  Moments in 8 or 4 bits are decoded, resized and rounded to the nearest code of
+  the new blocks; at another rank they may have no codes, or get some, since
+  small matrices keep float32.
 
   A basis that is made again at every step (`regenerate=True`, as in
   `apollo_adamw`; `dct`, as in `subspace_adamw`, `subspace_muon` and `trion`) is
@@ -80,7 +80,7 @@ def resize_rank(
     if match and match.layout
   }
   start = tx.init(params)
-  # Blocks of 8-bit moments lie otherwise at another rank.
+  # Blocks of moments in codes lie otherwise at another rank.
   old, new = map(_coded_state.all_decoded, (state, start))
   pairs = list(_pairs(_tree.unbox(old), _tree.unbox(new)))
   leaves = _projected_leaves(pairs, new, layouts)

@@ -7,6 +7,7 @@ no optimizer by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ class _Fields(NamedTuple):
 
   kinds: Mapping[str, str]
   means: Mapping[str, str | None]
+  elementwise: bool = False
 
 
 class _Codec(NamedTuple):
@@ -59,6 +61,7 @@ def register_moments(
   second: Mapping[str, str | None] | None = None,
   *,
   sums: Sequence[str] = (),
+  elementwise: bool = False,
 ) -> None:
   """Names the moments in the state of an optimizer.
 
@@ -72,6 +75,9 @@ def register_moments(
       the means of gradients that go with it, both debiased by 1 - b^count with
       the state's `count`; or to None if there is no such field.
     sums: fields with sums of gradients, without a weight of 1 - b.
+    elementwise: whether a number's update depends on nothing but its own
+      gradient and moments, and on counters. `quantize_moments` then updates a
+      stack layer by layer, and passes no parameters.
 
   Raises:
     ValueError: a field that the type does not have.
@@ -91,15 +97,16 @@ def register_moments(
   for name in named:
     if name not in getattr(state_type, '_fields', ()):
       raise ValueError(f'{state_type} has no field {name!r}.')
-  _fields[state_type] = _Fields(kinds, second)
+  _fields[state_type] = _Fields(kinds, second, elementwise)
 
 
-register_moments(optax.ScaleByAdamState, ['mu'], {'nu': 'mu'})
-register_moments(optax.ScaleByBeliefState, ['mu'], {'nu': None})
-register_moments(optax.ScaleByLionState, ['mu'])
-register_moments(optax.TraceState, sums=['trace'])
-register_moments(optax.EmaState, ['ema'])
-register_moments(optax.ScaleByRmsState, [], {'nu': None})
+_register_each = functools.partial(register_moments, elementwise=True)
+_register_each(optax.ScaleByAdamState, ['mu'], {'nu': 'mu'})
+_register_each(optax.ScaleByBeliefState, ['mu'], {'nu': None})
+_register_each(optax.ScaleByLionState, ['mu'])
+_register_each(optax.TraceState, sums=['trace'])
+_register_each(optax.EmaState, ['ema'])
+_register_each(optax.ScaleByRmsState, [], {'nu': None})
 register_moments(optax.MultiStepsState, sums=['acc_grads'])
 register_moments(optax.contrib.MuonState, ['mu'])
 
@@ -165,6 +172,13 @@ def holds_codes(state: Any) -> bool:
   """Whether there are moments in codes in a state."""
   is_coded = lambda x: type(x) in _codecs
   return any(map(is_coded, jax.tree.leaves(state, is_leaf=is_coded)))
+
+
+def are_elementwise(state: Any) -> bool:
+  """Whether a state is of optimizers all of which update number by number."""
+  if type(state) in _fields:
+    return _fields[type(state)].elementwise
+  return type(state) is tuple and all(map(are_elementwise, state))
 
 
 def check_registered(state: Any, what: str) -> None:

@@ -1,0 +1,86 @@
+"""Stacked layers whose moments are codes: one of them is decoded at a time."""
+
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cases
+import subspace_optax as so
+from subspace_optax.low_precision import _by_layer
+
+LAYERS = 24
+STACKS = {
+  'up': jnp.full((LAYERS, 256, 256), 0.02),
+  'down': jnp.full((LAYERS, 256, 256), 0.02),
+}
+INNERS = {'adam': optax.scale_by_adam(), 'lion': optax.scale_by_lion()}
+
+
+def loss(params: Any, x: jax.Array) -> jax.Array:
+  def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+    return x + jnp.tanh(x @ p['up']) @ p['down'], None
+
+  return jnp.mean(lax.scan(jax.checkpoint(layer), x, params)[0] ** 2)
+
+
+def temporaries(inner: optax.GradientTransformation) -> int:
+  """Bytes that a training step needs beside what it is given."""
+  tx = optax.chain(inner, optax.scale(-1e-3))
+
+  def step(params: Any, state: Any, x: jax.Array) -> Any:
+    gradients = jax.grad(loss)(params, x)
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  arguments = STACKS, tx.init(STACKS), jnp.ones((8, 256))
+  program = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+  return program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('name', INNERS)
+def test_temporaries_are_those_of_float32(name, bits):
+  """Those of all layers at once are five times as many for Adam."""
+  wide = temporaries(INNERS[name])
+  assert temporaries(so.quantize_moments(INNERS[name], bits)) < 1.2 * wide
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('name', INNERS)
+def test_steps_are_those_of_all_layers_at_once(name, bits, monkeypatch):
+  tx = so.quantize_moments(INNERS[name], bits)
+  params = STACKS | {'bias': jnp.ones((LAYERS, 256)), 'w': jnp.ones((64, 64))}
+  found = []
+  for least in (_by_layer._LEAST_SIZE, 2**40):
+    monkeypatch.setattr(_by_layer, '_LEAST_SIZE', least)
+    state, update = tx.init(params), cases.jit(lambda g, s: tx.update(g, s))
+    for t in range(3):
+      key = jax.random.key(t)
+      draw = lambda x, key=key: jax.random.normal(key, x.shape)
+      updates, state = update(jax.tree.map(draw, params), state)
+    found.append((updates, state))
+  (updates, state), (wanted, own) = found
+  assert jax.tree.structure(state) == jax.tree.structure(own)
+  assert int(state.count) == int(state.coded.count) == 3
+  for x, y in zip(*map(jax.tree.leaves, (state, own)), strict=True):
+    if jnp.issubdtype(x.dtype, jnp.integer):  # the last bit may tip a code over
+      assert np.mean(np.asarray(x != y)) < 1e-3
+    else:
+      np.testing.assert_allclose(x, y, rtol=1e-5)
+  different = jax.tree.map(
+    lambda x, y: np.mean(np.abs(x - y) > 1e-4), updates, wanted
+  )
+  assert max(jax.tree.leaves(different)) < 2e-3
+
+
+def test_optimizers_that_look_at_other_layers_see_them_all():
+  """Clipping by a norm, whose state says nothing, goes before codes."""
+  inner = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
+  tx = so.quantize_moments(inner)
+  updates, _ = tx.update(STACKS, tx.init(STACKS))
+  np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-5)
