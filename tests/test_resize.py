@@ -473,8 +473,8 @@ def test_boxes_that_a_wrapper_keeps(wrapped):
   'shape, old, new',
   [
     ((121, 96), 48, 64),  # blocks of 12 and of 16 columns
-    ((64, 96), 4, 64),  # too small to be coded, and coded
-    ((64, 96), 64, 4),
+    ((96, 64), 4, 64),  # too small to be coded, and coded
+    ((96, 64), 64, 4),
   ],
 )
 def test_moments_in_8_bits_are_read_in_their_own_blocks(shape, old, new):
