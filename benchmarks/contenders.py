@@ -87,7 +87,7 @@ def ours(name: str, **options: Any) -> Callable[[Any, Any], Any]:
   """One of the library's ready-made optimizers."""
   make = so.optimizers.READY_MADE[name]
   takes = inspect.signature(make).parameters
-  if 'b2' in takes:
+  if 'b2' in takes and 'muon' not in name:
     options.setdefault('b2', B2)
   if 'rank' in takes:
     options.setdefault('rank', 0.25)
@@ -116,6 +116,10 @@ CONTENDERS: dict[str, Contender] = {
   'subspace_muon_8bit': _of_ours(
     ours('subspace_muon', moment_bits=8), 1.25e-3, bits=8
   ),
+  'subspace_muon_4bit': _of_ours(
+    ours('subspace_muon', moment_bits=4), 1.25e-3, bits=8
+  ),
+  'muon_4bit': Contender(_stepping(_muon(4)), 1e-2, bits=8, ours=True),
   'muon_8bit': Contender(_stepping(_muon(8)), 1e-2, bits=8, ours=True),
   'adamw_8bit': Contender(
     _stepping(functools.partial(adam, 8)), 4e-3, bits=8, ours=True
@@ -129,6 +133,10 @@ CONTENDERS: dict[str, Contender] = {
     ours('galore', base_optimizer=optax.scale_by_adam(b2=B2)), 4e-3
   ),
   'dct_adamw': _of_ours(_dct_adamw, 4e-3),
+  'scale': _of_ours(ours('scale', plain=adam()), 4e-3, whole=True),
+  'normuon': _of_ours(ours('normuon'), 1.25e-3),
+  'trion': _of_ours(ours('trion'), 1.25e-3),
+  'dion': _of_ours(ours('dion'), 1.25e-3),
 }
 
 

@@ -97,6 +97,7 @@ def run_backward(
     # What the last turn made is written at the start of this one: every read of
     # the stacks then comes after the write, so that nothing need be copied.
     stacks = _stacks.put_layer(stacks, jnp.minimum(i + 1, last), new)
+    stacks = _stacks.row_major(stacks)
     layer, own = _stacks.layer(stacks, i)
     gradient, gx = _pull(model, i, layer, _stacks.layer(inputs, i), gx)
     updates, own, more = step(layer, own, gradient)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental.layout import Layout
+from jax.experimental.layout import with_layout_constraint
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _tree
@@ -21,6 +23,19 @@ def put_layer(stack: Any, i: Any, layer: Any) -> Any:
   """Returns the stack with its i-th layer replaced."""
   put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)
   return jax.tree.map(put, stack, layer)
+
+
+def row_major(stack: Any) -> Any:
+  """Returns the stack, of which XLA makes no copy in another order of axes.
+
+  Arguments of a program lie row by row unless a caller says otherwise. A loop
+  whose products prefer columns would else begin by copying whole stacks.
+  """
+
+  def one(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+  return jax.tree.map(one, stack)
 
 
 def layer_shapes(stack: Any) -> Any:
