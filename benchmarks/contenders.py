@@ -146,16 +146,19 @@ def _form(
   gap: int = 200,
   rank: float = 0.25,
   projector: Any = None,
+  bits: int = 32,
   **options: Any,
 ) -> Contender:
   """A form of `subspace_muon`, by its pieces."""
+
+  momentum = optax.trace(b, nesterov=True)
 
   def make(lr: Any, decay: Any) -> optax.GradientTransformation:
     rule = projector or (lambda gap: so.projectors.dct(gap, 'random'))
     return so.subspace(
       so.SubspaceSpec(rank),
       rule(gap),
-      optax.trace(b, nesterov=True),
+      momentum if bits == 32 else so.quantize_moments(momentum, bits),
       transport=so.transports.first(),
       residual=so.residuals.orthogonal(
         1 + b if weight is None else weight, **options
@@ -166,7 +169,7 @@ def _form(
       ),
     )
 
-  return _of_ours(make, 1.25e-3)
+  return _of_ours(make, 1.25e-3, bits=bits)
 
 
 # Forms of `subspace_muon` that were tried; see docs/recipes.md. The weight of
@@ -179,6 +182,10 @@ FORMS = {
   'b 0.95, w 4': _form(0.95, 4.0),
   'b 0.98': _form(0.98),
   'b 0.95, rank 0.5': _form(0.95, rank=0.5),
+  'b 0.95, rank 1, 4 bits': _form(0.95, rank=1.0, bits=4),
+  'b 0.95, rank 0.5, 4 bits': _form(0.95, rank=0.5, bits=4),
+  'b 0.95, rank 0.5, 8 bits': _form(0.95, rank=0.5, bits=8),
+  'b 0.9, rank 0.5, 4 bits': _form(0.9, rank=0.5, bits=4),
   'b 0.95, l1': _form(0.95, projector=so.projectors.dct),
   'b 0.95, gap 50': _form(0.95, gap=50),
   'b 0.95, gap 1000': _form(0.95, gap=1000),
