@@ -156,7 +156,7 @@ def _form(
   def make(lr: Any, decay: Any) -> optax.GradientTransformation:
     rule = projector or (lambda gap: so.projectors.dct(gap, 'random'))
     return so.subspace(
-      so.SubspaceSpec(rank),
+      so.SubspaceSpec(rank, only_if_smaller=rank < 1),
       rule(gap),
       momentum if bits == 32 else so.quantize_moments(momentum, bits),
       transport=so.transports.first(),

@@ -161,5 +161,7 @@ def compile_to_count(f: Any, *args: Any) -> Any:
 
 
 def tree_bytes(tree: Any) -> int:
-  """Of all leaves together."""
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  """Of all leaves together, half a byte for a number of 4 bits."""
+  narrow = lambda x: x.dtype in (jnp.int4, jnp.uint4)
+  size = lambda x: x.size / 2 if narrow(x) else x.size * x.dtype.itemsize
+  return round(sum(map(size, jax.tree.leaves(tree))))
