@@ -60,7 +60,7 @@ def _adafactor() -> optax.GradientTransformation:
   )
 
 
-def _muon(bits: int, beta: float = 0.95) -> Callable[[], Any]:
+def _muon(bits: int, beta: float = 0.95, steps: int = 5) -> Callable[[], Any]:
   """Muon on the last two axes of every leaf."""
 
   def axes(params: Any) -> Any:
@@ -68,7 +68,9 @@ def _muon(bits: int, beta: float = 0.95) -> Callable[[], Any]:
     return jax.tree.map(lambda x: number(x.ndim - 2, x.ndim - 1), params)
 
   def direction() -> optax.GradientTransformation:
-    muon = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=axes)
+    muon = optax.contrib.scale_by_muon(
+      ns_steps=steps, beta=beta, weight_dimension_numbers=axes
+    )
     muon = muon if bits == 32 else so.quantize_moments(muon, bits)
     # As in `optax.contrib.muon` by default.
     return optax.chain(muon, optax.stateless(_lengthen))
@@ -186,6 +188,7 @@ FORMS = {
   'b 0.95, rank 0.5, 4 bits': _form(0.95, rank=0.5, bits=4),
   'b 0.95, rank 0.5, 8 bits': _form(0.95, rank=0.5, bits=8),
   'b 0.9, rank 0.5, 4 bits': _form(0.9, rank=0.5, bits=4),
+  'b 0.95, 3 steps': _form(0.95, steps=3),
   'b 0.95, l1': _form(0.95, projector=so.projectors.dct),
   'b 0.95, gap 50': _form(0.95, gap=50),
   'b 0.95, gap 1000': _form(0.95, gap=1000),
@@ -194,3 +197,10 @@ FORMS = {
   'b 0.95, b2 0.95': _form(0.95, b2=0.95),
 }
 CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}
+# Forms of Muon.
+CONTENDERS |= {
+  'muon, b 0.9': Contender(_stepping(_muon(32, 0.9)), 1e-2),
+  'muon, 3 steps': Contender(_stepping(_muon(32, steps=3)), 1e-2),
+  'muon, 4 bits, 3 steps': Contender(_stepping(_muon(4, steps=3)), 1e-2, 8),
+  'muon, 4 bits, b 0.9': Contender(_stepping(_muon(4, 0.9)), 1e-2, 8),
+}
