@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from benchmarks import harness
 from benchmarks import programs
@@ -22,12 +23,17 @@ OUT = harness.RESULTS / 'compile_time.json'
 
 
 def optimizers() -> dict[str, Any]:
-  """AdamW and all ready-made ones."""
+  """AdamW, Muon in 32, 8 and 4 bits, and all ready-made ones."""
   ours = {
     name: so.optimizers.with_rank(make, 8)(1e-3)
     for name, make in so.optimizers.READY_MADE.items()
   }
-  return {'optax.adamw': optax.adamw(1e-3)} | ours
+  return {
+    'optax.adamw': optax.adamw(1e-3),
+    'optax.contrib.muon': optax.contrib.muon(1e-3),
+    'muon, 8 bits': so.scale_by_muon8bit(),
+    'muon, 4 bits': so.quantize_moments(optax.contrib.scale_by_muon(), 4),
+  } | ours
 
 
 def seconds(tx: Any) -> dict[str, float]:

@@ -23,7 +23,11 @@ import recipes
 import subspace_optax as so
 
 # Steps that are all alike, and long: every so many turns will do.
-EVERY = {'optax.contrib.muon': 20}
+EVERY = {
+  'optax.contrib.muon': 20,
+  'so.subspace_muon': 20,
+  'so.subspace_muon, 8 bits': 20,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,11 @@ def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
     'so.golore': golore,
     'so.golore, staggered': lambda: golore(stagger=True),
     'so.online_subspace_descent': lambda: so.online_subspace_descent(lr, rank),
+    'so.subspace_adamw': lambda: so.subspace_adamw(lr, rank),
+    'so.subspace_muon': lambda: so.subspace_muon(lr, rank),
+    'so.subspace_muon, 8 bits': lambda: so.subspace_muon(
+      lr, rank, moment_bits=8
+    ),
   }
 
 
