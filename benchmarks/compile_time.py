@@ -23,7 +23,7 @@ OUT = harness.RESULTS / 'compile_time.json'
 
 
 def optimizers() -> dict[str, Any]:
-  """AdamW, Muon in 32, 8 and 4 bits, and all ready-made ones."""
+  """AdamW, Muon and what has moments in fewer bits, and all ready-made ones."""
   ours = {
     name: so.optimizers.with_rank(make, 8)(1e-3)
     for name, make in so.optimizers.READY_MADE.items()
@@ -31,8 +31,9 @@ def optimizers() -> dict[str, Any]:
   return {
     'optax.adamw': optax.adamw(1e-3),
     'optax.contrib.muon': optax.contrib.muon(1e-3),
+    'adam, 8 bits': so.scale_by_adam8bit(),
     'muon, 8 bits': so.scale_by_muon8bit(),
-    'muon, 4 bits': so.quantize_moments(optax.contrib.scale_by_muon(), 4),
+    'normuon, 4 bits': so.normuon(1e-3, moment_bits=4),
   } | ours
 
 
