@@ -261,3 +261,12 @@ def test_moments_in_numpy_and_numbers_of_python():
   copied = made(lambda p: Odd(p, jnp.zeros(())))
   with errors.raises(ValueError, "'mu'", 'must start at zero'):
     so.quantize_moments(copied).init(PARAMS)
+
+
+def test_whole_moments_are_never_in_memory_at_init():
+  """Nor where an optimizer has other arrays, whose values are needed."""
+  params = {'w': jnp.zeros((2048, 2048))}
+  inner = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(abs))
+  init = so.quantize_moments(inner).init
+  memory = jax.jit(init).lower(params).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < params['w'].nbytes / 100
