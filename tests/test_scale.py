@@ -186,6 +186,16 @@ def test_names_of_axes_tell_tables_from_heads():
   assert momentum.shape == (6, 11)
 
 
+def test_names_of_axes_that_differ_between_inits_are_refused():
+  """Without boxes nothing tells which of the two this state is of."""
+  x = {'w': ref.normal(3, (5, 6, 7)), 'lm_head': ref.normal(4, (6, 13))}
+  tx = so.scale(1e-3)
+  for names in (('layers', 'embed', 'mlp'), ('embed', 'heads', 'kv')):
+    state = tx.init(x | {'w': linen.Partitioned(x['w'], names)})
+  with errors.raises(ValueError, "'w'", 'weight_dimension_numbers'):
+    tx.update(x, state, x)
+
+
 @pytest.mark.parametrize('head', ['auto', 'lm_head'])
 def test_layer_by_layer(head):
   """A stack without a head is a part of a model: nothing to warn of."""

@@ -79,11 +79,16 @@ class Match(NamedTuple):
 
   @property
   def matrices(self) -> str:
-    """The leaf as `3 x (64 x 16)`, inputs by outputs, or why it is none."""
+    """The leaf as `3 x (64 x 16)`, inputs by outputs, or why it is none.
+
+    The outputs of blocks stand apart, as in `64 x (16 + 4 + 4)`.
+    """
     if self.layout is None:
       return self.reason
     count = ' x '.join(map(str, self.layout.batch_shape))
-    matrix = f'{self.layout.inputs} x {self.layout.outputs}'
+    blocks = ' + '.join(map(str, self.layout.blocks))
+    outputs = f'({blocks})' if blocks else self.layout.outputs
+    matrix = f'{self.layout.inputs} x {outputs}'
     return f'{count} x ({matrix})' if count else matrix
 
 

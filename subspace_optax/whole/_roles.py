@@ -6,7 +6,6 @@ embeddings are those that it keeps plain by their names.
 """
 
 from collections.abc import Iterable
-import dataclasses
 import re
 from typing import Any, NamedTuple
 
@@ -34,13 +33,6 @@ class Role(NamedTuple):
   why: str
 
 
-def of_rank_one(spec: _spec.SubspaceSpec) -> _spec.SubspaceSpec:
-  """Returns the spec for matrices that are not projected, of any size."""
-  return dataclasses.replace(
-    spec, rank=1, only_if_smaller=False, allow_empty=True
-  )
-
-
 def find_roles(
   spec: _spec.SubspaceSpec,
   matches: Iterable[_spec.Match | None],
@@ -50,7 +42,7 @@ def find_roles(
   """Returns the roles of all leaves that are normalised, by path.
 
   Args:
-    spec: of `of_rank_one`.
+    spec: of matrices of any size.
     matches: its matches.
     names: of the axes in boxes, by path.
     head: see `optimizers.scale`.
