@@ -243,7 +243,6 @@ def test_inside_scan_vmap_and_injected_hyperparameters():
   [
     (lambda: so.scale_by_normuon(b=1.0), ('b must', '1.0')),
     (lambda: so.scale_by_normuon(b2=1.0), ('b2', '1.0')),
-    (lambda: so.scale_by_normuon(b2=None), ('b2', 'None')),
     (lambda: so.scale_by_normuon(steps=0), ('steps', '0')),
     (lambda: so.scale_by_normuon(ns_coeffs='x'), ('ns_coeffs', "'x'")),
     (lambda: so.normuon(1e-3, b=-0.1), ('b must', '-0.1')),
@@ -275,6 +274,8 @@ def test_other_trees_than_at_init():
     so.scale_by_normuon(so.SubspaceSpec(1, include='nothing')).init(PARAMS)
   with errors.raises(TypeError, 'spec', '8'):
     so.scale_by_normuon(8)
+  with errors.raises(TypeError, 'b2', 'None'):
+    so.scale_by_normuon(b2=None)
 
 
 def test_matrices_are_those_of_init_without_boxes():

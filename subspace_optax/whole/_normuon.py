@@ -84,7 +84,8 @@ def scale_by_normuon(
   Raises:
     ValueError: b or b2 outside of [0, 1), or what `residuals.orthogonal`
       refuses; at `init`, no leaf that is a matrix, unless `spec` allows it.
-    TypeError: `spec` is none; steps that are no int.
+    TypeError: `spec` is no `SubspaceSpec`; b or b2 that are no numbers; steps
+      that are no int.
 
   References:
     Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1
@@ -97,10 +98,8 @@ def scale_by_normuon(
     ((16, 64), (1, 64))
   """
   spec = _with_plain.whole_spec(_spec.SubspaceSpec(1) if spec is None else spec)
-  if not isinstance(b, jax.Array) and not 0 <= b < 1:
-    raise ValueError(f'b must lie in [0, 1), got {b}.')
-  if b2 is None:
-    raise ValueError('b2 must lie in [0, 1), got None.')
+  _gap.check_decay(b, 'b')
+  _gap.check_decay(b2, 'b2')
   _gap.check_static(steps, 'steps')
   rule = _orthogonalize.make_rule(ns_coeffs, steps, preconditioning, b2, eps)
 
