@@ -83,6 +83,14 @@ def test_adam_lion_and_muon_in_8_bits_are_it():
   jax.tree.map(np.testing.assert_array_equal, *found)
 
 
+def test_muon_in_8_bits_is_for_matrices():
+  with errors.raises(ValueError, "'bias'", '(128,)', 'optax.partition'):
+    so.scale_by_muon8bit().init(PARAMS)
+  masked = optax.masked(so.scale_by_muon8bit(), {'w': True, 'bias': False})
+  updates, _ = run(masked)
+  assert np.isfinite(updates['w']).all()
+
+
 def test_muon_in_8_bits_is_nearly_muon():
   """Of momentum within a code's 4 %, singular values as far from 1 as ever."""
   matrix = {'w': PARAMS['w']}
