@@ -765,7 +765,7 @@ def subspace_muon(
   Updates have singular values near `scale` times the learning rate (times
   sqrt(out / in) for kernels that widen) whatever the rank and the width, so
   that one learning rate serves all of them. A step costs Muon's products and
-  3 products with a basis.
+  2 products with a basis.
 
   Args:
     learning_rate: a float or a schedule, about Adam's for embeddings, heads

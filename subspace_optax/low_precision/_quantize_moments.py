@@ -62,9 +62,10 @@ def quantize_moments(
   then takes 0.53 + 1.03 bytes.
 
   While a leaf is updated its moments are float32. Of a stack of layers (leading
-  axes of three or more) only one layer's are, if the optimizer is registered as
-  elementwise, as Adam and Lion are, and if the program can see that the first
-  axis is on one device. It can't on a mesh of automatic axes: there, all are.
+  axes of three or more) only one layer's are, or a few layers' of more than
+  128, if the optimizer is registered as elementwise, as Adam and Lion are, and
+  if the program can see that the first axis is on one device. It can't on a
+  mesh of automatic axes: there, all are.
 
   Args:
     inner: an optimizer whose moments start at zero and are registered, see
