@@ -274,6 +274,15 @@ def test_bad_gradients(bad):
       assert (spoiled.all(axes) == spoiled.any(axes)).all(), path
 
 
+def test_small_gradients_are_not_blown_up():
+  """Below a root mean square of 1e-8 outputs move in proportion."""
+  tx, params = so.scale(-1.0, head=None), {'up': ref.normal(0, (6, 8))}
+  g = {'up': 1e-10 * params['up']}
+  updates, _ = ref.jit(tx.update)(g, tx.init(params), params)
+  wanted = float64(g['up']) / 1e-8
+  np.testing.assert_allclose(updates['up'], wanted, rtol=1e-5)
+
+
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
 def test_sharded(kind):
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(kind,) * 2)

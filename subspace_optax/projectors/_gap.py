@@ -81,7 +81,7 @@ def check_decay(rate: Any, name: str) -> None:
     return
   if not isinstance(rate, numbers.Real):
     raise TypeError(f'{name} must be a number in [0, 1), got {rate!r}.')
-  if not 0 <= rate < 1:
+  if not 0 <= float(rate) < 1:
     raise ValueError(f'{name} must lie in [0, 1), got {rate!r}.')
 
 
