@@ -44,7 +44,7 @@ import subspace_optax as so
 import train_step
 
 # Of a few rates at the default settings, the best; those of adafactor, muon,
-# dion, trion and scale are guesses. See `Config.scale`.
+# normuon, dion, trion and scale are guesses. See `Config.scale`.
 LEARNING_RATES = {
   'galore': 2e-3,
   'golore': 2e-3,
@@ -54,6 +54,7 @@ LEARNING_RATES = {
   'ldadamw': 1e-3,
   'subspace_adamw': 1e-3,
   'subspace_muon': 1e-3,
+  'normuon': 1e-3,
   'dion': 1e-3,
   'trion': 1e-3,
   'scale': 1e-3,

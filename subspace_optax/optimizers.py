@@ -765,7 +765,7 @@ def subspace_muon(
   Updates have singular values near `scale` times the learning rate (times
   sqrt(out / in) for kernels that widen) whatever the rank and the width, so
   that one learning rate serves all of them. A step costs Muon's products and
-  3 products with a basis.
+  2 products with a basis.
 
   Args:
     learning_rate: a float or a schedule, about Adam's for embeddings, heads
@@ -806,7 +806,7 @@ def subspace_muon(
     >>> import subspace_optax as so
     >>> tx = so.subspace_muon(5e-3)
   """
-  _check_decay(b)
+  _gap.check_decay(b, 'b')
   tx = _assemble(
     _choose_spec(spec, rank=rank, seed=seed),
     projectors.dct(update_proj_gap, 'random', stagger=stagger),
@@ -1048,7 +1048,7 @@ def _assemble_momentum(
   **rest: Any,
 ) -> Transformation:
   """Returns an optimizer whose momentum is that of whole matrices."""
-  _check_decay(b)
+  _gap.check_decay(b, 'b')
   return _assemble(
     spec,
     projector,
@@ -1129,7 +1129,7 @@ def scale(
     norm     (16)     plain   -       has fewer than two axes
     up       (16,64)  matrix  16      normalized
   """
-  _check_decay(b)
+  _gap.check_decay(b, 'b')
   _check_number('scale', scale)
   _check_bits(moment_bits)
   if head is not None and not isinstance(head, str):
@@ -1149,12 +1149,6 @@ def scale(
   )
   after = _decay_and_step(learning_rate, weight_decay, mask)
   return _dtypes.round_last(optax.chain(tx, after))
-
-
-def _check_decay(b: Any) -> None:
-  """Raises for a decay outside of [0, 1)."""
-  if not isinstance(b, jax.Array) and not 0 <= b < 1:
-    raise ValueError(f'b must lie in [0, 1), got {b}.')
 
 
 def _choose_spec(

@@ -5,6 +5,9 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -55,6 +58,8 @@ def test_temporaries_are_those_of_float32(name, bits):
 def test_steps_are_those_of_all_layers_at_once(name, bits, monkeypatch):
   tx = so.quantize_moments(INNERS[name], bits)
   params = STACKS | {'bias': jnp.ones((LAYERS, 256)), 'w': jnp.ones((64, 64))}
+  # Layers along the second axis, taken in four turns.
+  params['middle'] = jnp.ones((256, 4, 256))
   found = []
   for least in (_by_layer._LEAST_SIZE, 2**40):
     monkeypatch.setattr(_by_layer, '_LEAST_SIZE', least)
@@ -78,9 +83,44 @@ def test_steps_are_those_of_all_layers_at_once(name, bits, monkeypatch):
   assert max(jax.tree.leaves(different)) < 2e-3
 
 
+@pytest.mark.parametrize('spec', [P('x', None, 'y'), P(None, 'x', 'y')])
+def test_layers_on_several_devices_are_not_taken_one_by_one(spec):
+  """That would gather them; cut along other axes they are."""
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(AxisType.Explicit,) * 2)
+  params = {'up': jax.random.normal(jax.random.key(0), (4, 512, 512))}
+  tx = so.scale_by_adam8bit()
+  wanted, _ = cases.jit(tx.update)(params, tx.init(params))
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, NamedSharding(mesh, spec))
+    state = tx.init(placed)
+    program = cases.jit(tx.update).lower(placed, state).compile()
+    found, _ = program(placed, state)
+  text = program.as_text()
+  assert 'all-gather' not in text
+  assert ('while(' in text) == (spec[0] is None)
+  np.testing.assert_allclose(found['up'], wanted['up'], rtol=1e-5)
+
+
 def test_optimizers_that_look_at_other_layers_see_them_all():
   """Clipping by a norm, whose state says nothing, goes before codes."""
   inner = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
   tx = so.quantize_moments(inner)
   updates, _ = tx.update(STACKS, tx.init(STACKS))
   np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'shape, layers',
+  [
+    ((24, 512, 1376), 1),
+    ((128, 512, 512), 1),
+    ((4096, 32, 11008), 32),  # layers along the second axis
+    ((4096, 32, 128), 32),  # heads
+    ((256, 4, 256), 64),
+    ((1021, 64, 1024), 1021),  # nothing divides it
+    ((16, 64, 64), 16),  # too small
+    ((1, 512, 512), 1),
+  ],
+)
+def test_layers_in_a_turn(shape, layers):
+  assert _by_layer._layers_in_turn(shape) == layers

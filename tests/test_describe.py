@@ -220,6 +220,13 @@ def test_what_is_assumed_or_named_shows():
   assert _table(so.describe(spec, params))[0]['w'][-2] == 'named'
 
 
+def test_blocks_of_fused_kernels_show():
+  dims = so.DimensionNumbers(1, 2, (6, 3, 3))
+  spec = _spec(weight_dimension_numbers=dims)
+  table, _ = _table(so.describe(spec, {'qkv': jnp.ones((3, 8, 12))}))
+  assert table['qkv'][1] == '3 x (8 x (6 + 3 + 3))'
+
+
 def test_describing_leaves_no_trace():
   first = so.describe(_inner(), PARAMS)
   _inner().init({'w': jnp.ones((8, 12))})

@@ -283,6 +283,17 @@ def test_temporaries_and_copies(twelve, name):
   assert kept < 1000
 
 
+def test_stacks_keep_their_order_of_axes(twelve):
+  """For a TPU; a CPU has no other. All stacks, at every turn."""
+  params, batch, _, parts = twelve
+  step = so.layerwise(OPTIMIZERS['adam'], *parts)
+  state = jax.eval_shape(step.init, params)
+  text = jax.jit(step.step).lower(params, state, batch).as_text()
+  stacks = re.findall(r'@LayoutConstraint\(.*tensor<12x', text)
+  of_layers = jax.tree.leaves(params['blocks'])
+  assert len(stacks) >= 3 * len(of_layers)  # weights and Adam's two moments
+
+
 ON_A_MESH = {
   'adam': optax.adam(0.01),
   'golore': so.golore(0.01, 4, update_proj_gap=3),

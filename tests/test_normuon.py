@@ -1,5 +1,8 @@
 """NorMuon on whole matrices, against a dense float64 loop."""
 
+import re
+
+from flax import linen
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -240,7 +243,6 @@ def test_inside_scan_vmap_and_injected_hyperparameters():
   [
     (lambda: so.scale_by_normuon(b=1.0), ('b must', '1.0')),
     (lambda: so.scale_by_normuon(b2=1.0), ('b2', '1.0')),
-    (lambda: so.scale_by_normuon(b2=None), ('b2', 'None')),
     (lambda: so.scale_by_normuon(steps=0), ('steps', '0')),
     (lambda: so.scale_by_normuon(ns_coeffs='x'), ('ns_coeffs', "'x'")),
     (lambda: so.normuon(1e-3, b=-0.1), ('b must', '-0.1')),
@@ -262,11 +264,70 @@ def test_bad_arguments(make, parts):
 def test_other_trees_than_at_init():
   tx = so.scale_by_normuon()
   state = tx.init(PARAMS)
-  with errors.raises(ValueError, 'tree of the parameters'):
+  with errors.raises(ValueError, 'tree of the parameters', 'layers/down'):
     tx.update({'up': PARAMS['up']}, state)
-  with errors.raises(ValueError, 'fits the state'):
-    tx.update(PARAMS | {'up': jnp.ones((8, 21))}, state)
+  # Squares tell of outputs, the momentum of inputs.
+  for what, shape in (('mean squares', (8, 21)), ('momentum', (9, 20))):
+    with errors.raises(ValueError, what, "'up'", str(shape)):
+      tx.update(PARAMS | {'up': jnp.ones(shape)}, state)
   with errors.raises(ValueError, 'include', 'nothing'):
     so.scale_by_normuon(so.SubspaceSpec(1, include='nothing')).init(PARAMS)
   with errors.raises(TypeError, 'spec', '8'):
     so.scale_by_normuon(8)
+  with errors.raises(TypeError, 'b2', 'None'):
+    so.scale_by_normuon(b2=None)
+
+
+def test_matrices_are_those_of_init_without_boxes():
+  """As for `nnx.Optimizer`; what nothing tells apart is refused."""
+  x = ref.normal(0, (4, 6, 8))
+  axes = {
+    'stack': ('layers', 'embed', 'mlp'),
+    'heads': ('embed', 'heads', 'kv'),
+  }
+  boxed = {k: linen.Partitioned(x, names) for k, names in axes.items()}
+  states = {}
+  for k in axes:
+    tx = so.scale_by_normuon()
+    states[k] = tx.init({'w': boxed[k]})
+  for k, state in states.items():
+    wanted, _ = tx.update({'w': boxed[k]}, state)
+    found, _ = tx.update({'w': x}, state)
+    np.testing.assert_array_equal(found['w'], wanted['w'].value, err_msg=k)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda: so.normuon(LR, moment_bits=8, spec=SPEC),
+    lambda: so.quantize_moments(
+      optax.chain(so.scale_by_normuon(SPEC), optax.scale_by_schedule(abs))
+    ),
+    lambda: optax.chain(optax.clip(1.0), so.scale_by_normuon(SPEC)),
+  ],
+)
+def test_description(make):
+  """Told once, though codes and boxes trace `init` several times."""
+  params = {
+    'norm': jnp.ones(16),
+    'qkv': linen.Partitioned(jnp.ones((2, 16, 48)), (None, None, None)),
+    'up': jnp.ones((16, 64)),
+  }
+  text = so.describe(make(), params).splitlines()
+  assert [re.split('  +', line) for line in text] == [
+    ['normuon'],
+    ['path', 'shape', 'as', 'inputs', 'update'],
+    ['norm', '(16)', 'plain', '-', 'has no weight_dimension_numbers'],
+    ['qkv', '(2,16,48)', '2 x (16 x (32 + 8 + 8))', '16', 'orthogonal'],
+    ['up', '(16,64)', '16 x 64', '16', 'orthogonal'],
+  ]
+
+
+SPEC = so.SubspaceSpec(
+  1,
+  weight_dimension_numbers={
+    'norm': None,
+    'qkv': so.DimensionNumbers(1, 2, (32, 8, 8)),
+    'up': so.DimensionNumbers(0, 1),
+  },
+)

@@ -83,6 +83,14 @@ def test_adam_lion_and_muon_in_8_bits_are_it():
   jax.tree.map(np.testing.assert_array_equal, *found)
 
 
+def test_muon_in_8_bits_is_for_matrices():
+  with errors.raises(ValueError, "'bias'", '(128,)', 'optax.partition'):
+    so.scale_by_muon8bit().init(PARAMS)
+  masked = optax.masked(so.scale_by_muon8bit(), {'w': True, 'bias': False})
+  updates, _ = run(masked)
+  assert np.isfinite(updates['w']).all()
+
+
 def test_muon_in_8_bits_is_nearly_muon():
   """Of momentum within a code's 4 %, singular values as far from 1 as ever."""
   matrix = {'w': PARAMS['w']}
@@ -261,3 +269,12 @@ def test_moments_in_numpy_and_numbers_of_python():
   copied = made(lambda p: Odd(p, jnp.zeros(())))
   with errors.raises(ValueError, "'mu'", 'must start at zero'):
     so.quantize_moments(copied).init(PARAMS)
+
+
+def test_whole_moments_are_never_in_memory_at_init():
+  """Nor where an optimizer has other arrays, whose values are needed."""
+  params = {'w': jnp.zeros((2048, 2048))}
+  inner = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(abs))
+  init = so.quantize_moments(inner).init
+  memory = jax.jit(init).lower(params).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < params['w'].nbytes / 100

@@ -84,7 +84,7 @@ def test_moments_in_8_bits(name):
 @pytest.mark.parametrize('name', cases.READY_MADE)
 def test_first_moments_in_4_bits(name):
   """Of every one; two steps, since the first has no codes to read."""
-  tx = so.optimizers.READY_MADE[name](0.1, rank=32, moment_bits=4)
+  tx = cases.ready_made(name, rank=32)(0.1, moment_bits=4)
   state, update = tx.init(PARAMS), cases.jit(tx.update)
   before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
   for _ in range(2):

@@ -186,6 +186,16 @@ def test_names_of_axes_tell_tables_from_heads():
   assert momentum.shape == (6, 11)
 
 
+def test_names_of_axes_that_differ_between_inits_are_refused():
+  """Without boxes nothing tells which of the two this state is of."""
+  x = {'w': ref.normal(3, (5, 6, 7)), 'lm_head': ref.normal(4, (6, 13))}
+  tx = so.scale(1e-3)
+  for names in (('layers', 'embed', 'mlp'), ('embed', 'heads', 'kv')):
+    state = tx.init(x | {'w': linen.Partitioned(x['w'], names)})
+  with errors.raises(ValueError, "'w'", 'weight_dimension_numbers'):
+    tx.update(x, state, x)
+
+
 @pytest.mark.parametrize('head', ['auto', 'lm_head'])
 def test_layer_by_layer(head):
   """A stack without a head is a part of a model: nothing to warn of."""
@@ -262,6 +272,15 @@ def test_bad_gradients(bad):
     else:
       assert spoiled.any() and not spoiled.all(), path
       assert (spoiled.all(axes) == spoiled.any(axes)).all(), path
+
+
+def test_small_gradients_are_not_blown_up():
+  """Below a root mean square of 1e-8 outputs move in proportion."""
+  tx, params = so.scale(-1.0, head=None), {'up': ref.normal(0, (6, 8))}
+  g = {'up': 1e-10 * params['up']}
+  updates, _ = ref.jit(tx.update)(g, tx.init(params), params)
+  wanted = float64(g['up']) / 1e-8
+  np.testing.assert_allclose(updates['up'], wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])

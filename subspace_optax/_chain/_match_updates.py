@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees that `update` is given, matched as `init` matched the parameters."""
 
+from collections.abc import Callable, Sequence
 import itertools
 from typing import Any
 
 import jax
 
+from subspace_optax._chain import _describe
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _projected
@@ -17,7 +19,13 @@ def match_as_at_init(
   spec: _spec.SubspaceSpec, state: Any, updates: Any
 ) -> list[_spec.Match | None]:
   """Returns the matches of the gradients, which must be those of `init`."""
-  matches = _match_to_state(spec, updates, state)
+  _check_whole(updates)
+  matches = match_to_state(
+    spec,
+    updates,
+    ('seeds', state.seed, lambda layout: layout.batch_shape),
+    ('a basis', state.subspaces.basis, lambda layout: layout.basis_shape),
+  )
   seeds = dict(_tree.flatten(state.seed)[0])
   bases = dict(_tree.flatten(state.subspaces.basis)[0])
   for match in matches:
@@ -56,62 +64,88 @@ def _check_placed(
       )
 
 
-def _match_to_state(
-  spec: _spec.SubspaceSpec, updates: Any, state: Any
+# What `init` makes for each matrix: its name, the tree in the state, and from a
+# layout to the shape.
+Made = tuple[str, Any, Callable[[_layout.Layout], tuple[int, ...]]]
+
+
+def match_to_state(
+  spec: _spec.SubspaceSpec, updates: Any, *made: Made
 ) -> list[_spec.Match | None]:
-  pairs, _ = _tree.flatten(updates)
-  for path, entry in pairs:
+  """Returns the matches of the gradients for which `init` made a state.
+
+  Args:
+    spec: what matches them.
+    updates: the gradients.
+    *made: what the state holds, the first of all leaves of the tree.
+
+  Raises:
+    ValueError: the gradients have another tree, or other shapes; they came
+      without names of axes, and those of different inits fit.
+  """
+  _check_tree(updates, made[0][1])
+  known = _find_names(updates)
+  fits = _find_fits(spec, updates, made, known)
+  if not fits and {} not in known:
+    fits = _find_fits(spec, updates, made, [{}])
+  if not fits:
+    raise ValueError(_find_misfit(spec.match(updates, known[0]), made))
+  layouts = [[match and match.layout for match in x] for x in fits]
+  check_alike([path for path, _ in _tree.flatten(updates)[0]], layouts)
+  return fits[0]
+
+
+def _check_whole(updates: Any) -> None:
+  """Raises for gradients that `project` has already been given."""
+  for path, entry in _tree.flatten(updates)[0]:
     if isinstance(entry, _projected.Projected):
       raise ValueError(
         f'gradient {path!r} is projected already; chain `project` once, first.'
       )
-  known, _ = _tree.flatten(state.seed)
-  for new, old in itertools.zip_longest(pairs, known, fillvalue=(None, None)):
+
+
+def _check_tree(updates: Any, known: Any) -> None:
+  """Raises unless gradients have the tree of the parameters at `init`."""
+  pairs = (_tree.flatten(tree)[0] for tree in (updates, known))
+  for new, old in itertools.zip_longest(*pairs, fillvalue=(None, None)):
     if new[0] != old[0]:
       raise ValueError(
         'gradients must have the tree of the parameters at init, where leaf '
         f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
       )
-  known = _find_names(updates)
-  fits = _find_fits(spec, updates, state, known)
-  if not fits and {} not in known:
-    fits = _find_fits(spec, updates, state, [{}])
-  if not fits:
-    raise ValueError(_find_misfit(spec.match(updates, known[0]), state))
-  _check_alike(fits)
-  return fits[0]
 
 
 def find_readings(
   spec: _spec.SubspaceSpec, updates: Any
-) -> list[list[_spec.Match | None]]:
-  """Returns the matches of a tree for all names that its axes may have."""
-  known = _find_names(updates)
-  known = known if {} in known else [*known, {}]
-  return [spec.match(updates, names) for names in known]
+) -> list[tuple[_tree.AxisNames, list[_spec.Match | None]]]:
+  """Returns the names that a tree's axes may have, each with its matches."""
+  return [(x, spec.match(updates, x)) for x in _find_names(updates)]
 
 
 def _find_fits(
   spec: _spec.SubspaceSpec,
   updates: Any,
-  state: Any,
+  made: Sequence[Made],
   known: list[_tree.AxisNames],
 ) -> list[list[_spec.Match | None]]:
   """Returns what names of axes make of a tree, where `init` made it so."""
   readings = (spec.match(updates, names) for names in known)
-  return [x for x in readings if _find_misfit(x, state) is None]
+  return [x for x in readings if _find_misfit(x, made) is None]
 
 
-def _check_alike(readings: list[list[_spec.Match | None]]) -> None:
-  """Raises if a leaf may be two matrices, by the boxes of different inits."""
-  for matches in zip(*readings, strict=True):
-    layouts = {match.layout for match in matches if match}
-    if len(layouts) > 1:
+def check_alike(paths: list[str], readings: list[list[Any]]) -> None:
+  """Raises if a leaf may be two matrices, by the boxes of different inits.
+
+  Args:
+    paths: of the leaves.
+    readings: for each, what may be done with these leaves.
+  """
+  for path, *found in zip(paths, *readings, strict=True):
+    if any(x != found[0] for x in found):
       raise ValueError(
-        f'gradient {matches[0].path!r} came without a box that names its axes, '
-        'and trees like this one had different names at init, or some had '
-        'none; say which axes it has in `weight_dimension_numbers` of '
-        'SubspaceSpec.'
+        f'gradient {path!r} came without a box that names its axes, and trees '
+        'like this one had different names at init, or some had none; say '
+        'which axes it has in `weight_dimension_numbers` of SubspaceSpec.'
       )
 
 
@@ -127,6 +161,8 @@ _MOST_HASHES = 1 << 16
 
 def remember_names(params: Any) -> None:
   """Keeps the names of axes that `init` sees for `update`."""
+  if _describe.is_asked():
+    return
   names, shapes = _tree.axis_names(params), _shapes(params)
   if not names:
     if len(_without_names) >= _MOST_HASHES:
@@ -137,11 +173,6 @@ def remember_names(params: Any) -> None:
   _names_at_init[shapes] = [names, *(x for x in before if x != names)]
   if len(_names_at_init) > _MOST_TREES:
     del _names_at_init[next(iter(_names_at_init))]
-
-
-def names_of(updates: Any) -> _tree.AxisNames:
-  """Returns the names of a tree's axes, or the latest that it had at init."""
-  return next(iter(_find_names(updates)), {})
 
 
 def _find_names(updates: Any) -> list[_tree.AxisNames]:
@@ -160,17 +191,19 @@ def _shapes(tree: Any) -> tuple[tuple[str, Any], ...]:
   return tuple((path, getattr(x, 'shape', None)) for path, x in pairs)
 
 
-def _find_misfit(matches: list[_spec.Match | None], state: Any) -> str | None:
+def _find_misfit(
+  matches: list[_spec.Match | None], made: Sequence[Made]
+) -> str | None:
   """Returns an error for the first leaf that `init` made other arrays for."""
-  bases = dict(_tree.flatten(state.subspaces.basis)[0])
-  for match, (path, seed) in zip(
-    matches, _tree.flatten(state.seed)[0], strict=True
-  ):
-    layout = match.layout if match else None
-    made = [('seeds', seed, layout and layout.batch_shape)]
-    if path in bases:
-      made.append(('a basis', bases[path], layout and layout.basis_shape))
-    for what, array, expected in made:
+  trees = [
+    (what, dict(_tree.flatten(tree)[0]), shape) for what, tree, shape in made
+  ]
+  for match, path in zip(matches, trees[0][1], strict=True):
+    for what, arrays, shape in trees:
+      if path not in arrays:  # as bases that are made again at every step
+        continue
+      array = arrays[path]
+      expected = shape(match.layout) if match and match.layout else None
       found = None if _tree.is_masked(array) else array.shape
       if expected != found:
         return _explain_misfit(match, path, what, expected, found)
@@ -181,11 +214,16 @@ def _explain_misfit(
   match: _spec.Match | None, path: str, what: str, expected: Any, found: Any
 ) -> str:
   shape = tuple(match.leaf.shape) if match else 'masked'
-  return (
+  message = (
     f'gradient {path!r} of shape {shape} needs {what} of shape {expected}, but '
     f'init made {found}; give update the tree that init was given, in the same '
-    'boxes, or call init once in this process. A state of another rank is '
-    'taken over by subspace_optax.resize_rank.'
+    'boxes, or call init once in this process.'
+  )
+  if what != 'a basis':
+    return message
+  return (
+    f'{message} A state of another rank is taken over by '
+    'subspace_optax.resize_rank.'
   )
 
 

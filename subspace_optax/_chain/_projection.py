@@ -102,8 +102,7 @@ class Projection:
     matches = self.spec.match(params)
     _check_matches.check_matches(self.spec, matches)
     _check_matches.check_sides(self.projector, matches)
-    if not _describe.is_asked():
-      _match_updates.remember_names(params)
+    _match_updates.remember_names(params)
     _ = self.storage  # which raises for what it can't hold
     _describe.record(self.spec, matches, self.projector, self.keep_gradient)
     return _first_states.make_state(self.spec, self._first_state, params)

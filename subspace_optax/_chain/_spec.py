@@ -30,8 +30,9 @@ class DimensionNumbers(NamedTuple):
     output_axis: axis or axes of the columns (the output side).
     output_blocks: widths of the kernels that a fused one holds side by side
       along its output axis, as (3072, 1024, 1024) of query, key and value.
-      Muon's rules orthogonalise each alone; one basis serves all of them. None
-      for one kernel.
+      `residuals.orthogonal` and `scale_by_normuon`, and what is made of them,
+      orthogonalise each alone; one basis serves all of them, and to all else,
+      `dion` and `trion` too, they are one matrix. None for one kernel.
 
   Heads need no blocks: with `DimensionNumbers(0, 2)` the heads of a kernel of
   (embed, heads, head_dim) are a stack, and each head a matrix.
@@ -79,11 +80,16 @@ class Match(NamedTuple):
 
   @property
   def matrices(self) -> str:
-    """The leaf as `3 x (64 x 16)`, inputs by outputs, or why it is none."""
+    """The leaf as `3 x (64 x 16)`, inputs by outputs, or why it is none.
+
+    The outputs of blocks stand apart, as in `64 x (16 + 4 + 4)`.
+    """
     if self.layout is None:
       return self.reason
     count = ' x '.join(map(str, self.layout.batch_shape))
-    matrix = f'{self.layout.inputs} x {self.layout.outputs}'
+    blocks = ' + '.join(map(str, self.layout.blocks))
+    outputs = f'({blocks})' if blocks else self.layout.outputs
+    matrix = f'{self.layout.inputs} x {outputs}'
     return f'{count} x ({matrix})' if count else matrix
 
 

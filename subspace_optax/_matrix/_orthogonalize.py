@@ -43,8 +43,6 @@ def make_rule(
 ) -> Rule:
   """Returns a `Rule`, or raises for arguments that make none."""
   how = _newton_schulz.iteration(ns_coeffs, steps, preconditioning)
-  if b2 is not None and not isinstance(b2, jax.Array) and not 0 <= b2 < 1:
-    raise ValueError(f'b2 must lie in [0, 1), or be None, got {b2}.')
   return Rule(how, b2, eps)
 
 

@@ -23,8 +23,11 @@ from subspace_optax.low_precision import _coded_state
 from subspace_optax.low_precision import _codes
 from subspace_optax.transports import _moments
 
-# Numbers of a layer that are worth a turn of a loop.
+# Numbers that are worth a turn of a loop, and its most turns. A stack whose
+# layers are another axis than the first has thousands of small parts, and a
+# program for each of them would take longer than its arithmetic.
 _LEAST_SIZE = 2**16
+_MOST_TURNS = 128
 
 _State = _coded_state.CodedState
 
@@ -71,33 +74,45 @@ def _is_stack(leaf: Any, codes: Any) -> bool:
   return (
     _codes.are_codes(codes)
     and codes.ndim > 2
-    and codes.shape[0] > 1
-    and math.prod(codes.shape[1:]) >= _LEAST_SIZE
+    and _layers_in_turn(codes.shape) < codes.shape[0]
     and jnp.issubdtype(leaf.dtype, jnp.inexact)  # as directions will be
     and all(_sharding.is_whole(x, (0,)) for x in (leaf, codes))
   )
 
 
+def _layers_in_turn(shape: Sequence[int]) -> int:
+  """Returns how many layers a turn takes, all if the leaf is no stack."""
+  layers, size = shape[0], math.prod(shape[1:])
+  fits = (
+    n
+    for n in range(1, layers + 1)
+    if layers % n == 0 and layers <= n * _MOST_TURNS and n * size >= _LEAST_SIZE
+  )
+  return next(fits, layers)
+
+
 def _each_layer(step: Step, updates: Any, state: _State) -> tuple[Any, _State]:
   """Returns `step` of one stack, in a loop that overwrites its arguments."""
   (stack,) = updates.values()
-  size = np.uint32(math.prod(stack.shape[1:]))
+  n = _layers_in_turn(stack.shape)
+  turns, size = len(stack) // n, np.uint32(math.prod(stack.shape[1:]))
 
   def one(i: jax.Array, carried: tuple[Any, _State]) -> tuple[Any, _State]:
-    take = lambda x: lax.dynamic_slice_in_dim(x, i, 1)
-    put = lambda x, layer: lax.dynamic_update_slice_in_dim(x, layer, i, 0)
+    first = n * i
+    take = lambda x: lax.dynamic_slice_in_dim(x, first, n)
+    put = lambda x, layer: lax.dynamic_update_slice_in_dim(x, layer, first, 0)
     stacks = carried[0], _coded_state.moments_of(carried[1])
     gradients, moments = jax.tree.map(take, stacks)
     # With the counters before the step: `carried` has those after it.
     old = _coded_state.with_moments(state, moments)
-    start = i.astype(jnp.uint32) * size
+    start = first.astype(jnp.uint32) * size
     run = lambda gradients, old: step(gradients, old, None, start)
-    directions, new = _apart(run, i < len(stack), gradients, old)
+    directions, new = _apart(run, i < turns, gradients, old)
     layer = directions, _coded_state.moments_of(new)
     directions, moments = jax.tree.map(put, stacks, layer)
     return directions, _coded_state.with_moments(new, moments)
 
-  return _varying.fori_loop(0, len(stack), one, (updates, state))
+  return _varying.fori_loop(0, turns, one, (updates, state))
 
 
 def _apart(run: Callable[..., Any], always: jax.Array, *layer: Any) -> Any:

@@ -8,6 +8,7 @@ import optax
 import optax.contrib
 
 from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _tree
 from subspace_optax.low_precision._quantize_moments import quantize_moments
 
 
@@ -132,7 +133,7 @@ def scale_by_muon8bit(
     See `quantize_moments`.
 
   Raises:
-    ValueError: an unknown rounding.
+    ValueError: an unknown rounding; at `init`, a leaf of fewer than two axes.
 
   References:
     Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024
@@ -155,7 +156,24 @@ def scale_by_muon8bit(
     preconditioning=preconditioning,
     weight_dimension_numbers=weight_dimension_numbers,
   )
-  return quantize_moments(muon, rounding=rounding, exclude=exclude, seed=seed)
+  tx = quantize_moments(muon, rounding=rounding, exclude=exclude, seed=seed)
+
+  def init(params):
+    _check_matrices(params)
+    return tx.init(params)
+
+  return tx._replace(init=init)
+
+
+def _check_matrices(params: Any) -> None:
+  """Raises for a leaf that is no matrix, of which optax tells at `update`."""
+  for path, leaf in _tree.flatten_params(params)[0]:
+    if not _tree.is_masked(leaf) and len(leaf.shape) < 2:
+      raise ValueError(
+        f'scale_by_muon8bit is for matrices alone, and leaf {path!r} has shape '
+        f'{tuple(leaf.shape)}; give it another optimizer, by optax.partition '
+        'or as `plain` of `subspace`.'
+      )
 
 
 def _last_two_axes(params: Any) -> Any:

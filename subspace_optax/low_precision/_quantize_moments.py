@@ -62,9 +62,10 @@ def quantize_moments(
   then takes 0.53 + 1.03 bytes.
 
   While a leaf is updated its moments are float32. Of a stack of layers (leading
-  axes of three or more) only one layer's are, if the optimizer is registered as
-  elementwise, as Adam and Lion are, and if the program can see that the first
-  axis is on one device. It can't on a mesh of automatic axes: there, all are.
+  axes of three or more) only one layer's are, or a few layers' of more than
+  128, if the optimizer is registered as elementwise, as Adam and Lion are, and
+  if the program can see that the first axis is on one device. It can't on a
+  mesh of automatic axes: there, all are.
 
   Args:
     inner: an optimizer whose moments start at zero and are registered, see
@@ -124,10 +125,9 @@ def quantize_moments(
   def first_state(params):
     params = _tree.unbox(params)
     leaves = dict(_tree.flatten(params)[0])
+    whole = _check_inner(inner, params)
     state = _small_state(inner, params)
     count, scales = jnp.zeros((), jnp.int32), {}
-    with _notices.quiet():
-      whole = jax.eval_shape(inner.init, params)
     types = {m.path: m.tree for m in _moments.moments_in(whole)}
 
     def zeros(moments: _moments.MomentTree) -> Any:
@@ -170,12 +170,8 @@ def quantize_moments(
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
-def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
-  """Returns the first state of an optimizer, without whole moments.
-
-  Whole moments in float32 are never in memory: only their types are traced, or
-  one number stands for each, where there are other arrays.
-  """
+def _check_inner(inner: optax.GradientTransformation, params: Any) -> Any:
+  """Returns the types of an optimizer's first state, or raises for it."""
   whole = jax.eval_shape(inner.init, params)
   if _moments.holds_codes(whole):
     raise ValueError('inner has moments in codes already; pass it as it is.')
@@ -186,28 +182,45 @@ def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
       'optimizer without any as it is, or name them with '
       '`subspace_optax.register_moments`.'
     )
-  if not _shapes_of_rest(whole):
-    # Of the leaves' own shapes, which may tell it what is a matrix.
-    _check_zero(jax.jit(lambda x: _are_zero(inner.init(x)))(params))
-    return whole
-  shape = lambda x: (1,) * len(x.shape)
-  # Ones, so that moments which start as a copy are none that start at zero.
-  small = jax.tree.map(lambda x: jnp.ones(shape(x), x.dtype), params)
+  rest = _moments.map_moments(lambda moments: None, whole)
+  leaves = _tree.flatten(params)[0]
+  for path, x in _tree.flatten(rest)[0]:
+    if any(_is_of(leaf, own, path, x) for own, leaf in leaves):
+      raise ValueError(
+        f"inner keeps an array of its parameter's shape, {path!r}, that no "
+        'registered moment names; name it with '
+        '`subspace_optax.register_moments` if it is one.'
+      )
+  return whole
+
+
+def _is_of(leaf: Any, own: str, path: str, x: Any) -> bool:
+  """Whether an array in a state has the path and the shape of a parameter."""
+  return (
+    not _tree.is_masked(leaf)
+    and len(leaf.shape) > 0
+    and x.shape == leaf.shape
+    and f'/{path}'.endswith(f'/{own}' if own else '')
+  )
+
+
+def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
+  """Returns the first state of an optimizer, zeros in its moments' places.
+
+  Made of the leaves' own shapes, which may tell it what is a matrix, and by a
+  program that never holds whole moments in float32.
+  """
+
+  def start(params: Any) -> tuple[dict[str, jax.Array], Any]:
+    # Ones, so that moments that start as a copy are none that start at zero.
+    state = inner.init(jax.tree.map(jnp.ones_like, params))
+    zeros = lambda moments: jax.tree.map(lambda _: jnp.zeros(()), moments.tree)
+    return _are_zero(state), _moments.map_moments(zeros, state)
+
   with _notices.quiet():
-    state = inner.init(small)
-  _check_zero(_are_zero(state))
-  if _shapes_of_rest(whole) != _shapes_of_rest(state):
-    raise ValueError(
-      "inner keeps arrays of the parameters' shapes that no registered moment "
-      'names, and quantize_moments knows no others.'
-    )
+    zero, state = jax.jit(start)(params)
+  _check_zero(zero)
   return state
-
-
-def _shapes_of_rest(state: Any) -> list[tuple[int, ...]]:
-  """Returns the shapes of what are no moments; a Python number has none."""
-  rest = jax.tree.leaves(_moments.map_moments(lambda moments: None, state))
-  return [getattr(x, 'shape', ()) for x in rest]
 
 
 def _are_zero(state: Any) -> dict[str, jax.Array]:

@@ -6,11 +6,13 @@ The last is the lazy refresh of Zhang et al., `Q-GaLore
 """
 
 import dataclasses
+import numbers
 from typing import Any, NamedTuple
 
 import jax
 from jax import core
 import jax.numpy as jnp
+import numpy as np
 
 from subspace_optax._matrix import _tree
 from subspace_optax.projectors import _base
@@ -71,6 +73,16 @@ def schedule(update_proj_gap: Any, stagger: bool) -> '_Fixed | _Lazy':
   if not isinstance(update_proj_gap, jax.Array):
     check_int(update_proj_gap, 'update_proj_gap')
   return _Fixed(update_proj_gap, stagger)
+
+
+def check_decay(rate: Any, name: str) -> None:
+  """Raises unless a decay rate lies in [0, 1); nothing is known of arrays."""
+  if isinstance(rate, jax.Array | np.ndarray):
+    return
+  if not isinstance(rate, numbers.Real):
+    raise TypeError(f'{name} must be a number in [0, 1), got {rate!r}.')
+  if not 0 <= float(rate) < 1:
+    raise ValueError(f'{name} must lie in [0, 1), got {rate!r}.')
 
 
 def check_static(steps: Any, name: str) -> None:

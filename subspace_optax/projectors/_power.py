@@ -23,6 +23,7 @@ from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _varying
 from subspace_optax.projectors import _base
+from subspace_optax.projectors import _gap
 from subspace_optax.projectors import _periodic
 
 # Share of the last basis, relative to what it captures, that a rank-deficient
@@ -81,8 +82,7 @@ def power_iteration(
     ...   transport=so.transports.both(b1=0.908, b2=0.99),
     ... )
   """
-  if not isinstance(momentum, jax.Array) and not 0 <= momentum < 1:
-    raise ValueError(f'momentum must lie in [0, 1), got {momentum}.')
+  _gap.check_decay(momentum, 'momentum')
   keeps_mean = isinstance(momentum, jax.Array) or momentum > 0
 
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):

@@ -19,6 +19,7 @@ from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _varying
+from subspace_optax.projectors import _gap
 from subspace_optax.residuals import _base
 
 
@@ -59,8 +60,7 @@ def error_feedback(b1: float = 0.9) -> _base.Residual:
     ... )
   """
   traced = isinstance(b1, jax.Array)
-  if not traced and not 0 <= b1 < 1:
-    raise ValueError(f'b1 must lie in [0, 1), got {b1}.')
+  _gap.check_decay(b1, 'b1')
 
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     del count

@@ -75,8 +75,7 @@ def momentum_feedback(
     ...   residual=so.residuals.momentum_feedback(0.95),
     ... )
   """
-  if not isinstance(mu, jax.Array) and not 0 <= mu < 1:
-    raise ValueError(f'mu must lie in [0, 1), got {mu}.')
+  _gap.check_decay(mu, 'mu')
   if form not in FORMS:
     raise ValueError(f'form must be one of {FORMS}, got {form!r}.')
   _gap.check_static(steps, 'steps')

@@ -88,6 +88,8 @@ def orthogonal(
     ... )
   """
   _gap.check_static(steps, 'steps')
+  if b2 is not None:
+    _gap.check_decay(b2, 'b2')
   rule = _orthogonalize.make_rule(ns_coeffs, steps, preconditioning, b2, eps)
 
   def update(node: _projected.Projected, scale: Any, count: Any, state: Any):

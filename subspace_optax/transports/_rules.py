@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _linalg
+from subspace_optax.projectors import _gap
 from subspace_optax.transports import _base
 
 
@@ -87,9 +88,8 @@ def both(b1: Any, b2: Any) -> _base.Transport:
     ...   transport=so.transports.both(0.9, 0.99),
     ... )
   """
-  for name, rate in (('b1', b1), ('b2', b2)):
-    if not isinstance(rate, jax.Array) and not 0 <= rate < 1:
-      raise ValueError(f'{name} must lie in [0, 1), got {rate!r}.')
+  _gap.check_decay(b1, 'b1')
+  _gap.check_decay(b2, 'b2')
 
   def move(moment: _base.Moment) -> jax.Array:
     if moment.kind != 'square':

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from subspace_optax._chain import _check_matches
+from subspace_optax._chain import _describe
 from subspace_optax._chain import _first_states
+from subspace_optax._chain import _match_updates
 from subspace_optax._chain import _matrices
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
@@ -29,7 +31,7 @@ from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 from subspace_optax.projectors import _gap
 from subspace_optax.transports import _moments
-from subspace_optax.whole import _match
+from subspace_optax.whole import _with_plain
 
 
 class NorMuonState(NamedTuple):
@@ -82,7 +84,8 @@ def scale_by_normuon(
   Raises:
     ValueError: b or b2 outside of [0, 1), or what `residuals.orthogonal`
       refuses; at `init`, no leaf that is a matrix, unless `spec` allows it.
-    TypeError: `spec` is none; steps that are no int.
+    TypeError: `spec` is no `SubspaceSpec`; b or b2 that are no numbers; steps
+      that are no int.
 
   References:
     Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1
@@ -94,23 +97,28 @@ def scale_by_normuon(
     >>> state.trace['up'].shape, state.nu['up'].shape
     ((16, 64), (1, 64))
   """
-  spec = _match.whole_spec(spec)
-  if not isinstance(b, jax.Array) and not 0 <= b < 1:
-    raise ValueError(f'b must lie in [0, 1), got {b}.')
-  if b2 is None:
-    raise ValueError('b2 must lie in [0, 1), got None.')
+  spec = _with_plain.whole_spec(_spec.SubspaceSpec(1) if spec is None else spec)
+  _gap.check_decay(b, 'b')
+  _gap.check_decay(b2, 'b2')
   _gap.check_static(steps, 'steps')
   rule = _orthogonalize.make_rule(ns_coeffs, steps, preconditioning, b2, eps)
 
   def init(params):
-    _check_matches.check_matches(spec, spec.match(params))
-    _match.remember_names(params)
+    matches = spec.match(params)
+    _check_matches.check_matches(spec, matches)
+    _match_updates.remember_names(params)
+    _describe.record_whole('normuon', matches, _tell)
     make = functools.partial(_first_state, spec)
     return _first_states.make_state(spec, make, params)
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    matches = _match.match_to_squares(spec, updates, state.nu)
+    matches = _match_updates.match_to_state(
+      spec,
+      updates,
+      ('mean squares', state.nu, _orthogonalize.squares_shape),
+      ('momentum', state.trace, lambda layout: layout.shape),
+    )
     trace, nu = (dict(_tree.flatten(x)[0]) for x in state)
     entries = []
     for match, (path, g) in zip(
@@ -132,6 +140,13 @@ def squares_in(state: Any) -> Any:
   is_own = lambda x: isinstance(x, NorMuonState)
   leaves = jax.tree.leaves(state, is_leaf=is_own)
   return next(x.nu for x in leaves if is_own(x))
+
+
+def _tell(match: _spec.Match) -> tuple[str, str, str] | None:
+  """Returns what `describe` shows of a leaf; None for one that stays plain."""
+  if match.layout is None:
+    return None
+  return match.matrices, str(match.layout.inputs), 'orthogonal'
 
 
 def _first_state(

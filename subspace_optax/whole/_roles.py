@@ -6,7 +6,6 @@ embeddings are those that it keeps plain by their names.
 """
 
 from collections.abc import Iterable
-import dataclasses
 import re
 from typing import Any, NamedTuple
 
@@ -34,13 +33,6 @@ class Role(NamedTuple):
   why: str
 
 
-def of_rank_one(spec: _spec.SubspaceSpec) -> _spec.SubspaceSpec:
-  """Returns the spec for matrices that are not projected, of any size."""
-  return dataclasses.replace(
-    spec, rank=1, only_if_smaller=False, allow_empty=True
-  )
-
-
 def find_roles(
   spec: _spec.SubspaceSpec,
   matches: Iterable[_spec.Match | None],
@@ -50,7 +42,7 @@ def find_roles(
   """Returns the roles of all leaves that are normalised, by path.
 
   Args:
-    spec: of `of_rank_one`.
+    spec: of matrices of any size.
     matches: its matches.
     names: of the axes in boxes, by path.
     head: see `optimizers.scale`.
@@ -63,7 +55,7 @@ def find_roles(
   roles = {role.match.path: role for role in found if role}
   heads = [role for role in roles.values() if role.is_head]
   if head is not None and not heads:
-    tied = _tied(roles.values()) if head == AUTO else None
+    tied = _find_tied(roles.values()) if head == AUTO else None
     if tied is not None:
       roles[tied.match.path] = tied
     elif head != AUTO and not are_layers(known):
@@ -86,16 +78,14 @@ def _role(
     return None
   kind = _kind(match, names.get(match.path))
   named = head not in (None, AUTO) and bool(re.search(head, match.path))
-  rows, cols = _sides(spec, match, kind)
+  inputs = _inputs(spec, match, kind)
   if kind == 'embedding':
-    # A table's inputs are its tokens, a head's are the model's width.
-    tied = Role(match, cols, True, 'tied head')
-    return tied if named else Role(match, rows, False, kind)
+    return _tie(match) if named else Role(match, inputs, False, kind)
   if named or (kind == 'head' and head == AUTO):
-    return Role(match, rows, True, 'head')
-  if kind == 'head':
-    return Role(match, rows, False, 'matrix')
-  return Role(match, rows, False, 'matrix') if match.layout else None
+    return Role(match, inputs, True, 'head')
+  if kind == 'head' or match.layout is not None:
+    return Role(match, inputs, False, 'matrix')
+  return None
 
 
 def _kind(match: _spec.Match, names: Any) -> str:
@@ -105,27 +95,27 @@ def _kind(match: _spec.Match, names: Any) -> str:
   return {'an embedding': 'embedding', 'a head': 'head'}.get(match.kind, '')
 
 
-def _sides(
+def _inputs(
   spec: _spec.SubspaceSpec, match: _spec.Match, kind: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Returns the axes of a leaf's inputs and of its outputs."""
+) -> tuple[int, ...]:
+  """Returns the axes of a leaf's inputs."""
   if match.layout is not None:
-    return match.layout.rows, match.layout.cols
-  last = len(match.leaf.shape) - 1
-  rows, cols = (last - 1,), (last,)
+    return match.layout.rows
   # Tables have their tokens first in all libraries.
-  reverse = spec.outputs_first and kind != 'embedding'
-  return (cols, rows) if reverse else (rows, cols)
+  is_last = spec.outputs_first and kind != 'embedding'
+  return (len(match.leaf.shape) - (1 if is_last else 2),)
 
 
-def _tied(roles: Iterable[Role]) -> Role | None:
+def _tie(match: _spec.Match) -> Role:
+  """Returns a table as a head: its inputs are the width, not its tokens."""
+  return Role(match, (len(match.leaf.shape) - 1,), True, 'tied head')
+
+
+def _find_tied(roles: Iterable[Role]) -> Role | None:
   """Returns the largest table of embeddings as a head, if there is any."""
-  tables = [role for role in roles if role.why == 'embedding']
-  if not tables:
-    return None
-  match = max(tables, key=lambda role: role.match.leaf.size).match
-  last = len(match.leaf.shape) - 1
-  return Role(match, (last,), True, 'tied head')
+  tables = [role.match for role in roles if role.why == 'embedding']
+  size = lambda match: match.leaf.size
+  return _tie(max(tables, key=size)) if tables else None
 
 
 def are_layers(matches: Iterable[_spec.Match | None]) -> bool:

@@ -8,6 +8,7 @@ j, with M = G or, of the head, M <- b M + (1 - b) G,
   U_ij = M_ij / max(sqrt(mean_i M_ij^2), 1e-8),   W <- W - lr U.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _tree
 from subspace_optax.whole import _roles
+from subspace_optax.whole import _with_plain
 
 _LEAST = 1e-8
 
@@ -55,17 +57,29 @@ def normalize_outputs(
     head: see `optimizers.scale`.
     scale: factor of the matrices' directions.
   """
-  spec = _roles.of_rank_one(spec)
+  spec = _with_plain.whole_spec(spec)
+  spec = dataclasses.replace(spec, allow_empty=True)
   plain = optax.with_extra_args_support(plain)
+
+  def find_roles(updates):
+    readings = [
+      _roles.find_roles(spec, matches, names, head)
+      for names, matches in _match_updates.find_readings(spec, updates)
+    ]
+    paths = [path for path, _ in _tree.flatten(updates)[0]]
+    does = lambda role: role and (role.inputs, role.is_head)
+    told = [[does(roles.get(path)) for path in paths] for roles in readings]
+    _match_updates.check_alike(paths, told)
+    return readings[0]
 
   def init(params):
     matches = spec.match(params)
-    if not _describe.is_asked():
-      _match_updates.remember_names(params)
+    _match_updates.remember_names(params)
     roles = _roles.find_roles(spec, matches, _tree.axis_names(params), head)
     _check_matches.check_matches(spec, matches)
     _roles.tell(matches, roles, head)
-    _describe.record_whole('scale', _rows(matches, roles))
+    tell = functools.partial(_tell, roles)
+    _describe.record_whole('scale', matches, tell)
     return _first_states.make_state(spec, first_state, params)
 
   def first_state(params, matches, treedef):
@@ -76,8 +90,7 @@ def normalize_outputs(
     return ScaleState(momentum.init(of_head), plain.init(rest))
 
   def update(updates, state, params=None, **extra_args):
-    names = _match_updates.names_of(updates)
-    roles = _roles.find_roles(spec, spec.match(updates, names), names, head)
+    roles = find_roles(updates)
     widen = lambda path, g: _dtypes.widen(spec, g)
     wide = _tree.map_entries(widen, _tree.unbox(updates))
     of_head, others = _beside.split(wide, _heads(roles))
@@ -120,18 +133,12 @@ def _unit(x: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
   return x / jnp.maximum(_linalg.safe_sqrt(squares), _LEAST)
 
 
-def _rows(
-  matches: list[_spec.Match | None], roles: dict[str, _roles.Role]
-) -> list[tuple[str, ...]]:
-  """Returns what `describe` shows of every leaf."""
-  rows = []
-  for match in filter(None, matches):
-    role = roles.get(match.path)
-    shape = f'({",".join(map(str, match.leaf.shape))})'
-    if role is None:
-      rows.append((match.path, shape, 'plain', '-', match.reason or '-'))
-      continue
-    over = str(math.prod(match.leaf.shape[i] for i in role.inputs))
-    what = 'momentum' if role.is_head else 'normalized'
-    rows.append((match.path, shape, role.why, over, what))
-  return rows
+def _tell(
+  roles: dict[str, _roles.Role], match: _spec.Match
+) -> tuple[str, str, str] | None:
+  """Returns what `describe` shows of a leaf; None for one that stays plain."""
+  role = roles.get(match.path)
+  if role is None:
+    return None
+  inputs = math.prod(match.leaf.shape[i] for i in role.inputs)
+  return role.why, str(inputs), 'momentum' if role.is_head else 'normalized'

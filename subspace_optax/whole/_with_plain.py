@@ -2,6 +2,7 @@
 """An optimizer of matrices, another one of the rest, and what follows both."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,7 +14,12 @@ from subspace_optax._chain import _first_states
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _tree
-from subspace_optax.whole import _match
+
+
+def whole_spec(spec: _spec.SubspaceSpec) -> _spec.SubspaceSpec:
+  """Returns the spec for matrices that are not projected, of any size."""
+  _spec.check_spec(spec)
+  return dataclasses.replace(spec, rank=1, only_if_smaller=False)
 
 
 def run_with_plain(
@@ -34,7 +40,7 @@ def run_with_plain(
     squares_in: from the state of `matrices` to its tree of mean squares, which
       tells what `init` took for a matrix.
   """
-  spec = _match.whole_spec(spec)
+  spec = whole_spec(spec)
   own, rest = map(optax.with_extra_args_support, (matrices, plain))
 
   def first_state(params, matches, treedef):
@@ -50,9 +56,8 @@ def run_with_plain(
   def update(updates, state, params=None, **extra_args):
     widen = lambda _, g: _dtypes.widen(spec, g)
     bare = _tree.map_entries(widen, _tree.unbox(updates))
-    squares = squares_in(state.projected)
-    matches = _match.match_to_squares(spec, bare, squares)
-    paths = {m.path for m in matches if m and m.layout}
+    squares, _ = _tree.flatten(squares_in(state.projected))
+    paths = {path for path, x in squares if not _tree.is_masked(x)}
     mine, a = own.update(bare, state.projected, params, **extra_args)
     hidden = _beside.split(bare, paths)[1]
     weights = None if params is None else _beside.split(params, paths)[1]
