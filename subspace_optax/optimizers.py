@@ -244,9 +244,7 @@ def galore(
   )
 
 
-@_ready_made(
-  'rank', 'random_from', 'regenerate', 'seed', 'every_k', 'moment_bits'
-)
+@_ready_made('rank', 'random_from', 'seed', 'every_k', 'moment_bits')
 def golore(
   learning_rate: optax.ScalarOrSchedule,
   rank: Any = _default(128),

@@ -77,8 +77,8 @@ def dimension_numbers_from_paths(
     ...   rank=4, weight_dimension_numbers=so.dimension_numbers_from_paths
     ... )
     >>> params = {'query': {'kernel': jnp.ones((32, 3, 4, 16))}}
-    >>> so.dimension_numbers_from_paths(params)['query']['kernel']
-    DimensionNumbers(reduction_axis=(0,), output_axis=(2, 3))
+    >>> print(*so.dimension_numbers_from_paths(params)['query']['kernel'])
+    (0,) (2, 3) None
     >>> print(so.describe(spec, params))
     path          shape        as matrices    rank  side  axes   basis
     query/kernel  (32,3,4,16)  3 x (32 x 64)  4     rows  named  float32(32,3,4)
