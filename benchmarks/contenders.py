@@ -14,6 +14,7 @@ import jax
 import optax
 import optax.contrib
 
+import recipes
 import subspace_optax as so
 
 B2 = 0.99  # of every Adam
@@ -135,7 +136,9 @@ CONTENDERS: dict[str, Contender] = {
     ours('galore', base_optimizer=optax.scale_by_adam(b2=B2)), 4e-3
   ),
   'dct_adamw': _of_ours(_dct_adamw, 4e-3),
-  'scale': _of_ours(ours('scale', plain=adam()), 4e-3, whole=True),
+  'scale': _of_ours(
+    ours('scale', plain=adam(), mask=recipes.matrix_mask), 4e-3, whole=True
+  ),
   'normuon': _of_ours(ours('normuon'), 1.25e-3),
   'trion': _of_ours(ours('trion'), 1.25e-3),
   'dion': _of_ours(ours('dion'), 1.25e-3),

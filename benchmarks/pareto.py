@@ -36,6 +36,7 @@ RUNS = harness.ROOT / 'runs' / 'pareto'
 LR_FACTOR = 2.0
 DECAY_FACTOR = 3.0
 FIRST_DECAY = 3e-3
+JOB = tuple(field.name for field in dataclasses.fields(pareto_run.Job))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,20 @@ class Store:
       return False
     return True
 
+  def restore(self, out: str) -> None:
+    """Takes over the runs of an earlier report that are not there."""
+    if not pathlib.Path(out).exists():
+      return
+    for search in json.loads(pathlib.Path(out).read_text())['searches']:
+      job = pareto_run.Job(*(search[name] for name in JOB))
+      for run in search['runs']:
+        point = Point(run['lr'], run['decay'], run['seed'])
+        row = fields(job, search['program'], point) | run
+        path = self.path(fields(job, search['program'], point))
+        if not path.exists():
+          row |= {'memory': search['memory']}
+          harness.save_results(path, row, indent=None)
+
   def save(self, path: pathlib.Path, row: dict) -> None:
     harness.save_results(path, row, indent=None)
     path.with_suffix('.claim').unlink()
@@ -164,6 +179,7 @@ class Worker:
 
   def __init__(self, args: Args):
     self.args, self.store = args, Store(args.runs)
+    self.store.restore(args.out)
     self.trainers: dict[pareto_run.Job, pareto_run.Trainer] = {}
 
   def trainer(self, job: pareto_run.Job) -> pareto_run.Trainer:
@@ -190,7 +206,7 @@ class Worker:
       job, point, path = found
       trainer = self.trainer(job)
       row = fields(job, trainer.digest, point) | trainer.run(*point)
-      row |= {'memory': trainer.memory(), 'machine': harness.describe_machine()}
+      row |= {'memory': trainer.memory()}
       self.store.save(path, row)
       print(
         f'{job.method} {job.corpus} {job.size} x{job.multiple:g}: '
@@ -208,9 +224,8 @@ def fields(job: pareto_run.Job, digest: str, point: Point) -> dict[str, Any]:
 def collect(args: Args) -> dict[str, Any]:
   """All searches that are in the store, each with what it lacks."""
   found: dict[tuple, list[dict]] = {}
-  names = [field.name for field in dataclasses.fields(pareto_run.Job)]
   for row in Store(args.runs).all():
-    found.setdefault((*(row[k] for k in names), row['program']), []).append(row)
+    found.setdefault((*(row[k] for k in JOB), row['program']), []).append(row)
   searches = [
     _search(pareto_run.Job(*key), rows, args)
     for (*key, _), rows in found.items()
@@ -235,6 +250,7 @@ def _search(job: pareto_run.Job, rows: list[dict], args: Args) -> dict:
 
 def report(args: Args) -> None:
   """Writes and prints what is there."""
+  Store(args.runs).restore(args.out)
   results = collect(args)
   harness.save_results(args.out, results, indent=None)
   text = pareto_report.markdown(results)
