@@ -4,9 +4,9 @@
 Dettmers et al., `8-bit Optimizers via Block-wise Quantization
 <https://arxiv.org/abs/2110.02861>`_, 2021, with other codes. A block, see
 `_blocks`, is scaled by its largest absolute value. With a sign, codes to +-127
-in a byte and to +-7 in half a byte stand for squares,
+in a byte and to +-7 in half a byte stand for
 
-  int8, int4: x = scale sign(c) (c / top)^2,
+  int8: x = scale sign(c) (|c| / 127)^2,   int4: x = scale sign(c) (|c| / 7)^1.5
 
 which have most codes where most of momentum is. Rounding errors decay with the
 momentum and add up until then. Of Gaussian gradients' momentum that decays by
@@ -14,7 +14,7 @@ momentum and add up until then. Of Gaussian gradients' momentum that decays by
 where the numbers of a block differ by a factor of e (an even code: 0.03 and
 0.48; a logarithmic one: 0.10). Half a byte is rounded to the nearest: a step
 changes such a momentum by a third of its size, which is noise enough to move it
-between codes. The error is 0.4 of its size; rounded at random, 0.6.
+between codes. The error is 0.36 of its size; rounded at random, 0.55.
 
 Second moments have no sign, and a logarithmic code of a byte,
 
@@ -42,6 +42,7 @@ _DTYPES = {4: (_INT4, _UINT8), 8: (_INT8, _UINT8)}
 BITS = tuple(_DTYPES)
 # The code of a block's largest number.
 _TOPS = {_INT4: 7, _INT8: 127, _UINT8: 255}
+_POWERS = {_INT4: 1.5, _INT8: 2.0}  # of first moments' codes
 _PER_OCTAVE = 10  # codes of second moments
 
 
@@ -121,22 +122,27 @@ def _encode(
   if codes.dtype == _UINT8:
     c = _squares_to_codes(relative, random)
   else:
-    c = jnp.sign(x) * _sizes_to_codes(_TOPS[codes.dtype], relative, share)
+    c = jnp.sign(x) * _sizes_to_codes(codes.dtype, relative, share)
   # By way of integers of a byte, whose arithmetic every backend has.
   c = c.astype(_UINT8 if codes.dtype == _UINT8 else _INT8)
   return _sharding.like(c, codes), _sharding.like(largest, scales)
 
 
-def _sizes_to_codes(top: int, x: jax.Array, share: Any) -> jax.Array:
-  """Returns codes of numbers from 0 to 1: c of (c / top)^2.
+def _sizes_to_codes(dtype: Any, x: jax.Array, share: Any) -> jax.Array:
+  """Returns codes, without their signs, of numbers from 0 to 1.
 
   Args:
-    top: the largest code.
+    dtype: of the codes.
     x: the numbers.
     share: of the way to the next code from which on it is taken.
   """
-  low = jnp.floor(top * jnp.sqrt(x))
-  return low + (x * top**2 - low**2 > share * (2.0 * low + 1.0))
+  low = jnp.floor(_TOPS[dtype] * jnp.power(x, 1 / _POWERS[dtype]))
+  below, above = (_codes_to_sizes(dtype, c) for c in (low, low + 1))
+  return low + (x - below > share * (above - below))
+
+
+def _codes_to_sizes(dtype: Any, c: jax.Array) -> jax.Array:
+  return jnp.power(c / _TOPS[dtype], _POWERS[dtype])
 
 
 def _squares_to_codes(x: jax.Array, random: jax.Array | None) -> jax.Array:
@@ -157,11 +163,10 @@ def _rounded(place: jax.Array, k: int, random: jax.Array | None) -> jax.Array:
 
 
 def _decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
-  top = _TOPS[codes.dtype]
   c = codes.astype(_INT8) if codes.dtype == _INT4 else codes
   c = c.astype(jnp.float32)
   if codes.dtype == _UINT8:
-    x = jnp.where(c == 0, 0.0, jnp.exp2((c - top) / _PER_OCTAVE))
+    x = jnp.where(c == 0, 0.0, jnp.exp2((c - _TOPS[_UINT8]) / _PER_OCTAVE))
   else:
-    x = jnp.sign(c) * jnp.square(c / top)
+    x = jnp.sign(c) * _codes_to_sizes(codes.dtype, jnp.abs(c))
   return x * _blocks.Blocks(codes.shape, scales.shape).spread(scales)
