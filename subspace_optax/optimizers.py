@@ -27,6 +27,7 @@ from subspace_optax._chain import _spec
 from subspace_optax._chain import _subspace
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _sign
+from subspace_optax._matrix import _tree
 from subspace_optax.low_precision import _quantize_moments
 from subspace_optax.projectors import _gap
 from subspace_optax.transports import _moments
@@ -1130,10 +1131,7 @@ def scale(
   _gap.check_decay(b, 'b')
   _check_number('scale', scale)
   _check_bits(moment_bits)
-  if head is not None and not isinstance(head, str):
-    raise TypeError(
-      f"head must be 'auto', a regular expression or None, got {head!r}."
-    )
+  _tree.check_pattern('head', head)
   spec = _choose_spec(spec, rank=1, seed=seed)
   ready = functools.partial(_quantize, moment_bits, spec.seed)
   tx = _scale.normalize_outputs(

@@ -165,6 +165,21 @@ def test_pattern_that_is_no_string(name, pattern):
 
 
 @pytest.mark.parametrize(
+  'name, take',
+  [
+    ('include', lambda x: so.SubspaceSpec(2, include=x)),
+    ('exclude', lambda x: so.SubspaceSpec(2, exclude=x)),
+    ('exclude', lambda x: so.quantize_moments(optax.trace(0.9), exclude=x)),
+    ('exclude', lambda x: so.dimension_numbers_from_paths({}, exclude=x)),
+    ('head', lambda x: so.scale(1e-3, head=x)),
+  ],
+)
+def test_pattern_that_does_not_compile(name, take):
+  with errors.raises(ValueError, name, "'mlp('", 'position 3', 're.escape'):
+    take('mlp(')
+
+
+@pytest.mark.parametrize(
   'kwargs', [dict(include='attention'), dict(exclude='.'), dict(exclude='mlp')]
 )
 @pytest.mark.parametrize('wrap', ['describe', 'init', 'in_subspace'])

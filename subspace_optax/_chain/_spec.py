@@ -184,12 +184,8 @@ class SubspaceSpec:
       _dtypes.check_dtype(
         'moment_dtype', self.moment_dtype, _dtypes.FLOATS, hint
       )
-    for name in ('include', 'exclude'):
-      pattern = getattr(self, name)
-      if pattern is not None and not isinstance(pattern, str):
-        raise TypeError(
-          f'{name} must be a regular expression or None, got {pattern!r}.'
-        )
+    _tree.check_pattern('include', self.include)
+    _tree.check_pattern('exclude', self.exclude)
 
   def match(
     self, params: Any, axis_names: _tree.AxisNames | None = None

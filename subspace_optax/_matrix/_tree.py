@@ -8,6 +8,7 @@ wrapper hid a leaf. Everything here sees *entries*: one array, `Projected` or
 """
 
 from collections.abc import Callable, Sequence
+import re
 from typing import Any
 
 import jax
@@ -121,3 +122,20 @@ def map_entries(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     f(*pair, *others) for pair, *others in zip(pairs, *columns, strict=True)
   ]
   return replace_entries(tree, entries)
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+  """Raises for an argument that is no regular expression of paths, nor None."""
+  if pattern is None:
+    return
+  if not isinstance(pattern, str):
+    raise TypeError(
+      f'{name} must be a regular expression or None, got {pattern!r}.'
+    )
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise ValueError(
+      f'{name} must be a regular expression, got {pattern!r}: {error}; write '
+      're.escape(...) around a path that is meant literally.'
+    ) from None

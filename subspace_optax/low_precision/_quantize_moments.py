@@ -115,6 +115,7 @@ def quantize_moments(
     raise ValueError(f'bits must be {known}, got {bits!r}.')
   if rounding not in ROUNDING:
     raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
+  _tree.check_pattern('exclude', exclude)
   _sign.require_optimizer(inner, 'inner')
   inner = optax.with_extra_args_support(inner)
 

@@ -87,6 +87,7 @@ def dimension_numbers_from_paths(
     raise TypeError(f'scan_axis must be an int, got {scan_axis!r}.')
   if scan_axis < 0:
     raise ValueError(f'scan_axis must not be negative, got {scan_axis}.')
+  _tree.check_pattern('exclude', exclude)
   pairs, treedef = _tree.flatten(params)
   leaves = tuple(
     _siblings.Leaf(path, tuple(leaf.shape))
