@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -213,6 +214,16 @@ def picture(*panels: int, **options: Any) -> Callable[..., Any]:
     return write
 
   return decorate
+
+
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+  """The points that no other beats in both coordinates."""
+  kept, least = [], math.inf
+  for x, y in sorted(points):
+    if y < least:
+      kept.append((x, y))
+      least = y
+  return kept
 
 
 def color(i: int) -> Any:

@@ -85,16 +85,6 @@ def markdown(results: dict[str, Any]) -> str:
   return text
 
 
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-  """The points that no other beats in both coordinates."""
-  kept, least = [], math.inf
-  for x, y in sorted(points):
-    if y < least:
-      kept.append((x, y))
-      least = y
-  return kept
-
-
 def _panel(axes: Any, searches: list[dict]) -> None:
   """Losses over bytes of state, with the front."""
   points = []
@@ -111,7 +101,7 @@ def _panel(axes: Any, searches: list[dict]) -> None:
     axes.annotate(
       name, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color
     )
-  line = front(points)
+  line = harness.front(points)
   axes.step(
     *zip(*line, strict=True), where='post', color='black', lw=0.8, ls=':'
   )

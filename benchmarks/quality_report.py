@@ -114,16 +114,6 @@ def adamw(searches: list[dict], width: float) -> dict | None:
   return found[0] if found else None
 
 
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-  """The points that no other beats in both coordinates."""
-  kept, least = [], math.inf
-  for x, y in sorted(points):
-    if y < least:
-      kept.append((x, y))
-      least = y
-  return kept
-
-
 def panel(axes: Any, chosen: list[dict], size: Any) -> None:
   """One scatter of losses over bytes, with the front."""
   for search in chosen:
@@ -137,7 +127,7 @@ def panel(axes: Any, chosen: list[dict], size: Any) -> None:
     axes.errorbar(x, y, ends, marker=marker, color=color, capsize=3)
     text = {'xytext': (4, 4), 'textcoords': 'offset points', 'fontsize': 7}
     axes.annotate(name, (x, y), color=color, **text)
-  line = front([(size(s) / MIB, mean(s)) for s in chosen])
+  line = harness.front([(size(s) / MIB, mean(s)) for s in chosen])
   style = {'color': 'black', 'linewidth': 0.8, 'linestyle': ':'}
   sizes, values = [x for x, _ in line], [y for _, y in line]
   axes.step(sizes, values, where='post', **style)
