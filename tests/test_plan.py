@@ -259,20 +259,26 @@ def test_chunks_attend_to_what_the_whole_does():
 
 
 def test_seven_billion_parameters_beside_xla():
-  """The row of a TPU's compiler, and its plan today."""
+  """The row of a TPU's compiler, and its plan today.
+
+  With default layouts: those that XLA chooses may pad a state in 8 bits, here
+  by 1 %, which a planner can't foresee.
+  """
   path = ROOT / 'benchmarks' / 'results' / 'plan.json'
   row = next(
     row
     for row in json.loads(path.read_text())
-    if (row['model'], row['method'], row['layers'], row['fsdp'])
-    == ('llama_7b', 'gaussian8bit', 'layerwise', 1)
+    if (row['model'], row['method'], row['layers'], row['fsdp'], row['layout'])
+    == ('llama_7b', 'subspace_muon8bit', 'layerwise', 1, 'default')
   )
-  made = plan.plan('llama_7b', 'gaussian8bit', rank=row['rank'], layerwise=True)
+  made = plan.plan(
+    'llama_7b', 'subspace_muon8bit', rank=row['rank'], layerwise=True
+  )
   kept = made.weights + made.states + made.bases
   np.testing.assert_allclose(kept, row['argument_bytes'], rtol=1e-3)
   np.testing.assert_allclose(made.total, row['peak_bytes'], rtol=0.05)
   np.testing.assert_allclose(made.total, row['sum_bytes'], rtol=0.05)
-  assert row['sum_bytes'] <= 20e9
+  assert row['sum_bytes'] <= 19e9
 
 
 @pytest.mark.usefixtures('untraced')
