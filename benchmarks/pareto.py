@@ -222,15 +222,22 @@ def fields(job: pareto_run.Job, digest: str, point: Point) -> dict[str, Any]:
 
 
 def collect(args: Args) -> dict[str, Any]:
-  """All searches that are in the store, each with what it lacks."""
+  """The searches in the store, each with what it lacks.
+
+  Runs of programs that the code no longer makes are left out.
+  """
   found: dict[tuple, list[dict]] = {}
   for row in Store(args.runs).all():
-    found.setdefault((*(row[k] for k in JOB), row['program']), []).append(row)
-  searches = [
-    _search(pareto_run.Job(*key), rows, args)
-    for (*key, _), rows in found.items()
-    if key[0] in contenders.CONTENDERS
-  ]
+    found.setdefault(tuple(row[name] for name in JOB), []).append(row)
+  searches = []
+  for key, rows in found.items():
+    job = pareto_run.Job(*key)
+    if job.method not in contenders.CONTENDERS:
+      continue
+    digest = pareto_run.Trainer(job).digest
+    current = [row for row in rows if row['program'] == digest]
+    if current:
+      searches.append(_search(job, current, args))
   return {'machine': harness.describe_machine(), 'searches': searches}
 
 

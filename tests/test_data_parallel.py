@@ -24,8 +24,9 @@ LEAVES = {
   'bias': cases.Leaf((12,), jnp.float32),
 }
 # Iterating on gradients that change magnifies rounding: those of `_gradients`
-# times 1 + 1e-7 move the results of 'lagged_power' by 3e-4, those of 'svd' by
-# 8e-6.
+# times 1 + 1e-7 move the third step of 'lagged_power' by 3e-4, its second by
+# 8e-6, and any of 'svd' by 8e-6 at the most. So it is compared for two steps,
+# and its bases with those that iterate.
 ITERATED = {'randomized', 'warm', 'lagged_power'}
 # These divide by the mean of the squared norms, which a step on the mean
 # gradient does not know; they have tests of their own.
@@ -64,10 +65,10 @@ def _make(name, **axis_name):
   )
 
 
-def _run(update, tx):
+def _run(update, tx, steps=STEPS):
   params = cases.tree(LEAVES)
   state, found = tx.init(params), []
-  for t in range(STEPS):
+  for t in range(steps):
     updates, state = update(_gradients(t), state)
     found.append(updates)
   return found, state
@@ -90,11 +91,14 @@ def _of_mean(tx):
 
 
 @pytest.mark.parametrize(
-  'name', sorted(set(grid.PROJECTORS) - NORMALISED - ITERATED - ALIKE)
+  'name',
+  sorted(set(grid.PROJECTORS) - NORMALISED - {'randomized', 'warm'} - ALIKE),
 )
 def test_equals_the_step_on_the_mean_gradient(name):
-  got, state = _run(_in_parallel(_make(name, axis_name='data')), _make(name))
-  wanted, wanted_state = _run(_of_mean(_make(name)), _make(name))
+  steps = 2 if name == 'lagged_power' else STEPS
+  parallel = _in_parallel(_make(name, axis_name='data'))
+  got, state = _run(parallel, _make(name), steps)
+  wanted, wanted_state = _run(_of_mean(_make(name)), _make(name), steps)
   for one, other in zip(got, wanted, strict=True):
     measure.assert_trees_close(one, other, rtol=1e-4, atol=1e-4)
   measure.assert_trees_close(state[0].seed, wanted_state[0].seed)

@@ -261,7 +261,7 @@ def test_chunks_attend_to_what_the_whole_does():
 def test_seven_billion_parameters_beside_xla():
   """The row of a TPU's compiler, and its plan today.
 
-  With default layouts: those that XLA chooses may pad a state in 8 bits, here
+  With default layouts: those that XLA chooses may pad states in 8 bits, here
   by 1 %, which a planner can't foresee.
   """
   path = ROOT / 'benchmarks' / 'results' / 'plan.json'
