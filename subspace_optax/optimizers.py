@@ -739,8 +739,8 @@ def subspace_muon(
   *,
   update_proj_gap: Any = _default(200),
   scale: Any = 8.0,
-  b: Any = 0.9,
-  b2: Any = None,
+  b: Any = 0.95,
+  b2: Any = 0.95,
   ns_coeffs: Any = 'standard',
   preconditioning: str = 'frobenius',
   plain: optax.GradientTransformation | None = None,
@@ -755,16 +755,17 @@ def subspace_muon(
 
   Our recipe for quality: Muon orthogonalises momentum. Here the momentum is
   that of r coordinates in random columns of the cosine transform, drawn every T
-  steps and carried along by GoLore's C. What is orthogonalised is momentum
-  inside and this step's gradient outside, E, each with the weight at which a
-  constant gradient would come out as it is:
+  steps and carried along by GoLore's C. What is orthogonalised is Nesterov's
+  momentum inside and this step's gradient outside, E, with the weight that it
+  has inside:
 
-    M <- b M + R,   W <- W - lr alpha NS(P (R + b M) + E / (1 - b)).
+    M <- b M + R,   W <- W - lr alpha NS(P (R + b M) + (1 + b) E),
 
-  Updates have singular values near `scale` times the learning rate (times
-  sqrt(out / in) for kernels that widen) whatever the rank and the width, so
-  that one learning rate serves all of them. A step costs Muon's products and
-  2 products with a basis.
+  and then output neurons are brought to one size, as in NorMuon. Updates have
+  singular values near `scale` times the learning rate (times sqrt(out / in)
+  for kernels that widen) whatever the rank and the width, so that one learning
+  rate serves all of them. A step costs Muon's products and 2 products with a
+  basis.
 
   Args:
     learning_rate: a float or a schedule, about Adam's for embeddings, heads
@@ -773,8 +774,8 @@ def subspace_muon(
     update_proj_gap: T, steps between new bases.
     scale: alpha, the step of matrices over that of the other leaves.
     b: decay of the momentum, in [0, 1).
-    b2: decay of the mean squares of output neurons, for NorMuon in a subspace;
-      None for Muon. See `residuals.orthogonal`, as for the next two.
+    b2: decay of the mean squares of output neurons, in [0, 1); None leaves
+      them as Muon has them. See `residuals.orthogonal`, as for the next two.
     ns_coeffs: coefficients of the Newton-Schulz iteration.
     preconditioning: what brings singular values to at most 1 before it.
     plain: optimizer of the leaves that are not projected,
@@ -790,16 +791,17 @@ def subspace_muon(
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: nr, a number per
-    output with `b2`, and a few numbers.
+    output unless `b2` is None, and a few numbers.
 
   Raises:
-    ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.dct`,
+    ValueError: b or b2 outside of [0, 1); see `SubspaceSpec`, `projectors.dct`,
       `residuals.orthogonal`.
     TypeError: see `projectors.dct`.
 
   References:
     Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024;
-    He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
+    Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025; He et al.,
+    `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
 
   Example:
     >>> import subspace_optax as so
@@ -812,7 +814,7 @@ def subspace_muon(
     optax.trace(b, nesterov=True),
     transport='first',
     residual=residuals.orthogonal(
-      1.0 / (1.0 - b),
+      1.0 + b,
       ns_coeffs=ns_coeffs,
       preconditioning=preconditioning,
       b2=b2,

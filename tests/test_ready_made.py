@@ -32,8 +32,8 @@ class Nesterov:
     return {'m': np.zeros(shape)}
 
   def update(self, r, s):
-    m = 0.9 * s['m'] + r
-    return r + 0.9 * m, {'m': m}
+    m = 0.95 * s['m'] + r
+    return r + 0.95 * m, {'m': m}
 
 
 # The optimizer, the projector where its bases are not stored, the transport,
@@ -56,7 +56,7 @@ MADE = {
     so.projectors.dct(GAP, 'random'),
     'first',
     Nesterov(),
-    lambda: rules.Orthogonal(8.0, 10.0, 8 / 12),
+    lambda: rules.NorMuon(8.0, 1.95, 0.95, 8 / 12, outputs_last=False),
   ),
 }
 
@@ -160,7 +160,7 @@ FLOATS = {
   'apollo_adamw': 2 * 3 * 12,
   'ldadamw': 8 * 3 + 3 * 3 * 12 + 8 * 12,
   'subspace_adamw': 2 * 3 * 12,
-  'subspace_muon': 3 * 12,
+  'subspace_muon': 3 * 12 + 8,
 }
 
 
@@ -206,7 +206,7 @@ _ROOTS = {
   'apollo_adamw': {'eps_root': 0.01},
   'ldadamw': {'eps_root': 0.01},
   'subspace_adamw': {'eps_root': 0.01},
-  'subspace_muon': {'plain': _ADAM, 'b2': 0.9},
+  'subspace_muon': {'plain': _ADAM},
   'normuon': {'plain': _ADAM},
 }
 
