@@ -110,6 +110,19 @@ INNERS = {
 # Like others but for a line: every pair but those with projectors is covered.
 ALIKE = ('adam_injected', 'rms', 'lamb', 'adamw')
 
+# Those whose bases are of another one's kind, however they find them: `svd`'s,
+# `tracking`'s, `dct`'s and `online_pca`'s. Every pair is covered but those with
+# inner optimizers and residuals, which see no more of a rule than its bases.
+ALIKE_PROJECTORS = (
+  'gram',
+  'randomized',
+  'warm',
+  'importance',
+  'walk',
+  'dct_random',
+  'online_pca_options',
+)
+
 RESIDUALS = {
   'fira': residuals.fira(),
   'apollo': residuals.apollo(),
@@ -194,7 +207,7 @@ def product() -> list[Point]:
 
 
 def pairwise() -> list[Point]:
-  """Returns few points that hold every allowed pair, but those of `ALIKE`.
+  """Returns few points that hold every allowed pair but those of what is alike.
 
   Greedily: each point starts from the first pair that is missing, and takes for
   each other factor the value that adds most of those that are.
@@ -204,8 +217,7 @@ def pairwise() -> list[Point]:
     ((a, x), (b, y))
     for a, b in itertools.combinations(names, 2)
     for x, y in itertools.product(FACTORS[a], FACTORS[b])
-    if _fits({a: x, b: y})
-    and not ((a, b) == ('projector', 'inner') and y in ALIKE)
+    if _fits({a: x, b: y}) and not alike((a, b), (x, y))
   }
   order = sorted(missing, key=str)
   points = []
@@ -220,6 +232,14 @@ def pairwise() -> list[Point]:
     missing -= set(itertools.combinations(items, 2))
     points.append(Point(**dict(items)))
   return points
+
+
+def alike(factors: tuple[str, str], values: tuple) -> bool:
+  """Whether a pair need not be covered, since another one is like it."""
+  if factors == ('projector', 'inner') and values[1] in ALIKE:
+    return True
+  of_bases = factors in (('projector', 'inner'), ('projector', 'residual'))
+  return of_bases and values[0] in ALIKE_PROJECTORS
 
 
 def _best_value(name: str, chosen: dict[str, Any], missing: set) -> Any:

@@ -148,13 +148,14 @@ def test_small_gradients_make_the_steps_of_float32(name, dtype):
 
   @cases.jit
   def run(params, grads):
-    state = tx.init(params)
-    totals = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
-    for _ in range(3):
+    def step(_, carry):
+      totals, state = carry
       updates, state = tx.update(grads, state, params)
       add = lambda x, u: x + u.astype(jnp.float32)
-      totals = jax.tree.map(add, totals, updates)
-    return totals, state
+      return jax.tree.map(add, totals, updates), state
+
+    totals = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    return lax.fori_loop(0, 3, step, (totals, tx.init(params)))
 
   as_dtype = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
   rounded = jax.tree.map(lambda x: x.astype(jnp.float32), as_dtype(grads))
