@@ -231,34 +231,52 @@ def test_wrappers_whose_branches_are_gradients(rounding, gradient_dtype):
     assert types(after) == types(state)
 
 
-def _layouts():
-  """Every way in which three axes make matrices, rows projected."""
-  for kinds in itertools.product('bmn', repeat=3):
+def _layouts(length):
+  """Every way in which axes make matrices, rows projected; one axis a stack."""
+  for kinds in itertools.product('bmn', repeat=length):
     axes = lambda kind, kinds=kinds: tuple(
       i for i, c in enumerate(kinds) if c == kind
     )
-    if axes('m') and axes('n'):
-      shape = (8, 4, 6)
+    one = length == 3 or len(axes('b')) == 1
+    if axes('m') and axes('n') and one:
+      shape = (8, 4, 6, 5)[:length]
       yield _layout.Layout(shape, axes('m'), axes('n'), True, 2)
 
 
-@pytest.mark.parametrize('layout', list(_layouts()))
-def test_products_of_bfloat16_kernels_of_any_axes(layout):
+@pytest.mark.parametrize('length', [3, 4])
+@pytest.mark.parametrize('basis_dtype', [BF16, jnp.float32])
+def test_products_of_bfloat16_kernels_of_any_axes(length, basis_dtype):
   """XLA:CPU lacks some products of bfloat16 that are summed in float32."""
-  leaf = _normal(0, layout.shape, 1, BF16)
-  basis = _normal(1, layout.basis_shape, 1, BF16)
-  coords = _normal(2, layout.coords_shape, 1, BF16)
-  multiply = lambda leaf, basis, coords: (
-    layout.project(leaf, basis),
-    layout.back(leaf, coords),
-    layout.unproject(basis, coords, None),
-  )
-  found = cases.jit(multiply)(leaf, basis, coords)
-  wide = lambda x: x.astype(jnp.float32)
-  wanted = cases.jit(multiply)(wide(leaf), wide(basis), wide(coords))
-  for x, y in zip(found, wanted, strict=True):
-    assert x.dtype == jnp.float32
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+  every = list(_layouts(length))
+  assert len(every) == {3: 12, 4: 24}[length]
+  arrays = [
+    (
+      _normal(0, layout.shape, 1, BF16),
+      _normal(1, layout.basis_shape, 1, basis_dtype),
+      _normal(2, layout.coords_shape, 1, basis_dtype),
+    )
+    for layout in every
+  ]
+
+  @cases.jit
+  def multiply(arrays):
+    return [
+      (
+        layout.project(leaf, basis),
+        layout.back(leaf, coords),
+        layout.unproject(basis, coords, None),
+      )
+      for layout, (leaf, basis, coords) in zip(every, arrays, strict=True)
+    ]
+
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+  found, wanted = multiply(arrays), multiply(wide)
+  for layout, *products in zip(every, found, wanted, strict=True):
+    for x, y in zip(*products, strict=True):
+      assert x.dtype == jnp.float32
+      np.testing.assert_allclose(
+        x, y, rtol=1e-5, atol=1e-5, err_msg=str(layout)
+      )
 
 
 def test_bfloat16_attention_kernel():
@@ -329,19 +347,28 @@ def assert_steps_are_those_in_float32(make, leaves):
     np.testing.assert_array_less(np.linalg.norm(x - want), 0.03 * norm, path)
 
 
-def test_every_layout_of_three_and_four_axes():
-  """XLA:CPU has no kernel for some of these products of bfloat16."""
-  leaves = layouts('bio', 'iio', 'ioo', 'biio', 'bioo')
+def test_layouts_of_three_and_four_axes():
+  """XLA:CPU has no kernel for some of these products of bfloat16.
+
+  `test_products_of_bfloat16_kernels_of_any_axes` has every order of four.
+  """
+  four = layouts('biio', 'bioo')
+  leaves = layouts('iio', 'ioo') | {
+    form: four[form] for form in ('biio', 'iobi', 'oboi', 'oiob')
+  }
   make = lambda spec: so.subspace(
     spec, so.projectors.stiefel(9), optax.identity()
   )
   assert_steps_are_those_in_float32(make, leaves)
 
 
-@each
-def test_layouts_of_kernels(name):
-  leaves = layouts('bio') | {
-    'wo': cases.Leaf((6, 2, 8), BF16, (0,), (2,)),
+# Of the six orders of a stack's axes each optimizer has every other one.
+@pytest.mark.parametrize(
+  'name, orders', [(name, i % 2) for i, name in enumerate(NAMES)]
+)
+def test_layouts_of_kernels(name, orders):
+  stacks = list(layouts('bio').items())
+  leaves = dict(stacks[orders::2]) | {
     'query': cases.Leaf((8, 3, 4), BF16, (0,), (1, 2)),
     'out': cases.Leaf((3, 2, 4, 8), BF16, (0, 2), (3,)),
   }
