@@ -4,8 +4,8 @@ Twenty steps of every projector and every ready-made optimizer on 2 x 2 devices
 equal those on one. Of the compiled steps, refreshes included, no collective may
 carry more than r (m + n) numbers of a matrix.
 
-Each optimizer has two of the four layouts here and one kind of mesh; `--full`
-takes all of them.
+Each optimizer has one of the four layouts here and one kind of mesh, and those
+that see whole matrices have two layouts; `--full` takes all of them.
 """
 
 import functools
@@ -202,12 +202,18 @@ class Point(NamedTuple):
     return f'{self.name}-{self.kind}'
 
 
+# Their updates are more than products with bases.
+WHOLE = ('subspace_muon', 'subspace_normuon', 'dion', 'trion', 'ldadamw')
+
+
 def _points(full):
   stacks = [path for path in LEAVES if path != 'bias']
   for i, name in enumerate(OPTIMIZERS):
-    two = tuple(stacks[k % 4] for k in (i, i + 1 + i // 4 % 3))
+    # Neighbours are relatives, and differ in kind and layout.
+    ks = (i // 2, i + 1) if name in WHOLE else (i // 2,)
+    some = {stacks[k % 4]: None for k in ks}
     for kind in AXES if full else [list(AXES)[i % 2]]:
-      yield Point(name, kind, tuple(LEAVES) if full else (*two, 'bias'))
+      yield Point(name, kind, tuple(LEAVES) if full else (*some, 'bias'))
 
 
 def pytest_generate_tests(metafunc):
