@@ -5,7 +5,7 @@ that the compiler has cut in a start, steps in between and a done is one, known
 by its channel. Loops count as often as they turn, where the text tells.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import math
 import re
 from typing import NamedTuple
@@ -20,6 +20,14 @@ class Collective(NamedTuple):
   times: int = 1  # how often a run of the program has it
 
 
+class Transfer(NamedTuple):
+  """What one operation moves between a device and the memory of its host."""
+
+  sends: bool  # to the host
+  size: float  # bytes
+  times: int = 1  # how often a run of the program has it
+
+
 Found = dict[str, Collective]
 
 _KINDS = (
@@ -29,6 +37,10 @@ _KINDS = (
 _COLLECTIVE = re.compile(rf'= (.*?) ({_KINDS})(-start)?\(')
 _COMPUTATION = re.compile(r'^(ENTRY )?(%?[\w.\-]+) \(.*\{$')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition)=(%?[\w.\-]+)')
+_MOVED = re.compile(
+  r'= \((.*)\) (copy|dynamic-slice|dynamic-update-slice)-start\('
+)
+_ON_HOST = 'S(5)'  # the memory space, in a layout
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _TRUE_FALSE = re.compile(r'(?:true|false)_computation=(%?[\w.\-]+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -66,6 +78,41 @@ def collectives(text: str, devices: int, branches: str = 'dear') -> Found:
     return _join(one, inner)
 
   return walk(entry)
+
+
+def transfers(text: str) -> list[Transfer]:
+  """Returns what a program moves between its device and the host."""
+  found = [(_transfer(line), times) for line, times in _lines(text)]
+  return [x._replace(times=times) for x, times in found if x is not None]
+
+
+def _transfer(line: str) -> Transfer | None:
+  moved = _MOVED.search(line)
+  if moved is None or _ON_HOST not in line:
+    return None
+  types = re.findall(r'[a-z]\w*\[[\d,]*\]\S*', moved[1])
+  # (result, operand, ..), ((operand, ..), result, ..), ((operand, update, ..
+  one = types[
+    {'copy': 0, 'dynamic-slice': -2, 'dynamic-update-slice': 1}[moved[2]]
+  ]
+  sends = moved[2] == 'dynamic-update-slice' or _ON_HOST in one
+  ((size, wide, _),) = _arrays(one)
+  return Transfer(sends, size * wide)
+
+
+def _lines(text: str) -> Iterator[tuple[str, int]]:
+  """Yields a program's lines, and how often a run has each."""
+  entry, computations = _computations(text)
+
+  def walk(name: str, times: int) -> Iterator[tuple[str, int]]:
+    for line in computations[name]:
+      yield line, times
+      more = (trips(line, computations) or 1) if ' while(' in line else 1
+      for called in (*_CALLED.findall(line), *_branches(line)):
+        if called in computations:
+          yield from walk(called, times * more)
+
+  return walk(entry, 1)
 
 
 def sent(found: Found) -> float:

@@ -20,9 +20,9 @@ Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
 and without a subspace, `normuon` and `scale`.
 
 Before and during training: `describe`, `memory_report`, `subspace_metrics`,
-`state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`. Steps that
-need more than gradients: `layerwise`, `data_parallel_step`, `rso`; all are
-`TrainStep`s, as is the plain `train_step`.
+`state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`; `offload`
+for states on the host. Steps that need more than gradients: `layerwise`,
+`data_parallel_step`, `rso`; all are `TrainStep`s, as is the plain `train_step`.
 """
 
 from subspace_optax import projectors
@@ -32,6 +32,7 @@ from subspace_optax import testing
 from subspace_optax import transports
 from subspace_optax._chain._describe import describe
 from subspace_optax._chain._in_subspace import in_subspace
+from subspace_optax._chain._offload import offload
 from subspace_optax._chain._project import project
 from subspace_optax._chain._spec import DimensionNumbers
 from subspace_optax._chain._spec import SubspaceSpec
@@ -99,6 +100,7 @@ __all__ = [
   'ldadamw',
   'memory_report',
   'normuon',
+  'offload',
   'online_subspace_descent',
   'project',
   'projectors',

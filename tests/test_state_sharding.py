@@ -282,3 +282,77 @@ def test_logical_names_of_linen():
   for tree in (shardings, by_context):
     [basis] = jax.tree.leaves(measure.project_state(tree).subspaces.basis)
     assert basis == NamedSharding(mesh, P('fsdp', 'tensor'))
+
+
+def _variable(value, **metadata):
+  return nnx.Param(value, eager_sharding=False, **metadata)
+
+
+def test_a_sharding_of_the_optimizer_goes_before_that_of_the_model():
+  mesh, tx = _mesh(), so.golore(0.02, 4)
+  shape = jax.ShapeDtypeStruct((32, 64), jnp.float32)
+  kept = NamedSharding(mesh, P(None, 'tensor'))
+  placed = jax.device_put(jnp.ones((32, 64)), kept)
+  names = {'out_sharding': (None, 'tensor')}
+  own = {'optimizer_sharding': ('fsdp', 'tensor')}
+  with jax.set_mesh(mesh):
+    specs = [
+      so.state_sharding(tx, {'w': _variable(x, **names, **own)})[0][1]
+      .inner.mu['w']
+      .spec
+      for x in (shape, placed)
+    ]
+    without = so.state_sharding(tx, {'w': _variable(placed, **names)})
+  assert specs == [P('fsdp', 'tensor')] * 2
+  # The rank takes what the model leaves.
+  assert without[0][1].inner.mu['w'].spec == P('fsdp', 'tensor')
+  adam = optax.adam(0.1)
+  with jax.set_mesh(mesh):
+    of = lambda **kwargs: so.state_sharding(
+      adam, {'w': _variable(placed, **kwargs)}
+    )
+    assert of(**names, **own)[0].mu['w'].spec == P('fsdp', 'tensor')
+    assert of(**names)[0].mu['w'].spec == P(None, 'tensor')
+
+
+@pytest.mark.parametrize('key', ['out_sharding', 'optimizer_sharding'])
+def test_logical_names_of_nnx(key):
+  rules = (('embed', 'fsdp'), ('mlp', 'tensor'))
+  shape = jax.ShapeDtypeStruct((32, 64), jnp.float32)
+  mesh, tx = _mesh(), so.golore(0.02, 4)
+  names = {key: ('embed', 'mlp')}
+  with jax.set_mesh(mesh):
+    own = _variable(shape, sharding_rules=rules, **names)
+    shardings = [so.state_sharding(tx, {'w': own})]
+    with nn.logical_axis_rules(rules):
+      shardings.append(so.state_sharding(tx, {'w': _variable(shape, **names)}))
+  for tree in shardings:
+    [basis] = jax.tree.leaves(measure.project_state(tree).subspaces.basis)
+    assert basis == NamedSharding(mesh, P('fsdp', 'tensor'))
+
+
+def test_an_nnx_optimizer_starts_where_its_variables_say():
+  """As `nnx.Optimizer` makes it under jit, moments apart from the model."""
+  mesh, tx = _mesh(), optax.adam(0.1)
+
+  class Model(nnx.Module):
+    def __init__(self):
+      self.kernel = nnx.Param(
+        jnp.ones((32, 64)),
+        out_sharding=(None, 'tensor'),
+        optimizer_sharding=('fsdp', 'tensor'),
+      )
+
+  with jax.set_mesh(mesh):
+    model = Model()
+    params = nnx.state(model, nnx.Param)
+    said = so.state_sharding(tx, params)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    named = nnx.get_partition_spec(nnx.state(optimizer.opt_state))
+  assert model.kernel[...].sharding.spec == P(None, 'tensor')
+  assert P('fsdp', 'tensor') in jax.tree.leaves(named)
+  assert [x.spec for x in jax.tree.leaves(said)] == [
+    P(),
+    P('fsdp', 'tensor'),
+    P('fsdp', 'tensor'),
+  ]

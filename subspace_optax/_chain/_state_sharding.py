@@ -6,6 +6,7 @@ traced on shapes over a twin of the mesh whose axes all are: no array is made,
 and what it says of each array of state is what eager `init` does with it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from subspace_optax._chain import _memory_kinds
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _placement
@@ -31,6 +33,7 @@ def state_sharding(
   params: Any,
   *,
   replicated: tuple[str, ...] = (),
+  memory_kind: str | Callable[[str], str | None] | None = None,
 ) -> Any:
   """Returns the sharding of every array in an optimizer's state.
 
@@ -47,19 +50,28 @@ def state_sharding(
   Args:
     tx: the optimizer, `rso.subproblems` or a `TrainStep`.
     params: arrays, or `jax.ShapeDtypeStruct`s with shardings, or either in
-      flax's boxes, whose names of mesh axes are taken where an array has no
-      sharding. Those on one device are replicated if others have a mesh.
+      flax's boxes, whose names of axes, by flax's rules if they are logical,
+      are taken where an array has no sharding. The `optimizer_sharding` of an
+      `nnx.Variable` goes before both. Arrays on one device are replicated if
+      others have a mesh.
     replicated: mesh axes along which all state is the same, such as the axis of
       `data_parallel_step` or one of slow links; no parameter may be cut there.
+    memory_kind: 'pinned_host' for state in the memory of the host, whose steps
+      are `so.train_step`, `so.layerwise`, and those of `so.offload(tx)`. Keys,
+      scalars and vectors stay on the device. A function is given the path of
+      each array in the state, as `0/mu/blocks/w`, and returns its kind, None
+      for the device's.
 
   Returns:
     A tree like `tx.init(params)`, without boxes, of
     `jax.sharding.NamedSharding`; if all of the arrays are on one device and no
-    mesh is set, of their own sharding.
+    mesh is set, of their own sharding, or with a `memory_kind` on a mesh of
+    that device.
 
   Raises:
     ValueError: parameters of two meshes; or of none, while no mesh is set; an
-      axis to replicate that cuts a parameter or is not the mesh's.
+      axis to replicate that cuts a parameter or is not the mesh's; a memory
+      that the devices do not have, or that `tx` cannot take its state from.
 
   Example:
     >>> import jax, subspace_optax as so
@@ -73,7 +85,24 @@ def state_sharding(
     >>> print(shardings[0][1].inner.mu['w'].spec)
     P(None, 'fsdp')
     >>> init = jax.jit(tx.init, out_shardings=shardings)
+
+    Moments on the host, bases on the device:
+
+    >>> far = lambda path: 'pinned_host' if '/inner/' in path else None
+    >>> shardings = so.state_sharding(tx, {'w': w}, memory_kind=far)
+    >>> print(shardings[0][1].inner.mu['w'].memory_kind)
+    pinned_host
   """
+  shardings, state = _on_device(tx, params, replicated)
+  if memory_kind is None:
+    return shardings
+  return _memory_kinds.with_memory_kinds(tx, state, shardings, memory_kind)
+
+
+def _on_device(
+  tx: Any, params: Any, replicated: tuple[str, ...]
+) -> tuple[Any, Any]:
+  """Returns the shardings of a state on devices, and its shapes."""
   mesh = _mesh(params)
   if mesh is None:
     return _on_one_device(tx, params)
@@ -87,7 +116,8 @@ def state_sharding(
     spec = getattr(x.sharding, 'spec', PartitionSpec())
     return NamedSharding(mesh, _placement.as_jit_spells(spec, mesh))
 
-  return jax.tree.map(on_mesh, _tree.unbox(state))
+  state = _tree.unbox(state)
+  return jax.tree.map(on_mesh, state), state
 
 
 def _twin(mesh: Mesh, without: tuple[str, ...]) -> Mesh:
@@ -107,13 +137,13 @@ def _shapes(params: Any, mesh: Mesh) -> Any:
   """Returns the tree of shapes, boxes kept, with shardings on a mesh."""
 
   def entry(x: Any) -> Any:
-    default = _spec_of_box(x)
-    return jax.tree.map(lambda leaf: shape(leaf, default), x)
+    of_state, default = _spec_of_state(x), _spec_of_box(x)
+    return jax.tree.map(lambda leaf: shape(leaf, of_state, default), x)
 
-  def shape(leaf: Any, default: PartitionSpec) -> jax.ShapeDtypeStruct:
+  def shape(leaf: Any, of_state: Any, default: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, 'sharding', None)
     known = isinstance(sharding, NamedSharding)
-    spec = sharding.spec if known else default
+    spec = of_state or (sharding.spec if known else default)
     _check_spec(spec, mesh)
     return jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
@@ -131,6 +161,12 @@ def _check_spec(spec: PartitionSpec, mesh: Mesh) -> None:
       f'{mesh.axis_names} alone; see `replicated`, and apply '
       '`flax.linen.logical_to_mesh_sharding` to logical names first.'
     )
+
+
+def _spec_of_state(x: Any) -> PartitionSpec | None:
+  """Returns the spec that a flax variable names for optimizer states alone."""
+  names = _boxes.axes_for_state(x) if isinstance(x, nnx.Variable) else None
+  return names and _spec_of_box(x.replace(x.get_value(), out_sharding=names))
 
 
 def _spec_of_box(x: Any) -> PartitionSpec:
@@ -160,8 +196,8 @@ def _mesh(params: Any) -> Mesh | None:
   return next(iter(meshes), None if current.empty else current)
 
 
-def _on_one_device(tx: Any, params: Any) -> Any:
-  """Returns the parameters' own sharding for all of the state."""
+def _on_one_device(tx: Any, params: Any) -> tuple[Any, Any]:
+  """Returns the parameters' own sharding for all of the state, and shapes."""
   found = [getattr(x, 'sharding', None) for x in jax.tree.leaves(params)]
   alone = {s for s in found if s is not None}
   if len(alone) != 1 or isinstance(next(iter(alone)), NamedSharding):
@@ -172,5 +208,5 @@ def _on_one_device(tx: Any, params: Any) -> Any:
     )
   sharding = alone.pop()
   with _notices.quiet():
-    state = jax.eval_shape(tx.init, params)
-  return jax.tree.map(lambda _: sharding, _tree.unbox(state))
+    state = _tree.unbox(jax.eval_shape(tx.init, params))
+  return jax.tree.map(lambda _: sharding, state), state

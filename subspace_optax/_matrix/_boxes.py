@@ -229,9 +229,15 @@ def _divides(box: Any, name: Any, size: int) -> bool:
   return size % math.prod(sizes.get(axis, 1) for axis in axes) == 0
 
 
+def axes_for_state(box: nnx.Variable) -> tuple[Any, ...]:
+  """Returns the names that a variable has for its optimizer state, if any."""
+  names = box.get_metadata().get(_OF_STATE)
+  return tuple(getattr(names, 'spec', names) or ())
+
+
 def _axes_for_state(box: Any) -> tuple[Any, ...]:
   """Returns the names of a box's axes; several mesh axes stay together."""
-  own = isinstance(box, nnx.Variable) and box.get_metadata().get(_OF_STATE)
+  own = isinstance(box, nnx.Variable) and axes_for_state(box)
   return tuple(own or _kind(box).axes(box) or ())
 
 

@@ -147,11 +147,13 @@ def result_types(f: Callable[..., Any], *args: Any) -> Any:
   `jax.eval_shape` drops these on a mesh that has automatic axes, too.
   """
   program, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-  types = [
-    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    for x in program.out_avals
-  ]
+  types = map(kind_of, program.out_avals)
   return jax.tree.unflatten(jax.tree.structure(shapes), types)
+
+
+def kind_of(aval: Any) -> jax.ShapeDtypeStruct:
+  """Returns the type of an array in a trace, explicit sharding included."""
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding)
 
 
 def zeros(kind: jax.ShapeDtypeStruct) -> jax.Array:

@@ -10,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._matrix import _memories
 from subspace_optax.steps import _stacks
 
 CLIPS = ('layer', 'previous', 'two_pass')
@@ -78,7 +79,7 @@ def run_forward(
 
 def run_backward(
   model: Model,
-  step: Callable[[Any, Any, Any], Any],
+  step: Callable[..., Any],
   blocks: Any,
   states: Any,
   inputs: Any,
@@ -86,13 +87,23 @@ def run_backward(
 ) -> tuple[Any, Any, jax.Array, Any]:
   """Updates the layers from last to first.
 
+  Args:
+    model: the model.
+    step: (layer, its state, gradient, i) -> (updates, its state, squared norm),
+      where state on the host is that of all layers.
+    blocks: the layers.
+    states: theirs.
+    inputs: of the layers.
+    gx: the gradient of what is above.
+
   Returns:
     The blocks, their states, the gradient's squared norm, and dL/dx below.
   """
   last = _stacks.count(blocks) - 1
+  near, far = _part(states)
 
   def body(k, carry):
-    stacks, new, squares, gx = carry
+    stacks, far, new, squares, gx = carry
     i = last - k
     # What the last turn made is written at the start of this one: every read of
     # the stacks then comes after the write, so that nothing need be copied.
@@ -100,14 +111,23 @@ def run_backward(
     stacks = _stacks.row_major(stacks)
     layer, own = _stacks.layer(stacks, i)
     gradient, gx = _pull(model, i, layer, _stacks.layer(inputs, i), gx)
-    updates, own, more = step(layer, own, gradient)
+    own = _stacks.join(own, far)
+    updates, own, more = step(layer, own, gradient, i)
+    own, far = _part(own)
     new = optax.apply_updates(layer, updates), own
-    return stacks, new, squares + more, gx
+    return stacks, far, new, squares + more, gx
 
-  stacks = blocks, states
-  start = stacks, _stacks.layer(stacks, last), jnp.zeros((), jnp.float32), gx
-  stacks, new, squares, gx = lax.fori_loop(0, last + 1, body, start)
-  return *_stacks.put_layer(stacks, 0, new), squares, gx
+  stacks = blocks, near
+  first = _stacks.layer(stacks, last)
+  start = stacks, far, first, jnp.zeros((), jnp.float32), gx
+  stacks, far, new, squares, gx = lax.fori_loop(0, last + 1, body, start)
+  blocks, near = _stacks.put_layer(stacks, 0, new)
+  return blocks, _stacks.join(near, far), squares, gx
+
+
+def _part(states: Any) -> tuple[Any, Any]:
+  """Returns the arrays on the device and those on the host, None between."""
+  return _stacks.partition(lambda x: not _memories.is_far(x), states)
 
 
 def _pull(model: Model, i: Any, layer: Any, x: Any, gx: Any) -> tuple[Any, Any]:

@@ -16,12 +16,14 @@ It costs what recomputing layers costs: one more forward pass.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._chain import _offload
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _sharding
@@ -29,6 +31,8 @@ from subspace_optax.steps import _layers
 from subspace_optax.steps import _stacked_states
 from subspace_optax.steps import _stacks
 from subspace_optax.steps import _train_step
+
+_FETCHES = ('layer', 'leaf')
 
 
 class LayerwiseState(NamedTuple):
@@ -68,6 +72,7 @@ def layerwise(
   clip: str = 'layer',
   with_index: bool = False,
   has_aux: bool = False,
+  fetch: str = 'layer',
 ) -> _train_step.TrainStep:
   """Makes a training step whose backward pass updates layer by layer.
 
@@ -112,6 +117,12 @@ def layerwise(
       the batch and use `jax.random.fold_in(batch['key'], index)`: the backward
       pass computes the layer again with the same mask.
     has_aux: whether `head` returns (loss, aux); `metrics.aux` is that tree.
+    fetch: how state on the host (see `state_sharding`) comes to the device.
+      'layer': a layer's at once, in transfers that the compiler runs beside the
+      layer's computation, while it has the memory. 'leaf': parameter by
+      parameter behind the layer's gradient, and large ones of elementwise
+      optimizers in rows, so that next to nothing is there at a time. The state
+      of all other parameters comes by leaf.
 
   Returns:
     The step. Parameters keep their treedef. Numbers of
@@ -119,10 +130,10 @@ def layerwise(
     learning_rate=0.01)`.
 
   Raises:
-    ValueError: an unknown `clip`; at `init`, no mapping at `stack`, leaves that
-      disagree on the number of layers, or a spec that takes the axis of layers
-      for one of a matrix; at the step, a block that changes its input's shapes,
-      or a head that returns no scalar.
+    ValueError: an unknown `clip` or `fetch`; at `init`, no mapping at `stack`,
+      leaves that disagree on the number of layers, or a spec that takes the
+      axis of layers for one of a matrix; at the step, a block that changes its
+      input's shapes, or a head that returns no scalar.
 
   References:
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with
@@ -149,6 +160,8 @@ def layerwise(
   """
   if clip not in _layers.CLIPS:
     raise ValueError(f'clip must be one of {_layers.CLIPS}, got {clip!r}.')
+  if fetch not in _FETCHES:
+    raise ValueError(f'fetch must be one of {_FETCHES}, got {fetch!r}.')
   if max_norm is not None and not max_norm > 0:
     raise ValueError(f'max_norm must be positive, got {max_norm}.')
   # One layer's boxes have other names than the stack's.
@@ -188,13 +201,16 @@ def layerwise(
     of_rest = lambda gx: optax.tree.add(top.of_rest, bottom(gx)[0])
     clipped = _layers.clipping(max_norm, clip, state.norm, first_pass)
 
-    def update_with(tx, gradient, own, params):
-      return tx.update(gradient, own, params, value=top.loss, grad=gradient)
+    def update_with(tx, gradient, own, params, i=None):
+      run = functools.partial(tx.update, value=top.loss, grad=gradient)
+      by_leaf = i is None or fetch == 'leaf'
+      way = _offload.update_in_turns if by_leaf else _offload.update_at_once
+      return way(run, gradient, own, params, i)
 
-    def step(layer, own, gradient):
+    def step(layer, own, gradient, i):
       gradient, squares = clipped(gradient)
       gradient, layer = (_stacks.nest(x, keys) for x in (gradient, layer))
-      updates, own = update_with(stack_tx, gradient, own, layer)
+      updates, own = update_with(stack_tx, gradient, own, layer, i)
       return _stacks.take(updates, keys)[0], own, squares
 
     blocks, own, squares, gx = _layers.run_backward(
@@ -220,7 +236,7 @@ def layerwise(
     (blocks, _), (others, _) = parted(params)
     return _stacks.layer_shapes(blocks), others
 
-  return _train_step.TrainStep(init, update, gradients=gradients)
+  return _train_step.TrainStep(init, update, gradients=gradients, streams=True)
 
 
 @contextlib.contextmanager

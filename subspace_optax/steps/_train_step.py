@@ -10,6 +10,8 @@ import jax
 from jax.sharding import Mesh
 import optax
 
+from subspace_optax._chain import _memory_kinds
+from subspace_optax._chain import _offload
 from subspace_optax._chain import _state_sharding
 
 Differentiate = Callable[[Callable[..., Any]], Callable[..., tuple[Any, Any]]]
@@ -33,6 +35,7 @@ class TrainStep:
     mesh: on which the step runs, if it has one of its own.
     bases: (params, state) -> bases that the step draws before its forward pass
       and holds through it.
+    streams: whether the state may be in the memory of the host.
   """
 
   init: Callable[[Any], Any]
@@ -42,6 +45,7 @@ class TrainStep:
   replicated: tuple[str, ...] = ()
   mesh: Mesh | None = None
   bases: Callable[[Any, Any], Any] = lambda params, state: ()
+  streams: bool = False
 
   def __call__(
     self, params: Any, state: Any, *batch: Any
@@ -49,17 +53,20 @@ class TrainStep:
     """Takes a step; see `step`."""
     return self.step(params, state, *batch)
 
-  def state_sharding(self, params: Any) -> Any:
+  def state_sharding(
+    self, params: Any, *, memory_kind: _memory_kinds.Kinds | None = None
+  ) -> Any:
     """Returns the sharding of every array of the state; see `state_sharding`.
 
     Args:
       params: arrays or shapes, with shardings unless the step has a mesh of its
         own.
+      memory_kind: 'pinned_host' or a function of paths, as there.
     """
     none = contextlib.nullcontext()
     with none if self.mesh is None else jax.set_mesh(self.mesh):
       return _state_sharding.state_sharding(
-        self, params, replicated=self.replicated
+        self, params, replicated=self.replicated, memory_kind=memory_kind
       )
 
 
@@ -104,7 +111,9 @@ def train_step(
 
   def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, Any]:
     value, gradients = value_and_grad(loss)(params, *batch)
-    updates, state = tx.update(gradients, state, params)
+    updates, state = _offload.update_in_turns(
+      tx.update, gradients, state, params
+    )
     return optax.apply_updates(params, updates), state, value
 
-  return TrainStep(tx.init, step)
+  return TrainStep(tx.init, step, streams=True)
