@@ -165,8 +165,10 @@ def _check_spec(spec: PartitionSpec, mesh: Mesh) -> None:
 
 def _spec_of_state(x: Any) -> PartitionSpec | None:
   """Returns the spec that a flax variable names for optimizer states alone."""
-  names = _boxes.axes_for_state(x) if isinstance(x, nnx.Variable) else None
-  return names and _spec_of_box(x.replace(x.get_value(), out_sharding=names))
+  if not isinstance(x, nnx.Variable) or not _boxes.axes_for_state(x):
+    return None
+  names = _boxes.axes_for_state(x)
+  return _spec_of_box(x.replace(x.get_value(), out_sharding=names))
 
 
 def _spec_of_box(x: Any) -> PartitionSpec:
