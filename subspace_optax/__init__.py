@@ -43,7 +43,6 @@ from subspace_optax._matrix._boxes import register_box
 from subspace_optax._matrix._projected import Projected
 from subspace_optax.low_precision._eight_bit import scale_by_adam8bit
 from subspace_optax.low_precision._eight_bit import scale_by_lion8bit
-from subspace_optax.low_precision._eight_bit import scale_by_muon8bit
 from subspace_optax.low_precision._quantize_moments import quantize_moments
 from subspace_optax.low_precision._round_updates import round_updates
 from subspace_optax.optimizers import apollo_adamw
@@ -73,6 +72,7 @@ from subspace_optax.steps._layerwise import layerwise
 from subspace_optax.steps._train_step import TrainStep
 from subspace_optax.steps._train_step import train_step
 from subspace_optax.transports._moments import register_moments
+from subspace_optax.whole import scale_by_muon8bit
 from subspace_optax.whole import scale_by_normuon
 
 __version__ = '0.1.0'

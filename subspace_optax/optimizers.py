@@ -856,7 +856,7 @@ def normuon(
       and norms.
     scale: alpha, the step of matrices over that of the other leaves.
     b: decay of the momentum, in [0, 1).
-    b2: decay of the mean squares of output neurons.
+    b2: decay of the mean squares of output neurons; None for Muon, without any.
     ns_coeffs: see `scale_by_normuon`, as for the next.
     preconditioning: what comes before the iteration.
     plain: optimizer of the leaves that are no matrices,
@@ -871,7 +871,8 @@ def normuon(
       error.
 
   Returns:
-    An optimizer. State per matrix: one of its size, and a number per output.
+    An optimizer. State per matrix: one of its size and, with `b2`, a number
+    per output.
 
   Raises:
     ValueError: see `scale_by_normuon`.
@@ -896,9 +897,9 @@ def normuon(
     optax.chain(ready(matrices, ''), optax.scale(scale)),
     ready(plain or optax.scale_by_adam(), 'plain' if plain else ''),
     _decay_and_step(learning_rate, weight_decay, mask),
-    whole.squares_in,
+    whole.momentum_in,
   )
-  return _notices.warning_of_ones(tx, b=b, b2=b2)
+  return _notices.warning_of_ones(tx, b=b, **({} if b2 is None else {'b2': b2}))
 
 
 @_ready_made('rank', 'seed', 'moment_bits')

@@ -36,7 +36,9 @@ def steps(of, leaves):
   """Returns the directions of NorMuon for some leaves, and the last squares."""
   squares, found = _orthogonalize.first_squares(of, leaves[0]), []
   for x in leaves:
-    direction, squares = _orthogonalize.orthogonalize(RULE, of, x, squares)
+    (direction,), (squares,) = _orthogonalize.orthogonalize(
+      RULE, [of], [x], [squares]
+    )
     found.append(direction)
   return found, squares
 

@@ -102,10 +102,10 @@ def unproject_any(
     count, own = 0, [(path, None) for path, _ in pairs]
     if rule.init is not None:
       count, own = state.count, _tree.flatten(state.residual)[0]
-    results = [
-      _update_leaf(rule, scale, count, *pair, last)
-      for pair, (_, last) in zip(pairs, own, strict=True)
+    entries = [
+      (*pair, last) for pair, (_, last) in zip(pairs, own, strict=True)
     ]
+    results = _update_leaves(rule, scale, count, entries)
     if rule.init is not None:
       new = treedef.unflatten([last for _, last in results])
       state = state._replace(
@@ -133,15 +133,29 @@ def _first_state(
   return ResidualState(jnp.zeros((), jnp.int32), states)
 
 
-def _update_leaf(
-  rule: _base.Residual, scale: Any, count: Any, path: str, entry: Any, last: Any
-) -> tuple[Any, Any]:
-  """Returns the update of a whole leaf, and the state of its residual."""
-  if not isinstance(entry, _projected.Projected):
-    return entry, last
-  _check_state(rule, path, entry, last)
-  update, last = rule.update(entry, scale, count, last)
-  return update.astype(entry.update_dtype), last
+def _update_leaves(
+  rule: _base.Residual,
+  scale: Any,
+  count: Any,
+  entries: list[tuple[str, Any, Any]],
+) -> list[tuple[Any, Any]]:
+  """Returns the updates of whole leaves, and the states of their residuals."""
+  results = [(entry, last) for _, entry, last in entries]
+  is_node = lambda entry: isinstance(entry, _projected.Projected)
+  at = [i for i, (_, entry, _) in enumerate(entries) if is_node(entry)]
+  if not at:
+    return results
+  for i in at:
+    path, node, last = entries[i]
+    _check_state(rule, path, node, last)
+    results[i] = rule.update(node, scale, count, last)
+  nodes = [entries[i][1] for i in at]
+  updates, states = map(list, zip(*(results[i] for i in at), strict=True))
+  if rule.together is not None:
+    updates, states = rule.together(nodes, scale, updates, states)
+  for i, node, update, last in zip(at, nodes, updates, states, strict=True):
+    results[i] = (update.astype(node.update_dtype), last)
+  return results
 
 
 def _drop(

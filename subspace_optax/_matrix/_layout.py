@@ -61,6 +61,11 @@ class Layout:
     return tuple(i for i in range(len(self.shape)) if i not in both)
 
   @property
+  def matrix(self) -> tuple[int, ...]:
+    """Axes of one matrix, in order."""
+    return tuple(sorted(self.rows + self.cols))
+
+  @property
   def projected(self) -> tuple[int, ...]:
     """Axes that the basis spans."""
     return self.rows if self.project_rows else self.cols

@@ -11,6 +11,7 @@ and scales O' to the norm of O, as the authors' code does: the paper's
 0.2 sqrt(mn) / ||O'||_F is a learning rate that matches Adam's.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _newton_schulz
 from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _spread
 
 
 class Rule(NamedTuple):
@@ -63,33 +65,64 @@ def squares_shape(layout: _layout.Layout) -> tuple[int, ...]:
 
 
 def orthogonalize(
-  rule: Rule, layout: _layout.Layout, x: jax.Array, squares: Any
-) -> tuple[jax.Array, Any]:
-  """Returns directions, and the mean squares after them.
+  rule: Rule,
+  layouts: Sequence[_layout.Layout],
+  leaves: Sequence[jax.Array],
+  squares: Sequence[Any],
+) -> tuple[list[jax.Array], list[Any]]:
+  """Returns directions of leaves, and their mean squares after them.
+
+  All leaves at once, since those of one shape may share devices.
 
   Args:
     rule: what to do.
-    layout: of the leaf, whose blocks are matrices of their own.
-    x: the leaf, float32 or wider.
+    layouts: of the leaves, whose blocks are matrices of their own.
+    leaves: float32 or wider.
     squares: of `first_squares`; anything for a rule without b2.
   """
+  cut = [_cut(*pair) for pair in zip(layouts, leaves, strict=True)]
+  parts = [part for parts in cut for part in parts]
+  iterate = lambda layout, x: _newton_schulz.newton_schulz(layout, x, rule.how)
+  whole = iter(_spread.spread(iterate, *zip(*parts, strict=True)))
+  results = []
+  for layout, x, old, parts in zip(layouts, leaves, squares, cut, strict=True):
+    narrow = [layout for layout, _ in parts]
+    found = [next(whole) for _ in parts]
+    direction, new = _finish(rule, layout, narrow, found, old)
+    results.append((_sharding.like(direction, x), new))
+  directions, news = zip(*results, strict=True)
+  return list(directions), list(news)
+
+
+def _cut(
+  layout: _layout.Layout, x: jax.Array
+) -> list[tuple[_layout.Layout, jax.Array]]:
+  """Returns the matrices that stand side by side in a leaf."""
   if not layout.blocks:
-    return _one_block(rule, layout, x, squares)
-  axis = layout.cols[0]
+    return [(layout, x)]
   whole = _sharding.regroup(x, layout.cols, layout.rows)
-  parts = lax.split(whole, layout.blocks, axis)
-  olds: Any = [squares] * len(parts)
+  parts = lax.split(whole, layout.blocks, layout.cols[0])
+  narrow = [_with_width(layout, width) for width in layout.blocks]
+  return list(zip(narrow, parts, strict=True))
+
+
+def _finish(
+  rule: Rule,
+  layout: _layout.Layout,
+  narrow: Sequence[_layout.Layout],
+  parts: Sequence[jax.Array],
+  squares: Any,
+) -> tuple[jax.Array, Any]:
+  """Returns the direction of a leaf of some blocks, and its mean squares."""
+  if len(parts) == 1:
+    return _scale(rule, narrow[0], parts[0], squares)
+  axis, olds = layout.cols[0], [squares] * len(parts)
   if rule.b2 is not None:
-    olds = _sharding.regroup(squares, layout.cols, ())
-    olds = lax.split(olds, layout.blocks, axis)
-  directions, news = zip(
-    *(
-      _one_block(rule, _with_width(layout, width), part, old)
-      for width, part, old in zip(layout.blocks, parts, olds, strict=True)
-    ),
-    strict=True,
-  )
-  direction = _sharding.like(jnp.concatenate(directions, axis), x)
+    whole = _sharding.regroup(squares, layout.cols, ())
+    olds = lax.split(whole, layout.blocks, axis)
+  found = [_scale(rule, *x) for x in zip(narrow, parts, olds, strict=True)]
+  directions, news = zip(*found, strict=True)
+  direction = jnp.concatenate(directions, axis)
   if rule.b2 is None:
     return direction, squares
   return direction, _sharding.like(jnp.concatenate(news, axis), squares)
@@ -102,10 +135,10 @@ def _with_width(layout: _layout.Layout, width: int) -> _layout.Layout:
   return dataclasses.replace(layout, shape=tuple(sizes), blocks=())
 
 
-def _one_block(
+def _scale(
   rule: Rule, layout: _layout.Layout, x: jax.Array, squares: Any
 ) -> tuple[jax.Array, Any]:
-  x = _newton_schulz.newton_schulz(layout, x, rule.how)
+  """Returns the direction of a leaf that is orthogonal, and mean squares."""
   if rule.b2 is not None:
     x, squares = _equalize_neurons(rule, layout, x, squares)
   return max(1.0, layout.outputs / layout.inputs) ** 0.5 * x, squares

@@ -20,7 +20,8 @@ from subspace_optax._matrix import _projected
 class Residual(NamedTuple):
   """A rule for the part of the gradient outside the subspace.
 
-  It sees one leaf at a time, all matrices of a stack at once.
+  It sees one leaf at a time, all matrices of a stack at once, unless it has
+  something to do with all leaves `together`.
 
   Attributes:
     name: what errors call it.
@@ -31,12 +32,16 @@ class Residual(NamedTuple):
       rule without state. `dtype` is that of moments.
     feedback: (gradient, state) -> what `project` gets in the gradient's place;
       None for the gradient itself.
+    together: (nodes, scale, updates, states) -> (updates, states), lists with
+      an item per leaf that is projected: what becomes of what `update` has
+      returned; None for nothing.
   """
 
   name: str
   update: Callable[..., tuple[jax.Array, Any]]
   init: Callable[..., jax.Array] | None = None
   feedback: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  together: Callable[..., tuple[list[jax.Array], list[Any]]] | None = None
 
 
 def norms_at_init(

@@ -23,6 +23,7 @@ from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _newton_schulz
 from subspace_optax._matrix import _projected
+from subspace_optax._matrix import _spread
 from subspace_optax.projectors import _gap
 from subspace_optax.residuals import _base
 
@@ -80,6 +81,7 @@ def momentum_feedback(
     raise ValueError(f'form must be one of {FORMS}, got {form!r}.')
   _gap.check_static(steps, 'steps')
   how = _newton_schulz.iteration('standard', steps, 'frobenius')
+  iterate = lambda layout, x: _newton_schulz.newton_schulz(layout, x, how)
 
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     del count
@@ -92,8 +94,8 @@ def momentum_feedback(
     if form == 'rows':
       direction = _coords.unit_rows(layout, direction)
     else:
-      matrices = _coords.as_leaf(layout)
-      direction = _newton_schulz.newton_schulz(matrices, direction, how)
+      matrices = [_coords.as_leaf(layout)]
+      (direction,) = _spread.spread(iterate, matrices, [direction])
     factor = scale * (layout.outputs / layout.inputs) ** 0.5
     return node.combine(factor * direction), momentum
 

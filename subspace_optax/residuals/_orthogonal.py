@@ -93,15 +93,20 @@ def orthogonal(
   rule = _orthogonalize.make_rule(ns_coeffs, steps, preconditioning, b2, eps)
 
   def update(node: _projected.Projected, scale: Any, count: Any, state: Any):
-    del count
-    layout, g = node.layout, _linalg.widen(node.gradient)
+    del scale, count
     # P N + w (G - P R) with one product.
     coords = _linalg.widen(node.direction) - weight * _base.inside(node)
-    whole = node.combine(coords) + weight * g
-    direction, state = _orthogonalize.orthogonalize(rule, layout, whole, state)
-    return scale * direction, state
+    return node.combine(coords) + weight * _linalg.widen(node.gradient), state
 
-  return _base.Residual('orthogonal', update, None if b2 is None else _squares)
+  def together(nodes: Any, scale: Any, updates: Any, states: Any):
+    layouts = [node.layout for node in nodes]
+    updates, states = _orthogonalize.orthogonalize(
+      rule, layouts, updates, states
+    )
+    return [scale * x for x in updates], states
+
+  first = None if b2 is None else _squares
+  return _base.Residual('orthogonal', update, first, together=together)
 
 
 def _squares(layout: _layout.Layout, leaf: Any, dtype: Any = None) -> jax.Array:

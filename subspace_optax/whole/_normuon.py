@@ -7,7 +7,8 @@ With O the orthogonalised G + b M of a matrix,
   M <- b M + G,   v <- b2 v + (1 - b2) mean_in(O^2),
   W <- W - lr sqrt(max(1, out / in)) c O / (sqrt(v) + eps),
 
-one v for each output, and c so that the matrix has the norm of O.
+one v for each output, and c so that the matrix has the norm of O. Without v it
+is Muon.
 """
 
 import functools
@@ -39,7 +40,7 @@ class NorMuonState(NamedTuple):
 
   trace: Any  # tree, leaf shape=the leaf's: momentum
   # tree, leaf shape=the leaf's with 1 for the inputs' axes, dtype=float32 or
-  # wider: mean squares of orthogonalised momentum
+  # wider: mean squares of orthogonalised momentum; `EmptyState` without b2
   nu: Any
 
 
@@ -70,7 +71,7 @@ def scale_by_normuon(
       fused kernels as blocks are matrices of their own, see `DimensionNumbers`.
       Other leaves come out as they are.
     b: decay of the momentum.
-    b2: decay of the mean squares.
+    b2: decay of the mean squares; None for Muon, without any.
     eps: added to their roots.
     steps: see `residuals.orthogonal`, as for the next two.
     ns_coeffs: coefficients of the Newton-Schulz iteration.
@@ -99,7 +100,8 @@ def scale_by_normuon(
   """
   spec = _with_plain.whole_spec(_spec.SubspaceSpec(1) if spec is None else spec)
   _gap.check_decay(b, 'b')
-  _gap.check_decay(b2, 'b2')
+  if b2 is not None:
+    _gap.check_decay(b2, 'b2')
   _gap.check_static(steps, 'steps')
   rule = _orthogonalize.make_rule(ns_coeffs, steps, preconditioning, b2, eps)
 
@@ -108,38 +110,35 @@ def scale_by_normuon(
     _check_matches.check_matches(spec, matches)
     _match_updates.remember_names(params)
     _describe.record_whole('normuon', matches, _tell)
-    make = functools.partial(_first_state, spec)
+    make = functools.partial(_first_state, spec, rule)
     return _first_states.make_state(spec, make, params)
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    matches = _match_updates.match_to_state(
-      spec,
-      updates,
-      ('mean squares', state.nu, _orthogonalize.squares_shape),
-      ('momentum', state.trace, lambda layout: layout.shape),
-    )
-    trace, nu = (dict(_tree.flatten(x)[0]) for x in state)
-    entries = []
-    for match, (path, g) in zip(
-      matches, _tree.flatten(updates)[0], strict=True
-    ):
-      if match and match.layout:
-        looked, trace[path] = _accumulate(b, g, trace[path])
-        g, nu[path] = _direct(rule, match.layout, g, looked, nu[path])
-      entries.append(g)
-    treedef = _tree.flatten(updates)[1]
-    state = NorMuonState(*(treedef.unflatten(x.values()) for x in (trace, nu)))
-    return _tree.replace_entries(updates, entries), state
+    made = [('momentum', state.trace, lambda layout: layout.shape)]
+    if b2 is not None:
+      made = [('mean squares', state.nu, _orthogonalize.squares_shape), *made]
+    matches = _match_updates.match_to_state(spec, updates, *made)
+    layouts = {x.path: x.layout for x in matches if x and x.layout}
+    entries, trace = (dict(_tree.flatten(x)[0]) for x in (updates, state.trace))
+    ahead = dict.fromkeys(layouts)
+    for path in layouts:
+      ahead[path], trace[path] = _accumulate(b, entries[path], trace[path])
+    directions, nu = _direct(rule, layouts, ahead, state.nu)
+    for path, x in directions.items():
+      entries[path] = _sharding.like(x, entries[path])
+    trace = _tree.flatten(state.trace)[1].unflatten(trace.values())
+    updates = _tree.replace_entries(updates, list(entries.values()))
+    return updates, NorMuonState(trace, nu)
 
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
-def squares_in(state: Any) -> Any:
-  """Returns the tree of mean squares in the state of a chain around it."""
+def momentum_in(state: Any) -> Any:
+  """Returns the tree of momentum in the state of a chain around it."""
   is_own = lambda x: isinstance(x, NorMuonState)
   leaves = jax.tree.leaves(state, is_leaf=is_own)
-  return next(x.nu for x in leaves if is_own(x))
+  return next(x.trace for x in leaves if is_own(x))
 
 
 def _tell(match: _spec.Match) -> tuple[str, str, str] | None:
@@ -151,6 +150,7 @@ def _tell(match: _spec.Match) -> tuple[str, str, str] | None:
 
 def _first_state(
   spec: _spec.SubspaceSpec,
+  rule: _orthogonalize.Rule,
   params: Any,
   matches: list[_spec.Match | None],
   treedef: Any,
@@ -167,7 +167,8 @@ def _first_state(
     return _orthogonalize.first_squares(layout, leaf)
 
   make = functools.partial(_matrices.per_matrix, matches, treedef)
-  return NorMuonState(make(zeros), make(squares))
+  nu = optax.EmptyState() if rule.b2 is None else make(squares)
+  return NorMuonState(make(zeros), nu)
 
 
 def _accumulate(b: Any, g: jax.Array, m: jax.Array) -> tuple[Any, jax.Array]:
@@ -178,8 +179,22 @@ def _accumulate(b: Any, g: jax.Array, m: jax.Array) -> tuple[Any, jax.Array]:
 
 
 def _direct(
-  rule: _orthogonalize.Rule, layout: _layout.Layout, g: Any, x: Any, nu: Any
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the direction of one leaf, and its new mean squares."""
-  direction, nu = _orthogonalize.orthogonalize(rule, layout, x, nu)
-  return _sharding.like(direction, g), nu
+  rule: _orthogonalize.Rule,
+  layouts: dict[str, _layout.Layout],
+  leaves: dict[str, Any],
+  squares: Any,
+) -> tuple[dict[str, jax.Array], Any]:
+  """Returns directions by path, and the tree of new mean squares."""
+  pairs, treedef = _tree.flatten(squares)
+  nu = dict(pairs)
+  directions, news = _orthogonalize.orthogonalize(
+    rule,
+    list(layouts.values()),
+    list(leaves.values()),
+    [nu.get(path) for path in layouts],
+  )
+  directions = dict(zip(layouts, directions, strict=True))
+  if rule.b2 is None:
+    return directions, squares
+  nu |= dict(zip(layouts, news, strict=True))
+  return directions, treedef.unflatten(nu.values())

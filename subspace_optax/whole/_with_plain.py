@@ -27,7 +27,7 @@ def run_with_plain(
   matrices: optax.GradientTransformation,
   plain: optax.GradientTransformation,
   after: optax.GradientTransformation,
-  squares_in: Callable[[Any], Any],
+  momentum_in: Callable[[Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
   """Returns an optimizer whose updates are float32 or wider until `after`.
 
@@ -37,7 +37,7 @@ def run_with_plain(
       parameters; what it makes of other leaves is not used.
     plain: of the other leaves, and of them alone.
     after: of all updates, such as weight decay and learning rate.
-    squares_in: from the state of `matrices` to its tree of mean squares, which
+    momentum_in: from the state of `matrices` to its tree of momentum, which
       tells what `init` took for a matrix.
   """
   spec = whole_spec(spec)
@@ -56,8 +56,8 @@ def run_with_plain(
   def update(updates, state, params=None, **extra_args):
     widen = lambda _, g: _dtypes.widen(spec, g)
     bare = _tree.map_entries(widen, _tree.unbox(updates))
-    squares, _ = _tree.flatten(squares_in(state.projected))
-    paths = {path for path, x in squares if not _tree.is_masked(x)}
+    momentum, _ = _tree.flatten(momentum_in(state.projected))
+    paths = {path for path, x in momentum if not _tree.is_masked(x)}
     mine, a = own.update(bare, state.projected, params, **extra_args)
     hidden = _beside.split(bare, paths)[1]
     weights = None if params is None else _beside.split(params, paths)[1]

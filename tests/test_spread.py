@@ -1,0 +1,191 @@
+"""Each device iterates on matrices of its own: values, places, traffic."""
+
+import math
+import re
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from benchmarks import hlo
+import references as ref
+import subspace_optax as so
+from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _newton_schulz
+from subspace_optax._matrix import _spread
+
+MODES = {'auto': AxisType.Auto, 'explicit': AxisType.Explicit}
+MESHES = {'fsdp': (4,), 'fsdp, tensor': (2, 2)}
+M, N = 8, 12
+
+
+def make_mesh(axes, mode):
+  names = tuple(axes.split(', '))
+  return jax.make_mesh(
+    MESHES[axes], names, axis_types=(MODES[mode],) * len(names)
+  )
+
+
+def layout(shape, rows=(-2,), cols=(-1,)):
+  up = lambda axes: tuple(i % len(shape) for i in axes)
+  return _layout.Layout(shape, up(rows), up(cols), True, 1)
+
+
+HOW = _newton_schulz.iteration('standard', 3, 'frobenius')
+
+
+def iterate(of, x):
+  return _newton_schulz.newton_schulz(of, x, HOW)
+
+
+def dense(of, x):
+  """Returns the same in float64, matrix by matrix."""
+  axes = (*of.rows, *of.cols), (-2, -1)
+  a = np.moveaxis(np.asarray(x, np.float64), *axes)
+  u, s, v = np.linalg.svd(a, full_matrices=False)
+  s = s / np.linalg.norm(s, axis=-1, keepdims=True)
+  for _ in range(3):
+    s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+  return np.moveaxis(u * s[..., None, :] @ v, *axes[::-1])
+
+
+CUT = 'stacks that are cut already'
+CUT_SHORT = 'a stack that is cut and cannot be cut further'
+# The leaves' layouts, and the spec of each on a mesh of two axes.
+TREES = {
+  'a stack that divides': [(layout((8, M, N)), P(None, 'fsdp', 'tensor'))],
+  'four stacks of two, of one shape': [
+    (layout((2, M, N)), P(None, 'fsdp', 'tensor'))
+  ]
+  * 4,
+  'five matrices and a stack': [
+    *[(layout((M, N)), P('fsdp', 'tensor'))] * 5,
+    (layout((3, M, N)), P(None, 'tensor', 'fsdp')),
+  ],
+  'counted in the middle, and last': [
+    (layout((M, 8, N), (0,), (2,)), P('fsdp', None, 'tensor')),
+    (layout((N, M, 4), (1,), (0,)), P('fsdp')),
+  ],
+  'two axes that count': [(layout((2, 4, M, N)), P(None, None, 'fsdp'))],
+  CUT: [
+    (layout((8, M, N)), P('fsdp', None, 'tensor')),
+    (layout((4, M, N)), P(('fsdp', 'tensor'))),
+  ],
+  CUT_SHORT: [(layout((2, M, N)), P('fsdp', None, 'tensor'))],
+}
+
+
+def placed(mesh, tree):
+  names, leaves = set(mesh.axis_names), []
+  for seed, (of, spec) in enumerate(tree):
+    kept = [
+      tuple(k for k in (e if isinstance(e, tuple) else (e,)) if k in names)
+      for e in spec
+    ]
+    place = NamedSharding(mesh, P(*[k or None for k in kept]))
+    leaves.append(jax.device_put(ref.normal(seed, of.shape), place))
+  return leaves
+
+
+def compiled(mesh, layouts, leaves):
+  with jax.set_mesh(mesh):
+    run = jax.jit(lambda leaves: _spread.spread(iterate, layouts, leaves))
+    return run.lower(leaves).compile()
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('axes', MESHES)
+@pytest.mark.parametrize('name', TREES)
+def test_is_the_map_of_every_matrix_where_it_was(name, axes, mode):
+  if name == CUT_SHORT and axes == 'fsdp':
+    return  # two matrices on four devices
+  mesh = make_mesh(axes, mode)
+  layouts, leaves = [of for of, _ in TREES[name]], placed(mesh, TREES[name])
+  found = compiled(mesh, layouts, leaves)(leaves)
+  for of, x, y in zip(layouts, leaves, found, strict=True):
+    np.testing.assert_allclose(y, dense(of, x), rtol=1e-4, atol=1e-5)
+    if mode == 'explicit' or name not in (CUT_SHORT, CUT):
+      assert y.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+def test_without_a_mesh_nothing_moves():
+  of, x = layout((3, M, N)), ref.normal(0, (3, M, N))
+  text = str(jax.make_jaxpr(lambda x: _spread.spread(iterate, [of], [x]))(x))
+  assert 'sharding_constraint' not in text and 'pad' not in text
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('axes', MESHES)
+@pytest.mark.parametrize(
+  ('name', 'slots'),
+  [
+    ('a stack that divides', 8),
+    ('four stacks of two, of one shape', 8),
+  ],
+)
+def test_one_exchange_there_and_one_back(name, slots, axes, mode):
+  """Bytes by arithmetic; no device ever has more than its matrices."""
+  mesh, tree = make_mesh(axes, mode), TREES[name]
+  program = compiled(mesh, [of for of, _ in tree], placed(mesh, tree))
+  text = program.as_text()
+  found = hlo.collectives(text, 4)
+  assert {c.kind for c in found.values()} == {'all-to-all'}
+  # An all-to-all over n devices sends (n - 1) / n of a device's quarter.
+  hops = sum((n - 1) / n for n in mesh.shape.values())
+  expected = 2 * hops * slots * M * N * 4 / 4
+  np.testing.assert_allclose(hlo.sent(found), expected)
+  sizes = [
+    math.prod(map(int, dims.split(',')))
+    for dims in re.findall(r'f32\[([\d,]+)\]', text)
+  ]
+  assert max(sizes) <= slots // 4 * M * N
+
+
+def optimizer(name):
+  numbers = so.DimensionNumbers(-2, -1)
+  spec = so.SubspaceSpec(2, weight_dimension_numbers=numbers)
+  return {
+    'subspace_muon': lambda: so.subspace_muon(0.1, spec=spec),
+    'normuon': lambda: so.normuon(0.1, spec=spec),
+    'muon, 8 bits': lambda: so.scale_by_muon8bit(spec),
+    'trion': lambda: so.trion(0.1, spec=spec),
+    'dion': lambda: so.dion(0.1, spec=spec),
+  }[name]()
+
+
+def run(tx, leaves):
+  """Returns the updates of three steps, and the compiled step."""
+  params = {str(i): x for i, x in enumerate(leaves)}
+  state, found = jax.jit(tx.init)(params), []
+  step = jax.jit(tx.update)
+  for t in range(3):
+    gradients = {
+      k: jax.device_put(ref.normal(10 * t + int(k), x.shape), x.sharding)
+      for k, x in params.items()
+    }
+    updates, state = step(gradients, state, params)
+    found.append(jax.tree.map(np.asarray, updates))
+  return found
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('axes', MESHES)
+@pytest.mark.parametrize(
+  'name', ['subspace_muon', 'normuon', 'muon, 8 bits', 'trion', 'dion']
+)
+def test_optimizers_step_as_on_one_device(name, axes, mode):
+  tree = TREES['four stacks of two, of one shape'][:3]
+  wanted = run(
+    optimizer(name), [ref.normal(i, x.shape) for i, (x, _) in enumerate(tree)]
+  )
+  mesh = make_mesh(axes, mode)
+  with jax.set_mesh(mesh):
+    found = run(optimizer(name), placed(mesh, tree))
+  # Codes of 8 bits round another way where a sum rounds another way.
+  near = {'rtol': 1e-5, 'atol': 1e-5}
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, **near), found, wanted
+  )
