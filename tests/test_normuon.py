@@ -331,3 +331,36 @@ SPEC = so.SubspaceSpec(
     'up': so.DimensionNumbers(0, 1),
   },
 )
+
+
+def test_without_mean_squares_it_is_optax_muon():
+  views = {'up': ref.view((8, 20), left=True), 'down': ref.view((12, 8))}
+  params = ref.like(views, 9)
+  ours = so.scale_by_normuon(so.SubspaceSpec(1), b=B, b2=None)
+  muon = optax.contrib.scale_by_muon(
+    beta=B,
+    weight_dimension_numbers=dict.fromkeys(
+      params, optax.contrib.MuonDimensionNumbers()
+    ),
+  )
+  state, wanted_state = ours.init(params), muon.init(params)
+  assert jax.tree.leaves(state.nu) == []
+  for t in range(4):
+    found, state = ours.update(ref.like(views, t), state)
+    wanted, wanted_state = muon.update(ref.like(views, t), wanted_state)
+    np.testing.assert_allclose(
+      found['up'], (20 / 8) ** 0.5 * wanted['up'], rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+      found['down'], wanted['down'], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize('bits', [32, 8])
+def test_ready_made_without_mean_squares(bits):
+  """Other leaves are the plain optimizer's, whose state alone has theirs."""
+  tx = so.normuon(LR, b=B, b2=None, moment_bits=bits)
+  updates, state = run(tx)
+  wanted, _ = run(so.normuon(LR, b=B, b2=B2, moment_bits=bits))
+  np.testing.assert_array_equal(updates[-1]['norm'], wanted[-1]['norm'])
+  assert isinstance(whole.momentum_in(state)['norm'], optax.MaskedNode)
