@@ -43,8 +43,8 @@ def scale_by_muon8bit(
 
   Returns:
     `scale_by_normuon` without mean squares, see `quantize_moments`. Updates are
-    those of `optax.contrib.scale_by_muon`, times sqrt(out / in) for kernels
-    that widen.
+    those of `optax.contrib.scale_by_muon` once its means have no bias left to
+    correct, times sqrt(out / in) for kernels that widen.
 
   Raises:
     ValueError: see `scale_by_normuon`; an unknown rounding; at `init`, a leaf
