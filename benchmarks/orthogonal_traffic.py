@@ -104,9 +104,7 @@ def measure(args: Args, name: str, stack: int, mesh: Mesh) -> dict:
     'gradient_bytes': communication.shard_bytes(params),
     'state_bytes_per_device': communication.shard_bytes(state),
     'state_bytes': programs.tree_bytes(state),
-    'state_that_moves': communication.moved(
-      state, program.output_shardings[1]
-    ),
+    'state_that_moves': communication.moved(state, program.output_shardings[1]),
   }
 
 
