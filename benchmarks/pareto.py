@@ -4,8 +4,8 @@ A LLaMA over bytes; model, data, batch and their order are the same for all.
 For each method, peak learning rate (by factors of 2) and weight decay (by
 factors of 3) are searched from a start until the best has both neighbours of
 both behind it, by the validation loss of seed 0; further seeds run at the best,
-and what is reported is the loss on a third text. Schedules end at 0; nothing is
-stopped early.
+and what is reported is the loss on a third text. A second corpus's search
+starts from the best of the first. Schedules end at 0; nothing is stopped early.
 
 Every run is a file in runs/pareto, named by a hash of its settings and of its
 whole program, so that an interrupted benchmark goes on where it was, and a run
@@ -99,16 +99,13 @@ def best(rows: Sequence[dict]) -> Point:
   return Point(row['lr'], row['decay'])
 
 
-def wanted(
-  job: pareto_run.Job, rows: Sequence[dict], args: Args
-) -> list[Point]:
+def wanted(start: Point, rows: Sequence[dict], args: Args) -> list[Point]:
   """The runs that a search lacks as it stands, the most urgent first."""
   known = {Point(row['lr'], row['decay'], row['seed']) for row in rows}
-  start = Point.near(contenders.CONTENDERS[job.method].lr, FIRST_DECAY)
-  if start not in known:
+  tuned = [point for point in known if point.seed == 0]
+  if not tuned:
     return [start]
   at = best(rows)
-  tuned = [point for point in known if point.seed == 0]
   missing = [point for point in neighbours(at) if point not in known]
   if missing and len(tuned) < args.most:
     return missing
@@ -187,11 +184,20 @@ class Worker:
       self.trainers[job] = pareto_run.Trainer(job)
     return self.trainers[job]
 
+  def start(self, job: pareto_run.Job) -> Point:
+    """Where a search begins."""
+    first = dataclasses.replace(job, corpus=next(iter(corpora.CORPORA)))
+    rows = self.store.rows(first, self.trainer(first).digest)
+    if rows:
+      return best(rows)
+    return Point.near(contenders.CONTENDERS[job.method].lr, FIRST_DECAY)
+
   def next(self) -> tuple[pareto_run.Job, Point, pathlib.Path] | None:
     """The first run that nobody has done or claimed."""
     for job in jobs(self.args):
       digest = self.trainer(job).digest
-      for point in wanted(job, self.store.rows(job, digest), self.args):
+      rows = self.store.rows(job, digest)
+      for point in wanted(self.start(job), rows, self.args):
         path = self.store.path(fields(job, digest, point))
         if not path.exists() and self.store.claim(path):
           return job, point, path
@@ -249,7 +255,7 @@ def _search(job: pareto_run.Job, rows: list[dict], args: Args) -> dict:
     'steps': job.steps,
     'program': rows[0]['program'],
     'best': {'lr': at.lr, 'decay': at.decay},
-    'lacks': len(wanted(job, rows, args)),
+    'lacks': len(wanted(at, rows, args)),
     'memory': rows[0]['memory'],
     'runs': [{name: row[name] for name in kept} for row in rows],
   }
