@@ -115,12 +115,12 @@ _of_ours = functools.partial(Contender, ours=True)
 CONTENDERS: dict[str, Contender] = {
   'adamw': Contender(_stepping(adam), 4e-3),
   'muon': Contender(_stepping(_muon(32)), 1e-2),
-  'subspace_muon': _of_ours(ours('subspace_muon'), 1.25e-3),
+  'subspace_muon': _of_ours(ours('subspace_muon'), 2.5e-3),
   'subspace_muon_8bit': _of_ours(
-    ours('subspace_muon', moment_bits=8), 1.25e-3, bits=8
+    ours('subspace_muon', moment_bits=8), 2.5e-3, bits=8
   ),
   'subspace_muon_4bit': _of_ours(
-    ours('subspace_muon', moment_bits=4), 1.25e-3, bits=8
+    ours('subspace_muon', moment_bits=4), 2.5e-3, bits=8
   ),
   'muon_4bit': Contender(_stepping(_muon(4)), 1e-2, bits=8, ours=True),
   'muon_8bit': Contender(_stepping(_muon(8)), 1e-2, bits=8, ours=True),
@@ -204,6 +204,13 @@ FORMS = {
   'b 0.95, b2 0.95': _form(0.95, b2=0.95),
 }
 CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}
+# At other ranks.
+CONTENDERS |= {
+  'subspace_muon, rank 0.5': _of_ours(ours('subspace_muon', rank=0.5), 2.5e-3),
+  'subspace_muon_8bit, rank 0.5': _of_ours(
+    ours('subspace_muon', rank=0.5, moment_bits=8), 2.5e-3, bits=8
+  ),
+}
 # Forms of Muon.
 CONTENDERS |= {
   'muon, b 0.9': Contender(_stepping(_muon(32, 0.9)), 1e-2),
