@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import hlo
 import cases
 import llama
 import pretrain
@@ -332,6 +333,23 @@ def test_on_a_mesh(name, kind):
     jax.tree.leaves((got, state)), jax.tree.leaves((sharded, made)), strict=True
   ):
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_no_stack_is_gathered_on_a_mesh():
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
+  specs = {'up': P(None, 'x', 'y'), 'down': P(None, 'y', 'x')}
+  place = lambda path, x: NamedSharding(mesh, specs.get(path[-1].key, P()))
+  params = jax.device_put(
+    make_params(), jax.tree.map_with_path(place, make_params())
+  )
+  step = layers(optax.adam(0.01))
+  placed = jax.tree.map(lambda x: x.sharding, params)
+  out = (placed, so.state_sharding(step, params), None)
+  run = jax.jit(step.step, out_shardings=out)
+  # As many callers have it: no mesh is set.
+  program = run.lower(params, step.init(params), BATCH).compile()
+  found = hlo.collectives(program.as_text(), 4).values()
+  assert 0 < max(x.elements for x in found) <= WIDTH * HIDDEN
 
 
 def explicit_embed(rest, batch):

@@ -28,12 +28,16 @@ def put_layer(stack: Any, i: Any, layer: Any) -> Any:
 def row_major(stack: Any) -> Any:
   """Returns the stack, of which XLA makes no copy in another order of axes.
 
-  Arguments of a program lie row by row unless a caller says otherwise. A loop
-  whose products prefer columns would else begin by copying whole stacks.
+  Arguments of a program lie row by row unless a caller says otherwise. On a TPU
+  a loop whose products prefer columns would else begin by copying whole stacks.
+  Elsewhere XLA does no such thing, but does not partition the constraint, for
+  which it would gather stacks that are cut.
   """
 
   def one(x: jax.Array) -> jax.Array:
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    rows = Layout(tuple(range(x.ndim)))
+    constrain = lambda x: with_layout_constraint(x, rows)
+    return lax.platform_dependent(x, tpu=constrain, default=lambda x: x)
 
   return jax.tree.map(one, stack)
 
