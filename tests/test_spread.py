@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import hlo
@@ -146,9 +147,18 @@ def test_one_exchange_there_and_one_back(name, slots, axes, mode):
 
 def optimizer(name):
   numbers = so.DimensionNumbers(-2, -1)
-  spec = so.SubspaceSpec(2, weight_dimension_numbers=numbers)
+  spec = so.SubspaceSpec(4, weight_dimension_numbers=numbers)
   return {
-    'subspace_muon': lambda: so.subspace_muon(0.1, spec=spec),
+    'subspace_muon': lambda: so.subspace_muon(
+      0.1, update_proj_gap=2, spec=spec
+    ),
+    'muon in chosen columns': lambda: so.subspace(
+      spec,
+      so.projectors.dct(2),
+      optax.trace(0.9, nesterov=True),
+      transport='first',
+      residual=so.residuals.orthogonal(1.9, b2=0.9),
+    ),
     'normuon': lambda: so.normuon(0.1, spec=spec),
     'muon, 8 bits': lambda: so.scale_by_muon8bit(spec),
     'trion': lambda: so.trion(0.1, spec=spec),
@@ -159,14 +169,17 @@ def optimizer(name):
 def run(tx, leaves):
   """Returns the updates of three steps, and the compiled step."""
   params = {str(i): x for i, x in enumerate(leaves)}
-  state, found = jax.jit(tx.init)(params), []
+  state, found = tx.init(params), []
   step = jax.jit(tx.update)
   for t in range(3):
     gradients = {
       k: jax.device_put(ref.normal(10 * t + int(k), x.shape), x.sharding)
       for k, x in params.items()
     }
-    updates, state = step(gradients, state, params)
+    updates, new = step(gradients, state, params)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+      assert y.sharding.is_equivalent_to(x.sharding, x.ndim)
+    state = new
     found.append(jax.tree.map(np.asarray, updates))
   return found
 
@@ -174,10 +187,19 @@ def run(tx, leaves):
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('axes', MESHES)
 @pytest.mark.parametrize(
-  'name', ['subspace_muon', 'normuon', 'muon, 8 bits', 'trion', 'dion']
+  'name',
+  [
+    'subspace_muon',
+    'muon in chosen columns',
+    'normuon',
+    'muon, 8 bits',
+    'trion',
+    'dion',
+  ],
 )
 def test_optimizers_step_as_on_one_device(name, axes, mode):
   tree = TREES['four stacks of two, of one shape'][:3]
+  tree = [*tree, *TREES['a stack that divides']]
   wanted = run(
     optimizer(name), [ref.normal(i, x.shape) for i, (x, _) in enumerate(tree)]
   )

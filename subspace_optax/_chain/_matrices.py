@@ -13,6 +13,7 @@ import optax
 from subspace_optax._chain import _spec
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
+from subspace_optax._matrix import _spread
 from subspace_optax._matrix import _tree
 from subspace_optax.projectors import _base
 
@@ -38,9 +39,20 @@ def wrap_gradients(
   matches: list[_spec.Match | None],
   axis_name: Any,
   keep_gradient: bool,
+  hand_out: bool,
   gradients: Any,
 ) -> Any:
-  """Returns the tree of the matrices of gradients."""
+  """Returns the tree of the matrices of gradients.
+
+  Args:
+    state: of `project`.
+    matches: of the gradients.
+    axis_name: of a mapped axis, along which they are averaged.
+    keep_gradient: whether whole gradients are averaged, now.
+    hand_out: whether each device gets matrices of its own, where they are so
+      many that all get as many.
+    gradients: the tree.
+  """
   seeds = dict(_tree.flatten(state.seed)[0])
   average_now = keep_gradient and axis_name is not None
 
@@ -48,7 +60,11 @@ def wrap_gradients(
     leaf = lax.pmean(leaf, axis_name) if average_now else leaf
     later = None if average_now else axis_name
     layout = dataclasses.replace(layout, axis_name=later)
-    return _measure(leaf, layout, seeds[path])
+    matrix = _measure(leaf, layout, seeds[path])
+    own = _spread.hand_out(layout, leaf) if hand_out else None
+    if own is None:
+      return matrix
+    return dataclasses.replace(matrix, like=own, gradient=own, home=leaf)
 
   return per_matrix(matches, _tree.flatten(gradients)[1], matrix)
 
@@ -123,8 +139,11 @@ def _check_energy(matrix: _base.Matrix, coords: jax.Array) -> _base.Matrix:
 
 def project(matrix: _base.Matrix, basis: jax.Array) -> jax.Array:
   """Returns P^T G, or the mean of all of them along a mapped axis."""
-  coords = matrix.layout.project(matrix.gradient, basis)
-  return matrix.layout.settle_coords(coords, matrix.gradient)
+  layout = matrix.layout
+  coords = layout.project(matrix.gradient, basis)
+  if matrix.home is not None:
+    return matrix.at_home(coords, layout.coords_axes())
+  return layout.settle_coords(coords, matrix.gradient)
 
 
 def captured_energy(
@@ -136,5 +155,11 @@ def captured_energy(
   """
   layout = matrix.layout
   scale = layout.basis_energy(_linalg.widen(basis)) / layout.rank
+  scale = matrix.at_home(scale, layout.batch_axes)
   ratio = layout.coords_energy(coords) / (matrix.energy * scale)
   return jnp.where(matrix.ok, ratio.astype(last.dtype), last)
+
+
+def value_at_home(matrix: _base.Matrix, x: jax.Array) -> jax.Array:
+  """Returns one value per matrix where state of its leaf is."""
+  return matrix.at_home(x, matrix.layout.batch_axes)

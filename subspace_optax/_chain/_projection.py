@@ -76,6 +76,8 @@ class Projection:
     axis_name: of a mapped axis, along which plain leaves are averaged, too.
     keep_wide: whether updates come back in float32 or wider, and plain leaves
       in the dtype of their moments, to be rounded behind all that follows.
+    hand_out: whether each device gets matrices of its own in the step, for a
+      residual rule that wants whole ones.
   """
 
   spec: _spec.SubspaceSpec
@@ -83,6 +85,7 @@ class Projection:
   keep_gradient: bool = False
   axis_name: Any = None
   keep_wide: bool = False
+  hand_out: bool = False
 
   def __post_init__(self):
     _spec.check_spec(self.spec)
@@ -218,7 +221,14 @@ class Projection:
       basis,
       refreshed.subspaces.captured_energy,
     )
-    subspaces = refreshed.subspaces._replace(captured_energy=captured)
+    # Automatic sharding knows no home but by constraints on what comes out.
+    home = functools.partial(jax.tree.map, _matrices.value_at_home, matrices)
+    subspaces = _base.Subspaces(
+      basis,
+      home(captured),
+      home(refreshed.subspaces.orthogonality_error),
+      home(refreshed.subspaces.drift),
+    )
     refreshed = refreshed._replace(subspaces=subspaces)
     return Seen(matrices, coords, refreshed)
 
@@ -287,6 +297,7 @@ class Projection:
       before=before,
       after=after,
       gradient=matrix.gradient if self.keep_gradient else None,
+      home=matrix.home,
       old_basis=old_basis if self.keep_gradient else None,
       old_mean=None,
       mean=None,
@@ -340,8 +351,10 @@ class Projection:
     self, state: ProjectState, gradients: Any, axis_name: Any
   ) -> Any:
     matches = _match_updates.match_as_at_init(self.spec, state, gradients)
+    # Bases that are stored are where the leaf is.
+    hand_out = self.hand_out and self.projector.rebuild is not None
     return _matrices.wrap_gradients(
-      state, matches, axis_name, self.keep_gradient, gradients
+      state, matches, axis_name, self.keep_gradient, hand_out, gradients
     )
 
   def _averaged_axis(self, given: Given) -> Any:

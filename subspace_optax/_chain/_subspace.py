@@ -106,7 +106,11 @@ def subspace(
   if after is not None:
     inner = _sign.require_one_turn(inner, after, with_params=with_params)
   project = _projection.Projection(
-    spec, projector, keep_gradient=residual is not None, keep_wide=True
+    spec,
+    projector,
+    keep_gradient=residual is not None,
+    keep_wide=True,
+    hand_out=residual is not None and residual.together is not None,
   )
   in_subspace = _in_subspace.InSubspace(
     inner, spec, transport, params, per_matrix, plain

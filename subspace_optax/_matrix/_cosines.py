@@ -38,6 +38,8 @@ def make_basis(
     (*batch and projected axes, r), float32.
   """
   rows = _row_numbers(layout, leaf)
+  of_matrix = f'{layout.batch_axes}-'
+  columns = _placement.align(columns, leaf, layout.leaf_axes, of_matrix)
   columns = layout.ranks_along(columns, layout.basis_axes())
   basis = cosines(rows, columns, layout.m)
   if seed is None:

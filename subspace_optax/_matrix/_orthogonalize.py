@@ -69,6 +69,7 @@ def orthogonalize(
   layouts: Sequence[_layout.Layout],
   leaves: Sequence[jax.Array],
   squares: Sequence[Any],
+  homes: Sequence[Any] | None = None,
 ) -> tuple[list[jax.Array], list[Any]]:
   """Returns directions of leaves, and their mean squares after them.
 
@@ -79,31 +80,42 @@ def orthogonalize(
     layouts: of the leaves, whose blocks are matrices of their own.
     leaves: float32 or wider.
     squares: of `first_squares`; anything for a rule without b2.
+    homes: arrays where directions are to be, for leaves that have been handed
+      out; None where these are, as for all by default.
   """
-  cut = [_cut(*pair) for pair in zip(layouts, leaves, strict=True)]
+  homes = [None] * len(leaves) if homes is None else homes
+  cut = [_cut(*three) for three in zip(layouts, leaves, homes, strict=True)]
   parts = [part for parts in cut for part in parts]
   iterate = lambda layout, x: _newton_schulz.newton_schulz(layout, x, rule.how)
   whole = iter(_spread.spread(iterate, *zip(*parts, strict=True)))
   results = []
-  for layout, x, old, parts in zip(layouts, leaves, squares, cut, strict=True):
-    narrow = [layout for layout, _ in parts]
+  for layout, x, home, old, parts in zip(
+    layouts, leaves, homes, squares, cut, strict=True
+  ):
+    narrow = [layout for layout, *_ in parts]
     found = [next(whole) for _ in parts]
     direction, new = _finish(rule, layout, narrow, found, old)
-    results.append((_sharding.like(direction, x), new))
+    place = x if home is None else home
+    results.append((_sharding.place_like(direction, place), new))
   directions, news = zip(*results, strict=True)
   return list(directions), list(news)
 
 
 def _cut(
-  layout: _layout.Layout, x: jax.Array
-) -> list[tuple[_layout.Layout, jax.Array]]:
-  """Returns the matrices that stand side by side in a leaf."""
+  layout: _layout.Layout, x: jax.Array, home: Any
+) -> list[tuple[_layout.Layout, jax.Array, Any]]:
+  """Returns the matrices that stand side by side in a leaf, and their homes."""
   if not layout.blocks:
-    return [(layout, x)]
-  whole = _sharding.regroup(x, layout.cols, layout.rows)
-  parts = lax.split(whole, layout.blocks, layout.cols[0])
+    return [(layout, x, home)]
+
+  def split(x: Any) -> Sequence[Any]:
+    if x is None:
+      return [None] * len(layout.blocks)
+    whole = _sharding.regroup(x, layout.cols, layout.rows)
+    return lax.split(whole, layout.blocks, layout.cols[0])
+
   narrow = [_with_width(layout, width) for width in layout.blocks]
-  return list(zip(narrow, parts, strict=True))
+  return list(zip(narrow, split(x), split(home), strict=True))
 
 
 def _finish(

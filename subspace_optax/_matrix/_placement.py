@@ -43,7 +43,7 @@ def place(
   if sharding is None:
     return _varying.vary_as(make(*static, *args), leaf)
   shape = jax.eval_shape(functools.partial(make, *static), *args).shape
-  spec = _spec_at_rest(sharding, leaf, leaf_axes, axes, shape)
+  spec = spec_at_rest(sharding, leaf, leaf_axes, axes, shape)
   target = NamedSharding(sharding.mesh, spec)
   if isinstance(leaf, Tracer):
     return jax.reshard(make(*static, *args), target)
@@ -77,7 +77,7 @@ def settle(
   sharding = _sharding.explicit(leaf)
   if sharding is None:
     return x
-  spec = _spec_at_rest(sharding, leaf, leaf_axes, axes, x.shape)
+  spec = spec_at_rest(sharding, leaf, leaf_axes, axes, x.shape)
   return jax.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
@@ -103,7 +103,7 @@ def _splits(sharding: Any, leaf_axes: str) -> dict[str, tuple[str, ...]]:
   return dict(zip(leaf_axes, map(_sharding.names, entries), strict=True))
 
 
-def _spec_at_rest(
+def spec_at_rest(
   sharding: Any,
   leaf: Any,
   leaf_axes: str,

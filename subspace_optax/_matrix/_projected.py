@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _spread
 
 
 class Selection(NamedTuple):
@@ -114,6 +115,8 @@ class Projected:
       projector never moves it there.
     after: the basis's move after them, None likewise.
     gradient: the gradient itself, if `project(..., keep_gradient=True)`.
+    home: an array where the leaf is between steps, as coordinates and direction
+      are, if gradient and basis are where each device has matrices of its own.
     old_basis: with the gradient, the basis before `before`.
     old_mean: with the gradient, the inner optimizer's first moment before it
       was carried along with the basis, if it is known.
@@ -136,6 +139,7 @@ class Projected:
   after: Move | None
   # Arrays, or None where a step has no need of them.
   gradient: Any
+  home: Any
   old_basis: Any
   old_mean: Any
   mean: Any
@@ -150,8 +154,11 @@ class Projected:
   def combine(self, weights: jax.Array) -> jax.Array:
     """Returns P C for weights C of P's columns, of the leaf's shape.
 
-    In float32 or wider; C has the shape of `coords`.
+    In float32 or wider; C has the shape of `coords`, and is where they are.
     """
+    if self.home is not None:
+      axes = self.layout.coords_axes()
+      weights = _spread.go_along(self.layout, weights, axes, self.home)
     basis = _linalg.widen(self.basis)
     return self.layout.unproject(basis, weights, self.sharding)
 

@@ -107,7 +107,11 @@ def like(x: jax.Array, reference: Any) -> jax.Array:
   The sharding only if it is explicit.
   """
   x = x if x.dtype == reference.dtype else x.astype(reference.dtype)
-  x = _varying.vary_as(x, reference)
+  return place_like(_varying.vary_as(x, reference), reference)
+
+
+def place_like(x: jax.Array, reference: Any) -> jax.Array:
+  """Returns `x` with the sharding of an array, or of a type, if explicit."""
   sharding = explicit(reference)
   return x if sharding is None else jax.reshard(x, sharding)
 

@@ -8,10 +8,12 @@ the results back. It sends 2 (D - 1) / D^2 of each matrix, which is less than
 one sum of Gram matrices takes.
 
 Where D does not divide the number of matrices, those of other leaves of the
-same shape are counted with them, and zeros fill up what is left.
+same shape are counted with them, and zeros fill up what is left. Where it does,
+a step may hand out gradients first of all: products with bases then need no
+other device, and coordinates go home for the inner optimizer, and come back.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -22,10 +24,45 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
 
 # The share of zeros that is taken rather than more leaves at once.
 _MOST_ZEROS = 1 / 8
+
+
+class _Trip(NamedTuple):
+  """The way of an array from its home to where its matrices are whole.
+
+  One mesh axis moves at a time: the compiler has an all-to-all for that, and
+  gathers everything everywhere if two move at once.
+
+  Attributes:
+    mesh: the mesh.
+    explicit: whether types tell where arrays are.
+    specs: of all stations, home first.
+  """
+
+  mesh: Any
+  explicit: bool
+  specs: tuple[PartitionSpec, ...]
+
+  def go(self, x: jax.Array) -> jax.Array:
+    for spec in self.specs:
+      x = self._place(x, spec)
+    return x
+
+  def back(self, x: jax.Array) -> jax.Array:
+    for spec in reversed(self.specs):
+      x = self._place(x, spec)
+    return x
+
+  def start(self, x: jax.Array) -> jax.Array:
+    return self._place(x, self.specs[0])
+
+  def _place(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    move = jax.reshard if self.explicit else lax.with_sharding_constraint
+    return move(x, NamedSharding(self.mesh, spec))
 
 
 class _Stack(NamedTuple):
@@ -58,6 +95,14 @@ class _Stack(NamedTuple):
     return _sharding.parts(self.mesh, self.names)
 
   @property
+  def trip(self) -> _Trip:
+    if self.before is None:
+      specs = _automatic_specs(self.names, self.axis, self.x.ndim)
+    else:
+      specs = _explicit_specs(self.names, self.axis, self.before)
+    return _Trip(self.mesh, self.before is not None, specs)
+
+  @property
   def kind(self) -> Any:
     """What leaves that are counted together have in common."""
     sizes = self.x.shape[: self.axis] + self.x.shape[self.axis + 1 :]
@@ -69,6 +114,7 @@ def spread(
   f: Callable[[_layout.Layout, jax.Array], jax.Array],
   layouts: Sequence[_layout.Layout],
   leaves: Sequence[jax.Array],
+  homes: Sequence[Any] | None = None,
 ) -> list[jax.Array]:
   """Returns `f(layout, leaf)` of leaves, each matrix whole on one device.
 
@@ -83,14 +129,69 @@ def spread(
     f: maps every matrix by itself, and zeros to zeros.
     layouts: of the leaves; rank and side do not matter.
     leaves: of floating point.
+    homes: for leaves of `hand_out`, what was handed out; None for others.
   """
-  stacks = [_stack(*pair) for pair in zip(layouts, leaves, strict=True)]
   results = list(leaves)
+  for i, home in enumerate(homes or ()):
+    if home is not None:
+      stack = _stack(layouts[i], home)
+      results[i] = _return(stack, stack.trip.back(f(layouts[i], leaves[i])))
+  rest = [i for i in range(len(leaves)) if not homes or homes[i] is None]
+  stacks = [_stack(layouts[i], leaves[i]) for i in rest]
   for group in _groups(stacks):
-    found = _run(f, [stacks[i] for i in group])
-    for i, x in zip(group, found, strict=True):
-      results[i] = x.reshape(leaves[i].shape)
+    found = _run(f, [stacks[k] for k in group])
+    for k, x in zip(group, found, strict=True):
+      results[rest[k]] = x.reshape(leaves[rest[k]].shape)
   return results
+
+
+def hand_out(layout: _layout.Layout, leaf: jax.Array) -> jax.Array | None:
+  """Returns a leaf with each of its matrices whole on one device.
+
+  None where nothing is to move, or the devices do not divide the matrices.
+  """
+  if not layout.batch:
+    return None
+  stack = _stack(layout, leaf)
+  if not stack.names or stack.count % stack.devices:
+    return None
+  return stack.trip.go(leaf)
+
+
+def go_along(
+  layout: _layout.Layout, x: jax.Array, axes: str, home: jax.Array
+) -> jax.Array:
+  """Returns what goes with a leaf on the devices it has been handed out to.
+
+  Args:
+    layout: of the leaf.
+    x: an array of `axes`, where state of the leaf is.
+    axes: by the names that `layout` has for them.
+    home: what was handed out.
+  """
+  return _trip_along(layout, x, axes, home).go(x)
+
+
+def back_along(
+  layout: _layout.Layout, x: jax.Array, axes: str, home: jax.Array
+) -> jax.Array:
+  """Returns what goes with a leaf that was handed out where state of it is."""
+  return _trip_along(layout, x, axes, home).back(x)
+
+
+def _trip_along(
+  layout: _layout.Layout, x: jax.Array, axes: str, home: jax.Array
+) -> _Trip:
+  stack = _stack(layout, home)
+  axis = axes.index(layout.leaf_axes[stack.axis])
+  if stack.before is None:
+    specs = _automatic_specs(stack.names, axis, len(axes))
+    return _Trip(stack.mesh, False, specs)
+  spec = _placement.spec_at_rest(
+    _sharding.explicit(home), home, layout.leaf_axes, axes, x.shape
+  )
+  entries = map(_sharding.names, _sharding.pad(spec, len(axes)))
+  return _Trip(stack.mesh, True, _explicit_specs(stack.names, axis, entries))
 
 
 def _stack(layout: _layout.Layout, x: jax.Array) -> _Stack:
@@ -144,14 +245,10 @@ def _run(
   first = group[0]
   if not first.names:
     return [f(first.layout, first.x)]
-  axis, (start, *route) = first.axis, _route(first)
-  x = jnp.concatenate([_place(stack, stack.x, start) for stack in group], axis)
-  x = _fill_up(first, x)
-  for spec in (start, *route):
-    x = _place(first, x, spec)
-  x = f(dataclasses.replace(first.layout, shape=x.shape), x)
-  for spec in (*reversed(route), start):
-    x = _place(first, x, spec)
+  axis, trip = first.axis, first.trip
+  x = jnp.concatenate([trip.start(stack.x) for stack in group], axis)
+  x = trip.go(_fill_up(first, x))
+  x = trip.back(f(dataclasses.replace(first.layout, shape=x.shape), x))
   counts = [stack.count for stack in group]
   x = lax.slice_in_dim(x, 0, sum(counts), axis=axis)
   parts = zip(group, lax.split(x, counts, axis), strict=True)
@@ -161,7 +258,7 @@ def _run(
 def _return(stack: _Stack, x: jax.Array) -> jax.Array:
   """Returns results on the devices that have the leaf."""
   if stack.before is not None:
-    return _sharding.like(x, stack.x)
+    return _sharding.place_like(x, stack.x)
   # The compiler has an elementwise result lie as its operands do: that is how
   # it learns where this came from.
   return jnp.where(jnp.isfinite(stack.x), x, stack.x)
@@ -176,32 +273,33 @@ def _fill_up(stack: _Stack, x: jax.Array) -> jax.Array:
   return jnp.pad(x, widths)
 
 
-def _route(stack: _Stack) -> list[PartitionSpec]:
-  """Returns specs from where matrices are cut to where they are whole.
+def _explicit_specs(
+  names: tuple[str, ...], axis: int, before: Iterable[tuple[str, ...]]
+) -> tuple[PartitionSpec, ...]:
+  """Returns specs from where an array is, on to where `names` cut an axis."""
+  entries = [list(entry) for entry in before]
+  specs = [_sharding.spec_of(map(tuple, entries))]
+  for name in names[len(entries[axis]) :]:
+    for entry in entries:
+      if name in entry:
+        entry.remove(name)
+    entries[axis].append(name)
+    specs.append(_sharding.spec_of(map(tuple, entries)))
+  return tuple(specs)
 
-  One mesh axis moves at a time: the compiler has an all-to-all for that, and
-  gathers everything everywhere if two move at once.
+
+def _automatic_specs(
+  names: tuple[str, ...], axis: int, ndim: int
+) -> tuple[PartitionSpec, ...]:
+  """Returns specs in which first nothing, and then more and more cuts an axis.
+
+  At last no other axis is cut; the compiler would else cut gradients as they
+  come by the last of these specs.
   """
-  axis, names = stack.axis, stack.names
-  if stack.before is not None:
-    entries = [list(entry) for entry in stack.before]
-    route = [_sharding.spec_of(map(tuple, entries))]
-    for name in names[len(entries[axis]) :]:
-      next(entry for entry in entries if name in entry).remove(name)
-      entries[axis].append(name)
-      route.append(_sharding.spec_of(map(tuple, entries)))
-    return route
-  # First of all no other axis counts; the compiler would else cut gradients as
-  # they come by the last of these specs.
-  route = []
+  specs = []
   for k in range(len(names) + 1):
     other = None if k == len(names) else PartitionSpec.UNCONSTRAINED
-    entries = [other] * stack.x.ndim
+    entries = [other] * ndim
     entries[axis] = names[:k] or None
-    route.append(PartitionSpec(*entries))
-  return route
-
-
-def _place(stack: _Stack, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  move = lax.with_sharding_constraint if stack.before is None else jax.reshard
-  return move(x, NamedSharding(stack.mesh, spec))
+    specs.append(PartitionSpec(*entries))
+  return tuple(specs)

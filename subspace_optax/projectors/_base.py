@@ -21,6 +21,7 @@ from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
+from subspace_optax._matrix import _spread
 from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
 
@@ -92,7 +93,8 @@ def moved_to(
 
   def where_moved(new: jax.Array, old: jax.Array) -> jax.Array:
     after = tuple(range(moved.ndim, old.ndim))
-    return jnp.where(jnp.expand_dims(moved, after), new.astype(old.dtype), old)
+    which = _sharding.place_like(jnp.expand_dims(moved, after), old)
+    return jnp.where(which, _sharding.like(new, old), old)
 
   return Bases(
     basis,
@@ -125,6 +127,8 @@ class Matrix:
     ok: (*batch), whether the energy is finite and not zero, which for elements
       between about 1e-19 and 1e19 is whether G is.
     mean: of past coordinates over ||G||_F, for a rule that keeps it.
+    home: an array where the leaf is between steps, if `like` and `gradient` are
+      elsewhere: handed out, so that each device has matrices of its own.
   """
 
   like: jax.Array
@@ -134,6 +138,7 @@ class Matrix:
   energy: jax.Array
   ok: jax.Array
   mean: jax.Array | None = None
+  home: Any = None
 
   def unit_coordinates(self, p: jax.Array) -> jax.Array:
     """Returns P^T G / ||G||_F."""
@@ -153,6 +158,12 @@ class Matrix:
   def aligned(self, p: jax.Array) -> jax.Array:
     """Returns P, float32 or wider, sharded as products with G make it."""
     return self.layout.align_basis(_linalg.widen(p), self.like)
+
+  def at_home(self, x: jax.Array, axes: str) -> jax.Array:
+    """Returns an array of `axes` where state of the leaf is between steps."""
+    if self.home is None:
+      return x
+    return _spread.back_along(self.layout, x, axes, self.home)
 
   def whole(self) -> jax.Array:
     """Returns G, (*batch, rows, columns), as every device must have it."""

@@ -155,10 +155,12 @@ def _by_norm(
           lambda: old,
         )
       move = _projected.Move(wanted, _projected.Selection(new.source))
-      owed = (owed | due) & ~wanted
+      each = matrix.layout.batch_axes
+      owed = matrix.at_home((owed | due) & ~wanted, each)
+      columns = matrix.at_home(new.columns, f'{each}x')
       # Behind the branch, so that a step makes one basis, whether it moves.
-      basis = _sharding.like(_make_basis(matrix, new.columns), basis)
-      return basis, new.drift, owed, new.columns, move
+      basis = _sharding.like(_make_basis(matrix, columns), basis)
+      return basis, new.drift, owed, columns, move
 
     basis, drift, owed, columns, moves = _tree.map_unzip(
       one,
@@ -222,6 +224,7 @@ def _move(
 ) -> _Chosen:
   """Chooses columns for the matrices that want new ones."""
   columns = _cosines.largest(_norms(matrix, measure), matrix.layout.rank)
+  columns = matrix.at_home(columns, f'{matrix.layout.batch_axes}x')
   columns = jnp.where(wanted[..., None], columns, old.columns)
   columns = _sharding.with_whole_rank(columns, f'{matrix.layout.batch_axes}y')
   source = _projected.select_columns(columns, old.columns).source

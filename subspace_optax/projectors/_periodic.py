@@ -85,6 +85,7 @@ def periodic(
     due, period, schedule = gap.due(context, state.owed, state.schedule)
 
     def one(matrix, old, owed, due, period):
+      each = matrix.layout.batch_axes
       good = matrix.ok if uses_gradient else jnp.ones_like(matrix.ok)
       wanted = (due | (owed & context.active)) & good
       if uses_gradient and matrix.gradient is None:
@@ -92,19 +93,21 @@ def periodic(
       else:
         whole = not in_turn or not _can_take_apart(matrix)
         new = _refresh(draw, orthonormal, matrix, wanted, period, old, whole)
+        new = new._replace(moved=matrix.at_home(new.moved, each))
       # A factorisation that failed is owed, too.
-      return new, (owed | due) & ~new.moved
+      return new, matrix.at_home((owed | due) & ~new.moved, each)
 
     old = _base.bases_of(subspaces, jax.tree.map(_base.still, matrices))
     bases, owed = _tree.map_unzip(
       one, 2, matrices, old, state.owed, due, period
     )
     subspaces, moves = _base.with_bases(subspaces, bases)
-    moved = lambda old, new, move: jnp.where(move.moved, new, old)
     state = PeriodicState(
       owed,
       gap.after(schedule, moves, subspaces.drift),
-      jax.tree.map(moved, state.period, period, moves) if regenerate else (),
+      jax.tree.map(_next_period, state.period, period, moves, matrices)
+      if regenerate
+      else (),
     )
     return subspaces, moves, state
 
@@ -136,6 +139,13 @@ def periodic(
     orthonormal,
     needs_gradient,
   )
+
+
+def _next_period(
+  old: jax.Array, new: jax.Array, move: Any, matrix: _base.Matrix
+) -> jax.Array:
+  period = jnp.where(move.moved, new, old)
+  return matrix.at_home(period, matrix.layout.batch_axes)
 
 
 def _can_take_apart(matrix: _base.Matrix) -> bool:

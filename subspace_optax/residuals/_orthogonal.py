@@ -100,8 +100,9 @@ def orthogonal(
 
   def together(nodes: Any, scale: Any, updates: Any, states: Any):
     layouts = [node.layout for node in nodes]
+    homes = [node.home for node in nodes]
     updates, states = _orthogonalize.orthogonalize(
-      rule, layouts, updates, states
+      rule, layouts, updates, states, homes
     )
     return [scale * x for x in updates], states
 

@@ -80,6 +80,7 @@ class Rule:
       basis=p,
       before=self._move(match, count, seeds, p),
       after=None,
+      home=None,
       gradient=None,
       old_basis=None,
       old_mean=None,
