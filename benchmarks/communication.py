@@ -59,6 +59,10 @@ class Args:
 # --- What is compiled --------------------------------------------------------
 
 
+# Not one matrix at a time: see `benchmarks.orthogonal_traffic`.
+WHOLE = ('subspace_muon', 'normuon', 'dion', 'trion', 'scale')
+
+
 def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
   """From the name in the table to the optimizer."""
   lr, rank, decay = 1e-3, args.rank, 0.1
@@ -69,6 +73,7 @@ def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
         lr, weight_decay=decay
       )
       for name, make in so.optimizers.READY_MADE.items()
+      if name not in WHOLE
     },
     # It projects no stack: layers are handed to it one by one.
     'optax.contrib.galore': lambda: methods.by_layer(

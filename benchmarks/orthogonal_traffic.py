@@ -2,11 +2,11 @@
 
 Compiles `tx.update` for four TPU chips, for all seven kernels of a layer in
 stacks of two and of eight, so that matrices of several leaves may share
-devices, on meshes of one axis and of two, automatic and explicit. Everything is
-counted as in `benchmarks.communication`, whose account of FSDP's own traffic
-stands beside it. `optax.contrib.muon` and `optax.adamw` are for comparison.
-Results: results/orthogonal_traffic.json and a table in docs/communication.md;
-what is in the JSON already is not compiled again.
+devices, on meshes of one axis and of two. Everything is counted as in
+`benchmarks.communication`, whose account of FSDP's own traffic stands beside
+it. `optax.contrib.muon` and `optax.adamw` are for comparison. Results:
+results/orthogonal_traffic.json and a table in docs/communication.md; what is in
+the JSON already is not compiled again.
 """
 
 from collections.abc import Callable
@@ -41,6 +41,7 @@ class Args:
   rank: int = 256
   topology: str = 'v5e:2x2'  # 'cpu' for virtual CPU devices
   only: tuple[str, ...] = ()  # names of the table; all by default
+  kinds: tuple[str, ...] = ('automatic',)  # of mesh axes; or 'explicit'
   out: str = str(harness.RESULTS / 'orthogonal_traffic.json')
   docs: str = str(harness.DOCS / 'communication.md')
 
@@ -58,11 +59,7 @@ def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
       so.scale_by_muon8bit(), optax.scale_by_learning_rate(lr)
     ),
     'so.subspace_muon': lambda: so.subspace_muon(lr, rank),
-    'so.subspace_muon, 8 bits': lambda: so.subspace_muon(
-      lr, rank, moment_bits=8
-    ),
     'so.trion': lambda: so.trion(lr, rank),
-    'so.dion': lambda: so.dion(lr, rank),
   }
 
 
@@ -141,15 +138,14 @@ def main(args: Args) -> None:
   """Compiles everything, then prints and writes the tables."""
   programs.use_cpu(communication.DEVICES)
   devices, target = programs.find_devices(args.topology)
-  settings = harness.settings_of(args, 'only')
+  settings = harness.settings_of(args, 'only', 'kinds')
   results = harness.load_results(
     args.out, compiled_for=target, settings=settings
   )
   for mesh_name, shape in communication.MESHES.items():
     axes = dict(zip(('fsdp', 'tensor'), shape, strict=False))
-    for explicit in (False, True):
-      mesh = programs.make_mesh(devices, explicit, **axes)
-      kind = 'explicit' if explicit else 'automatic'
+    for kind in args.kinds:
+      mesh = programs.make_mesh(devices, kind == 'explicit', **axes)
       for stack in STACKS:
         title = f'Mesh `{mesh_name}`, {kind}, stacks of {stack}'
         rows = results.setdefault('rows', {}).setdefault(title, {})
