@@ -27,11 +27,19 @@ def by_name(state: Any) -> dict[str, Any]:
 
 
 def save(
-  checkpointer: ocp.training.Checkpointer, step: int, state: Any
+  checkpointer: ocp.training.Checkpointer, step: int, state: Any, **notes: Any
 ) -> None:
   """Starts to write `state`; it is copied now, so it may be donated next."""
   checkpointer.wait()  # a save still under way would make Orbax skip this one
-  checkpointer.save_async(step, by_name(state))
+  checkpointer.save_async(step, by_name(state), custom_metadata=notes)
+
+
+def notes(checkpointer: ocp.training.Checkpointer) -> dict[str, Any]:
+  """What was noted with the newest complete checkpoint, if there is one."""
+  newest = checkpointer.latest
+  if newest is None:
+    return {}
+  return checkpointer.metadata(newest.step).custom_metadata or {}
 
 
 def restore(

@@ -8,10 +8,11 @@ import pathlib
 import report
 from settings import Config
 
-# Fields that may differ between a run and its continuation.
+# Fields that may differ between a run and its continuation. Checkpoints note
+# their rank.
 _FREE = """compare data out export resume tensorboard log_every eval_every
     eval_batches final_eval_batches save_every mesh coordinator processes
-    process""".split()
+    process rank""".split()
 
 
 def is_taken(c: Config) -> bool:
