@@ -145,6 +145,27 @@ def test_one_exchange_there_and_one_back(name, slots, axes, mode):
   assert max(sizes) <= slots // 4 * M * N
 
 
+@pytest.mark.parametrize(
+  ('name', 'ways'),
+  [('normuon', 2), ('muon, 8 bits', 2), ('subspace_muon', 2.125)],
+)
+def test_optimizers_send_a_stack_there_and_back(name, ways):
+  """And coordinates of rank m / 16, likewise; a few numbers beside them."""
+  of, mesh = layout((8, 64, 96)), make_mesh('fsdp', 'auto')
+  params = {'w': placed(mesh, [(of, P(None, 'fsdp', None))])[0]}
+  tx = optimizer(name)
+  with jax.set_mesh(mesh):
+    places = so.state_sharding(tx, params)
+    update = jax.jit(tx.update, out_shardings=(params['w'].sharding, places))
+    state = jax.jit(tx.init, out_shardings=places)(params)
+    text = update.lower(params, state, params).compile().as_text()
+  found = hlo.collectives(text, 4, 'cheap')
+  moved = {k: c for k, c in found.items() if c.kind == 'all-to-all'}
+  way = 3 / 4 * math.prod(of.shape) * 4 / 4
+  np.testing.assert_allclose(hlo.sent(moved), ways * way)
+  assert hlo.sent(found) - hlo.sent(moved) < 0.2 * way
+
+
 def optimizer(name):
   numbers = so.DimensionNumbers(-2, -1)
   spec = so.SubspaceSpec(4, weight_dimension_numbers=numbers)

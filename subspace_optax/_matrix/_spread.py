@@ -247,7 +247,9 @@ def _run(
     return [f(first.layout, first.x)]
   axis, trip = first.axis, first.trip
   x = jnp.concatenate([trip.start(stack.x) for stack in group], axis)
-  x = trip.go(_fill_up(first, x))
+  # Without the barrier the compiler takes what `x` is made of, gradient and
+  # momentum, for cut as `x` will be, and sends both of them.
+  x = trip.go(lax.optimization_barrier(_fill_up(first, x)))
   x = trip.back(f(dataclasses.replace(first.layout, shape=x.shape), x))
   counts = [stack.count for stack in group]
   x = lax.slice_in_dim(x, 0, sum(counts), axis=axis)
