@@ -15,7 +15,9 @@ all; the seeds change weights and data, not the seed of random bases. Only the
 rate of the matrices is tuned: the rest is Adam's at one untuned rate, betas are
 defaults, and nothing decays. `lora` trains factors beside frozen random
 matrices. Runs are short, and the constants of the `subspace_` recipes were
-found on the first corpus: this ranks nothing but itself.
+found on the first corpus: this ranks nothing but itself. `subspace_adamw` and
+`subspace_muon` are in their first form: Haar bases, and the latter with b of
+0.9, w of 10 and no mean squares.
 """
 
 
