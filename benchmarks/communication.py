@@ -82,9 +82,9 @@ def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
   }
 
 
-def matrices(args: Args) -> dict[str, tuple[int, int]]:
+def matrices(width: int, mlp_width: int) -> dict[str, tuple[int, int]]:
   """From a kind of matrix to its sizes, input first."""
-  d, f = args.width, args.mlp_width
+  d, f = width, mlp_width
   return {'attention': (d, d), 'up': (d, f), 'down': (f, d)}
 
 
@@ -171,7 +171,7 @@ def communication(text: str, every_step: bool) -> dict:
 
 def measure(args: Args, name: str, mesh: Mesh) -> Iterator[dict]:
   """Yields a row for every kind of matrix."""
-  for kind, (m, n) in matrices(args).items():
+  for kind, (m, n) in matrices(args.width, args.mlp_width).items():
     place = NamedSharding(mesh, spec(kind, mesh))
     w = jax.ShapeDtypeStruct((args.layers, m, n), 'float32', sharding=place)
     tx, params = optimizers(args)[name](), {'w': w}

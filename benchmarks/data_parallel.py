@@ -85,7 +85,7 @@ def measure(args: Args, name: str, mesh: Mesh) -> dict[str, float]:
       made.step, donate_argnums=(0, 1), out_shardings=whole
     )
     with jax.set_mesh(mesh):
-      text = run.lower(params, state, tokens).compile().as_text()
+      text = run.lower(params, state, tokens).compile().as_text() or ''
     found[kind] = hlo.sent(hlo.collectives(text, DEVICES, 'cheap'))
   return found
 

@@ -76,7 +76,9 @@ def layer(args: Args, stack: int, mesh: Mesh) -> dict[str, Any]:
       'float32',
       sharding=NamedSharding(mesh, communication.spec(kind, mesh)),
     )
-    for kind, sizes in communication.matrices(args).items()
+    for kind, sizes in communication.matrices(
+      args.width, args.mlp_width
+    ).items()
     for name in KERNELS[kind]
   }
 

@@ -39,7 +39,8 @@ def notes(checkpointer: ocp.training.Checkpointer) -> dict[str, Any]:
   newest = checkpointer.latest
   if newest is None:
     return {}
-  return checkpointer.metadata(newest.step).custom_metadata or {}
+  noted: Any = checkpointer.metadata(newest.step).custom_metadata
+  return noted or {}
 
 
 def restore(

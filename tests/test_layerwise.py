@@ -352,6 +352,57 @@ def test_no_stack_is_gathered_on_a_mesh():
   assert 0 < max(x.elements for x in found) <= WIDTH * HIDDEN
 
 
+PARALLEL = {
+  'adam': optax.adam(0.01),
+  'golore': so.golore(0.01, rank=4, update_proj_gap=3),
+  'subspace_muon': so.subspace_muon(0.01, rank=4),
+}
+
+
+@pytest.mark.parametrize('name', PARALLEL)
+def test_data_parallel_equals_the_step_on_the_mean_gradient(name):
+  tx = PARALLEL[name]
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+  step = layers(tx, mesh=mesh)
+  batch = (BATCH[0], BATCH[1])
+  wanted, _, rows = run_ordinary(tx, make_params(), 6)
+  same = NamedSharding(mesh, P())
+  params = jax.device_put(make_params(), same)
+  place = step.state_sharding(params)
+  state = jax.jit(step.init, out_shardings=place)(params)
+  run = cases.jit(step.step, out_shardings=(same, place, same))
+  update = lambda params, state: run(params, state, batch)
+  got, _, found = repeat(update, params, state, 6)
+  assert run._cache_size() == 1
+  assert_close(got, wanted)
+  np.testing.assert_allclose(found[:, 0], rows[:, 0], rtol=1e-5)
+  # That of the mean is no greater than the mean of the devices' own.
+  np.testing.assert_array_less(rows[:, 1], found[:, 1])
+
+
+def test_data_parallel_averages_coordinates_alone():
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+  step = layers(PARALLEL['golore'], mesh=mesh)
+  params = make_params()
+  run = jax.jit(step.step).lower(
+    params, step.init(params), (BATCH[0], BATCH[1])
+  )
+  found = hlo.collectives(run.compile().as_text(), 4).values()
+  # Of a layer r x n numbers of each kernel, and the embedding as it is.
+  assert max(x.elements for x in found) < WIDTH * HIDDEN / 2
+
+
+def test_data_parallel_refusals():
+  mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+  for options, message in (
+    ({'max_norm': 1.0}, 'max_norm=1.0 with a mesh'),
+    ({'has_aux': True}, 'has_aux=True with a mesh'),
+    ({'axis_name': 'rows'}, "axis_name='rows' is none of the mesh axes"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      layers(optax.adam(0.01), mesh=mesh, **options)
+
+
 def explicit_embed(rest, batch):
   return rest['embed'].at[batch[0]].get(out_sharding=P())
 

@@ -301,7 +301,7 @@ def _automatic_specs(
   specs = []
   for k in range(len(names) + 1):
     other = None if k == len(names) else PartitionSpec.UNCONSTRAINED
-    entries = [other] * ndim
+    entries: list[Any] = [other] * ndim
     entries[axis] = names[:k] or None
     specs.append(PartitionSpec(*entries))
   return tuple(specs)

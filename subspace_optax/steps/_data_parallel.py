@@ -7,7 +7,7 @@ what is averaged has r (m + n) numbers for a matrix of m x n.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -78,52 +78,91 @@ def data_parallel_step(
     >>> print(value)
     64.0
   """
-  axis_names = (axis_name,) if isinstance(axis_name, str) else axis_name
-  if not set(axis_names) <= set(mesh.axis_names):
-    raise ValueError(
-      f'axis_name={axis_name!r} is none of the mesh axes {mesh.axis_names}.'
-    )
-  if mesh.explicit_axes:
-    raise ValueError(
-      f'mesh axes {mesh.explicit_axes} are explicit; make the mesh with '
-      'axis_types=(AxisType.Auto, ...).'
-    )
-  update = optax.with_extra_args_support(tx).update
+  devices = Devices.along(mesh, axis_name)
+  tx = optax.with_extra_args_support(tx)
 
   def local_step(params, state, batch):
-    # Otherwise the gradient of what is the same everywhere is summed at once.
-    mine = jax.tree.map(lambda x: lax.pcast(x, axis_name, to='varying'), params)
-    value, gradients = jax.value_and_grad(loss)(mine, batch)
-    gradients = _mean_of_rest(gradients, state, axis_names)
-    given = _projection.Given(axis_name=axis_names)
-    updates, state = update(gradients, state, params, given=given)
+    value, gradients = jax.value_and_grad(loss)(devices.own(params), batch)
+    updates, state = devices.update(tx, gradients, state, params)
     params = optax.apply_updates(params, updates)
-    return params, state, lax.pmean(value, axis_names)
+    return params, state, devices.mean(value)
 
-  same, parts = PartitionSpec(), PartitionSpec(tuple(axis_names))
-  step = jax.shard_map(
-    local_step,
-    mesh=mesh,
-    in_specs=(same, same, parts),
-    out_specs=(same, same, same),
-    axis_names=set(axis_names),
-    check_vma=check_vma,
-  )
+  step = devices.map(local_step, check_vma)
   return _train_step.TrainStep(
-    tx.init, step, replicated=tuple(axis_names), mesh=mesh
+    tx.init, step, replicated=devices.names, mesh=mesh
   )
 
 
-def _mean_of_rest(
-  gradients: Any, state: Any, axis_name: tuple[str, ...]
-) -> Any:
-  """Returns gradients with the mean in place of those nobody projects."""
-  projected = _projected_paths(state)
-  pairs, _ = _tree.flatten(gradients)
-  entries = [
-    x if path in projected else lax.pmean(x, axis_name) for path, x in pairs
-  ]
-  return _tree.replace_entries(gradients, entries)
+class Devices(NamedTuple):
+  """Devices that have different parts of a batch.
+
+  Attributes:
+    mesh: that they are on; None for one alone, or for what the compiler sums.
+    names: of the axes along which they differ.
+  """
+
+  mesh: Mesh | None = None
+  names: tuple[str, ...] = ()
+
+  @classmethod
+  def along(cls, mesh: Mesh, axis_name: str | tuple[str, ...]) -> 'Devices':
+    """Returns those along axes of a mesh, or raises."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if not set(names) <= set(mesh.axis_names):
+      raise ValueError(
+        f'axis_name={axis_name!r} is none of the mesh axes {mesh.axis_names}.'
+      )
+    if mesh.explicit_axes:
+      raise ValueError(
+        f'mesh axes {mesh.explicit_axes} are explicit; make the mesh with '
+        'axis_types=(AxisType.Auto, ...).'
+      )
+    return cls(mesh, names)
+
+  def map(self, step: Callable[..., Any], check_vma: bool) -> Callable:
+    """Returns (params, state, batch) -> three trees, the same everywhere."""
+    if self.mesh is None:
+      return step
+    same, parts = PartitionSpec(), PartitionSpec(self.names)
+    return jax.shard_map(
+      step,
+      mesh=self.mesh,
+      in_specs=(same, same, parts),
+      out_specs=(same, same, same),
+      axis_names=set(self.names),
+      check_vma=check_vma,
+    )
+
+  def own(self, params: Any) -> Any:
+    """Returns parameters whose gradients are each device's own.
+
+    That of what is the same everywhere is summed at once.
+    """
+    if not self.names:
+      return params
+    cast = lambda x: lax.pcast(x, self.names, to='varying')
+    return jax.tree.map(cast, params)
+
+  def mean(self, x: Any) -> Any:
+    """Returns the mean over the devices."""
+    return lax.pmean(x, self.names) if self.names else x
+
+  def update(
+    self, tx: Any, gradients: Any, state: Any, params: Any, **extra: Any
+  ) -> tuple[Any, Any]:
+    """Returns what `tx` makes of the mean of gradients, and its state."""
+    if not self.names:
+      return tx.update(gradients, state, params, **extra)
+    gradients = self._mean_of_rest(gradients, state)
+    given = _projection.Given(axis_name=self.names)
+    return tx.update(gradients, state, params, given=given, **extra)
+
+  def _mean_of_rest(self, gradients: Any, state: Any) -> Any:
+    """Returns gradients with the mean in place of those nobody projects."""
+    projected = _projected_paths(state)
+    pairs, _ = _tree.flatten(gradients)
+    entries = [x if p in projected else self.mean(x) for p, x in pairs]
+    return _tree.replace_entries(gradients, entries)
 
 
 def _projected_paths(state: Any) -> set[str]:

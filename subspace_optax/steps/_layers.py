@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_optax._matrix import _memories
+from subspace_optax.steps import _data_parallel
 from subspace_optax.steps import _stacks
 
 CLIPS = ('layer', 'previous', 'two_pass')
@@ -33,6 +34,7 @@ class Model:
   fixed_rest: Any
   with_index: bool
   has_aux: bool
+  devices: _data_parallel.Devices
 
   def below(self, rest: Any) -> tuple[Any, Any]:
     """Returns the input of the first layer."""
@@ -66,6 +68,7 @@ def run_forward(
   model: Model, blocks: Any, rest: Any
 ) -> tuple[Callable[[Any], Any], Any, Top]:
   """Returns the pullback of `embed`, the input of every layer, and the top."""
+  blocks, rest = model.devices.own((blocks, rest))
   below, bottom, fixed_below = jax.vjp(model.below, rest, has_aux=True)
   (x, fixed_x), inputs = lax.scan(
     lambda x, of: (model.run(*of, x), x),
@@ -134,7 +137,7 @@ def _pull(model: Model, i: Any, layer: Any, x: Any, gx: Any) -> tuple[Any, Any]:
   """Returns the gradients of layer i and of its input."""
   x, fixed = x
   run = lambda layer, x: model.run(i, layer, (x, fixed))
-  _, back, _ = jax.vjp(run, layer, x, has_aux=True)
+  _, back, _ = jax.vjp(run, model.devices.own(layer), x, has_aux=True)
   return back(gx)
 
 

@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
 from subspace_optax._chain import _offload
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _sharding
+from subspace_optax.steps import _data_parallel
 from subspace_optax.steps import _layers
 from subspace_optax.steps import _stacked_states
 from subspace_optax.steps import _stacks
@@ -73,6 +75,8 @@ def layerwise(
   with_index: bool = False,
   has_aux: bool = False,
   fetch: str = 'layer',
+  mesh: Mesh | None = None,
+  axis_name: str | tuple[str, ...] = 'data',
 ) -> _train_step.TrainStep:
   """Makes a training step whose backward pass updates layer by layer.
 
@@ -124,13 +128,22 @@ def layerwise(
       optimizers in rows, so that next to nothing is there at a time. The state
       of all other parameters comes by leaf.
 
+    mesh: if given, the step is one of `data_parallel_step`: devices along
+      `axis_name` project the gradients of their own parts of the batch, and
+      average the coordinates of each layer in its turn. Nothing knows the norm
+      of the mean gradient: `metrics.norm` is the root of the mean of the
+      devices' squared norms.
+    axis_name: along which devices have different parts of a batch.
+
   Returns:
     The step. Parameters keep their treedef. Numbers of
     the state may be set for all layers at once by `optax.tree.set(state,
     learning_rate=0.01)`.
 
   Raises:
-    ValueError: an unknown `clip` or `fetch`; at `init`, no mapping at `stack`,
+    ValueError: an unknown `clip` or `fetch`; a mesh without the axis, with
+      explicit axes, or together with `max_norm` or `has_aux`; at `init`, no
+      mapping at `stack`,
       leaves that disagree on the number of layers, or a spec that takes the
       axis of layers for one of a matrix; at the step, a block that changes its
       input's shapes, or a head that returns no scalar.
@@ -164,6 +177,10 @@ def layerwise(
     raise ValueError(f'fetch must be one of {_FETCHES}, got {fetch!r}.')
   if max_norm is not None and not max_norm > 0:
     raise ValueError(f'max_norm must be positive, got {max_norm}.')
+  devices = _data_parallel.Devices()
+  if mesh is not None:
+    devices = _data_parallel.Devices.along(mesh, axis_name)
+    _check_parallel(max_norm, has_aux)
   # One layer's boxes have other names than the stack's.
   bare = lambda tx: _boxes.without_boxes(optax.with_extra_args_support(tx))
   stack_tx, rest_tx = bare(tx), bare(tx if rest is None else rest)
@@ -190,7 +207,15 @@ def layerwise(
     )
     _stacked_states.check_rest(rest_tx, others, state.rest)
     model = _layers.Model(
-      embed, block, head, batch, fixed, fixed_others, with_index, has_aux
+      embed,
+      block,
+      head,
+      batch,
+      fixed,
+      fixed_others,
+      with_index,
+      has_aux,
+      devices,
     )
     bottom, inputs, top = _layers.run_forward(model, blocks, others)
 
@@ -201,8 +226,10 @@ def layerwise(
     of_rest = lambda gx: optax.tree.add(top.of_rest, bottom(gx)[0])
     clipped = _layers.clipping(max_norm, clip, state.norm, first_pass)
 
+    loss = devices.mean(top.loss)
+
     def update_with(tx, gradient, own, params, i=None):
-      run = functools.partial(tx.update, value=top.loss, grad=gradient)
+      run = functools.partial(devices.update, tx, value=loss, grad=gradient)
       by_leaf = i is None or fetch == 'leaf'
       way = _offload.update_in_turns if by_leaf else _offload.update_at_once
       return way(run, gradient, own, params, i)
@@ -211,7 +238,7 @@ def layerwise(
       gradient, squares = clipped(gradient)
       gradient, layer = (_stacks.nest(x, keys) for x in (gradient, layer))
       updates, own = update_with(stack_tx, gradient, own, layer, i)
-      return _stacks.take(updates, keys)[0], own, squares
+      return _stacks.take(updates, keys)[0], own, devices.mean(squares)
 
     blocks, own, squares, gx = _layers.run_backward(
       model, step, blocks, states, inputs, top.gx
@@ -225,7 +252,7 @@ def layerwise(
       _stacks.join(blocks, fixed),
       _stacks.join(others, fixed_others),
     )
-    metrics = LayerwiseMetrics(top.loss, jnp.sqrt(squares + more))
+    metrics = LayerwiseMetrics(loss, jnp.sqrt(squares + devices.mean(more)))
     state = LayerwiseState(own, rest, metrics.norm)
     if has_aux:
       metrics = LayerwiseAuxMetrics(*metrics, top.aux)
@@ -236,7 +263,27 @@ def layerwise(
     (blocks, _), (others, _) = parted(params)
     return _stacks.layer_shapes(blocks), others
 
-  return _train_step.TrainStep(init, update, gradients=gradients, streams=True)
+  return _train_step.TrainStep(
+    init,
+    devices.map(update, check_vma=True),
+    gradients=gradients,
+    replicated=devices.names,
+    mesh=mesh,
+    streams=mesh is None,
+  )
+
+
+def _check_parallel(max_norm: float | None, has_aux: bool) -> None:
+  """Raises for what devices with gradients of their own can't do."""
+  if max_norm is not None:
+    raise ValueError(
+      f'max_norm={max_norm} with a mesh: no device knows the norm of the mean '
+      'gradient; clip coordinates in the inner optimizer.'
+    )
+  if has_aux:
+    raise ValueError(
+      'has_aux=True with a mesh: every device has auxiliary results of its own.'
+    )
 
 
 @contextlib.contextmanager
