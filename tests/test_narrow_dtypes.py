@@ -246,14 +246,17 @@ def _layouts(length):
 @pytest.mark.parametrize('length', [3, 4])
 @pytest.mark.parametrize('basis_dtype', [BF16, jnp.float32])
 def test_products_of_bfloat16_kernels_of_any_axes(length, basis_dtype):
-  """XLA:CPU lacks some products of bfloat16 that are summed in float32."""
+  """XLA:CPU lacks some products of bfloat16 that are summed in float32.
+
+  Bases in float32 have values of bfloat16, to which products round them.
+  """
   every = list(_layouts(length))
   assert len(every) == {3: 12, 4: 24}[length]
   arrays = [
     (
       _normal(0, layout.shape, 1, BF16),
-      _normal(1, layout.basis_shape, 1, basis_dtype),
-      _normal(2, layout.coords_shape, 1, basis_dtype),
+      _normal(1, layout.basis_shape, 1, BF16).astype(basis_dtype),
+      _normal(2, layout.coords_shape, 1, BF16).astype(basis_dtype),
     )
     for layout in every
   ]

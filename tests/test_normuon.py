@@ -353,6 +353,15 @@ def test_without_mean_squares_it_is_muon():
       )
 
 
+@pytest.mark.parametrize('b2', [None, B2])
+def test_a_tree_without_matrices_stays_as_it_is(b2):
+  """As all that is no layer is in a layer-wise step."""
+  tx = so.scale_by_normuon(so.SubspaceSpec(1, allow_empty=True), b2=b2)
+  gradient = {'norm': PARAMS['norm']}
+  updates, _ = tx.update(gradient, tx.init(gradient))
+  np.testing.assert_array_equal(updates['norm'], gradient['norm'])
+
+
 @pytest.mark.parametrize('bits', [32, 8])
 def test_ready_made_without_mean_squares(bits):
   """Other leaves are the plain optimizer's, whose state alone has theirs."""

@@ -83,6 +83,8 @@ def orthogonalize(
     homes: arrays where directions are to be, for leaves that have been handed
       out; None where these are, as for all by default.
   """
+  if not leaves:
+    return [], []
   homes = [None] * len(leaves) if homes is None else homes
   cut = [_cut(*three) for three in zip(layouts, leaves, homes, strict=True)]
   parts = [part for parts in cut for part in parts]
