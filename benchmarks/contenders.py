@@ -140,6 +140,7 @@ CONTENDERS: dict[str, Contender] = {
     ours('scale', plain=adam(), mask=recipes.matrix_mask), 4e-3, whole=True
   ),
   'normuon': _of_ours(ours('normuon'), 1.25e-3),
+  'normuon_8bit': _of_ours(ours('normuon', moment_bits=8), 1.25e-3, bits=8),
   'trion': _of_ours(ours('trion'), 1.25e-3),
   'dion': _of_ours(ours('dion'), 1.25e-3),
 }
