@@ -55,6 +55,7 @@ class Args:
   report: bool = False  # only writes what is there
   runs: str = str(RUNS)
   out: str = str(harness.RESULTS / 'pareto.json')
+  page: str = ''  # a page whose table is filled in, as README.md
 
 
 class Point(NamedTuple):
@@ -269,6 +270,8 @@ def report(args: Args) -> None:
   text = pareto_report.markdown(results)
   harness.next_to(args.out, '.md').write_text(text)
   pareto_report.picture(results, harness.next_to(args.out, '.png'))
+  if args.page:
+    harness.fill_page(args.page, {'pareto': pareto_report.summary(results)})
   print(text)
 
 

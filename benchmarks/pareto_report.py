@@ -5,6 +5,7 @@ import statistics
 from typing import Any
 
 from benchmarks import contenders
+from benchmarks import corpora
 from benchmarks import harness
 from benchmarks.harness import MIB
 
@@ -83,6 +84,39 @@ def markdown(results: dict[str, Any]) -> str:
     rows = [cells(search, adamw(searches)) for search in searches]
     text += f'\n### {name}\n\n{harness.table(HEAD, rows)}\n'
   return text
+
+
+def summary(results: dict[str, Any]) -> str:
+  """The ready-made ones on both corpora, the best on the first corpus first."""
+  by_corpus: dict[str, dict[str, dict]] = {}
+  for search in sorted(results['searches'], key=mean):
+    if ', ' not in search['method']:
+      found = by_corpus.setdefault(search['corpus'], {})
+      found[search['method']] = search
+  first, second = corpora.CORPORA
+  base = by_corpus[first]['adamw']['memory']['optimizer_bytes']
+  rows = []
+  for name, search in by_corpus[first].items():
+    other = by_corpus.get(second, {}).get(name)
+    size = search['memory']['optimizer_bytes']
+    rows.append(
+      [
+        f'`{name}`',
+        _with_spread(losses(search)),
+        _with_spread(losses(other)) if other else '-',
+        f'{size / MIB:.2f}',
+        f'{100 * size / base:.0f} %',
+      ]
+    )
+  head = ('', first, second, 'state, MiB', "of AdamW's")
+  return harness.table(head, rows)
+
+
+def _with_spread(values: list[float]) -> str:
+  found = f'{statistics.fmean(values):.3f}'
+  if len(values) == 1:
+    return found
+  return f'{found} ± {statistics.stdev(values):.3f}'
 
 
 def _panel(axes: Any, searches: list[dict]) -> None:
