@@ -2,7 +2,8 @@
 
 Follows the program from its entry through loops and branches. A collective
 that the compiler has cut in a start, steps in between and a done is one, known
-by its channel. Loops count as often as they turn, where the text tells.
+by its channel; those of one computation are as many as they are lines. Loops
+count as often as they turn, where the text tells.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,10 +65,14 @@ def collectives(text: str, devices: int, branches: str = 'dear') -> Found:
   entry, computations = _computations(text)
 
   def walk(name: str) -> Found:
-    return _join(*(of_line(name, line) for line in computations[name]))
+    own: Found = {}
+    return _join(*[of_line(name, line, own) for line in computations[name]])
 
-  def of_line(name: str, line: str) -> Found:
+  def of_line(name: str, line: str, own: Found) -> Found:
     one = collective(line, devices, 'all-reduce-scatter' in name)
+    # The compiler makes several of one with many arrays, on one channel.
+    one = {f'{k}.{len(own)}' if k in own else k: c for k, c in one.items()}
+    own |= one
     taken = _branches(line)
     if taken:
       return choose([walk(branch) for branch in taken])

@@ -66,6 +66,8 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
   %w = (s32[], f32[4]) while(%t), condition=%limit, body=%body
   %sum = (f32[3]{0}, f32[5]{0}) all-reduce(%x, %y), channel_id=6, \
 replica_groups=[2,2]<=[2,2]T(1,0)
+  %more = f32[5]{0} all-reduce(%z), channel_id=6, \
+replica_groups=[2,2]<=[2,2]T(1,0)
   ROOT %if = f32[64] conditional(%k, %a, %b), \
 branch_computations={%usual, %rare}
 }
@@ -81,6 +83,7 @@ def test_every_collective_is_read_once():
     '4': ('all-gather', 64, 0.75 * 64 * 4, 1),
     '5': ('collective-permute', 2, 2 * 4, 1),
     '6': ('all-reduce', 5, 1.0 * 8 * 4, 1),
+    '6.1': ('all-reduce', 5, 1.0 * 5 * 4, 1),
   }
   assert found == {k: hlo.Collective(*v) for k, v in expected.items()}
   assert hlo.largest(found) == 128
@@ -88,7 +91,7 @@ def test_every_collective_is_read_once():
 
 
 def test_branches_are_told_apart():
-  always = {'1', '2', '3', '6'}
+  always = {'1', '2', '3', '6', '6.1'}
   assert set(hlo.collectives(TEXT, 4, 'cheap')) == always | {'5'}
   assert set(hlo.collectives(TEXT, 4, 'dear')) == always | {'4'}
 
