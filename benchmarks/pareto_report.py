@@ -122,9 +122,10 @@ def _with_spread(values: list[float]) -> str:
 def _panel(axes: Any, searches: list[dict]) -> None:
   """Losses over bytes of state, with the front."""
   points = []
-  for search in searches:
+  size = lambda search: search['memory']['optimizer_bytes']
+  for i, search in enumerate(sorted(searches, key=size)):
     values, y = losses(search), mean(search)
-    x = search['memory']['optimizer_bytes'] / MIB
+    x = size(search) / MIB
     points.append((x, y))
     name = search['method']
     ours = contenders.CONTENDERS[name].ours
@@ -133,13 +134,19 @@ def _panel(axes: Any, searches: list[dict]) -> None:
     ends = [[y - min(values)], [max(values) - y]]
     axes.errorbar(x, y, ends, marker='o', color=color, capsize=3, markersize=4)
     axes.annotate(
-      name, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color
+      name,
+      (x, y),
+      (4, (5, -11, 14, -20)[i % 4]),  # neighbours' names do not meet
+      textcoords='offset points',
+      fontsize=7,
+      color=color,
     )
   line = harness.front(points)
   axes.step(
     *zip(*line, strict=True), where='post', color='black', lw=0.8, ls=':'
   )
   axes.set_xscale('log')
+  axes.margins(x=0.15, y=0.12)
   axes.grid(alpha=0.3)
 
 
