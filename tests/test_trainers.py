@@ -191,10 +191,15 @@ TRAINERS = {
 
 
 def bytes_of(tx, trainer):
-  """Returns the bytes of the state on one device, and its share if equal."""
+  """Returns the bytes of the state on one device, and its share if equal.
+
+  Without one number for each output, which has no other axis than the outputs'.
+  """
   state, shardings = TRAINERS[trainer](tx)
   own = total = 0
   for x, place in zip(*map(jax.tree.leaves, (state, shardings)), strict=True):
+    if 1 in x.shape:
+      continue
     own += math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
     total += math.prod(x.shape) * x.dtype.itemsize
   return own, total / 4
