@@ -9,6 +9,7 @@ import pytest
 
 import data
 import linen_train_state
+import nnx_layerwise
 import nnx_optimizer
 import plain_dict
 import trigram
@@ -223,7 +224,7 @@ def test_trigram_beats_bigram_and_unigram():
 
 
 @pytest.mark.parametrize(
-  'example', [plain_dict, nnx_optimizer, linen_train_state]
+  'example', [plain_dict, nnx_optimizer, nnx_layerwise, linen_train_state]
 )
 def test_short_example_lowers_the_loss(example, capsys):
   first, last = example.main()

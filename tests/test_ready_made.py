@@ -259,6 +259,19 @@ def test_decay_rates_that_are_below_one_in_bfloat16_are_taken(name):
   assert np.isfinite(updates['w'].astype(jnp.float32)).all()
 
 
+@pytest.mark.parametrize('name', cases.READY_MADE)
+def test_leaves_of_none_stay_none(name):
+  """As in what equinox filters."""
+  tx = cases.ready_made(name, ref.RANK)(0.1)
+  params = {'w': PARAMS['w'][0], 'bias': PARAMS['bias']}
+  with_none = params | {'activation': None, 'rest': {'buffer': None}}
+  state, other = jax.eval_shape(tx.init, with_none), tx.init(params)
+  kinds = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  assert kinds(state) == kinds(other)
+  updates, _ = jax.eval_shape(tx.update, with_none, state, with_none)
+  assert jax.tree.structure(updates) == jax.tree.structure(with_none)
+
+
 def test_muon_refuses_a_bad_decay():
   with errors.raises(ValueError, 'b must', '1.0'):
     so.subspace_muon(1e-3, b=1.0)
