@@ -286,15 +286,14 @@ def test_state_stays_where_it_was_placed(name):
   specs = {'w': P(None, 'fsdp'), 'v': P('fsdp'), 'bias': P()}
   put = lambda k, x: jax.device_put(x, jax.NamedSharding(mesh, specs[k]))
   params = {k: put(k, x) for k, x in _params().items()}
-  shardings = so.state_sharding(tx, params, replicated=('data',))
+  step = so.data_parallel_step(_loss, tx, mesh)
+  shardings = step.state_sharding(params)
+  assert shardings == so.state_sharding(tx, params, replicated=('data',))
   batch = jax.device_put(jnp.ones(BATCH), jax.NamedSharding(mesh, P('data')))
   with jax.set_mesh(mesh):
     state = cases.jit(tx.init, out_shardings=shardings)(params)
     placed = jax.tree.map(lambda x: x.sharding, params)
-    step = cases.jit(
-      so.data_parallel_step(_loss, tx, mesh),
-      out_shardings=(placed, shardings, None),
-    )
+    step = cases.jit(step, out_shardings=(placed, shardings, None))
     # No other shardings would be taken.
     step = step.lower(params, state, batch).compile()
     for _ in range(3):
@@ -303,6 +302,39 @@ def test_state_stays_where_it_was_placed(name):
     jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
   ):
     assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_orthogonalised_beside_a_mesh_axis_that_shards_parameters():
+  """Stacks that the other axis divides, and that it does not."""
+  mesh = _mesh((2, 2), ('data', 'fsdp'))
+  numbers = so.DimensionNumbers(-2, -1)
+  spec = so.SubspaceSpec(4, weight_dimension_numbers=numbers)
+  tx = so.subspace_muon(0.05, spec=spec, update_proj_gap=2)
+  rng = np.random.default_rng(5)
+  draw = lambda *shape: 0.2 * rng.standard_normal(shape, np.float32)
+  params = {'four': draw(4, 16, 24), 'three': draw(3, 24, 16)}
+  batch = draw(8, 16)
+
+  def loss(params, x):
+    for i in range(3):
+      x = jnp.tanh(x @ params['four'][i]) @ params['three'][i]
+    return jnp.mean((x @ params['four'][3]) ** 2)
+
+  def run(made, params, state):
+    step = cases.jit(made.step)
+    for _ in range(3):
+      params, state, _ = step(params, state, batch)
+    return params
+
+  wanted = run(so.train_step(loss, tx), params, tx.init(params))
+  specs = {'four': P(None, None, 'fsdp'), 'three': P(None, 'fsdp')}
+  put = lambda k, x: jax.device_put(x, jax.NamedSharding(mesh, specs[k]))
+  placed = {k: put(k, x) for k, x in params.items()}
+  made = so.data_parallel_step(loss, tx, mesh)
+  with jax.set_mesh(mesh):
+    init = cases.jit(tx.init, out_shardings=made.state_sharding(placed))
+    found = run(made, placed, init(placed))
+  measure.assert_trees_close(found, wanted, rtol=0, atol=5e-5)
 
 
 def test_losses_that_need_the_check_off():

@@ -109,7 +109,8 @@ def _on_device(
   twin = _twin(mesh, replicated)
   whole = _placement.whole_ranks_along(_placement.axes_without_rank(mesh))
   set_mesh = jax.sharding.use_abstract_mesh(twin.abstract_mesh)
-  with _notices.quiet(), whole, set_mesh:
+  # From one mesh to another there is no way but over none.
+  with _notices.quiet(), whole, _sharding.no_mesh(), set_mesh:
     state = jax.eval_shape(tx.init, _shapes(params, twin))
 
   def on_mesh(x: jax.ShapeDtypeStruct) -> NamedSharding:
