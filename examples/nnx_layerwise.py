@@ -27,8 +27,7 @@ TEXT = b'Layers come one by one, and go; what they were is not kept. ' * 40
 
 def small_checkpoint(folder: pathlib.Path) -> pathlib.Path:
   """Writes a model over bytes that was never trained."""
-  sizes = {'width': 64, 'mlp_width': 176, 'layers': 4, 'heads': 4}
-  config = llama.LlamaConfig(**sizes, vocab=256)
+  config = llama.LlamaConfig(64, 176, layers=4, heads=4, vocab=256)
   model = llama.Llama(config, nnx.Rngs(0))
   hf_checkpoint.save(folder, config, nnx.to_pure_dict(nnx.state(model)))
   return folder
@@ -60,4 +59,4 @@ def main(folder: str = '', steps: int = 40) -> tuple[float, float]:
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(sys.argv[1] if len(sys.argv) > 1 else '')
