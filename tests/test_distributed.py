@@ -54,13 +54,13 @@ def die_at_half(*_):
   if any('tmp' in name for name in os.listdir(config.out + '/checkpoints')):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def new_save(checkpointer, done, state):
+def new_save(checkpointer, done, state, **notes):
   if (when, done, jax.process_index()) == ('saving', step, 1):
     # Dies at the first call, in any thread, that finds a folder half written:
     # process 0 cannot end what process 1 has no part in.
     threading.setprofile(die_at_half)
     sys.setprofile(die_at_half)
-  save(checkpointer, done, state)
+  save(checkpointer, done, state, **notes)
   if when != 'saving':
     checkpointer.wait()
   if done == step:

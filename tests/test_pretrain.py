@@ -191,8 +191,8 @@ import checkpoint, pretrain, tyro
 step, when = int(sys.argv.pop(1)), sys.argv.pop(1)
 save = checkpoint.save
 
-def save_and_die(checkpointer, done, state):
-  save(checkpointer, done, state)
+def save_and_die(checkpointer, done, state, **notes):
+  save(checkpointer, done, state, **notes)
   if done == step:
     if when == 'after':
       checkpointer.wait()
