@@ -4,8 +4,9 @@ A LLaMA over bytes; model, data, batch and their order are the same for all.
 For each method, peak learning rate (by factors of 2) and weight decay (by
 factors of 3) are searched from a start until the best has both neighbours of
 both behind it, by the validation loss of seed 0; further seeds run at the best,
-and what is reported is the loss on a third text. A second corpus's search
-starts from the best of the first. Schedules end at 0; nothing is stopped early.
+and what is reported is the loss on a third text. A search starts from the best
+of the one most like it, of another corpus, length or size. Schedules end at 0;
+nothing is stopped early.
 
 Every run is a file in runs/pareto, named by a hash of its settings and of its
 whole program, so that an interrupted benchmark goes on where it was, and a run
@@ -186,11 +187,13 @@ class Worker:
     return self.trainers[job]
 
   def start(self, job: pareto_run.Job) -> Point:
-    """Where a search begins."""
-    first = dataclasses.replace(job, corpus=next(iter(corpora.CORPORA)))
-    rows = self.store.rows(first, self.trainer(first).digest)
-    if rows:
-      return best(rows)
+    """The best of the search most like this one, or where the method begins."""
+    rows = [row for row in self.store.all() if row['method'] == job.method]
+    alike = lambda row: sum(row[name] == getattr(job, name) for name in JOB)
+    most = max(map(alike, rows), default=0)
+    nearest = [row for row in rows if alike(row) == most]
+    if any(row['seed'] == 0 for row in nearest):
+      return best(nearest)
     return Point.near(contenders.CONTENDERS[job.method].lr, FIRST_DECAY)
 
   def next(self) -> tuple[pareto_run.Job, Point, pathlib.Path] | None:
