@@ -1,12 +1,16 @@
 """The examples in other people's trainers, where those are installed.
 
-nanodo is on no index, and of haliax only prereleases work, on jax before 0.11:
-they are not in the extra `test`. The texts are compared without them.
+Only equinox is in the extra `test`: nanodo is on no index, of haliax and
+Levanter only prereleases work, on jax before 0.11, and MaxText, Tunix and Keras
+bring hundreds of megabytes. The texts are compared without them.
 """
 
-import importlib
+import importlib.util
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -17,19 +21,53 @@ DOCS = (ROOT / 'docs/trainers.md').read_text()
 
 
 def test_hook_is_that_of_the_docs():
-  (block,) = re.findall(r'```python\n(.*?)```', DOCS, re.DOTALL)
+  block, _ = re.findall(r'```python\n(.*?)```', DOCS, re.DOTALL)
   imports, hook = block.split('\n\n\n', 1)
   source = (EXAMPLES / 'haliax_stacked.py').read_text()
   assert hook in source
   assert all(line in source.splitlines() for line in imports.splitlines())
 
 
-@pytest.mark.parametrize('name', ['nanodo_muon', 'haliax_stacked'])
+@pytest.mark.parametrize('name', [path.stem for path in EXAMPLES.glob('*.py')])
 def test_commands_are_those_of_the_docs(name):
   docstring = (EXAMPLES / f'{name}.py').read_text().split('"""')[1]
   commands = [x.strip() for x in docstring.splitlines() if x.startswith('    ')]
   assert commands[-1].endswith(f'python examples/trainers/{name}.py')
   assert '```sh\n' + '\n'.join(commands) + '\n```' in DOCS
+
+
+def test_lines_for_maxtext_are_those_of_the_example():
+  _, block = re.findall(r'```python\n(.*?)```', DOCS, re.DOTALL)
+  source = (EXAMPLES / 'maxtext_pretrain.py').read_text()
+  assert block in source.replace('optimizers.get_adamw', 'get_adamw')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'package, example',
+  [
+    ('equinox', 'equinox_fit'),
+    ('keras', 'keras_fit'),
+    ('levanter', 'levanter_lm'),
+    ('maxtext', 'maxtext_pretrain'),
+    ('tunix', 'tunix_sft'),
+  ],
+)
+def test_example_prints_falling_losses(package, example):
+  if importlib.util.find_spec(package) is None:
+    pytest.skip(f'{package} is not installed')
+  found = subprocess.run(
+    [sys.executable, EXAMPLES / f'{example}.py'],
+    env={**os.environ, 'JAX_NUM_CPU_DEVICES': '4'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert found.returncode == 0, found.stderr
+  adam, muon = re.findall(r'loss (\S+) -> ([\d.]+)', found.stdout)
+  assert adam[0] == muon[0] or package in ('equinox', 'keras')
+  assert float(adam[1]) < 0.6 * float(adam[0])
+  assert float(muon[1]) < 1.05 * float(adam[1])
 
 
 @pytest.mark.slow

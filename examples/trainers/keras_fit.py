@@ -1,7 +1,7 @@
 """Keras's `model.fit` on JAX with an optimizer of this library.
 
-  pip install . keras
-  python examples/trainers/keras_fit.py
+    pip install . keras
+    python examples/trainers/keras_fit.py
 
 Keras takes no optax optimizer. This class keeps the state of one in variables
 of its own, so that `fit` carries it along. `model.save` needs a `get_config`,
