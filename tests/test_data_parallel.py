@@ -337,6 +337,39 @@ def test_orthogonalised_beside_a_mesh_axis_that_shards_parameters():
   measure.assert_trees_close(found, wanted, rtol=0, atol=5e-5)
 
 
+def test_placed_states_stay_beside_a_mesh_axis_that_shards_parameters():
+  mesh, numbers = _mesh((2, 2), ('data', 'fsdp')), so.DimensionNumbers(-2, -1)
+  spec = so.SubspaceSpec(4, weight_dimension_numbers=numbers)
+  loss = lambda params, x: jnp.mean((x @ params['w'].sum(0)) ** 2)
+  made = so.data_parallel_step(loss, so.subspace_muon(0.05, spec=spec), mesh)
+  place = jax.NamedSharding(mesh, P(None, 'fsdp'))
+  params = {'w': jax.device_put(jnp.ones((4, 8, 12)), place)}
+  state = jax.device_put(made.init(params), made.state_sharding(params))
+  step = jax.jit(made.step)
+  with jax.set_mesh(mesh):
+    for _ in range(2):
+      params, state, _ = step(params, state, jnp.ones((8, 8)))
+  assert step._cache_size() == 1
+
+
+def test_a_random_key_in_the_batch_is_the_same_everywhere():
+  def loss(params, batch):
+    key = jax.random.fold_in(batch['key'], jax.lax.axis_index('data'))
+    x = batch['x'] * jax.random.bernoulli(key, 0.5, batch['x'].shape)
+    return jnp.mean((x @ params['w']) ** 2)
+
+  params, key = {'w': jnp.ones((8, 12))}, jax.random.key(0)
+  step = so.data_parallel_step(loss, optax.sgd(0.0), _mesh())
+  batch = {'x': jnp.ones((8, 8)), 'key': key}
+  *_, value = jax.jit(step)(params, step.init(params), batch)
+  masks = [
+    jax.random.bernoulli(jax.random.fold_in(key, i), 0.5, (8 // DEVICES, 8))
+    for i in range(DEVICES)
+  ]
+  x = np.concatenate(masks).astype(np.float64)
+  np.testing.assert_allclose(value, np.mean(x.sum(-1) ** 2), rtol=1e-6)
+
+
 def test_losses_that_need_the_check_off():
   def loss(params, x):  # the carry starts as a constant
     h = jnp.sin(x @ params['w'] + params['bias'][None]) @ params['v']

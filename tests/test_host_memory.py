@@ -264,6 +264,28 @@ def test_groups_are_parameters_and_elementwise_ones_come_in_rows(monkeypatch):
   assert found['coupled'] == [4]
 
 
+def test_a_parameter_without_rows():
+  params = {'w': jnp.zeros((0, 4)), 'x': normal(0, 4, 4)}
+  updates, state = run(optax.adam(0.1), params, 'pinned_host', 2)
+  assert_on_host(state)
+  assert updates['w'].shape == (0, 4)
+
+
+def test_a_state_that_changes_is_told_of_by_its_path():
+  def update(updates, state, params=None):
+    del params
+    return updates, {'a': state['a'], 'b': state['b'].astype('bfloat16')}
+
+  init = lambda params: {'a': params, 'b': params['w']}
+  tx = so.offload(optax.GradientTransformation(init, update))
+  params = {'w': normal(0, 4, 4)}
+  place = so.state_sharding(tx, params, memory_kind='pinned_host')
+  state = jax.jit(tx.init, out_shardings=place)(params)
+  message = r"made bfloat16\[4, 4\] of float32\[4, 4\] at state\['b'\]"
+  with pytest.raises(ValueError, match=message):
+    tx.update(params, state, params)
+
+
 def test_needs_a_memory_that_devices_have():
   tx, params = so.golore(0.01, 4), make_params()
   kinds = (HOST, DEVICE)

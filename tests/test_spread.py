@@ -166,6 +166,57 @@ def test_optimizers_send_a_stack_there_and_back(name, ways):
   assert hlo.sent(found) - hlo.sent(moved) < 0.2 * way
 
 
+def test_few_matrices_are_not_filled_up_with_more_zeros():
+  of, mesh = layout((64, 96)), make_mesh('fsdp', 'auto')
+  (whole,) = placed(mesh, [(of, P())])
+  run = compiled(mesh, [of], [whole])
+  assert not hlo.collectives(run.as_text(), 4)
+  assert run.memory_analysis().temp_size_in_bytes < 2 * whole.nbytes
+  # Three of four are.
+  run = compiled(mesh, [of] * 3, [whole] * 3)
+  assert hlo.collectives(run.as_text(), 4)
+
+
+def test_a_matrix_with_infinity_is_not_a_number():
+  for axes in MESHES:
+    mesh = make_mesh(axes, 'auto')
+    (x,) = placed(mesh, [(layout((4, M, N)), P(None, 'fsdp'))])
+    x = jax.jit(lambda x: x.at[2, 1, 1].set(np.inf))(x)
+    (y,) = compiled(mesh, [layout(x.shape)], [x])([x])
+    np.testing.assert_array_equal(
+      np.isnan(y), np.broadcast_to(np.arange(4)[:, None, None] == 2, y.shape)
+    )
+
+
+@pytest.mark.parametrize(
+  ('axes', 'spec', 'parts'),
+  [
+    ('fsdp', P(), P('fsdp')),
+    ('fsdp', P(None, 'fsdp'), P('fsdp')),
+    ('fsdp, tensor', P(), P(('fsdp', 'tensor'))),
+    ('fsdp, tensor', P(None, None, 'tensor'), P('fsdp')),
+    ('fsdp, tensor', P(None, 'tensor'), P(('fsdp', 'tensor'))),
+  ],
+)
+@pytest.mark.parametrize('name', ['subspace_muon', 'muon in chosen columns'])
+def test_a_plain_step_moves_nothing(name, axes, spec, parts):
+  """Where nobody says where the results of a step are to be."""
+  mesh = make_mesh(axes, 'auto')
+  loss = lambda p, x: ((x @ p['w'].sum(0)) ** 2).mean()
+  made = so.train_step(loss, optimizer(name))
+  put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh):
+    params = {'w': put(ref.normal(0, (4, M, N)), spec)}
+    state, step = made.init(params), jax.jit(made.step)
+    before = jax.tree.map(lambda x: x.sharding, (params, state))
+    for t in range(3):
+      batch = put(ref.normal(t, (8, M)), parts)
+      params, state, _ = step(params, state, batch)
+  after = jax.tree.map(lambda x: x.sharding, (params, state))
+  assert after == before
+  assert step._cache_size() == 1
+
+
 def optimizer(name):
   numbers = so.DimensionNumbers(-2, -1)
   spec = so.SubspaceSpec(4, weight_dimension_numbers=numbers)

@@ -64,7 +64,10 @@ def wrap_gradients(
     own = _spread.hand_out(layout, leaf) if hand_out else None
     if own is None:
       return matrix
-    return dataclasses.replace(matrix, like=own, gradient=own, home=leaf)
+    matrix = dataclasses.replace(matrix, like=own, gradient=own, home=leaf)
+    # Else the compiler has the gradient lie as what it is measured for does.
+    energy, ok = (value_at_home(matrix, x) for x in (matrix.energy, matrix.ok))
+    return dataclasses.replace(matrix, energy=energy, ok=ok)
 
   return per_matrix(matches, _tree.flatten(gradients)[1], matrix)
 
@@ -142,7 +145,8 @@ def project(matrix: _base.Matrix, basis: jax.Array) -> jax.Array:
   layout = matrix.layout
   coords = layout.project(matrix.gradient, basis)
   if matrix.home is not None:
-    return matrix.at_home(coords, layout.coords_axes())
+    axes = layout.coords_axes()
+    return _spread.back_along(layout, coords, axes, matrix.home)
   return layout.settle_coords(coords, matrix.gradient)
 
 

@@ -64,8 +64,9 @@ def offload(
   """
   if not isinstance(tx, optax.GradientTransformation):
     raise TypeError(
-      f'tx must be an optax.GradientTransformation, got {tx!r}, whose state '
-      'cannot be on the host.'
+      f'tx must be an optax.GradientTransformation, got {tx!r}; give '
+      '`gradient_transformation()` of optax.MultiSteps, and `tx` itself to '
+      'training steps, which fetch state from the host by themselves.'
     )
   tx = optax.with_extra_args_support(tx)
 
@@ -177,8 +178,7 @@ def _run_group(
 
 
 def _alike(x: Any, y: Any) -> bool:
-  kinds = ((of.shape, of.dtype, of.sharding) for of in (x, y))
-  return next(kinds) == next(kinds)
+  return (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
 
 
 def _rows_at(

@@ -262,7 +262,8 @@ class Projection:
     own = jax.tree.map(_varying.vary_as, own, state.projector)
     steps = optax.safe_increment(state.count)
     count = jnp.where(active, steps, state.count)
-    new_state = ProjectState(count, state.seed, subspaces, own)
+    seed = jax.tree.map(_matrices.value_at_home, seen.matrices, state.seed)
+    new_state = ProjectState(count, seed, subspaces, own)
     return self._make_nodes(updates, seen, after, given), new_state
 
   def _make_nodes(

@@ -144,7 +144,8 @@ def _shapes(params: Any, mesh: Mesh) -> Any:
   def shape(leaf: Any, of_state: Any, default: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, 'sharding', None)
     known = isinstance(sharding, NamedSharding)
-    spec = of_state or (sharding.spec if known else default)
+    spec = sharding.spec if known else default
+    spec = spec if of_state is None else of_state
     _check_spec(spec, mesh)
     return jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)

@@ -91,12 +91,18 @@ def trace(
 
 def _check_same(old: Any, new: Any) -> None:
   """Raises if a new state does not fit into the place of the old one."""
-  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  if shapes(old) != shapes(new):
-    raise ValueError(
-      'a state on the host must keep its structure, shapes and dtypes in an '
-      f'update; it had {shapes(old)}, and the new one has {shapes(new)}.'
-    )
+  must = 'a state on the host must keep its structure, shapes and dtypes'
+  pairs, one = jax.tree_util.tree_flatten_with_path(old)
+  leaves, other = jax.tree.flatten(new)
+  if one != other:
+    raise ValueError(f'{must}; an update made {other} of {one}.')
+  for (path, x), y in zip(pairs, leaves, strict=True):
+    kinds = [f'{k.dtype}{list(k.shape)}' for k in (x, y)]
+    if kinds[0] != kinds[1]:
+      name = jax.tree_util.keystr(path)
+      raise ValueError(
+        f'{must}; an update made {kinds[1]} of {kinds[0]} at state{name}.'
+      )
 
 
 def _unknown_one(updates: Any) -> jax.Array:
@@ -203,7 +209,7 @@ def _count_parts(
   size = sum(x.size * x.dtype.itemsize for x in far)
   cut = tuple(range(len(at) + 1))
   whole = all(_sharding.is_whole(program.inputs[k], cut) for k in group.far)
-  if not shape or not whole:
+  if not shape or not shape[0] or not whole:
     return 1
   fits = (n for n in range(1, shape[0] + 1) if shape[0] % n == 0)
   return next((n for n in fits if size <= n * _MOST_BYTES), shape[0])

@@ -8,9 +8,10 @@ the results back. It sends 2 (D - 1) / D^2 of each matrix, which is less than
 one sum of Gram matrices takes.
 
 Where D does not divide the number of matrices, those of other leaves of the
-same shape are counted with them, and zeros fill up what is left. Where it does,
-a step may hand out gradients first of all: products with bases then need no
-other device, and coordinates go home for the inner optimizer, and come back.
+same shape are counted with them (under automatic sharding, if these are as
+many), and zeros fill up what is left, unless most would be zeros. Where it
+does, a step may hand out gradients first of all: products with bases then need
+no other device, and coordinates go home for the inner optimizer, and come back.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -143,11 +144,10 @@ def spread(
       stack = _stack(layouts[i], home)
       results[i] = _return(stack, stack.trip.back(f(layouts[i], leaves[i])))
   rest = [i for i in range(len(leaves)) if not homes or homes[i] is None]
-  stacks = [_stack(layouts[i], leaves[i]) for i in rest]
-  for group in _groups(stacks):
-    found = _run(f, [stacks[k] for k in group])
-    for k, x in zip(group, found, strict=True):
-      results[rest[k]] = x.reshape(leaves[rest[k]].shape)
+  for group in _groups({i: _stack(layouts[i], leaves[i]) for i in rest}):
+    found = _run(f, list(group.values()))
+    for i, x in zip(group, found, strict=True):
+      results[i] = x.reshape(leaves[i].shape)
   return results
 
 
@@ -184,6 +184,17 @@ def back_along(
 ) -> jax.Array:
   """Returns what goes with a leaf that was handed out where state of it is."""
   return _trip_along(layout, x, axes, home).back(x)
+
+
+def keep_along(
+  layout: _layout.Layout, x: jax.Array, axes: str, home: jax.Array
+) -> jax.Array:
+  """Returns state of a leaf that was handed out, which stays where it is.
+
+  Automatic sharding knows it by this alone. Of what is elsewhere, wherever that
+  is, the compiler gathers all: for a few numbers of each matrix.
+  """
+  return _trip_along(layout, x, axes, home).start(x)
 
 
 def _trip_along(
@@ -230,19 +241,34 @@ def _mesh_axes(
   return names, tuple(entries)
 
 
-def _groups(stacks: Sequence[_Stack]) -> Iterator[list[int]]:
-  """Yields which leaves are counted together."""
-  waiting: dict[Any, list[int]] = {}
-  for i, stack in enumerate(stacks):
+def _groups(stacks: dict[int, _Stack]) -> Iterator[dict[int, _Stack]]:
+  """Yields the leaves that are counted together."""
+  waiting: dict[Any, dict[int, _Stack]] = {}
+  for i, stack in stacks.items():
     if not stack.names:
-      yield [i]
+      yield {i: stack}
       continue
-    group = waiting.setdefault(stack.kind, [])
-    group.append(i)
-    count = sum(stacks[j].count for j in group)
-    if -count % stack.devices <= _MOST_ZEROS * count:
+    group = waiting.setdefault(stack.kind, {})
+    group[i] = stack
+    if _missing(group) <= _MOST_ZEROS * _count(group):
       yield waiting.pop(stack.kind)
-  yield from waiting.values()
+  for group in waiting.values():
+    first = next(iter(group.values()))
+    if first.before is None and _missing(group) > _count(group):
+      # Leaves that are whole everywhere would be on every device, with more
+      # zeros than there is of them. The compiler shares the work as it sees.
+      yield from ({i: x._replace(names=())} for i, x in group.items())
+    else:
+      yield group
+
+
+def _count(group: dict[int, _Stack]) -> int:
+  return sum(stack.count for stack in group.values())
+
+
+def _missing(group: dict[int, _Stack]) -> int:
+  """Returns how many zeros fill up a group."""
+  return -_count(group) % next(iter(group.values())).devices
 
 
 def _run(
@@ -270,7 +296,7 @@ def _return(stack: _Stack, x: jax.Array) -> jax.Array:
     return _sharding.place_like(x, stack.x)
   # The compiler has an elementwise result lie as its operands do: that is how
   # it learns where this came from.
-  return jnp.where(jnp.isfinite(stack.x), x, stack.x)
+  return jnp.where(jnp.isfinite(stack.x), x, jnp.nan)
 
 
 def _fill_up(stack: _Stack, x: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ There the branches of a conditional, and what a loop carries, must vary along
 the same mesh axes. A constant varies along none, a gradient along most.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,8 +14,13 @@ from jax import lax
 
 def vary_as(x: jax.Array, reference: Any) -> jax.Array:
   """Returns `x`, which may differ along the mesh axes that `reference` does."""
-  missing = _varying(reference) - _varying(x)
-  return lax.pcast(x, tuple(sorted(missing)), to='varying') if missing else x
+  return vary_along(x, _varying(reference))
+
+
+def vary_along(x: jax.Array, names: Iterable[Any]) -> jax.Array:
+  """Returns `x`, which may differ along mesh axes."""
+  missing = tuple(sorted(set(names) - _varying(x)))
+  return lax.pcast(x, missing, to='varying') if missing else x
 
 
 def vary_as_any(tree: Any, references: Any) -> Any:

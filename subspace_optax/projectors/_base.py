@@ -160,10 +160,10 @@ class Matrix:
     return self.layout.align_basis(_linalg.widen(p), self.like)
 
   def at_home(self, x: jax.Array, axes: str) -> jax.Array:
-    """Returns an array of `axes` where state of the leaf is between steps."""
+    """Returns a few numbers of each matrix where state of the leaf is."""
     if self.home is None:
       return x
-    return _spread.back_along(self.layout, x, axes, self.home)
+    return _spread.keep_along(self.layout, x, axes, self.home)
 
   def whole(self) -> jax.Array:
     """Returns G, (*batch, rows, columns), as every device must have it."""

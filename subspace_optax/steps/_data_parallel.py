@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 import optax
 
 from subspace_optax._chain import _projection
 from subspace_optax._matrix import _tree
+from subspace_optax._matrix import _varying
 from subspace_optax.steps import _train_step
 
 
@@ -46,7 +48,9 @@ def data_parallel_step(
     tx: the optimizer. What stands before `project` sees one device's gradient:
       put clipping into the optimizer of coordinates, and accumulation into
       `every_k`: `optax.MultiSteps` and `apply_if_finite` around `tx` fail.
-    mesh: its axis `axis_name` divides the first axis of all arrays of a batch.
+    mesh: its axis `axis_name` divides the first axis of all arrays of a batch
+      that have one. Others, as a random key, are the same on all devices: fold
+      `jax.lax.axis_index(axis_name)` into it.
       Other mesh axes may shard parameters and state, automatically. Along
       `axis_name` both are the same: place state by the step's own
       `state_sharding(params)`.
@@ -124,14 +128,19 @@ class Devices(NamedTuple):
     if self.mesh is None:
       return step
     same, parts = PartitionSpec(), PartitionSpec(self.names)
-    return jax.shard_map(
-      step,
-      mesh=self.mesh,
-      in_specs=(same, same, parts),
-      out_specs=(same, same, same),
-      axis_names=set(self.names),
-      check_vma=check_vma,
-    )
+
+    def mapped(params, state, batch):
+      of_batch = jax.tree.map(lambda x: parts if jnp.ndim(x) else same, batch)
+      return jax.shard_map(
+        step,
+        mesh=self.mesh,
+        in_specs=(same, same, of_batch),
+        out_specs=(same, same, same),
+        axis_names=set(self.names),
+        check_vma=check_vma,
+      )(params, state, batch)
+
+    return mapped
 
   def own(self, params: Any) -> Any:
     """Returns parameters whose gradients are each device's own.
@@ -140,8 +149,7 @@ class Devices(NamedTuple):
     """
     if not self.names:
       return params
-    cast = lambda x: lax.pcast(x, self.names, to='varying')
-    return jax.tree.map(cast, params)
+    return jax.tree.map(lambda x: _varying.vary_along(x, self.names), params)
 
   def mean(self, x: Any) -> Any:
     """Returns the mean over the devices."""

@@ -39,7 +39,7 @@ class Model:
   def below(self, rest: Any) -> tuple[Any, Any]:
     """Returns the input of the first layer."""
     rest = _stacks.join(rest, self.fixed_rest)
-    return _stacks.split(self.embed(rest, self.batch))
+    return self._input(self.embed(rest, self.batch))
 
   def run(self, i: Any, layer: Any, x: tuple[Any, Any]) -> tuple[Any, Any]:
     """Returns what layer i makes of its input."""
@@ -47,7 +47,12 @@ class Model:
     whole = _stacks.join(*x)
     number = (i,) if self.with_index else ()
     new = self.block(layer, whole, self.batch, *number)
-    return _stacks.split(_same_shapes(new, whole))
+    return self._input(_same_shapes(new, whole))
+
+  def _input(self, x: Any) -> tuple[Any, Any]:
+    """Returns a layer's input; constants in it may differ between devices."""
+    x, fixed = _stacks.split(x)
+    return self.devices.own(x), fixed
 
   def loss(self, rest: Any, x: Any, fixed_x: Any) -> tuple[Any, Any]:
     """Returns the loss, and what `head` returns beside it."""

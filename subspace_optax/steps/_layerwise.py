@@ -77,6 +77,7 @@ def layerwise(
   fetch: str = 'layer',
   mesh: Mesh | None = None,
   axis_name: str | tuple[str, ...] = 'data',
+  check_vma: bool = True,
 ) -> _train_step.TrainStep:
   """Makes a training step whose backward pass updates layer by layer.
 
@@ -127,26 +128,26 @@ def layerwise(
       parameter behind the layer's gradient, and large ones of elementwise
       optimizers in rows, so that next to nothing is there at a time. The state
       of all other parameters comes by leaf.
-
     mesh: if given, the step is one of `data_parallel_step`: devices along
       `axis_name` project the gradients of their own parts of the batch, and
-      average the coordinates of each layer in its turn. Nothing knows the norm
+      average the coordinates of each layer in its turn. Arrays of the batch
+      are as there: a random key is the same everywhere. Nothing knows the norm
       of the mean gradient: `metrics.norm` is the root of the mean of the
       devices' squared norms.
     axis_name: along which devices have different parts of a batch.
+    check_vma: as of `data_parallel_step`.
 
   Returns:
-    The step. Parameters keep their treedef. Numbers of
-    the state may be set for all layers at once by `optax.tree.set(state,
-    learning_rate=0.01)`.
+    The step. Parameters keep their treedef. Numbers of the state may be set for
+    all layers at once by `optax.tree.set(state, learning_rate=0.01)`.
 
   Raises:
-    ValueError: an unknown `clip` or `fetch`; a mesh without the axis, with
-      explicit axes, or together with `max_norm` or `has_aux`; at `init`, no
-      mapping at `stack`,
-      leaves that disagree on the number of layers, or a spec that takes the
-      axis of layers for one of a matrix; at the step, a block that changes its
-      input's shapes, or a head that returns no scalar.
+    ValueError: an unknown `clip` or `fetch`; an axis without a mesh; a mesh
+      without the axis, with explicit axes, or together with `max_norm` or
+      `has_aux`; at `init`, no mapping at `stack`, leaves that disagree on the
+      number of layers, or a spec that takes the axis of layers for one of a
+      matrix; at the step, a block that changes its input's shapes, or a head
+      that returns no scalar.
 
   References:
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with
@@ -178,6 +179,8 @@ def layerwise(
   if max_norm is not None and not max_norm > 0:
     raise ValueError(f'max_norm must be positive, got {max_norm}.')
   devices = _data_parallel.Devices()
+  if mesh is None and axis_name != 'data':
+    raise ValueError(f'axis_name={axis_name!r} without a mesh: give mesh=.')
   if mesh is not None:
     devices = _data_parallel.Devices.along(mesh, axis_name)
     _check_parallel(max_norm, has_aux)
@@ -265,7 +268,7 @@ def layerwise(
 
   return _train_step.TrainStep(
     init,
-    devices.map(update, check_vma=True),
+    devices.map(update, check_vma),
     gradients=gradients,
     replicated=devices.names,
     mesh=mesh,
