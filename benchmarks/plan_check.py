@@ -157,8 +157,8 @@ def ordinary(mesh: Mesh, row: Row) -> Step:
   return Step(params, state, programs.whole_step(loss, tx))
 
 
-def layerwise(mesh: Mesh, row: Row) -> Step:
-  """A step of the planner's LLaMA that updates layer by layer."""
+def layerwise_step(mesh: Mesh, row: Row) -> tuple[so.TrainStep, Any]:
+  """A step of the planner's LLaMA layer by layer, and shapes of parameters."""
   model = plan.named(row.model, 'bfloat16', attention_chunk=CHUNK)
   places = meshes.constraints(mesh)
   rows, table = places.get('activations'), places.get('looked_up')
@@ -174,7 +174,12 @@ def layerwise(mesh: Mesh, row: Row) -> Step:
     lambda layer, x, tokens: llama.place(model.block(layer, x), rows),
     jax.checkpoint(model.head),
   )
-  params = parameters(mesh, model.params)
+  return step, parameters(mesh, model.params)
+
+
+def layerwise(mesh: Mesh, row: Row) -> Step:
+  """A step that updates layer by layer."""
+  step, params = layerwise_step(mesh, row)
   return Step(params, programs.place_state(step, params), step.step)
 
 

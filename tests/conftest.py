@@ -8,8 +8,11 @@ import pathlib
 import resource
 import sys
 
-# Tests must not depend on an accelerator, nor take one that is in use.
-os.environ['JAX_PLATFORMS'] = 'cpu'
+# Tests must not depend on an accelerator, nor take one that is in use, unless
+# `benchmarks.accelerator` says so.
+os.environ['JAX_PLATFORMS'] = os.environ.get(
+  'SUBSPACE_OPTAX_TEST_PLATFORM', 'cpu'
+)
 
 # Threads of XLA, whatever the number of cores: a collective keeps one until all
 # devices have come to it, and with too few they wait for ever.
@@ -34,6 +37,10 @@ import jax  # noqa: E402
 
 # Enough devices for a 2 x 2 mesh on any machine.
 jax.config.update('jax_num_cpu_devices', 4)
+
+# References are float64: no rounding of factors to fewer bits than float32 has.
+if os.environ['JAX_PLATFORMS'] != 'cpu':
+  jax.config.update('jax_default_matmul_precision', 'highest')
 
 # A (n,) added to a (m, n) is more often a mistake than meant.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
