@@ -30,7 +30,6 @@ import tyro
 
 from benchmarks import harness
 from benchmarks import hlo
-from benchmarks import methods
 from benchmarks import programs
 from benchmarks.harness import MIB
 import subspace_optax as so
@@ -76,10 +75,26 @@ def optimizers(args: Args) -> dict[str, Callable[[], Any]]:
       if name not in WHOLE
     },
     # It projects no stack: layers are handed to it one by one.
-    'optax.contrib.galore': lambda: methods.by_layer(
+    'optax.contrib.galore': lambda: by_layer(
       optax.contrib.galore(lr, rank, weight_decay=decay)
     ),
   }
+
+
+def by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Shows an optimizer stacks of layers as lists, for one that can't stack."""
+  apart = lambda tree: jax.tree.map(list, tree)
+
+  def together(tree: Any, like: Any) -> Any:
+    return jax.tree.map(lambda _, x: jnp.stack(x), like, tree)
+
+  def update(updates, state, params=None):
+    params = None if params is None else apart(params)
+    new, state = tx.update(apart(updates), state, params)
+    return together(new, updates), state
+
+  init = lambda params: tx.init(apart(params))
+  return optax.GradientTransformation(init, update)
 
 
 def matrices(width: int, mlp_width: int) -> dict[str, tuple[int, int]]:

@@ -94,7 +94,13 @@ def ours(name: str, **options: Any) -> Callable[[Any, Any], Any]:
     options.setdefault('b2', B2)
   if 'rank' in takes:
     options.setdefault('rank', 0.25)
-  return lambda lr, decay: make(lr, weight_decay=decay, **options)
+  with_decay = 'weight_decay' in takes
+
+  def build(lr: Any, decay: Any) -> optax.GradientTransformation:
+    own = {'weight_decay': decay} if with_decay else {}
+    return make(lr, **own, **options)
+
+  return build
 
 
 def _dct_adamw(lr: Any, decay: Any) -> optax.GradientTransformation:
@@ -143,6 +149,11 @@ CONTENDERS: dict[str, Contender] = {
   'normuon_8bit': _of_ours(ours('normuon', moment_bits=8), 1.25e-3, bits=8),
   'trion': _of_ours(ours('trion'), 1.25e-3),
   'dion': _of_ours(ours('dion'), 1.25e-3),
+}
+CONTENDERS |= {
+  name: _of_ours(ours(name), 4e-3)
+  for name in so.optimizers.READY_MADE
+  if name not in CONTENDERS
 }
 
 

@@ -14,11 +14,13 @@ Loss is that of a text that chose nothing, in nats per byte: the mean over the
 seeds at the rate and decay that the validation text chose for seed 0. Seeds
 change weights and data. Embedding, head and norms are Adam's at one rate in all
 rows but those of whole models; their states count. A search that is not done
-says what it lacks.
+says what it lacks. Sigma is the spread of one seed, pooled over all methods of a
+table; z is the difference to AdamW over its standard error, and beyond 3.1 no
+accident. What is on the front has less loss than all with no more state.
 """
 
 HEAD = ('method', 'lr', 'decay', 'loss', 'std', 'seeds', 'optimizer MiB')
-HEAD += ('loss vs adamw', 'state vs adamw', 'lacks')
+HEAD += ('loss vs adamw', 'z', 'state vs adamw', 'lacks')
 
 
 def losses(search: dict) -> list[float]:
@@ -37,14 +39,58 @@ def mean(search: dict) -> float:
   return statistics.fmean(losses(search))
 
 
-def cells(search: dict, base: dict | None) -> list[str]:
-  """One line; two of its cells are relative to AdamW's."""
+def sigma(searches: list[dict]) -> float | None:
+  """The spread of a seed, pooled; None where no method has two."""
+  groups = [x for x in map(losses, searches) if len(x) > 1]
+  groups = [x for x in groups if all(map(math.isfinite, x))]
+  free = sum(len(x) - 1 for x in groups)
+  squares = sum((len(x) - 1) * statistics.variance(x) for x in groups)
+  return (squares / free) ** 0.5 if free else None
+
+
+def z_score(one: dict, other: dict, spread: float | None) -> float | None:
+  """The difference of two losses over its standard error; less is better."""
+  if not spread or one is other:
+    return None
+  counts = [len(losses(x)) for x in (one, other)]
+  error = spread * sum(1 / n for n in counts) ** 0.5
+  return (mean(one) - mean(other)) / error
+
+
+def front(searches: list[dict]) -> list[dict]:
+  """Those with less loss than all that have no more state, smallest first."""
+  size = lambda search: search['memory']['optimizer_bytes']
+  kept: list[dict] = []
+  for search in sorted(searches, key=lambda x: (size(x), mean(x))):
+    if not kept or mean(search) < mean(kept[-1]):
+      kept.append(search)
+  return kept
+
+
+def sentence(searches: list[dict]) -> str:
+  """For how many bytes which optimizer, and what is told apart."""
+  spread, kept = sigma(searches), front(searches)
+  parts = []
+  for below, search in zip([None, *kept], kept, strict=False):
+    size = search['memory']['optimizer_bytes'] / MIB
+    text = f'from {size:.3f} MiB on `{search["method"]}` ({mean(search):.4f}'
+    z = None if below is None else z_score(search, below, spread)
+    parts.append(f'{text}{"" if z is None else f", z {z:.1f}"})')
+  return f'The front: {"; ".join(parts)}; z is of the step from the one before.'
+
+
+def cells(
+  search: dict, base: dict | None, spread: float | None = None
+) -> list[str]:
+  """One line; some of its cells are relative to AdamW's."""
   values, size = losses(search), search['memory']['optimizer_bytes']
-  over_adamw = ['-', '-']
+  over_adamw = ['-', '-', '-']
   if base is not None:
     share = 100 * size / base['memory']['optimizer_bytes']
+    z = z_score(search, base, spread)
     over_adamw = [
       f'{100 * (mean(search) / mean(base) - 1):+.2f} %',
+      '-' if z is None else f'{z:+.1f}',
       f'{share:.0f} %',
     ]
   return [
@@ -81,8 +127,12 @@ def markdown(results: dict[str, Any]) -> str:
     f'{NOTES}'
   )
   for name, searches in groups(results).items():
-    rows = [cells(search, adamw(searches)) for search in searches]
-    text += f'\n### {name}\n\n{harness.table(HEAD, rows)}\n'
+    spread = sigma(searches)
+    rows = [cells(search, adamw(searches), spread) for search in searches]
+    ready = [x for x in searches if ', ' not in x['method']]
+    text += f'\n### {name}\n\n{sentence(ready)}\n'
+    text += f'\nSigma is {spread:.4f}.\n' if spread else ''
+    text += f'\n{harness.table(HEAD, rows)}\n'
   return text
 
 

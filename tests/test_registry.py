@@ -124,14 +124,14 @@ def whole(learning_rate, *, seed=0, spec=None):
 
 so.optimizers.READY_MADE |= dict(dummy=dummy, whole=whole)
 import cases, recipes, settings
-from benchmarks import methods
+from benchmarks import contenders
 from subspace_optax import plan
-for name, ranked in (('dummy', True), ('whole', False)):
+for name in ('dummy', 'whole'):
   assert name in cases.READY_MADE
   cases.ready_made(name, 4)(1e-3).init({{'w': jnp.ones((16, 32))}})
-  method = methods.METHODS[name]
-  assert method.ranked == ranked
-  method.make(1e-3, 4, 5, 0).init({{'w': jnp.ones((16, 32))}})
+  method = contenders.CONTENDERS[name]
+  assert method.ours
+  method.make(1e-3, 0.1).init({{'w': jnp.ones((16, 32))}})
   plan.optimizer(name, rank=4).init({{'w': jnp.ones((16, 32))}})
   made = recipes.make(settings.Config(optimizer=name, rank=4))
   made.init({{'kernel': jnp.ones((16, 32))}})

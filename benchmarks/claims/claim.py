@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import pathlib
+import statistics
 from typing import Any, NamedTuple
 
 from benchmarks import harness
@@ -19,15 +20,18 @@ from benchmarks import harness
 HERE = pathlib.Path(__file__).resolve().parent
 CACHE = harness.ROOT / 'runs' / 'evidence'
 # Other benchmarks' results, which are quoted.
-PROJECTORS, QUALITY, PLAN = QUOTED = tuple(
-  harness.RESULTS / f'{name}.json' for name in ('projectors', 'quality', 'plan')
+PROJECTORS, PARETO, PLAN = QUOTED = tuple(
+  harness.RESULTS / f'{name}.json' for name in ('projectors', 'pareto', 'plan')
 )
 # What several scripts share.
 HELPERS = [HERE / f'{name}.py' for name in ('counter', 'theorems', 'training')]
 HELPERS += [
   HERE.parent / f'{name}.py'
-  for name in ('programs', 'plan_check', 'quality_report')
+  for name in ('programs', 'plan_check', 'pareto_report')
 ]
+
+
+NEAR = 2.0  # standard errors; nearer to a bound than that tells nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Check:
   measured: float | None  # None where it is no finite number
   least: float | None = None
   most: float | None = None
+  noise: float = 0.0  # the standard error of the number
 
   @property
   def holds(self) -> bool:
@@ -47,6 +52,22 @@ class Check:
       return False
     above = self.least is None or x >= self.least
     return above and (self.most is None or x <= self.most)
+
+  @property
+  def is_close(self) -> bool:
+    """Whether noise may have put the number on its side of a bound."""
+    x = self.measured
+    if x is None or not math.isfinite(x) or not self.noise:
+      return False
+    bounds = [y for y in (self.least, self.most) if y is not None]
+    return min(abs(x - y) for y in bounds) < NEAR * self.noise
+
+  @property
+  def verdict(self) -> str:
+    """'yes', 'no' or 'too close to call'."""
+    if self.is_close:
+      return 'too close to call'
+    return 'yes' if self.holds else 'no'
 
   @property
   def expected(self) -> str:
@@ -96,11 +117,16 @@ class Claim:
 
   @property
   def verdict(self) -> str:
-    """'holds', 'partly' or 'fails': how many of the checks do."""
-    held = sum(check.holds for check in self.checks)
-    if held == 0:
-      return 'fails'
-    return 'holds' if held == len(self.checks) else 'partly'
+    """'holds', 'partly', 'fails', or 'too close to call'.
+
+    The last if some checks are and no other fails.
+    """
+    found = {check.verdict for check in self.checks}
+    if found == {'yes'}:
+      return 'holds'
+    if found and 'no' not in found:
+      return 'too close to call'
+    return 'partly' if 'yes' in found else 'fails'
 
 
 def number(x: Any) -> str:
@@ -114,6 +140,23 @@ def number(x: Any) -> str:
   if 1e-3 <= abs(x) < 1e5:
     return f'{x:,.4g}'
   return f'{x:.2e}'
+
+
+def ratio_of_means(
+  over: Sequence[float], under: Sequence[float]
+) -> tuple[float, float]:
+  """A ratio of two means, and its standard error.
+
+  The spread of a single seed is taken for that of the other side's.
+  """
+  ratio = statistics.fmean(over) / statistics.fmean(under)
+  spreads = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in (over, under)]
+  known = [x for x in spreads if x] or [0.0]
+  errors = [
+    (spread or max(known)) / len(x) ** 0.5 / statistics.fmean(x)
+    for spread, x in zip(spreads, (over, under), strict=True)
+  ]
+  return ratio, ratio * math.hypot(*errors)
 
 
 def near(what: str, measured: float, expected: float, rtol: float) -> Check:
@@ -221,7 +264,7 @@ def text(claim: Claim) -> str:
     f'measured     {claim.measurement}',
   ]
   for check in claim.checks:
-    mark = '+' if check.holds else '-'
+    mark = {'yes': '+', 'no': '-'}.get(check.verdict, '?')
     lines.append(
       f'  {mark} {check.what}: {number(check.measured)} ({check.expected})'
     )

@@ -1,8 +1,8 @@
 """States of a byte each: what the code loses, and what training does.
 
 The code's error by octave and the bytes of a 7B model's states are counted
-here; full-rank training is repeated here; the quality benchmark's rows, with
-tuned rates and three seeds, are quoted from results/quality.json.
+here; full-rank training is repeated here; rows of the Pareto benchmark, with
+tuned rates and all seeds that both have, are quoted from results/pareto.json.
 """
 
 import json
@@ -14,18 +14,15 @@ import numpy as np
 import optax
 
 from benchmarks import harness
+from benchmarks import pareto_report
 from benchmarks import programs
-from benchmarks import quality_report
 from benchmarks.claims import claim
 from benchmarks.claims import training
 import llama
 import subspace_optax as so
 
-PAIRS = {
-  'adamw': 'adamw_8bit',
-  'galore': 'galore_8bit',
-  'subspace_adamw': 'subspace_adamw_8bit',
-}
+METHODS = ('adamw', 'muon', 'normuon', 'subspace_adamw', 'subspace_muon')
+PAIRS = {name: f'{name}_8bit' for name in METHODS}
 SEEDS = 2
 RATES = (0.01, 0.003)
 OCTAVES = 24
@@ -70,15 +67,14 @@ def bytes_per_moment() -> float:
   return so.memory_report(so.scale_by_adam8bit(), shapes).state / (2 * count)
 
 
-def quote() -> dict[str, dict[str, float]]:
-  """The mean loss of every pair's best rate, by corpus, over three seeds."""
-  found: dict[str, dict[str, float]] = {}
-  for search in json.loads(claim.QUALITY.read_text())['searches']:
-    name = search['method']
-    wanted = name in PAIRS or name in PAIRS.values()
-    if wanted and search['width'] == 1.0 and search['rank'] in (0, 0.25):
-      mean = float(np.mean(quality_report.losses(search)))
-      found.setdefault(search['corpus'], {})[name] = mean
+def quote() -> dict[str, dict[str, list[float]]]:
+  """Test losses of the seeds at the best of every method, by corpus."""
+  found: dict[str, dict[str, list[float]]] = {}
+  for search in json.loads(claim.PARETO.read_text())['searches']:
+    first = search['size'] == '0.1M' and search['multiple'] == 1
+    if first and search['method'] in (*PAIRS, *PAIRS.values()):
+      losses = pareto_report.losses(search)
+      found.setdefault(search['corpus'], {})[search['method']] = losses
   return found
 
 
@@ -105,17 +101,19 @@ def run() -> claim.Found:
   ]
   checks.append(claim.Check('bytes per moment, 7B', per_moment, 1, 1.05))
   wide, narrow = train(optax.scale_by_adam), train(so.scale_by_adam8bit)
-  rows = {'Adam, here': (wide, narrow)}
+  checks.append(
+    claim.Check('loss, 8 bits / float32, here', narrow / wide, 0, 1.01)
+  )
+  table: claim.Table = [('', 'float32', '8 bits', 'ratio')]
+  line = lambda *values: tuple(f'{x:.4f}' for x in values)
+  table.append(('Adam, here', *line(wide, narrow, narrow / wide)))
   for corpus, found in quote().items():
     for name, coded in PAIRS.items():
-      what = f'{name}, quality benchmark, {corpus}'
-      rows[what] = found[name], found[coded]
-  table: claim.Table = [('', 'float32', '8 bits', 'ratio')]
-  for what, (wide, narrow) in rows.items():
-    ratio, here = narrow / wide, what == 'Adam, here'
-    what_of = 'loss, 8 bits / float32, here' if here else f'loss ratio, {what}'
-    checks.append(claim.Check(what_of, ratio, 0, 1.01))
-    table.append((what, *(f'{x:.4f}' for x in (wide, narrow, ratio))))
+      what = f'{name}, Pareto benchmark, {corpus}'
+      ratio, noise = claim.ratio_of_means(found[coded], found[name])
+      checks.append(claim.Check(f'loss ratio, {what}', ratio, 0, 1.01, noise))
+      pair = np.mean(found[name]), np.mean(found[coded])
+      table.append((what, *line(*pair, ratio)))
   table.append(('Table 3, 7B, perplexity', '', 'Adam 14.61, GaLore 14.65', ''))
   worst = max(c.measured or 0 for c in checks if c.what.startswith('loss'))
   numbers = {'worst': worst, 'per_moment': per_moment}

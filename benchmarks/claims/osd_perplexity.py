@@ -37,8 +37,10 @@ def run() -> claim.Found:
     of = [mean[f'{name} {rank}'] for name in METHODS]
     rows[f'here, rank {rank} of {WIDTH}'] = [f'{x:.3f}' for x in of]
     what = f'rank {rank} of {WIDTH}: OSD / GaLore'
-    checks.append(claim.Check(what, of[0] / of[1], 0, 1))
-    ratios.append(f'{of[0] / of[1]:.3f}')
+    values = (found[f'{name} {rank}']['values'] for name in METHODS)
+    ratio, noise = claim.ratio_of_means(*values)
+    checks.append(claim.Check(what, ratio, 0, 1, noise))
+    ratios.append(f'{ratio:.3f}')
   table: claim.Table = [('', *METHODS, 'OSD / GaLore')]
   table += [(k, *rows[k], x) for k, x in zip(rows, ratios, strict=True)]
   for name, (osd, galore) in PRINTED.items():

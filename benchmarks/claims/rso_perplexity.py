@@ -59,9 +59,10 @@ def run() -> claim.Found:
   numbers: dict[str, Any] = {'spread': spread}
   numbers['over_adam'] = spread / mean['Adam']
   for i, name in enumerate(('Adam', 'GaLore')):
-    ratio = mean['RSO'] / mean[name]
+    values = (found[k]['values'] for k in ('RSO', name))
+    ratio, noise = claim.ratio_of_means(*values)
     worst = max(row[2] / row[i] for row in PRINTED.values())
-    checks.append(claim.Check(f'RSO / {name}', ratio, 0, worst))
+    checks.append(claim.Check(f'RSO / {name}', ratio, 0, worst, noise))
     numbers[name] = {'ratio': ratio, 'worst': worst}
   return claim.Found(checks, {'found': found}, table, numbers)
 
