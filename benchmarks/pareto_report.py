@@ -14,8 +14,8 @@ Loss is that of a text that chose nothing, in nats per byte: the mean over the
 seeds at the rate and decay that the validation text chose for seed 0. Seeds
 change weights and data. Embedding, head and norms are Adam's at one rate in all
 rows but those of whole models; their states count. A search that is not done
-says what it lacks. Sigma is the spread of one seed, pooled over all methods of a
-table; z is the difference to AdamW over its standard error, and beyond 3.1 no
+says what it lacks. Sigma is the spread of one seed, pooled over all methods of
+a table; z is the difference to AdamW over its standard error, and beyond 3.1 no
 accident. What is on the front has less loss than all with no more state.
 """
 
@@ -140,7 +140,8 @@ def summary(results: dict[str, Any]) -> str:
   """The ready-made ones on both corpora, the best on the first corpus first."""
   by_corpus: dict[str, dict[str, dict]] = {}
   for search in sorted(results['searches'], key=mean):
-    if ', ' not in search['method']:
+    first = (search['size'], search['multiple']) == ('0.1M', 1)
+    if first and ', ' not in search['method']:
       found = by_corpus.setdefault(search['corpus'], {})
       found[search['method']] = search
   first, second = corpora.CORPORA

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,6 +49,40 @@ def test_verdict_of_several_checks():
   assert example(checks=(good, bad)).verdict == 'partly'
   assert example(checks=(bad, bad)).verdict == 'fails'
   assert example(checks=()).verdict == 'fails'
+
+
+@pytest.mark.parametrize(
+  'measured, verdict',
+  [
+    (0.90, 'holds'),
+    (0.97, 'too close to call'),
+    (1.03, 'too close to call'),
+    (1.10, 'fails'),
+  ],
+)
+def test_noise_may_leave_a_verdict_open(measured, verdict):
+  check = claim.Check('number', measured, 0, 1, noise=0.02)
+  assert example(checks=(check,)).verdict == verdict
+  sure = claim.Check('other', 0.5, 0, 1)
+  both = example(checks=(check, sure)).verdict
+  assert both == ('partly' if verdict == 'fails' else verdict)
+  assert claim.from_dict(claim.to_dict(example(checks=(check,)))).checks == (
+    check,
+  )
+
+
+def test_the_error_of_a_ratio_of_means():
+  over, under = [2.0, 2.2, 2.1], [1.0, 1.1]
+  ratio, noise = claim.ratio_of_means(over, under)
+  np.testing.assert_allclose(ratio, 2.1 / 1.05)
+  errors = [
+    np.std(x, ddof=1) / len(x) ** 0.5 / np.mean(x) for x in (over, under)
+  ]
+  np.testing.assert_allclose(noise, ratio * np.hypot(*errors))
+  # A single seed is as far off as one of the other side.
+  _, noise = claim.ratio_of_means([2.0], under)
+  one = np.std(under, ddof=1) / np.array([2.0, 1.05 * 2**0.5])
+  np.testing.assert_allclose(noise, 2 / 1.05 * np.hypot(*one))
 
 
 def test_a_verdict_in_the_json_is_not_believed():

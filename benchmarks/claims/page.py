@@ -16,7 +16,8 @@ evidence` recomputes all numbers and pictures here, and each section names the
 script that can be run by itself. Verdicts follow from the checks by code:
 *holds* if all do, *fails* if none does, else *partly*. A check of a mean over
 seeds that is less than two standard errors from its bound is *too close to
-call*, and so is a claim that hangs on one. Numbers of papers are quoted; most experiments here are small, and say so.
+call*, and so is a claim that hangs on one. Numbers of papers are quoted; most
+experiments here are small, and say so.
 
 Sources: [GaLore](https://arxiv.org/abs/2403.03507) (Zhao et al., 2024, version
 2), [Online Subspace Descent](https://arxiv.org/abs/2408.12857) (Liang et al.,

@@ -1,0 +1,109 @@
+"""`benchmarks/pareto.py`: where searches go, and what is told apart."""
+
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+pytest.importorskip('benchmarks', reason='a source distribution has none')
+
+from benchmarks import harness  # noqa: E402
+from benchmarks import pareto  # noqa: E402
+from benchmarks import pareto_report  # noqa: E402
+from benchmarks import pareto_run  # noqa: E402
+
+
+def search(method, losses, size, lr=0.01):
+  """Returns a search whose seeds are all at the best."""
+  runs = [
+    {'lr': lr, 'decay': 0.003, 'seed': i, 'validation': x, 'test': x}
+    for i, x in enumerate(losses)
+  ]
+  return {
+    'method': method,
+    'corpus': 'docstrings',
+    'size': '0.1M',
+    'multiple': 1.0,
+    'steps': 50,
+    'best': {'lr': lr, 'decay': 0.003},
+    'lacks': 0,
+    'memory': {'optimizer_bytes': size},
+    'runs': runs,
+  }
+
+
+ADAMW = search('adamw', [1.50, 1.52], 2**20)
+SMALL = search('scale', [1.60], 2**16)
+GOOD = search('muon', [1.40, 1.42, 1.44], 2**19)
+WORSE = search('galore', [1.80, 1.81], 2**19)
+ALL = [ADAMW, SMALL, GOOD, WORSE]
+
+
+def row(point, validation):
+  return point._asdict() | {'validation': validation}
+
+
+def test_a_search_walks_to_its_best_and_around_it():
+  args, start = pareto.Args(seeds=2), pareto.Point.near(0.01, 0.003)
+  valley = lambda p: (math.log2(p.lr) + 5) ** 2 + math.log(p.decay / 0.003) ** 2
+  rows = []
+  while wanted := pareto.wanted(start, rows, args):
+    rows.append(row(wanted[0], valley(wanted[0])))
+    assert len(rows) <= args.most + args.seeds
+  best = pareto.best(rows)
+  assert (best.lr, best.decay) == (0.04, 0.003)
+  tuned = {pareto.Point(x['lr'], x['decay']) for x in rows if x['seed'] == 0}
+  assert set(pareto.neighbours(best)) <= tuned
+  assert [x['seed'] for x in rows].count(1) == 1
+
+
+def test_a_run_that_diverged_is_never_the_best():
+  points = [pareto.Point.near(lr, 0.003) for lr in (0.01, 0.02)]
+  rows = [row(points[0], 9.0), row(points[1], None)]
+  assert pareto.best(rows) == points[0]
+
+
+def test_a_search_starts_from_the_one_most_like_it(tmp_path):
+  worker = pareto.Worker(
+    pareto.Args(runs=str(tmp_path / 'runs'), out=str(tmp_path / 'none.json'))
+  )
+  job = pareto_run.Job('adamw', 'code', '0.1M', 4.0, 8, 128)
+  assert worker.start(job) == pareto.Point.near(4e-3, pareto.FIRST_DECAY)
+  for i, (corpus, size, multiple, lr) in enumerate(
+    [('code', '0.1M', 1.0, 0.1), ('docstrings', '0.4M', 1.0, 0.2)]
+  ):
+    other = pareto_run.Job('adamw', corpus, size, multiple, 8, 128)
+    fields = pareto.fields(other, 'program', pareto.Point.near(lr, 0.001))
+    path = worker.store.folder / f'{i}.json'
+    harness.save_results(path, fields | {'validation': 1.0})
+  assert worker.start(job) == pareto.Point(0.1, 0.001)
+
+
+def test_sigma_and_z():
+  spread = pareto_report.sigma(ALL)
+  parts = [0.02**2 / 2, 2 * 0.02**2, 0.01**2 / 2]
+  np.testing.assert_allclose(spread, (sum(parts) / 4) ** 0.5)
+  z = pareto_report.z_score(GOOD, ADAMW, spread)
+  np.testing.assert_allclose(
+    z, (1.42 - 1.51) / (spread * (1 / 3 + 1 / 2) ** 0.5)
+  )
+  assert pareto_report.sigma([SMALL]) is None
+  assert pareto_report.z_score(SMALL, ADAMW, None) is None
+
+
+def test_the_front_is_what_nothing_smaller_beats():
+  assert pareto_report.front(ALL) == [SMALL, GOOD]
+  text = pareto_report.markdown({'machine': MACHINE, 'searches': ALL})
+  assert 'from 0.062 MiB on `scale` (1.6000); from 0.500 MiB on `muon`' in text
+  assert '| adamw |' in text and '| +0.00 % | - | 100 % |' in text
+
+
+MACHINE = {'processor': 'some', 'cores': 2, 'jax': '0'}
+
+
+def test_the_committed_page_is_of_the_committed_results():
+  results = harness.load_results(harness.RESULTS / 'pareto.json')
+  page = (harness.RESULTS / 'pareto.md').read_text()
+  assert page == pareto_report.markdown(results)
