@@ -3,6 +3,7 @@
 # make test-fast  the same without the tests marked slow
 # make test-full  all points of the grid, all layouts on meshes: over an hour
 # make evidence   measure what the papers claim; writes docs/evidence.md
+# make docs       build the site of docs/ in build/site, strictly
 # make check      lint, formatting, types and which folder imports which
 # make format     rewrite the sources in the project's format
 # make wheel      build dist/*, and try the wheel in an environment of its own
@@ -30,7 +31,8 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL = $(BIN) -m pip install -qq --no-input --no-compile \
   --disable-pip-version-check
 
-.PHONY: help train test test-fast test-full evidence check format wheel clean
+.PHONY: help train test test-fast test-full evidence docs check format wheel \
+  clean
 # Two installations at once would damage the environment they share.
 .NOTPARALLEL:
 
@@ -52,6 +54,9 @@ test-full: $(VENV)/.stamp-test
 
 evidence: $(VENV)/.stamp-examples
 	$(BIN) -m benchmarks.claims $(ARGS)
+
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build -q -d build/site
 
 check: $(VENV)/.stamp-dev
 	$(BIN) -m ruff check .
@@ -96,7 +101,8 @@ $(VENV)/.stamp-venv:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.stamp-examples $(VENV)/.stamp-test $(VENV)/.stamp-dev: \
+$(VENV)/.stamp-examples $(VENV)/.stamp-test $(VENV)/.stamp-docs \
+    $(VENV)/.stamp-dev: \
     $(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing the package with its $(subst .stamp-,,$(@F)) extra into" \
 	  "$(VENV) (up to a minute)"

@@ -1,4 +1,4 @@
-"""The README's Python blocks run, and its table of costs is the registry's."""
+"""Pages: Python blocks run, links lead somewhere, and costs are true."""
 
 import math
 import pathlib
@@ -11,14 +11,71 @@ import pytest
 import cases
 import subspace_optax as so
 
-README = pathlib.Path(__file__).parents[1] / 'README.md'
+ROOT = pathlib.Path(__file__).parents[1]
+README, DOCS = ROOT / 'README.md', ROOT / 'docs'
+WITH_BLOCKS = (
+  'README.md',
+  *(f'docs/{x}.md' for x in ('choose', 'migrate', 'pieces', 'compressed')),
+  'docs/layerwise.md',
+)
+PAGES = [README, ROOT / 'CONTRIBUTING.md', *sorted(DOCS.glob('*.md'))]
 
 
-def test_the_python_blocks_run(capsys):
-  blocks = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
-  assert len(blocks) >= 3
+@pytest.mark.parametrize('page', WITH_BLOCKS)
+def test_the_python_blocks_run(page, capsys):
+  text = (ROOT / page).read_text()
+  blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  assert blocks
   exec('\n'.join(blocks), {})
-  assert 'float32(256,32)' in capsys.readouterr().out
+  if page in ('README.md', 'docs/migrate.md'):
+    assert 'kernel' in capsys.readouterr().out
+
+
+def test_only_these_pages_have_blocks():
+  found = [x for x in PAGES if '```python' in x.read_text()]
+  names = {str(x.relative_to(ROOT)) for x in found}
+  # Blocks of these are parts of programs, and tested elsewhere.
+  others = {'docs/trainers.md', 'docs/memory.md', 'docs/pod.md'}
+  assert names == others | set(WITH_BLOCKS)
+
+
+def _anchors(path):
+  """Returns the anchors of a page's headings, as GitHub makes them."""
+  titles = re.findall(r'^#+ (.*)$', path.read_text(), re.MULTILINE)
+  plain = [re.sub(r'[^\w\- ]', '', title.lower()) for title in titles]
+  return {title.replace(' ', '-') for title in plain}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+  links = re.findall(r'\]\(((?!https?:)[^)\s]+)\)', page.read_text())
+  for link in links:
+    path, _, anchor = link.partition('#')
+    target = (page.parent / path).resolve() if path else page
+    assert target.exists(), link
+    assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_readme_is_short():
+  assert len(README.read_text().splitlines()) <= 150
+
+
+def test_every_public_name_is_in_the_reference():
+  text = ''.join(x.read_text() for x in (DOCS / 'api').glob('*.md'))
+  modules = ('projectors', 'residuals', 'rso', 'testing', 'transports')
+  for name in so.__all__:
+    if name in modules:
+      assert f'subspace_optax.{name}.' in text
+    else:
+      assert re.search(rf'::: subspace_optax\.{name}$', text, re.MULTILINE), (
+        name
+      )
+
+
+def test_every_page_of_docs_is_in_the_site():
+  site = (ROOT / 'mkdocs.yml').read_text()
+  pages = [x.relative_to(DOCS) for x in DOCS.rglob('*.md')]
+  assert all(str(x) in site for x in pages)
 
 
 def test_the_commands_are_targets_of_the_makefile():
@@ -31,7 +88,7 @@ def test_the_commands_are_targets_of_the_makefile():
 
 def _costs():
   """Returns the cells of the table of costs by what its rows are about."""
-  text = README.read_text().partition('## What it costs')[2]
+  text = (DOCS / 'costs.md').read_text()
   table = re.search(r'(^\|.*\|\n)+', text, re.MULTILINE)
   assert table
   rows = [re.findall(r'[^|]+', line) for line in table[0].splitlines()[2:]]
