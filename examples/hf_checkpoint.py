@@ -6,7 +6,7 @@ outputs) here; the head is the `lm_head` of a language model or the `score` of
 a classifier, here `lm_head` in both.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -23,6 +23,7 @@ import safetensors.numpy
 import llama
 
 Folder = str | pathlib.Path
+Tensors = Iterable[tuple[str, np.ndarray]]  # by name
 
 _EMBEDDING, _HEAD = ('embed', 'embedding'), ('lm_head', 'kernel')
 _OUTER = {
@@ -225,22 +226,44 @@ def _fit(name: str, x: np.ndarray, path: tuple, like: Any) -> np.ndarray:
   return _turn(path, x).astype(like.dtype)
 
 
-def _read(folder: pathlib.Path, c: llama.LlamaConfig, tied: bool):
+def _read(
+  tensors: Tensors, c: llama.LlamaConfig, tied: bool, source: Folder
+) -> dict[tuple, np.ndarray]:
   """The parameters by path, the head of a tied model excepted."""
   wanted = {_name(p, c): (p, x) for p, x in _parameters(c).items()}
   if tied:
     wanted.pop('lm_head.weight', None)
   found = {}
-  for name, x in _tensors(folder):
+  for name, x in tensors:
     if _is_ignored(name, tied):
       continue
     if name not in wanted:
-      raise ValueError(f'{folder}: unexpected tensor {name!r}')
+      raise ValueError(f'{source}: unexpected tensor {name!r}')
     path, like = wanted.pop(name)
     found[path] = _fit(name, x, path, like)
   if wanted:
-    raise ValueError(f'{folder}: missing tensors {sorted(wanted)}')
+    raise ValueError(f'{source}: missing tensors {sorted(wanted)}')
   return found
+
+
+def assemble(
+  tensors: Tensors, c: llama.LlamaConfig, tied: bool, source: Folder
+) -> dict[str, Any]:
+  """Puts tensors with names of this format into the tree of the model.
+
+  A tied model gets a copy of its embedding as its head.
+  """
+  found = _read(tensors, c, tied, source)
+  if tied:
+    found[_HEAD] = found[_EMBEDDING].T
+  params = traverse_util.unflatten_dict(found)
+  return _stack(params) if c.scan_layers else params
+
+
+def is_tied(params: Mapping) -> bool:
+  """Whether the head of a model equals its embedding."""
+  flat = _by_path(params)
+  return np.array_equal(flat[_HEAD].T, flat[_EMBEDDING])
 
 
 def load(folder: Folder, **changes) -> tuple[llama.LlamaConfig, dict]:
@@ -262,11 +285,7 @@ def load(folder: Folder, **changes) -> tuple[llama.LlamaConfig, dict]:
   c = dataclasses.replace(read_config(folder), **changes)
   raw = _read_json(folder / 'config.json')
   tied = bool(raw.get('tie_word_embeddings')) and c.outputs is None
-  found = _read(folder, c, tied)
-  if tied:
-    found[_HEAD] = found[_EMBEDDING].T
-  params = traverse_util.unflatten_dict(found)
-  return c, _stack(params) if c.scan_layers else params
+  return c, assemble(_tensors(folder), c, tied, folder)
 
 
 # --- Writing -----------------------------------------------------------------
