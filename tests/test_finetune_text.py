@@ -19,6 +19,7 @@ import finetune_text
 import hf_checkpoint
 import llama
 import lora
+import subspace_optax as so
 import text_rows
 
 CONTROL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
@@ -197,6 +198,9 @@ def test_lora_without_a_head_moves_the_factors_only(checkpoint, pairs):
   assert not any(jax.tree.leaves((same['a'], same['b'])))
   merged = lora.merge(adapters, 2.0)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
+  trained = sum(x.nbytes for n in 'ab' for x in jax.tree.leaves(adapters[n]))
+  state = so.memory_report(tx, adapters).state
+  assert 2 * trained <= state <= 2 * trained + 64
 
 
 # --- Whole runs --------------------------------------------------------------
@@ -204,26 +208,21 @@ def test_lora_without_a_head_moves_the_factors_only(checkpoint, pairs):
 
 def test_run_learns_and_saves_a_tied_model(checkpoint, pairs, tmp_path):
   c = config(checkpoint, pairs, tmp_path / 'run', steps=20)
-  c = dataclasses.replace(c, compare='lora,galore', eval_every=20)
+  c = dataclasses.replace(c, compare='adamw8bit', eval_every=20)
   found = finetune_text.main(c)
-  before = found['validation_loss_before']
-  assert list(found['runs']) == ['lora', 'galore']
-  for run in found['runs'].values():
-    assert run['validation_loss'] < before - 0.05, run['optimizer']
-  state = {k: run['memory']['state'] for k, run in found['runs'].items()}
-  adam = found['runs']['galore']['memory']['adam']
-  assert state['lora'] < state['galore'] < adam
+  run = found['runs']['adamw8bit']
+  assert run['validation_loss'] < found['validation_loss_before'] - 1.0
+  assert run['memory']['state'] < run['memory']['adam']
   saved = json.loads((tmp_path / 'run' / 'summary.json').read_text())
-  assert saved['runs']['lora']['validation_loss'] > 0
-  again = dataclasses.replace(
-    c, checkpoint=str(tmp_path / 'run' / 'galore' / 'model'), compare=''
-  )
+  assert saved['runs']['adamw8bit']['validation_loss'] == run['validation_loss']
+  model = str(tmp_path / 'run' / 'adamw8bit' / 'model')
+  again = dataclasses.replace(c, checkpoint=model, compare='')
   base = finetune_text.load_base(again)
   assert 'lm_head' not in base.params
   rows = text_rows.load(c.data, base.tokenizer, c.seq, 0)
   held = finetune_text.HeldOut(c, base.model, rows.validation)
   np.testing.assert_allclose(
-    held(base.params, 100), found['runs']['galore']['validation_loss'], 1e-5
+    held(base.params, 100), run['validation_loss'], rtol=1e-5
   )
 
 
