@@ -220,6 +220,7 @@ class Method(NamedTuple):
   state: dict[str, Any]  # parameters and optimizer state, to begin with
   tx: Any  # an optax optimizer, or a so.TrainStep
   merge: Callable  # (what is trained) -> parameters of the model
+  like: Any  # shapes of what is trained, which outlive the donated state
   trained: int  # parameters
 
 
@@ -249,7 +250,8 @@ def build(c: Config, base: Base) -> Method:
     frozen = size(params['frozen'])
   tx = optimizer(c, base.model)
   state = {'params': params, 'opt_state': jax.jit(tx.init)(params)}
-  return Method(state, tx, merge, size(params) - frozen)
+  like = jax.eval_shape(lambda: params)
+  return Method(state, tx, merge, like, size(params) - frozen)
 
 
 class HeldOut:
@@ -333,17 +335,24 @@ def train(c: Config, base: Base, rows: text_rows.Rows, held: HeldOut) -> dict:
   ended = loop.run(c, job(c, rows.train, method, program, held))
   if ended.signal:
     loop.leave(c, ended)
-  params = ended.state['params']
-  merged = jax.jit(method.merge)(params)
+  merged = jax.jit(method.merge)(ended.state['params'])
   save_model(pathlib.Path(c.out, 'model'), base, merged)
+  speed = ended.speed * c.batch * c.seq
+  return summarize(c, base, method, merged, held) | {
+    'tokens_per_second': speed,
+    'step_bytes': program.bytes,
+  }
+
+
+def summarize(
+  c: Config, base: Base, method: Method, merged: Mapping, held: HeldOut
+) -> dict[str, Any]:
   return {
     'optimizer': c.optimizer,
     'validation_loss': held(merged, c.final_eval_batches),
     'trained_parameters': method.trained,
-    'tokens_per_second': ended.speed * c.batch * c.seq,
-    'step_bytes': program.bytes,
-    'memory': memory(method, params, base),
-    'params_sha256': pretrain.digest(params),
+    'memory': memory(method, base),
+    'params_sha256': pretrain.digest(merged),
     'config': dataclasses.asdict(c),
   }
 
@@ -355,10 +364,10 @@ def save_model(folder: pathlib.Path, base: Base, params: Mapping):
   base.tokenizer.save(str(folder / 'tokenizer.json'))
 
 
-def memory(method: Method, params, base: Base) -> dict[str, int]:
+def memory(method: Method, base: Base) -> dict[str, int]:
   """Bytes; Adam's are those for the whole model, which LoRA does not train."""
   adam = so.memory_report(optax.adam(0.0), base.params).adam
-  return so.memory_report(method.tx, params)._asdict() | {'adam': adam}
+  return so.memory_report(method.tx, method.like)._asdict() | {'adam': adam}
 
 
 # --- The program -------------------------------------------------------------
