@@ -208,7 +208,8 @@ def _write_names(axes: Any, names: list[tuple]) -> None:
   figure = axes.figure
   figure.draw_without_rendering()  # else nobody knows how large a text is
   shown = axes.transData.transform
-  taken = [Bbox.from_bounds(*(shown(x[:2]) - 4), 8, 8) for x in names]
+  corners = [shown(x[:2]) - 4 for x in names]
+  taken = [Bbox.from_bounds(left, low, 8, 8) for left, low in corners]
   for x, y, name, color in names:
     for side, up in _PLACES:
       text = axes.annotate(
