@@ -18,6 +18,7 @@ _PLACES = [
 _PLACES += [(0, up) for up in (12, -12, 36, -36, 48, -48)]
 
 NOTES = """
+Decay is what a weight loses in a step at the peak rate: weight_decay times lr.
 Loss is that of a text that chose nothing, in nats per byte: the mean over the
 seeds at the rate and decay that the validation text chose for seed 0. Seeds
 change weights and data. Embedding, head and norms are Adam's at one rate in all

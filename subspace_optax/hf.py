@@ -12,8 +12,8 @@ from subspace_optax._chain import _spec
 from subspace_optax.low_precision import _quantize_moments
 
 _SIDES = {'std': 'short', 'reverse_std': 'long', 'right': 'in', 'left': 'out'}
-# Theirs are embeddings by their class; whatever else is linear takes part.
-_EMBEDDINGS = r'embed|wte|wpe|shared'
+# Theirs are left out by their class, as no linear layers; heads are linear.
+_NOT_LINEAR = r'(^|/)(\w*embed\w*|wte|wpe|shared|\w*norm\w*|\w*conv\w*)(/|$)'
 
 
 def from_hf(
@@ -38,10 +38,11 @@ def from_hf(
   match whole, as a regular expression. What it finds may be a head, which this
   library's own optimizers leave out; embeddings are left out there and here.
 
-  What stays different: weights decay before the step and not after it; epsilon
-  is added to the root of the corrected second moment; codes of 8 bits are this
-  library's; random bases have other numbers. `describe` shows what is
-  projected.
+  What stays different: weights decay, where their trainer forgets it for GaLore
+  and APOLLO, and all of them without a `mask`, where theirs leaves out biases
+  and norms; epsilon is added to the root of the corrected second moment; codes
+  of 8 bits are this library's; random bases have other numbers. `describe`
+  shows what is projected.
 
   Args:
     learning_rate: a float or a schedule.
@@ -143,8 +144,9 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 def _adamw_8bit(
   learning_rate: Any, adam: Any, seed: int, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
+  # Theirs keeps embeddings in float32.
   moments = _quantize_moments.quantize_moments(
-    optax.scale_by_adam(**adam), 8, seed=seed
+    optax.scale_by_adam(**adam), 8, exclude='embed|wte|wpe', seed=seed
   )
   return optax.chain(
     moments,
@@ -159,7 +161,7 @@ def _make_spec(
   return _spec.SubspaceSpec(
     int(given.pop('rank', 128)),
     include=include,
-    exclude=_EMBEDDINGS,
+    exclude=_NOT_LINEAR,
     side=side,
     only_if_smaller=False,
     seed=seed,
@@ -193,9 +195,12 @@ def _check_used(given: dict[str, str], optim: str) -> None:
 
 
 def _unknown(optim: str) -> str:
-  if optim.endswith('_layerwise'):
-    name = optim.removesuffix('_layerwise')
-    return f'optim={optim!r}: give optim={name!r} to `so.layerwise`.'
+  name = optim.removesuffix('_layerwise')
+  if name != optim and name in _MAKERS:
+    return (
+      f'optim={optim!r}: pass `so.from_hf(..., {name!r}, ...)` to '
+      '`so.layerwise`.'
+    )
   known = [*_MAKERS, 'adamw_8bit', 'adamw_bnb_8bit']
   return f'optim={optim!r} is not here; choose from {known}.'
 

@@ -64,8 +64,21 @@ def test_modules_are_found_as_there(modules, paths):
   assert projected(so.from_hf(1e-3, 'galore_adamw', 'rank=4', modules)) == paths
 
 
+def test_experts_that_are_shared_are_no_embeddings():
+  params = {
+    'mlp': {
+      'shared_expert': {'gate_proj': {'kernel': ref.normal(1, (16, 24))}}
+    },
+    'mlp_conv': {'kernel': ref.normal(2, (16, 24))},
+    'shared': {'embedding': ref.normal(3, (40, 16))},
+  }
+  tx = so.from_hf(1e-3, 'galore_adamw', 'rank=4', 'all-linear')
+  found = so.subspace_metrics(tx.init(params))
+  assert set(found) == {'mlp/shared_expert/gate_proj/kernel'}
+
+
 def test_a_string_must_match_whole():
-  with pytest.raises(ValueError, match='no leaf|nothing|matches'):
+  with pytest.raises(ValueError, match='no leaf|matches no'):
     so.from_hf(1e-3, 'galore_adamw', 'rank=4', 'attn').init(PARAMS)
 
 
