@@ -1,4 +1,4 @@
-"""LLaMA checkpoints in the format of Hugging Face.
+"""LLaMA, Mistral and Qwen 2 checkpoints in the format of Hugging Face.
 
 A folder with config.json and model.safetensors, or with several such files and
 model.safetensors.index.json. Kernels are (outputs, inputs) there and (inputs,
@@ -6,7 +6,7 @@ outputs) here; the head is the `lm_head` of a language model or the `score` of
 a classifier, here `lm_head` in both.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -23,6 +23,7 @@ import safetensors.numpy
 import llama
 
 Folder = str | pathlib.Path
+Tensors = Iterable[tuple[str, np.ndarray]]  # by name
 
 _EMBEDDING, _HEAD = ('embed', 'embedding'), ('lm_head', 'kernel')
 _OUTER = {
@@ -35,20 +36,32 @@ _BLOCK = {
   ('attention', 'wk', 'kernel'): 'self_attn.k_proj',
   ('attention', 'wv', 'kernel'): 'self_attn.v_proj',
   ('attention', 'wo', 'kernel'): 'self_attn.o_proj',
+  ('attention', 'wq', 'bias'): 'self_attn.q_proj',
+  ('attention', 'wk', 'bias'): 'self_attn.k_proj',
+  ('attention', 'wv', 'bias'): 'self_attn.v_proj',
   ('mlp_norm', 'scale'): 'post_attention_layernorm',
   ('mlp', 'gate', 'kernel'): 'mlp.gate_proj',
   ('mlp', 'up', 'kernel'): 'mlp.up_proj',
   ('mlp', 'down', 'kernel'): 'mlp.down_proj',
 }
-_LANGUAGE_MODEL = 'LlamaForCausalLM'
-_CLASSIFIER = 'LlamaForSequenceClassification'
-# The only values that llama.py can do; all but the first may be absent.
+# By model_type; Mistral is a LLaMA, and Qwen 2 one with biases.
+_FAMILIES = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2'}
+_LANGUAGE_MODEL, _CLASSIFIER = 'ForCausalLM', 'ForSequenceClassification'
+# The only values that llama.py can do; they may be absent.
 _EXPECTED = {
-  'model_type': 'llama',
   'hidden_act': 'silu',
   'attention_bias': False,
   'mlp_bias': False,
 }
+
+
+# The fields of llama.RopeScaling.
+_SCALING = (
+  'factor',
+  'low_freq_factor',
+  'high_freq_factor',
+  'original_max_position_embeddings',
+)
 
 
 # --- config.json -------------------------------------------------------------
@@ -67,21 +80,35 @@ def _number(raw: Mapping, name: str, path: pathlib.Path) -> int:
   return raw[name]
 
 
-def _rope_base(raw: Mapping, path: pathlib.Path) -> float:
-  """The base of the angles, which old and new versions write differently."""
+def _rope(
+  raw: Mapping, path: pathlib.Path
+) -> tuple[float, llama.RopeScaling | None]:
+  """(base of the angles, scaling), which versions write differently."""
   rope = raw.get('rope_parameters') or raw.get('rope_scaling') or {}
   kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind != 'default':
+  base = float(rope.get('rope_theta', raw.get('rope_theta', 10_000.0)))
+  if kind == 'default':
+    return base, None
+  if kind != 'llama3':
     raise ValueError(f'{path}: rope_type={kind!r} is not supported')
-  return float(rope.get('rope_theta', raw.get('rope_theta', 10_000.0)))
+  try:
+    return base, llama.RopeScaling(*(rope[name] for name in _SCALING))
+  except KeyError as error:
+    raise ValueError(f'{path}: {error} is missing of the scaling') from error
 
 
 def _check(raw: Mapping, c: llama.LlamaConfig, path: pathlib.Path):
   """Raises what llama.py can't do."""
+  if (kind := raw.get('model_type')) not in _FAMILIES:
+    raise ValueError(
+      f'{path}: model_type={kind!r}, expected one of {sorted(_FAMILIES)}'
+    )
   for name, value in _EXPECTED.items():
-    given = raw.get(name, None if name == 'model_type' else value)
-    if given != value:
+    if (given := raw.get(name, value)) != value:
       raise ValueError(f'{path}: {name}={given!r}, expected {value!r}')
+  window = raw.get('sliding_window')
+  if window and raw.get('use_sliding_window', kind == 'mistral'):
+    raise ValueError(f'{path}: sliding_window={window!r} is not supported')
   head_dim = raw.get('head_dim') or c.width // c.heads
   if head_dim * c.heads != c.width:
     raise ValueError(
@@ -92,7 +119,8 @@ def _check(raw: Mapping, c: llama.LlamaConfig, path: pathlib.Path):
 
 def _outputs(raw: Mapping) -> int | None:
   """The number of labels; a classifier that names none has two."""
-  if _CLASSIFIER not in (raw.get('architectures') or ()):
+  names = raw.get('architectures') or ()
+  if not any(name.endswith(_CLASSIFIER) for name in names):
     return None
   return len(raw.get('id2label') or range(2))
 
@@ -102,6 +130,7 @@ def read_config(folder: Folder) -> llama.LlamaConfig:
   path = pathlib.Path(folder, 'config.json')
   raw = _read_json(path)
   size = lambda name: _number(raw, name, path)
+  base, scaling = _rope(raw, path)
   c = llama.LlamaConfig(
     width=size('hidden_size'),
     mlp_width=size('intermediate_size'),
@@ -110,8 +139,10 @@ def read_config(folder: Folder) -> llama.LlamaConfig:
     kv_heads=raw.get('num_key_value_heads'),
     vocab=size('vocab_size'),
     outputs=_outputs(raw),
-    rope_base=_rope_base(raw, path),
+    rope_base=base,
+    rope_scaling=scaling,
     norm_epsilon=raw.get('rms_norm_eps', 1e-6),
+    qkv_bias=raw.get('model_type') == 'qwen2',
   )
   _check(raw, c, path)
   return c
@@ -124,11 +155,19 @@ def _labels_json(labels: Sequence[str]) -> dict[str, Any]:
   }
 
 
+def _scaling_json(scaling: llama.RopeScaling) -> dict[str, Any]:
+  fields = dict(zip(_SCALING, dataclasses.astuple(scaling), strict=True))
+  return {'rope_scaling': {'rope_type': 'llama3', **fields}}
+
+
 def _config_json(
   c: llama.LlamaConfig, labels: Sequence[str], tied: bool
 ) -> dict[str, Any]:
+  kind = 'qwen2' if c.qkv_bias else 'llama'
+  suffix = _CLASSIFIER if labels else _LANGUAGE_MODEL
   return {
-    'architectures': [_CLASSIFIER if labels else _LANGUAGE_MODEL],
+    'architectures': [_FAMILIES[kind] + suffix],
+    'model_type': kind,
     **_EXPECTED,
     'vocab_size': c.vocab,
     'hidden_size': c.width,
@@ -142,6 +181,7 @@ def _config_json(
     'eos_token_id': None,
     'tie_word_embeddings': tied,
     'torch_dtype': c.param_dtype,
+    **(_scaling_json(c.rope_scaling) if c.rope_scaling else {}),
     **(_labels_json(labels) if labels else {}),
   }
 
@@ -156,7 +196,8 @@ def _name(path: tuple, c: llama.LlamaConfig) -> str:
   if path in _OUTER:
     return f'{_OUTER[path]}.weight'
   _, layer, *rest = path
-  return f'model.layers.{layer}.{_BLOCK[tuple(rest)]}.weight'
+  kind = 'bias' if rest[-1] == 'bias' else 'weight'
+  return f'model.layers.{layer}.{_BLOCK[tuple(rest)]}.{kind}'
 
 
 def _turn(path: tuple, x: np.ndarray) -> np.ndarray:
@@ -225,22 +266,44 @@ def _fit(name: str, x: np.ndarray, path: tuple, like: Any) -> np.ndarray:
   return _turn(path, x).astype(like.dtype)
 
 
-def _read(folder: pathlib.Path, c: llama.LlamaConfig, tied: bool):
+def _read(
+  tensors: Tensors, c: llama.LlamaConfig, tied: bool, source: Folder
+) -> dict[tuple, np.ndarray]:
   """The parameters by path, the head of a tied model excepted."""
   wanted = {_name(p, c): (p, x) for p, x in _parameters(c).items()}
   if tied:
     wanted.pop('lm_head.weight', None)
   found = {}
-  for name, x in _tensors(folder):
+  for name, x in tensors:
     if _is_ignored(name, tied):
       continue
     if name not in wanted:
-      raise ValueError(f'{folder}: unexpected tensor {name!r}')
+      raise ValueError(f'{source}: unexpected tensor {name!r}')
     path, like = wanted.pop(name)
     found[path] = _fit(name, x, path, like)
   if wanted:
-    raise ValueError(f'{folder}: missing tensors {sorted(wanted)}')
+    raise ValueError(f'{source}: missing tensors {sorted(wanted)}')
   return found
+
+
+def assemble(
+  tensors: Tensors, c: llama.LlamaConfig, tied: bool, source: Folder
+) -> dict[str, Any]:
+  """Puts tensors with names of this format into the tree of the model.
+
+  A tied model gets a copy of its embedding as its head.
+  """
+  found = _read(tensors, c, tied, source)
+  if tied:
+    found[_HEAD] = found[_EMBEDDING].T
+  params = traverse_util.unflatten_dict(found)
+  return _stack(params) if c.scan_layers else params
+
+
+def is_tied(params: Mapping) -> bool:
+  """Whether the head of a model equals its embedding."""
+  flat = _by_path(params)
+  return np.array_equal(flat[_HEAD].T, flat[_EMBEDDING])
 
 
 def load(folder: Folder, **changes) -> tuple[llama.LlamaConfig, dict]:
@@ -262,11 +325,7 @@ def load(folder: Folder, **changes) -> tuple[llama.LlamaConfig, dict]:
   c = dataclasses.replace(read_config(folder), **changes)
   raw = _read_json(folder / 'config.json')
   tied = bool(raw.get('tie_word_embeddings')) and c.outputs is None
-  found = _read(folder, c, tied)
-  if tied:
-    found[_HEAD] = found[_EMBEDDING].T
-  params = traverse_util.unflatten_dict(found)
-  return c, _stack(params) if c.scan_layers else params
+  return c, assemble(_tensors(folder), c, tied, folder)
 
 
 # --- Writing -----------------------------------------------------------------

@@ -19,6 +19,20 @@ _EMBED_INIT = nnx.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How LLaMA 3.1 slows the rotation of long waves down, by `factor`.
+
+  A wave that fits into the original context less than `low` times is slowed
+  down, one that fits more than `high` times is not, and between is between.
+  """
+
+  factor: float
+  low: float
+  high: float
+  context: int  # the original one, in tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
   """Sizes of a LLaMA; `NAMED` holds those that have a name."""
 
@@ -40,7 +54,9 @@ class LlamaConfig:
   activations: PartitionSpec | None = None  # (B, T, D)
   looked_up: PartitionSpec | None = None  # the embedding (V, D) as it is read
   rope_base: float = 10_000.0
+  rope_scaling: RopeScaling | None = None
   norm_epsilon: float = 1e-6
+  qkv_bias: bool = False  # of queries, keys and values, as in Qwen 2
 
 
 _SIZES = ('width', 'mlp_width', 'layers', 'heads', 'kv_heads', 'vocab')
@@ -74,11 +90,13 @@ class RMSNorm(nnx.Module):
     return (x * scale_1x1xD).astype(self.dtype)
 
 
-def linear(c: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs):
+def linear(
+  c: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs, bias: bool = False
+):
   return nnx.Linear(
     inputs,
     outputs,
-    use_bias=False,
+    use_bias=bias,
     kernel_init=_INIT,
     dtype=c.dtype,
     param_dtype=c.param_dtype,
@@ -86,10 +104,21 @@ def linear(c: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs):
   )
 
 
-def rotate(x_BxTxHxK, base: float):
-  """Turns the pair (k, k + K/2) of position t by the angle t base^(-2k/K)."""
-  T, K = x_BxTxHxK.shape[1], x_BxTxHxK.shape[3]
+def frequencies(K: int, base: float, scaling: RopeScaling | None):
+  """base^(-2k/K), of which some are slowed down."""
   frequency_K2 = base ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+  if scaling is None:
+    return frequency_K2
+  waves_K2 = scaling.context * frequency_K2 / (2 * jnp.pi)
+  kept_K2 = (waves_K2 - scaling.low) / (scaling.high - scaling.low)
+  kept_K2 = jnp.clip(kept_K2, 0.0, 1.0)
+  return frequency_K2 * (kept_K2 + (1.0 - kept_K2) / scaling.factor)
+
+
+def rotate(x_BxTxHxK, base: float, scaling: RopeScaling | None = None):
+  """Turns the pair (k, k + K/2) of position t by t times its frequency."""
+  T, K = x_BxTxHxK.shape[1], x_BxTxHxK.shape[3]
+  frequency_K2 = frequencies(K, base, scaling)
   angle_TxK2 = jnp.outer(jnp.arange(T, dtype=jnp.float32), frequency_K2)
   cos, sin = jnp.cos(angle_TxK2), jnp.sin(angle_TxK2)
   cos, sin = cos[None, :, None], sin[None, :, None]
@@ -126,19 +155,19 @@ class Attention(nnx.Module):
   def __init__(self, c: LlamaConfig, rngs: nnx.Rngs):
     head_width = c.width // c.heads
     kv_width = head_width * (c.kv_heads or c.heads)
-    self.wq = linear(c, c.width, c.width, rngs)
-    self.wk = linear(c, c.width, kv_width, rngs)
-    self.wv = linear(c, c.width, kv_width, rngs)
+    self.wq = linear(c, c.width, c.width, rngs, c.qkv_bias)
+    self.wk = linear(c, c.width, kv_width, rngs, c.qkv_bias)
+    self.wv = linear(c, c.width, kv_width, rngs, c.qkv_bias)
     self.wo = linear(c, c.width, c.width, rngs)
     self.head_width = head_width
-    self.rope_base = c.rope_base
+    self.rope = c.rope_base, c.rope_scaling
     self.chunk = c.attention_chunk
 
   def __call__(self, x_BxTxD):
     B, T, D = x_BxTxD.shape
     split = lambda x: x.reshape(B, T, -1, self.head_width)
-    q_BxTxHxK = rotate(split(self.wq(x_BxTxD)), self.rope_base)
-    k_BxTxHxK = rotate(split(self.wk(x_BxTxD)), self.rope_base)
+    q_BxTxHxK = rotate(split(self.wq(x_BxTxD)), *self.rope)
+    k_BxTxHxK = rotate(split(self.wk(x_BxTxD)), *self.rope)
     v_BxTxHxK = split(self.wv(x_BxTxD))
     y_BxTxHxK = attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, self.chunk)
     return self.wo(y_BxTxHxK.reshape(B, T, D))

@@ -33,8 +33,13 @@ def _factors(key: jax.Array, w: jax.Array, rank: int):
   return a, jnp.zeros((*stack, r, n), w.dtype)
 
 
-def init(key: jax.Array, params: Mapping, rank: int) -> dict[str, Any]:
-  """What training sees: the frozen model, the factors A and B, the head."""
+def init(
+  key: jax.Array, params: Mapping, rank: int, train_head: bool = True
+) -> dict[str, Any]:
+  """What training sees: the frozen model, the factors A and B, the head.
+
+  Without `train_head` the head, if there is one, is frozen like the rest.
+  """
   chosen = matrices(params)
   keys = jax.random.split(key, len(chosen))
   pairs = {
@@ -42,11 +47,11 @@ def init(key: jax.Array, params: Mapping, rank: int) -> dict[str, Any]:
     for k, (path, w) in zip(keys, chosen.items(), strict=True)
   }
   frozen = dict(params)
-  head = frozen.pop('lm_head')
+  head = {'lm_head': frozen.pop('lm_head')} if train_head else {}
   tree = lambda i: traverse_util.unflatten_dict(
     {path: pair[i] for path, pair in pairs.items()}
   )
-  return {'frozen': frozen, 'a': tree(0), 'b': tree(1), 'lm_head': head}
+  return {'frozen': frozen, 'a': tree(0), 'b': tree(1)} | head
 
 
 def merge(params: Mapping, scale: float) -> dict[str, Any]:
@@ -55,13 +60,13 @@ def merge(params: Mapping, scale: float) -> dict[str, Any]:
   a, b = by_path(params['a']), by_path(params['b'])
   merged = {path: frozen[path] + scale * (a[path] @ b[path]) for path in a}
   tree = traverse_util.unflatten_dict(frozen | merged)
-  return tree | {'lm_head': params['lm_head']}
+  return tree | {k: params[k] for k in ('lm_head',) if k in params}
 
 
 def make(c) -> optax.GradientTransformation:
   """AdamW on factors and head; c.optimizer is 'adamw'."""
-  trained = dict.fromkeys(('a', 'b', 'lm_head'), 'trained')
+  label = lambda name: 'frozen' if name == 'frozen' else 'trained'
   return optax.partition(
     {'trained': recipes.make(c), 'frozen': optax.set_to_zero()},
-    trained | {'frozen': 'frozen'},
+    lambda params: {name: label(name) for name in params},
   )

@@ -34,8 +34,13 @@ def make_loss(graphdef) -> Callable:
   return loss
 
 
-def by_layer(model: llama.Llama) -> tuple[Callable, Callable, Callable]:
-  """The functions of a stacked LLaMA, or of its shapes, for `so.layerwise`."""
+def by_layer(
+  model: llama.Llama, loss: Callable = cross_entropy
+) -> tuple[Callable, Callable, Callable]:
+  """The functions of a stacked LLaMA, or of its shapes, for `so.layerwise`.
+
+  `loss` is of logits and a batch.
+  """
   c = model.config
   blocks, _ = nnx.split(model.blocks)
   rest = nnx.clone(model)
@@ -52,7 +57,7 @@ def by_layer(model: llama.Llama) -> tuple[Callable, Callable, Callable]:
   @jax.checkpoint  # else logits stay in float32 until they are needed again
   def head(params, x_BxTxD, batch_BxT1):
     logits_BxTxV = nnx.merge(rest, params).logits(x_BxTxD)
-    return cross_entropy(logits_BxTxV, batch_BxT1)
+    return loss(logits_BxTxV, batch_BxT1)
 
   return embed, block, head
 

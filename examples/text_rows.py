@@ -1,0 +1,141 @@
+"""Rows that a causal language model is fine-tuned on: tokens, and what counts.
+
+A row (2, seq + 1) holds tokens, and beside each whether its prediction counts:
+all tokens of plain text do, of instruction data those of the responses.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import data
+
+# What SmolLM2's template puts before every conversation.
+SYSTEM = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'
+_START, _END = '<|im_start|>', '<|im_end|>'
+
+
+class Rows(NamedTuple):
+  """Both splits, (N, 2, seq + 1) int32 each."""
+
+  train: np.ndarray
+  validation: np.ndarray
+  sha256: str
+  summary: str
+
+
+# --- Plain text --------------------------------------------------------------
+
+
+def windows(ids: np.ndarray, seq: int) -> np.ndarray:
+  """Windows side by side; each begins with the last token of the one before."""
+  count = (len(ids) - 1) // seq
+  starts = seq * np.arange(count)
+  tokens_NxT1 = data.windows(ids, starts, seq)
+  return np.stack([tokens_NxT1, np.ones_like(tokens_NxT1)], axis=1)
+
+
+def _encode(documents: dict[str, bytes], tokenizer: Any) -> np.ndarray:
+  """The tokens of all documents in a row, in as many bits as they need."""
+  texts = [text.decode(errors='replace') for text in documents.values()]
+  found = tokenizer.encode_batch_fast(texts)
+  return np.concatenate([np.asarray(e.ids, np.int32) for e in found])
+
+
+def of_text(names: tuple[str, ...], tokenizer: Any, seq: int) -> Rows:
+  """Rows of text files or, by default, of docstrings; files are held out."""
+  documents, name = data.documents_of(names)
+  parts = data.split(documents)
+  train, held = (windows(_encode(part, tokenizer), seq) for part in parts)
+  count = lambda part: f'{len(part)} files'
+  summary = f'{name}: {count(parts[0])} to train, {count(parts[1])} held out'
+  return _checked(train, held, summary)
+
+
+# --- Instructions ------------------------------------------------------------
+
+
+def read_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
+  """The (prompt, response) of every line of a JSONL file."""
+  pairs = []
+  for number, line in enumerate(data.read_text(path).splitlines(), 1):
+    try:
+      pair = json.loads(line)
+      pairs.append((str(pair['prompt']), str(pair['response'])))
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f'{path}, line {number}: expected an object with prompt and response'
+      ) from error
+  return pairs
+
+
+def chat(prompt: str, system: str = SYSTEM) -> str:
+  """What comes before the response, by the template of SmolLM2 (ChatML)."""
+  turn = lambda role, text: f'{_START}{role}\n{text}{_END}\n'
+  return turn('system', system) + turn('user', prompt) + f'{_START}assistant\n'
+
+
+def _template(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
+  """ChatML if the tokenizer has its tokens, or else a line for each."""
+  if tokenizer.token_to_id(_START) is None:
+    return f'{prompt}\n', f'{response}\n'
+  return chat(prompt), f'{response}{_END}\n'
+
+
+def instruction(
+  tokenizer: Any, prompt: str, response: str, seq: int
+) -> np.ndarray:
+  """One row, cut or filled up at the end; only the response counts."""
+  parts = _template(tokenizer, prompt, response)
+  # Apart, so that no token is of both.
+  before, after = (
+    tokenizer.encode(x, add_special_tokens=False).ids for x in parts
+  )
+  row = np.zeros((2, seq + 1), np.int32)
+  tokens = [*before, *after][: seq + 1]
+  row[0, : len(tokens)] = tokens
+  row[1, len(before) : len(tokens)] = 1
+  return row
+
+
+def of_pairs(path: pathlib.Path, tokenizer: Any, seq: int, seed: int) -> Rows:
+  """Rows of a JSONL file; a tenth of its lines, drawn at random, is held out.
+
+  A line whose prompt alone is longer than a row is left out.
+  """
+  pairs = read_pairs(path)
+  rows = np.zeros((len(pairs), 2, seq + 1), np.int32)
+  for row, pair in zip(rows, pairs, strict=True):
+    row[:] = instruction(tokenizer, *pair, seq)
+  kept = rows[rows[:, 1].any(axis=1)]
+  order = np.random.default_rng(seed).permutation(len(kept))
+  held = max(1, len(order) // 10)
+  train, validation = kept[order[held:]], kept[order[:held]]
+  summary = (
+    f'{path}: {len(train)} lines to train, {held} held out, '
+    f'{len(rows) - len(kept)} left out for prompts of seq={seq} or more tokens'
+  )
+  return _checked(train, validation, summary)
+
+
+# --- Both --------------------------------------------------------------------
+
+
+def _checked(train: np.ndarray, held: np.ndarray, summary: str) -> Rows:
+  if not len(train) or not len(held):
+    raise ValueError(f'too few tokens for a row in each split ({summary})')
+  whole = hashlib.sha256(train.tobytes() + held.tobytes())
+  return Rows(train, held, whole.hexdigest(), summary)
+
+
+def load(names: tuple[str, ...], tokenizer: Any, seq: int, seed: int) -> Rows:
+  """Rows of one .jsonl file of instructions, or of text."""
+  lines = [name for name in names if name.endswith('.jsonl')]
+  if not lines:
+    return of_text(names, tokenizer, seq)
+  if len(names) > 1:
+    raise ValueError(f'data={names!r}: a .jsonl file must be alone')
+  return of_pairs(pathlib.Path(lines[0]), tokenizer, seq, seed)

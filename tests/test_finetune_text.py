@@ -1,0 +1,273 @@
+"""Fine-tuning on text and instructions: rows, masks, whole runs.
+
+The checkpoint is a tiny LLaMA with a tied embedding, and a tokenizer of bytes.
+"""
+
+import dataclasses
+import json
+import warnings
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tokenizers
+
+import finetune_text
+import hf_checkpoint
+import llama
+import lora
+import subspace_optax as so
+import text_rows
+
+CONTROL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+SEQ = 12
+
+
+def make_tokenizer(control=CONTROL):
+  """Bytes, and control tokens."""
+  letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  vocab = {x: i for i, x in enumerate([*control, *letters])}
+  made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False)
+  made.decoder = tokenizers.decoders.ByteLevel()
+  made.add_special_tokens(list(control))
+  return made
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+  """A folder in Hugging Face's format."""
+  folder = tmp_path_factory.mktemp('checkpoint')
+  c = llama.LlamaConfig(16, 24, layers=2, heads=2, kv_heads=1, vocab=259)
+  params = nnx.to_pure_dict(nnx.state(llama.Llama(c, nnx.Rngs(0))))
+  params['lm_head'] = {'kernel': params['embed']['embedding'].T}
+  hf_checkpoint.save(folder, c, params, tied=True)
+  make_tokenizer().save(str(folder / 'tokenizer.json'))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+  """Instructions whose responses are always the same."""
+  path = tmp_path_factory.mktemp('pairs') / 'pairs.jsonl'
+  lines = [{'prompt': f'{i}?', 'response': 'abcabcabc'} for i in range(40)]
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  return path
+
+
+def config(checkpoint, pairs, out, **changes):
+  chosen = {'rank': 2, 'steps': 6, 'batch': 4, 'seq': 136, 'lr': 1e-2}
+  return finetune_text.Config(
+    checkpoint=str(checkpoint),
+    data=(str(pairs),),
+    out=str(out),
+    **(chosen | {'lr_rest': 1e-2} | changes),
+  )
+
+
+# --- Rows --------------------------------------------------------------------
+
+
+def test_windows_of_text_count_every_token_but_the_first_once():
+  rows = text_rows.windows(np.arange(26), SEQ)
+  assert rows.shape == (2, 2, SEQ + 1) and rows.dtype == np.int32
+  np.testing.assert_array_equal(rows[:, 0, 1:].ravel(), np.arange(1, 25))
+  np.testing.assert_array_equal(rows[:, 0, 0], [0, 12])
+  np.testing.assert_array_equal(rows[:, 1], np.ones_like(rows[:, 1]))
+
+
+def test_template_is_that_of_smollm2():
+  assert text_rows.chat('Hello', 'Be kind.') == (
+    '<|im_start|>system\nBe kind.<|im_end|>\n'
+    '<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n'
+  )
+
+
+def test_only_the_response_counts():
+  tokenizer = make_tokenizer()
+  tokens, counts = text_rows.instruction(tokenizer, 'Why?', 'Because', 300)
+  said = tokenizer.decode(tokens[counts == 1], skip_special_tokens=False)
+  assert said == 'Because<|im_end|>\n'
+  before = tokens[: np.argmax(counts)]
+  asked = tokenizer.decode(before, skip_special_tokens=False)
+  assert asked == text_rows.chat('Why?')
+  end = np.argmax(counts) + counts.sum()
+  assert not tokens[end:].any() and not counts[end:].any()
+
+
+def test_without_control_tokens_each_part_is_a_line():
+  tokenizer = make_tokenizer(())
+  tokens, counts = text_rows.instruction(tokenizer, 'Why?', 'No', SEQ)
+  assert tokenizer.decode(tokens[:8]) == 'Why?\nNo\n'
+  np.testing.assert_array_equal(counts, [0] * 5 + [1] * 3 + [0] * 5)
+
+
+def test_long_responses_are_cut_and_long_prompts_left_out(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  texts = [('p', 'r' * 50), ('p' * 50, 'r'), ('p', 'r')] * 2
+  lines = [json.dumps({'prompt': p, 'response': r}) for p, r in texts]
+  path.write_text('\n'.join(lines))
+  rows = text_rows.load((str(path),), make_tokenizer(()), SEQ, 0)
+  assert (len(rows.train), len(rows.validation)) == (3, 1)
+  assert '2 left out' in rows.summary
+  both = np.concatenate([rows.train, rows.validation])
+  assert sorted(both[:, 1].sum(axis=1)) == [2, 2, SEQ - 1, SEQ - 1]
+
+
+def test_whole_files_are_held_out(tmp_path):
+  for i in range(9):
+    (tmp_path / f'{i}.txt').write_text(chr(ord('a') + i) * 40)
+  rows = text_rows.load((str(tmp_path),), make_tokenizer(), SEQ, 0)
+  assert '8 files to train, 1 files held out' in rows.summary
+  seen, held = ({*part[:, 0].ravel()} for part in rows[:2])
+  assert not seen & held and len(seen | held) == 9
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('{"prompt": "a"}', 'line 1: expected an object with prompt and response'),
+    ('{"prompt": "a", "response": "b"}\n[]', 'line 2: expected an object'),
+    ('{"prompt": "a", "response": "b"}', 'too few tokens'),
+  ],
+)
+def test_bad_instructions_are_named(tmp_path, text, message):
+  path = tmp_path / 'x.jsonl'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=message):
+    text_rows.load((str(path),), make_tokenizer(), SEQ, 0)
+  with pytest.raises(ValueError, match='a .jsonl file must be alone'):
+    text_rows.load((str(path), 'y'), make_tokenizer(), SEQ, 0)
+
+
+# --- The loss ----------------------------------------------------------------
+
+
+def test_loss_is_the_mean_over_what_counts():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(2, 4, 7)).astype(np.float32)
+  rows = rng.integers(0, 7, (2, 2, 5)).astype(np.int32)
+  rows[:, 1] = [[1, 0, 1, 1, 0], [0, 0, 0, 1, 0]]
+  log = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+  want = [log[0, 1, rows[0, 0, 2]], log[0, 2, rows[0, 0, 3]]]
+  want.append(log[1, 2, rows[1, 0, 3]])
+  got = finetune_text.cross_entropy(logits, rows)
+  np.testing.assert_allclose(got, -np.mean(want), rtol=1e-5)
+
+
+def test_held_out_loss_does_not_depend_on_the_batch(checkpoint, pairs):
+  c = config(checkpoint, pairs, '')
+  base = finetune_text.load_base(c)
+  rows = text_rows.load(c.data, base.tokenizer, c.seq, 0).validation
+  held = lambda batch: finetune_text.HeldOut(
+    dataclasses.replace(c, batch=batch), base.model, rows
+  )(base.params, 100)
+  np.testing.assert_allclose(held(3), held(4), rtol=1e-6)
+
+
+def test_tied_embedding_gets_both_gradients(checkpoint, pairs):
+  """That of a tied model is the sum of those of its two uses."""
+  base = finetune_text.load_base(config(checkpoint, pairs, ''))
+  assert 'lm_head' not in base.params
+  logits = finetune_text.make_logits(base.model)
+  rows = np.random.default_rng(0).integers(0, 259, (2, 2, 9)).astype(np.int32)
+  rows[:, 1] = 1
+  loss = lambda p: finetune_text.cross_entropy(logits(p, rows), rows)
+  tied = jax.jit(jax.grad(loss))(base.params)['embed']['embedding']
+  apart = jax.jit(jax.grad(loss))(finetune_text.with_head(base.params))
+  both = apart['embed']['embedding'] + apart['lm_head']['kernel'].T
+  np.testing.assert_allclose(tied, both, rtol=1e-4, atol=1e-6)
+
+
+def test_lora_without_a_head_moves_the_factors_only(checkpoint, pairs):
+  c = config(checkpoint, pairs, '', optimizer='lora', rank=2)
+  base = finetune_text.load_base(c)
+  params = jax.tree.map(jnp.asarray, base.params)
+  adapters = lora.init(jax.random.key(0), params, 2, train_head=False)
+  assert set(adapters) == {'frozen', 'a', 'b'}
+  tx = finetune_text.optimizer(finetune_text.for_optimizer(c, 'lora'), None)
+  updates, _ = jax.jit(tx.update)(
+    jax.tree.map(jnp.ones_like, adapters), jax.jit(tx.init)(adapters), adapters
+  )
+  moved = optax.apply_updates(adapters, updates)
+  same = jax.tree.map(lambda x, y: np.array_equal(x, y), moved, adapters)
+  assert jax.tree.all(same['frozen'])
+  assert not any(jax.tree.leaves((same['a'], same['b'])))
+  merged = lora.merge(adapters, 2.0)
+  assert jax.tree.structure(merged) == jax.tree.structure(params)
+  trained = sum(x.nbytes for n in 'ab' for x in jax.tree.leaves(adapters[n]))
+  state = so.memory_report(tx, adapters).state
+  assert 2 * trained <= state <= 2 * trained + 64
+
+
+# --- Whole runs --------------------------------------------------------------
+
+
+def test_run_learns_and_saves_a_tied_model(checkpoint, pairs, tmp_path):
+  c = config(checkpoint, pairs, tmp_path / 'run', steps=20)
+  c = dataclasses.replace(c, compare='adamw8bit', eval_every=20)
+  found = finetune_text.main(c)
+  run = found['runs']['adamw8bit']
+  assert run['validation_loss'] < found['validation_loss_before'] - 1.0
+  assert run['memory']['state'] < run['memory']['adam']
+  saved = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert saved['runs']['adamw8bit']['validation_loss'] == run['validation_loss']
+  model = str(tmp_path / 'run' / 'adamw8bit' / 'model')
+  again = dataclasses.replace(c, checkpoint=model, compare='')
+  base = finetune_text.load_base(again)
+  assert 'lm_head' not in base.params
+  rows = text_rows.load(c.data, base.tokenizer, c.seq, 0)
+  held = finetune_text.HeldOut(c, base.model, rows.validation)
+  np.testing.assert_allclose(
+    held(base.params, 100), run['validation_loss'], rtol=1e-5
+  )
+
+
+def one_run(c, name):
+  """The parameters after a run."""
+  c = finetune_text.for_optimizer(c, name)
+  base = finetune_text.load_base(c)
+  rows = text_rows.load(c.data, base.tokenizer, c.seq, 0)
+  method = finetune_text.build(c, base)
+  program = finetune_text.Program(c, base.model, method)
+  step = program.compile(next(finetune_text.batches(c, rows.train, 0)))
+  assert program.bytes is None or program.bytes > 0
+  state = method.state
+  for batch in finetune_text.batches(c, rows.train, 0):
+    state, _ = step(state, batch)
+  return state['params']
+
+
+def test_layerwise_steps_are_the_ordinary_ones(checkpoint, pairs):
+  c = config(checkpoint, pairs, '', clip=0.0, steps=3)
+  plain = one_run(c, 'adamw')
+  layerwise = one_run(dataclasses.replace(c, layerwise=True), 'adamw')
+  for x, y in zip(*map(jax.tree.leaves, (plain, layerwise)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', sorted(finetune_text.LEARNING_RATES))
+def test_every_optimizer_can_be_set_up(checkpoint, pairs, name):
+  c = finetune_text.for_optimizer(config(checkpoint, pairs, ''), name)
+  base = finetune_text.load_base(c)
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'scale takes .* as the head')
+    method = jax.eval_shape(lambda: finetune_text.build(c, base).state)
+  assert jax.tree.leaves(method['opt_state'])
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'optimizer': 'sgd'}, "optimizer='sgd' is unknown; choose from"),
+    ({'layerwise': True, 'optimizer': 'lora'}, "optimizer='lora' with layer"),
+    ({'layerwise': True, 'accumulation': 2}, 'accumulation=2 with layerwise'),
+    ({'batch': 0}, 'batch=0: expected more than 0'),
+  ],
+)
+def test_wrong_arguments_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    finetune_text.check(finetune_text.Config(**changes))
