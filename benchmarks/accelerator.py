@@ -3,8 +3,9 @@
   python -m benchmarks.accelerator
 
 Pieces run one after another, the most valuable first, each in a process of its
-own that has the device to itself. A process stops after `--seconds`, nine
-minutes, and the next call goes on where it was; what is done is not done again.
+own that has the device to itself. A process begins nothing after `--seconds`,
+nine minutes, and the next call goes on where it was; what is done is not done
+again. `large` is one unit of work, and needs some minutes.
 Results are in results/<device>/, with a table for people in README.md there:
 
   tests   those whose results depend on the backend
@@ -50,6 +51,8 @@ class Args:
 
   only: tuple[str, ...] = ()  # pieces; all by default
   piece: str = ''  # the one that this process runs; none: it starts them
+  device: str = ''  # its kind, and
+  platform: str = ''  # its name for jax: the process that starts others asks
   seconds: float = 540.0  # of one call
   models: tuple[str, ...] = ('llama_60m', 'llama_350m')  # of `step`
   names: tuple[str, ...] = ()  # of the optimizers in `step`; all by default
@@ -91,8 +94,7 @@ class Clock:
 
 def folder(args: Args) -> pathlib.Path:
   """Of this device's results."""
-  kind = jax.devices()[0].device_kind
-  name = re.sub(r'[^a-z0-9]+', '-', kind.lower()).strip('-')
+  name = re.sub(r'[^a-z0-9]+', '-', args.device.lower()).strip('-')
   path = pathlib.Path(args.out) / name
   path.mkdir(parents=True, exist_ok=True)
   return path
@@ -113,18 +115,17 @@ def tests(args: Args, out: pathlib.Path, clock: Clock) -> None:
       [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider']
       + [f'tests/test_{name}.py'],
       cwd=harness.ROOT,
-      env=os.environ
-      | {
-        'SUBSPACE_OPTAX_TEST_PLATFORM': jax.default_backend(),
-        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
-      },
+      env=os.environ | {'SUBSPACE_OPTAX_TEST_PLATFORM': args.platform},
       capture_output=True,
       text=True,
       check=False,
     )
     lines = run.stdout.splitlines()
+    if run.returncode not in (0, 1):  # they did not run
+      print(name, run.stdout[-2000:], run.stderr[-2000:], flush=True)
+      continue
     failed = [x.split(' - ')[0] for x in lines if x.startswith('FAILED')]
-    found[name] = {'summary': lines[-1] if lines else run.stderr[-300:]}
+    found[name] = {'summary': lines[-1]}
     found[name] |= {'failed': failed} if failed else {}
     print(name, found[name], flush=True)
     harness.save_results(out / 'tests.json', results)
@@ -263,7 +264,8 @@ def losses(args: Args, out: pathlib.Path, clock: Clock) -> None:
         runs=str(out / 'runs'),
       )
       pareto.main(chosen)
-      clock.longest = 0.0  # it looks at the time by itself
+      # It looks at the time by itself.
+      clock.longest, clock.before = 0.0, time.monotonic()
 
 
 PIECES: dict[str, Callable[[Args, pathlib.Path, Clock], None]] = {
@@ -338,29 +340,53 @@ def run_piece(args: Args) -> None:
 def start_pieces(args: Args, command: list[str]) -> None:
   """Starts the pieces one by one, while there is time."""
   end = time.monotonic() + args.seconds
+  device, platform, total = _ask()
+  print(f'{device} ({platform})', flush=True)
+  command = [*command, '--device', device, '--platform', platform]
   for name in args.only or PIECES:
     left = end - time.monotonic()
     if left < 5:
       print(f'{name}: no time left; run this again')
       return
     env = dict(os.environ)
-    if name == 'large':
-      env |= _memory_limit(args)
-    subprocess.run(
-      [*command, '--piece', name, '--seconds', str(left)], env=env, check=True
+    if name == 'large' and total:
+      share = min(0.95, args.large_gigabytes * GB / total)
+      env['XLA_PYTHON_CLIENT_MEM_FRACTION'] = f'{share:.3f}'
+    if name == 'tests':  # the device is for those that it starts
+      env['JAX_PLATFORMS'] = 'cpu'
+    done = subprocess.run(
+      [*command, '--piece', name, '--seconds', str(left)], env=env, check=False
     )
+    if done.returncode:
+      print(f'{name}: failed with {done.returncode}', flush=True)
 
 
-def _memory_limit(args: Args) -> dict[str, str]:
-  """Lets a process take no more of a larger device."""
-  ask = 'import jax; s = jax.devices()[0].memory_stats() or {};'
-  ask += 'print(s.get("bytes_limit", 0) / 0.75)'  # what jax takes by default
+_ASK = """
+import jax
+one = jax.devices()[0]
+stats = one.memory_stats() or {}
+print(one.device_kind)
+print(one.client.platform)
+print(stats.get('bytes_limit', 0))
+"""
+
+
+def _ask() -> tuple[str, str, float]:
+  """Returns the device's kind, its platform, and its bytes, 0 if unknown.
+
+  A process of its own asks, and leaves the device to others.
+  """
+  env = os.environ | {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95'}
   found = subprocess.run(
-    [sys.executable, '-c', ask], capture_output=True, text=True, check=True
+    [sys.executable, '-c', _ASK],
+    capture_output=True,
+    text=True,
+    check=True,
+    env=env,
   )
-  total = float(found.stdout.split()[-1])
-  share = args.large_gigabytes * GB / total if total else 1.0
-  return {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{min(0.95, share):.3f}'}
+  kind, platform, size = found.stdout.splitlines()[-3:]
+  names = {'gpu': 'cuda'}  # of the kind that jax calls by two names
+  return kind, names.get(platform, platform), float(size) / 0.95
 
 
 def main(args: Args) -> None:

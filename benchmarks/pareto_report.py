@@ -4,12 +4,21 @@ import math
 import statistics
 from typing import Any
 
+from matplotlib.transforms import Bbox
+
 from benchmarks import contenders
 from benchmarks import corpora
 from benchmarks import harness
 from benchmarks.harness import MIB
 
+# Where a name may stand: right, left or above its point, points up.
+_PLACES = [
+  (side, up) for up in (0, 8, -8, 16, -16, 24, -24) for side in (1, -1)
+]
+_PLACES += [(0, up) for up in (12, -12, 36, -36, 48, -48)]
+
 NOTES = """
+Decay is what a weight loses in a step at the peak rate: weight_decay times lr.
 Loss is that of a text that chose nothing, in nats per byte: the mean over the
 seeds at the rate and decay that the validation text chose for seed 0. Seeds
 change weights and data. Embedding, head and norms are Adam's at one rate in all
@@ -172,9 +181,9 @@ def _with_spread(values: list[float]) -> str:
 
 def _panel(axes: Any, searches: list[dict]) -> None:
   """Losses over bytes of state, with the front."""
-  points = []
+  points, names = [], []
   size = lambda search: search['memory']['optimizer_bytes']
-  for i, search in enumerate(sorted(searches, key=size)):
+  for search in sorted(searches, key=size):
     values, y = losses(search), mean(search)
     x = size(search) / MIB
     points.append((x, y))
@@ -184,14 +193,7 @@ def _panel(axes: Any, searches: list[dict]) -> None:
     color = 'tab:blue' if ours and color == 'tab:gray' else color
     ends = [[y - min(values)], [max(values) - y]]
     axes.errorbar(x, y, ends, marker='o', color=color, capsize=3, markersize=4)
-    axes.annotate(
-      name,
-      (x, y),
-      (4, (5, -11, 14, -20)[i % 4]),  # neighbours' names do not meet
-      textcoords='offset points',
-      fontsize=7,
-      color=color,
-    )
+    names.append((x, y, name, color))
   line = harness.front(points)
   axes.step(
     *zip(*line, strict=True), where='post', color='black', lw=0.8, ls=':'
@@ -199,6 +201,35 @@ def _panel(axes: Any, searches: list[dict]) -> None:
   axes.set_xscale('log')
   axes.margins(x=0.15, y=0.12)
   axes.grid(alpha=0.3)
+  _write_names(axes, names)
+
+
+def _write_names(axes: Any, names: list[tuple]) -> None:
+  """Writes each name beside its point, where it meets no other."""
+  figure = axes.figure
+  figure.draw_without_rendering()  # else nobody knows how large a text is
+  shown = axes.transData.transform
+  corners = [shown(x[:2]) - 4 for x in names]
+  taken = [Bbox.from_bounds(left, low, 8, 8) for left, low in corners]
+  for x, y, name, color in names:
+    for side, up in _PLACES:
+      text = axes.annotate(
+        name,
+        (x, y),
+        (6 * side, up),
+        textcoords='offset points',
+        ha={1: 'left', 0: 'center', -1: 'right'}[side],
+        va='center',
+        fontsize=8,
+        color=color,
+      )
+      box = text.get_window_extent()
+      if not any(box.overlaps(other) for other in taken):
+        break
+      text.remove()
+    else:
+      text = axes.annotate(name, (x, y), fontsize=8, color=color)
+    taken.append(text.get_window_extent())
 
 
 def picture(results: dict, path: Any) -> None:
@@ -210,10 +241,10 @@ def picture(results: dict, path: Any) -> None:
   found = {name: x for name, x in found.items() if len(x) > 2}
   if not found:
     return
-  shape = {'figsize': (7 * len(found), 5), 'squeeze': False}
-  with harness.draw(path, 1, len(found), dpi=130, **shape) as (_, grid):
-    for axes, (name, searches) in zip(grid[0], found.items(), strict=True):
-      _panel(axes, searches)
-      axes.set_title(name, fontsize=9)
+  shape = {'figsize': (8, 4.2 * len(found)), 'squeeze': False}
+  with harness.draw(path, len(found), 1, dpi=130, **shape) as (_, grid):
+    for axes, (name, searches) in zip(grid[:, 0], found.items(), strict=True):
+      axes.set_title(name, fontsize=10)
       axes.set_xlabel('optimizer state, MiB')
       axes.set_ylabel('test loss, nats per byte')
+      _panel(axes, searches)

@@ -1,4 +1,8 @@
-"""Links of docstrings, reStructuredText as optax's are, as Markdown."""
+"""Docstrings and signatures as the site shows them.
+
+Links are reStructuredText, as optax's are, and become Markdown. Defaults that
+the library marks, to see whether they were passed, are shown as they are.
+"""
 
 import re
 
@@ -7,14 +11,21 @@ import griffe
 _LINK = re.compile(r'`([^`<]+?)\s*<(https?://[^>]+)>`_', re.DOTALL)
 
 
-class Links(griffe.Extension):
-  """Rewrites the docstring of every object."""
+_MARKED = re.compile(r'_default\((.+)\)')
+
+
+class Shown(griffe.Extension):
+  """Rewrites the docstring of every object, and the defaults of functions."""
 
   def on_object(self, *, obj, **kwargs):
     """Is called by griffe for each of them."""
     del kwargs
     if obj.docstring:
       obj.docstring.value = _LINK.sub(_markdown, obj.docstring.value)
+    for parameter in obj.parameters if obj.is_function else ():
+      marked = _MARKED.fullmatch(str(parameter.default))
+      if marked:
+        parameter.default = marked[1]
 
 
 def _markdown(match):

@@ -17,7 +17,8 @@ A subspace optimizer is a choice of each of these:
 
 Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
 `apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`, `dion`, `trion`;
-and without a subspace, `normuon` and `scale`.
+and without a subspace, `normuon` and `scale`. `from_hf` takes the arguments of
+Hugging Face's trainer.
 
 Before and during training: `describe`, `memory_report`, `subspace_metrics`,
 `state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`; `offload`
@@ -41,6 +42,7 @@ from subspace_optax._chain._subspace import subspace
 from subspace_optax._chain._unproject import unproject
 from subspace_optax._matrix._boxes import register_box
 from subspace_optax._matrix._projected import Projected
+from subspace_optax.hf import from_hf
 from subspace_optax.low_precision._eight_bit import scale_by_adam8bit
 from subspace_optax.low_precision._eight_bit import scale_by_lion8bit
 from subspace_optax.low_precision._quantize_moments import quantize_moments
@@ -93,6 +95,7 @@ __all__ = [
   'dimension_numbers_from_paths',
   'dion',
   'fira_adamw',
+  'from_hf',
   'galore',
   'golore',
   'in_subspace',

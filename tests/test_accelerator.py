@@ -1,17 +1,14 @@
 """`benchmarks/accelerator.py` on the CPU, with tiny sizes."""
 
 import json
-import pathlib
 import time
+import types
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
-pytest.importorskip('benchmarks', reason='a source distribution has none')
-
-from benchmarks import accelerator  # noqa: E402
-import subspace_optax as so  # noqa: E402
+from benchmarks import accelerator
+import subspace_optax as so
 
 
 @pytest.mark.slow
@@ -25,6 +22,7 @@ def test_pieces_go_on_where_they_were(tmp_path):
     large_rank=4,
     large_steps=2,
     seq=8,
+    device='Some Device',
     out=str(tmp_path),
   )
   out, clock = accelerator.folder(args), accelerator.Clock(600)
@@ -41,6 +39,46 @@ def test_pieces_go_on_where_they_were(tmp_path):
   assert saved == {x.name: x.read_text() for x in out.glob('*.json')}
   text = accelerator.page(out)
   assert '## Steps, llama_test' in text and '| so.scale |' in text
+
+
+def test_pieces_have_processes_of_their_own_and_may_fail(monkeypatch, capsys):
+  started = []
+
+  def run(command, env, **options):
+    if '-c' in command:
+      return types.SimpleNamespace(stdout='Some Device\ngpu\n48e9\n')
+    started.append((command, env))
+    return types.SimpleNamespace(returncode=len(started) % 2)
+
+  monkeypatch.setattr(accelerator.subprocess, 'run', run)
+  accelerator.start_pieces(accelerator.Args(), ['python'])
+  names = [command[command.index('--piece') + 1] for command, _ in started]
+  assert names == list(accelerator.PIECES)
+  assert all('cuda' in command for command, _ in started)
+  environments = dict(zip(names, (env for _, env in started), strict=True))
+  share = float(environments['large']['XLA_PYTHON_CLIENT_MEM_FRACTION'])
+  np.testing.assert_allclose(share, 24e9 / (48e9 / 0.95), rtol=1e-2)
+  assert environments['tests']['JAX_PLATFORMS'] == 'cpu'
+  assert 'tests: failed with 1' in capsys.readouterr().out
+
+
+def test_files_that_did_not_run_are_run_again(tmp_path, monkeypatch):
+  args = accelerator.Args(tests=('a', 'b'), platform='cuda')
+  codes = iter([2, 1, 0])
+
+  def run(command, env, **options):
+    assert env['SUBSPACE_OPTAX_TEST_PLATFORM'] == 'cuda'
+    text = 'FAILED tests/test_b.py::x - y\n1 failed in 1 s\n'
+    return types.SimpleNamespace(returncode=next(codes), stdout=text, stderr='')
+
+  monkeypatch.setattr(accelerator.subprocess, 'run', run)
+  files = lambda: json.loads((tmp_path / 'tests.json').read_text())['files']
+  accelerator.tests(args, tmp_path, accelerator.Clock(60))
+  assert files() == {
+    'b': {'summary': '1 failed in 1 s', 'failed': ['FAILED tests/test_b.py::x']}
+  }
+  accelerator.tests(args, tmp_path, accelerator.Clock(60))
+  assert set(files()) == {'a', 'b'} and next(codes, None) is None
 
 
 def test_work_stops_when_there_is_no_time_for_as_much_again():

@@ -1,18 +1,13 @@
 """`benchmarks/pareto.py`: where searches go, and what is told apart."""
 
 import math
-import pathlib
 
 import numpy as np
-import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
-pytest.importorskip('benchmarks', reason='a source distribution has none')
-
-from benchmarks import harness  # noqa: E402
-from benchmarks import pareto  # noqa: E402
-from benchmarks import pareto_report  # noqa: E402
-from benchmarks import pareto_run  # noqa: E402
+from benchmarks import harness
+from benchmarks import pareto
+from benchmarks import pareto_report
+from benchmarks import pareto_run
 
 
 def search(method, losses, size, lr=0.01):

@@ -150,6 +150,8 @@ def ratio_of_means(
   The spread of a single seed is taken for that of the other side's.
   """
   ratio = statistics.fmean(over) / statistics.fmean(under)
+  if not all(map(math.isfinite, (*over, *under))):
+    return math.inf, 0.0
   spreads = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in (over, under)]
   known = [x for x in spreads if x] or [0.0]
   errors = [

@@ -9,9 +9,10 @@ one sum of Gram matrices takes.
 
 Where D does not divide the number of matrices, those of other leaves of the
 same shape are counted with them (under automatic sharding, if these are as
-many), and zeros fill up what is left, unless most would be zeros. Where it
-does, a step may hand out gradients first of all: products with bases then need
-no other device, and coordinates go home for the inner optimizer, and come back.
+many), and zeros fill up what is left; under automatic sharding not where most
+would be zeros. Where it does, a step may hand out gradients first of all:
+products with bases then need no other device, and coordinates go home for the
+inner optimizer, and come back.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -49,8 +49,8 @@ def data_parallel_step(
       put clipping into the optimizer of coordinates, and accumulation into
       `every_k`: `optax.MultiSteps` and `apply_if_finite` around `tx` fail.
     mesh: its axis `axis_name` divides the first axis of all arrays of a batch
-      that have one. Others, as a random key, are the same on all devices: fold
-      `jax.lax.axis_index(axis_name)` into it.
+      that have one. Others, as a key of `jax.random.key`, are the same on all
+      devices: fold `jax.lax.axis_index(axis_name)` into it.
       Other mesh axes may shard parameters and state, automatically. Along
       `axis_name` both are the same: place state by the step's own
       `state_sharding(params)`.

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers by the arguments that Hugging Face's trainer has for them."""
+
+from collections.abc import Callable, Sequence
+import re
+from typing import Any
+
+import optax
+
+from subspace_optax import optimizers
+from subspace_optax._chain import _spec
+from subspace_optax.low_precision import _quantize_moments
+
+_SIDES = {'std': 'short', 'reverse_std': 'long', 'right': 'in', 'left': 'out'}
+# Theirs are left out by their class, as no linear layers; heads are linear.
+_NOT_LINEAR = r'(^|/)(\w*embed\w*|wte|wpe|shared|\w*norm\w*|\w*conv\w*)(/|$)'
+
+
+def from_hf(
+  learning_rate: optax.ScalarOrSchedule,
+  optim: str,
+  optim_args: str = '',
+  optim_target_modules: str | Sequence[str] | None = None,
+  *,
+  adam_beta1: float = 0.9,
+  adam_beta2: float = 0.999,
+  adam_epsilon: float = 1e-8,
+  weight_decay: Any = 0.0,
+  mask: Any = None,
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """Makes the optimizer that Hugging Face's `TrainingArguments` describe.
+
+  Arguments have their names and defaults there. Modules are found by the paths
+  of leaves without the last name, with a slash in the place of each dot:
+  'self_attn.q_proj' finds `layers/0/self_attn/q_proj/kernel`. A list finds what
+  contains one of its strings, or is matched whole by it; a single string must
+  match whole, as a regular expression. What it finds may be a head, which this
+  library's own optimizers leave out; embeddings are left out there and here.
+
+  What stays different: weights decay, where their trainer forgets it for GaLore
+  and APOLLO, and all of them without a `mask`, where theirs leaves out biases
+  and norms; epsilon is added to the root of the corrected second moment; codes
+  of 8 bits are this library's; random bases have other numbers. `describe`
+  shows what is projected.
+
+  Args:
+    learning_rate: a float or a schedule.
+    optim: 'galore_adamw', 'galore_adamw_8bit', 'apollo_adamw' or 'adamw_8bit',
+      which 'adamw_bnb_8bit' is, too.
+    optim_args: as 'rank=128, update_proj_gap=200, scale=0.25, proj_type=std'.
+      APOLLO's `scale` is the square of the one here, which this sees to.
+    optim_target_modules: which modules are projected; None only for Adam,
+      'all-linear' for all but embeddings.
+    adam_beta1: decay of first moments.
+    adam_beta2: decay of second moments.
+    adam_epsilon: added to the root of second moments.
+    weight_decay: decoupled, not scaled.
+    mask: which leaves decay; see `optax.add_decayed_weights`.
+    seed: of random bases and of rounding.
+
+  Returns:
+    An optimizer.
+
+  Raises:
+    ValueError: an optimizer, an argument of `optim_args` or a value of one that
+      is not here; a layer-wise optimizer, which `layerwise` is for; no target
+      modules.
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024; Zhu et al.,
+    `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024
+
+  Example:
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> tx = so.from_hf(
+    ...   1e-3, 'galore_adamw', 'rank=4, scale=0.5', ['attn', 'mlp']
+    ... )
+    >>> params = {'mlp': {'up': {'kernel': jnp.ones((16, 32))}}}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> so.subspace_metrics(state).keys()
+    dict_keys(['mlp/up/kernel'])
+  """
+  adam = {'b1': adam_beta1, 'b2': adam_beta2, 'eps': adam_epsilon}
+  decay = {'weight_decay': weight_decay, 'mask': mask}
+  given = _parse(optim_args)
+  if optim in ('adamw_8bit', 'adamw_bnb_8bit'):
+    _check_used(given, optim)
+    return _adamw_8bit(learning_rate, adam, seed, **decay)
+  make = _MAKERS.get(optim)
+  if make is None:
+    raise ValueError(_unknown(optim))
+  include = _pattern(optim_target_modules)
+  tx = make(given, adam, include, seed)
+  _check_used(given, optim)
+  return tx(learning_rate, **decay)
+
+
+def _galore(bits: int) -> Callable[..., Callable[..., Any]]:
+  def make(given: dict[str, str], adam: Any, include: Any, seed: int):
+    side = _one_of(given, 'proj_type', 'std', _SIDES)
+    spec = _make_spec(given, include, seed, side)
+    gap = int(given.pop('update_proj_gap', 200))
+    scale = float(given.pop('scale', 0.25))
+    return lambda lr, **decay: optimizers.galore(
+      lr,
+      update_proj_gap=gap,
+      scale=scale,
+      base_optimizer=optax.scale_by_adam(**adam),
+      moment_bits=bits,
+      spec=spec,
+      **decay,
+    )
+
+  return make
+
+
+def _apollo(given: dict[str, str], adam: Any, include: Any, seed: int):
+  side = _one_of(given, 'proj_type', 'std', {'std': 'short'})
+  _one_of(given, 'proj', 'random', {'random': 'random'})
+  granularity = {'channel': 'channel', 'tensor': 'tensor'}
+  granularity = _one_of(given, 'scale_type', 'channel', granularity)
+  spec = _make_spec(given, include, seed, side)
+  gap = int(given.pop('update_proj_gap', 200))
+  scale = float(given.pop('scale', 1.0)) ** 0.5
+  return lambda lr, **decay: optimizers.apollo_adamw(
+    lr,
+    update_proj_gap=gap,
+    scale=scale,
+    granularity=granularity,
+    spec=spec,
+    **adam,
+    **decay,
+  )
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+  'galore_adamw': _galore(32),
+  'galore_adamw_8bit': _galore(8),
+  'apollo_adamw': _apollo,
+}
+
+
+def _adamw_8bit(
+  learning_rate: Any, adam: Any, seed: int, weight_decay: Any, mask: Any
+) -> optax.GradientTransformationExtraArgs:
+  # Theirs keeps embeddings in float32.
+  moments = _quantize_moments.quantize_moments(
+    optax.scale_by_adam(**adam), 8, exclude='embed|wte|wpe', seed=seed
+  )
+  return optax.chain(
+    moments,
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def _make_spec(
+  given: dict[str, str], include: str | None, seed: int, side: str
+) -> _spec.SubspaceSpec:
+  return _spec.SubspaceSpec(
+    int(given.pop('rank', 128)),
+    include=include,
+    exclude=_NOT_LINEAR,
+    side=side,
+    only_if_smaller=False,
+    seed=seed,
+  )
+
+
+def _parse(optim_args: str) -> dict[str, str]:
+  """Returns names and values of a string as 'rank=128, scale=0.25'."""
+  parts = [x for x in optim_args.replace(' ', '').split(',') if x]
+  if not all(x.count('=') == 1 for x in parts):
+    raise ValueError(
+      f'optim_args={optim_args!r} must look like "rank=128, scale=0.25".'
+    )
+  return dict(x.split('=') for x in parts)
+
+
+def _one_of(
+  given: dict[str, str], name: str, default: str, choices: dict[str, str]
+) -> str:
+  value = given.pop(name, default)
+  if value not in choices:
+    raise ValueError(
+      f'optim_args: {name}={value} is not here; choose from {list(choices)}.'
+    )
+  return choices[value]
+
+
+def _check_used(given: dict[str, str], optim: str) -> None:
+  if given:
+    raise ValueError(f'optim_args: {optim} takes no {", ".join(given)}.')
+
+
+def _unknown(optim: str) -> str:
+  name = optim.removesuffix('_layerwise')
+  if name != optim and name in _MAKERS:
+    return (
+      f'optim={optim!r}: pass `so.from_hf(..., {name!r}, ...)` to '
+      '`so.layerwise`.'
+    )
+  known = [*_MAKERS, 'adamw_8bit', 'adamw_bnb_8bit']
+  return f'optim={optim!r} is not here; choose from {known}.'
+
+
+def _pattern(modules: str | Sequence[str] | None) -> str | None:
+  """Returns what finds the paths of target modules' leaves; None for all."""
+  if not modules:
+    raise ValueError(
+      'optim_target_modules must name modules, as ["attn", "mlp"], or be '
+      '"all-linear".'
+    )
+  if modules in ('all-linear', 'all_linear', ['all-linear']):
+    return None
+  if isinstance(modules, str):
+    return _whole(modules)
+  inside = [rf'{re.escape(x.replace(".", "/"))}.*/[^/]+$' for x in modules]
+  return '|'.join([*inside, *map(_whole, filter(_is_pattern, modules))])
+
+
+def _whole(pattern: str) -> str:
+  slashes = pattern.replace(r'\.', '/')
+  return rf'^(?:{slashes})/[^/]+$'
+
+
+def _is_pattern(text: str) -> bool:
+  try:
+    re.compile(text)
+  except re.error:
+    return False
+  return True
