@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accelerator
+from benchmarks import accelerator_page
 import subspace_optax as so
 
 
@@ -37,7 +38,7 @@ def test_pieces_go_on_where_they_were(tmp_path):
   accelerator.steps(args, out, accelerator.Clock(-1))
   accelerator.large(args, out, accelerator.Clock(-1))
   assert saved == {x.name: x.read_text() for x in out.glob('*.json')}
-  text = accelerator.page(out)
+  text = accelerator_page.page(out)
   assert '## Steps, llama_test' in text and '| so.scale |' in text
 
 

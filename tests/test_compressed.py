@@ -290,7 +290,10 @@ def test_a_random_walk_looks_at_no_gradient():
 
 
 def test_data_parallelism_moves_coordinates_only():
-  problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
+  problem = models.nnx_problem(True, False)
+  # Cosines are the same to the bit in any program; Haar samples, which take a
+  # float32 factorisation, are not.
+  tx = so.golore(1e-3, regenerate=True, spec=_spec())
   mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.standard_normal((4, models.TIME, models.WIDTH)))
@@ -311,9 +314,8 @@ def test_data_parallelism_moves_coordinates_only():
     _run(step, tx, p, 3, lambda _, z=z: z)[0]
     for p, z in ((problem.params, x), (params, parts))
   )
-  # Bases are float32: as in `_assert_same`.
   for a, b in zip(*map(jax.tree.leaves, (alone, many)), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 @functools.cache
