@@ -222,6 +222,7 @@ def _write_names(axes: Any, names: list[tuple]) -> None:
         va='center',
         fontsize=8,
         color=color,
+        bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5},
       )
       box = text.get_window_extent()
       if not any(box.overlaps(other) for other in taken):
