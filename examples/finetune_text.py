@@ -16,19 +16,17 @@ leaves what `pretrain.py` leaves, and model/ in Hugging Face's format.
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import json
 import pathlib
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tokenizers
 import tyro
 
 import gguf_checkpoint
-import hf_checkpoint
 import labelled
 import llama
 import loop
@@ -39,6 +37,7 @@ import report
 import run_folder
 import settings
 import subspace_optax as so
+import text_model
 import text_rows
 import train_step
 
@@ -92,6 +91,15 @@ def check(c: Config):
       raise ValueError(
         f'optimizer={name!r} is unknown; choose from {sorted(LEARNING_RATES)}'
       )
+    if name != 'lora':
+      recipes.check_options(recipe(for_optimizer(c, name)))
+  if not c.lora_scale > 0:
+    raise ValueError(f'lora_scale must be positive, got {c.lora_scale}')
+  if c.accumulation > 1 and any(x.endswith('.jsonl') for x in c.data):
+    raise ValueError(
+      f'accumulation={c.accumulation} with instructions: microbatches would '
+      'weigh alike, however many of their tokens count'
+    )
   if c.layerwise:
     check_layerwise(c)
 
@@ -134,83 +142,6 @@ def recipe(c: Config) -> Config:
   return dataclasses.replace(c, optimizer=name, eight_bit=eight_bit)
 
 
-# --- The model ---------------------------------------------------------------
-
-
-class Base(NamedTuple):
-  """A pretrained model."""
-
-  model: llama.LlamaConfig
-  params: dict[str, Any]  # in NumPy; without a head if that is the embedding
-  tokenizer: tokenizers.Tokenizer
-
-
-def load_base(c: Config) -> Base:
-  """Reads the checkpoint."""
-  path = pathlib.Path(c.checkpoint)
-  gguf = path.suffix == '.gguf'
-  load = gguf_checkpoint.load if gguf else hf_checkpoint.load
-  model, params = load(
-    path,
-    dtype=c.dtype,
-    param_dtype=c.param_dtype,
-    scan_layers=c.scan_layers,
-    remat=c.remat,
-  )
-  if hf_checkpoint.is_tied(params):
-    params.pop('lm_head')
-  if gguf:
-    return Base(model, params, gguf_checkpoint.tokenizer(path))
-  file = str(path / 'tokenizer.json')
-  return Base(model, params, tokenizers.Tokenizer.from_file(file))
-
-
-def with_head(params: Mapping) -> dict[str, Any]:
-  """The parameters of `llama.Llama`: a tied head is the embedding."""
-  tied = {'kernel': params['embed']['embedding'].T}
-  return {'lm_head': tied, **params}
-
-
-def cross_entropies(logits_BxTxV, rows_Bx2xT1):
-  """(losses of the tokens that count, or 0; whether they count), (B, T)."""
-  losses_BxT = optax.softmax_cross_entropy_with_integer_labels(
-    logits_BxTxV.astype(jnp.float32), rows_Bx2xT1[:, 0, 1:]
-  )
-  counts_BxT = rows_Bx2xT1[:, 1, 1:].astype(jnp.float32)
-  return losses_BxT * counts_BxT, counts_BxT
-
-
-def cross_entropy(logits_BxTxV, rows_Bx2xT1):
-  """The mean over the tokens that count, in nats."""
-  losses_BxT, counts_BxT = cross_entropies(logits_BxTxV, rows_Bx2xT1)
-  return jnp.sum(losses_BxT) / jnp.maximum(jnp.sum(counts_BxT), 1.0)
-
-
-def abstract(model: llama.LlamaConfig) -> llama.Llama:
-  return nnx.eval_shape(lambda: llama.Llama(model, nnx.Rngs(0)))
-
-
-def make_logits(model: llama.LlamaConfig) -> Callable:
-  """(parameters, rows) -> the logits of all tokens but the first."""
-  graphdef, _ = nnx.split(abstract(model))
-
-  def logits(params, rows_Bx2xT1):
-    run = nnx.merge(graphdef, with_head(params))
-    return run(rows_Bx2xT1[:, 0, :-1])
-
-  return logits
-
-
-def by_layer(model: llama.LlamaConfig) -> tuple[Callable, Callable, Callable]:
-  """The functions of the model for `so.layerwise`."""
-  embed, block, head = train_step.by_layer(abstract(model), cross_entropy)
-  return (
-    lambda params, rows: embed(with_head(params), rows[:, 0]),
-    block,
-    lambda params, x, rows: head(with_head(params), x, rows),
-  )
-
-
 # --- What is trained ---------------------------------------------------------
 
 
@@ -235,11 +166,11 @@ def optimizer(c: Config, model: llama.LlamaConfig) -> Any:
   tx = recipes.make(recipe(c), clip=not c.layerwise)
   if not c.layerwise:
     return tx
-  parts = by_layer(model)
+  parts = text_model.by_layer(model)
   return so.layerwise(tx, *parts, max_norm=c.clip or None, clip=c.clip_by)
 
 
-def build(c: Config, base: Base) -> Method:
+def build(c: Config, base: text_model.Base) -> Method:
   """Sets up the training of a copy of the parameters."""
   params = jax.tree.map(jnp.array, base.params)
   merge, frozen = lambda params: params, 0
@@ -252,27 +183,6 @@ def build(c: Config, base: Base) -> Method:
   state = {'params': params, 'opt_state': jax.jit(tx.init)(params)}
   like = jax.eval_shape(lambda: params)
   return Method(state, tx, merge, like, size(params) - frozen)
-
-
-class HeldOut:
-  """The mean loss of the tokens that count in the held-out rows."""
-
-  def __init__(self, c: Config, model: llama.LlamaConfig, rows: np.ndarray):
-    logits = make_logits(model)
-
-    def sums(params, rows):
-      return jax.tree.map(jnp.sum, cross_entropies(logits(params, rows), rows))
-
-    self._sums = jax.jit(sums)
-    missing = np.zeros((-len(rows) % c.batch, *rows.shape[1:]), rows.dtype)
-    filled = np.concatenate([rows, missing])  # rows that count for nothing
-    self._batches = filled.reshape(-1, c.batch, *rows.shape[1:])
-
-  def __call__(self, params, batches: int) -> float:
-    chosen = self._batches[:batches]
-    sums = np.array([self._sums(params, rows) for rows in chosen])
-    loss, count = sums.sum(axis=0, dtype=float)
-    return float(loss / count)
 
 
 # --- Training ----------------------------------------------------------------
@@ -289,10 +199,10 @@ class Program:
   """The step for these shapes only, and the memory that it takes."""
 
   def __init__(self, c: Config, model: llama.LlamaConfig, method: Method):
-    logits = make_logits(model)
+    logits = text_model.make_logits(model)
 
     def loss(params, rows):
-      return cross_entropy(logits(method.merge(params), rows), rows)
+      return text_model.cross_entropy(logits(method.merge(params), rows), rows)
 
     how = train_step.method(method.tx)
     self._step = jax.jit(train_step.make_step(loss, how), donate_argnums=0)
@@ -307,7 +217,11 @@ class Program:
 
 
 def job(
-  c: Config, rows: np.ndarray, method: Method, program: Program, held: HeldOut
+  c: Config,
+  rows: np.ndarray,
+  method: Method,
+  program: Program,
+  held: text_model.HeldOut,
 ) -> loop.Job:
   def validate(state):
     merged = method.merge(state['params'])
@@ -323,7 +237,12 @@ def job(
   )
 
 
-def train(c: Config, base: Base, rows: text_rows.Rows, held: HeldOut) -> dict:
+def train(
+  c: Config,
+  base: text_model.Base,
+  rows: text_rows.Rows,
+  held: text_model.HeldOut,
+) -> dict:
   """Runs one optimizer to the end and returns the summary of it."""
   run_folder.check_same_run(c, rows.sha256)
   method = build(c, base)
@@ -336,7 +255,7 @@ def train(c: Config, base: Base, rows: text_rows.Rows, held: HeldOut) -> dict:
   if ended.signal:
     loop.leave(c, ended)
   merged = jax.jit(method.merge)(ended.state['params'])
-  save_model(pathlib.Path(c.out, 'model'), base, merged)
+  text_model.save_model(pathlib.Path(c.out, 'model'), base, merged)
   speed = ended.speed * c.batch * c.seq
   return summarize(c, base, method, merged, held) | {
     'tokens_per_second': speed,
@@ -345,7 +264,11 @@ def train(c: Config, base: Base, rows: text_rows.Rows, held: HeldOut) -> dict:
 
 
 def summarize(
-  c: Config, base: Base, method: Method, merged: Mapping, held: HeldOut
+  c: Config,
+  base: text_model.Base,
+  method: Method,
+  merged: Mapping,
+  held: text_model.HeldOut,
 ) -> dict[str, Any]:
   return {
     'optimizer': c.optimizer,
@@ -357,17 +280,14 @@ def summarize(
   }
 
 
-def save_model(folder: pathlib.Path, base: Base, params: Mapping):
-  """Writes the fine-tuned model in Hugging Face's format."""
-  tied = 'lm_head' not in params
-  hf_checkpoint.save(folder, base.model, with_head(params), tied=tied)
-  base.tokenizer.save(str(folder / 'tokenizer.json'))
-
-
-def memory(method: Method, base: Base) -> dict[str, int]:
+def memory(method: Method, base: text_model.Base) -> dict[str, int]:
   """Bytes; Adam's are those for the whole model, which LoRA does not train."""
   adam = so.memory_report(optax.adam(0.0), base.params).adam
   return so.memory_report(method.tx, method.like)._asdict() | {'adam': adam}
+
+
+# What is known only while steps are taken.
+_OF_STEPS = ('tokens_per_second', 'step_bytes')
 
 
 # --- The program -------------------------------------------------------------
@@ -401,17 +321,30 @@ def results(c: Config, rows: text_rows.Rows, before: float) -> dict[str, Any]:
 def main(c: Config) -> dict[str, Any]:
   """Fine-tunes as the configuration asks; the results."""
   c = resolve(c)
-  run_folder.make_room(c)
-  base = load_base(c)
+  base = text_model.load(
+    c.checkpoint,
+    dtype=c.dtype,
+    param_dtype=c.param_dtype,
+    scan_layers=c.scan_layers,
+    remat=c.remat,
+  )
   rows = text_rows.load(c.data, base.tokenizer, c.seq, c.seed)
+  run_folder.make_room(c)  # only now: the checkpoint may be of the run there
   report.say(f'{c.checkpoint}\n{rows.summary}')
-  held = HeldOut(c, base.model, rows.validation)
+  held = text_model.HeldOut(base.model, rows.validation, c.batch)
   before = held(jax.device_put(base.params), c.final_eval_batches)
   found = results(c, rows, before)
+  summary = pathlib.Path(c.out, 'summary.json')
+  if c.resume and summary.exists():
+    found['runs'] = json.loads(summary.read_text())['runs']
   report.say(f'held-out loss before: {before:.4f} nats a token')
   for name in settings.optimizers(c):
-    found['runs'][name] = train(for_optimizer(c, name), base, rows, held)
-    report.write_json(pathlib.Path(c.out, 'summary.json'), found)
+    known = found['runs'].get(name, {})
+    new = train(for_optimizer(c, name), base, rows, held)
+    if not new['tokens_per_second']:  # it was done: nothing ran
+      new |= {k: known[k] for k in _OF_STEPS if k in known}
+    found['runs'][name] = new
+    report.write_json(summary, found)
   report.table([results_row(s, before) for s in found['runs'].values()])
   report.say(f'everything is in {c.out}')
   return found

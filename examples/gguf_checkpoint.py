@@ -40,6 +40,7 @@ _BLOCK = {
   'ffn_up': 'mlp.up_proj',
   'ffn_down': 'mlp.down_proj',
 }
+_USER_DEFINED = 4  # the type of tokens that texts do yield, whole
 _CONTROL = 3  # the type of tokens such as <|im_start|>, which no text yields
 
 
@@ -104,6 +105,9 @@ def _check(reader: Any, c: llama.LlamaConfig):
   names = {t.name for t in reader.tensors}
   if scaling != 'none' or 'rope_freqs.weight' in names:
     raise ValueError(f'rope scaling {scaling!r} is not supported')
+  for name in ('rope.scaling.factor', 'rope.scale_linear'):
+    if (factor := _get(reader, f'llama.{name}', 1)) != 1:
+      raise ValueError(f'llama.{name}={factor!r} is not supported')
   want = c.width // c.heads
   for name in ('rope.dimension_count', 'attention.key_length'):
     if (given := _get(reader, f'llama.{name}', want)) != want:
@@ -122,7 +126,7 @@ def read_config(reader: Any) -> llama.LlamaConfig:
     mlp_width=_number(reader, 'feed_forward_length'),
     layers=_number(reader, 'block_count'),
     heads=heads,
-    kv_heads=_get(reader, 'llama.attention.head_count_kv', heads),
+    kv_heads=_kv_heads(reader, heads),
     vocab=_vocab(reader),
     rope_base=float(_get(reader, 'llama.rope.freq_base', 10_000.0)),
     # The shortest number that float32 rounds to this: 1e-5, not 9.9999997e-6.
@@ -130,6 +134,12 @@ def read_config(reader: Any) -> llama.LlamaConfig:
   )
   _check(reader, c)
   return c
+
+
+def _kv_heads(reader: Any, heads: int) -> int:
+  if _get(reader, 'llama.attention.head_count_kv', None) is None:
+    return heads
+  return _number(reader, 'attention.head_count_kv')
 
 
 # --- The tensors -------------------------------------------------------------
@@ -193,7 +203,7 @@ def _pre_tokenizer(kind: str) -> Any:
   from tokenizers import pre_tokenizers  # pylint: disable=g-import-not-at-top
 
   words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  if kind in ('gpt-2', 'default'):
+  if kind == 'gpt-2':
     return words
   if kind == 'smollm':  # each digit is a token
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -218,9 +228,14 @@ def tokenizer(path: str | pathlib.Path) -> Any:
   merges = [tuple(merge.split(' ')) for merge in get('merges', [])]
   vocab = {token: i for i, token in enumerate(tokens)}
   made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
-  made.pre_tokenizer = _pre_tokenizer(get('pre', 'default'))
+  made.pre_tokenizer = _pre_tokenizer(get('pre', 'not said'))
   made.decoder = tokenizers.decoders.ByteLevel()
-  made.add_special_tokens(
-    [t for t, k in zip(tokens, kinds, strict=False) if k == _CONTROL]
-  )
+  if len(kinds) != len(tokens):
+    raise ValueError(
+      f'{path}: {len(tokens)} tokens, but the kinds of {len(kinds)}'
+    )
+  pairs = list(zip(tokens, kinds, strict=True))
+  of = lambda kind: [token for token, k in pairs if k == kind]
+  made.add_tokens(of(_USER_DEFINED))
+  made.add_special_tokens(of(_CONTROL))
   return made

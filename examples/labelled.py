@@ -79,16 +79,29 @@ def tokens(folder: pathlib.Path, vocab: int, texts: list[str]):
     if vocab != 256:
       raise ValueError(f'{folder} has {vocab} tokens, but no tokenizer.json')
     return [list(text.encode()) for text in texts]
+  return [e.ids for e in tokenizer(folder, vocab).encode_batch(texts)]
+
+
+def tokenizer(folder: pathlib.Path, vocab: int):
+  """The tokenizer of a checkpoint, which neither cuts nor fills up texts."""
   import tokenizers  # pylint: disable=g-import-not-at-top
 
-  tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  tokenizer.no_padding()
-  tokenizer.no_truncation()
+  path = folder / 'tokenizer.json'
+  if not path.exists():
+    raise ValueError(f'{folder} has no tokenizer.json')
+  made = tokenizers.Tokenizer.from_file(str(path))
+  made.no_padding()
+  made.no_truncation()
+  check_vocabulary(made, vocab, path)
+  return made
+
+
+def check_vocabulary(tokenizer, vocab: int, path: pathlib.Path):
+  """Raises if a tokenizer makes tokens that the model does not know."""
   if tokenizer.get_vocab_size() > vocab:
     raise ValueError(
       f'{path} has {tokenizer.get_vocab_size()} tokens, the model {vocab}'
     )
-  return [e.ids for e in tokenizer.encode_batch(texts)]
 
 
 def rows(ids: list[list[int]], labels: np.ndarray, seq: int) -> np.ndarray:

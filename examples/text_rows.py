@@ -39,7 +39,7 @@ def windows(ids: np.ndarray, seq: int) -> np.ndarray:
 
 
 def _encode(documents: dict[str, bytes], tokenizer: Any) -> np.ndarray:
-  """The tokens of all documents in a row, in as many bits as they need."""
+  """The tokens of all documents in a row."""
   texts = [text.decode(errors='replace') for text in documents.values()]
   found = tokenizer.encode_batch_fast(texts)
   return np.concatenate([np.asarray(e.ids, np.int32) for e in found])
@@ -64,7 +64,10 @@ def read_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
   for number, line in enumerate(data.read_text(path).splitlines(), 1):
     try:
       pair = json.loads(line)
-      pairs.append((str(pair['prompt']), str(pair['response'])))
+      prompt, response = pair['prompt'], pair['response']
+      if not isinstance(prompt, str) or not isinstance(response, str):
+        raise TypeError
+      pairs.append((prompt, response))
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(
         f'{path}, line {number}: expected an object with prompt and response'
@@ -102,23 +105,35 @@ def instruction(
 
 
 def of_pairs(path: pathlib.Path, tokenizer: Any, seq: int, seed: int) -> Rows:
-  """Rows of a JSONL file; a tenth of its lines, drawn at random, is held out.
+  """Rows of a JSONL file; a tenth of its prompts, drawn at random, is held out.
 
-  A line whose prompt alone is longer than a row is left out.
+  A line whose prompt alone is longer than a row is left out, and so is one that
+  was there before.
   """
-  pairs = read_pairs(path)
+  pairs = list(dict.fromkeys(read_pairs(path)))
   rows = np.zeros((len(pairs), 2, seq + 1), np.int32)
   for row, pair in zip(rows, pairs, strict=True):
     row[:] = instruction(tokenizer, *pair, seq)
-  kept = rows[rows[:, 1].any(axis=1)]
-  order = np.random.default_rng(seed).permutation(len(kept))
-  held = max(1, len(order) // 10)
-  train, validation = kept[order[held:]], kept[order[:held]]
+  fits = rows[:, 1].any(axis=1)
+  prompts = [
+    prompt for (prompt, _), fit in zip(pairs, fits, strict=True) if fit
+  ]
+  kept, held = rows[fits], _hold_out(prompts, seed)
+  train, validation = kept[~held], kept[held]
   summary = (
-    f'{path}: {len(train)} lines to train, {held} held out, '
-    f'{len(rows) - len(kept)} left out for prompts of seq={seq} or more tokens'
+    f'{path}: {len(train)} lines to train, {len(validation)} held '
+    f'out, {len(rows) - len(kept)} left out for prompts of more than seq={seq} '
+    'tokens'
   )
   return _checked(train, validation, summary)
+
+
+def _hold_out(prompts: list[str], seed: int) -> np.ndarray:
+  """Which lines are held out: all of a prompt, or none."""
+  known = list(dict.fromkeys(prompts))
+  order = np.random.default_rng(seed).permutation(len(known))
+  chosen = {known[i] for i in order[: max(1, len(known) // 10)]}
+  return np.array([prompt in chosen for prompt in prompts], bool)
 
 
 # --- Both --------------------------------------------------------------------

@@ -5,6 +5,7 @@ The checkpoint is a tiny LLaMA with a tied embedding, and a tokenizer of bytes.
 
 import dataclasses
 import json
+import shutil
 import warnings
 
 from flax import nnx
@@ -20,6 +21,7 @@ import hf_checkpoint
 import llama
 import lora
 import subspace_optax as so
+import text_model
 import text_rows
 
 CONTROL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
@@ -107,7 +109,8 @@ def test_without_control_tokens_each_part_is_a_line():
 
 def test_long_responses_are_cut_and_long_prompts_left_out(tmp_path):
   path = tmp_path / 'x.jsonl'
-  texts = [('p', 'r' * 50), ('p' * 50, 'r'), ('p', 'r')] * 2
+  prompts = ('a', 'p' * 50, 'b', 'c', 'q' * 50, 'd')
+  texts = list(zip(prompts, ('r' * 50, 'r', 'r') * 2, strict=True))
   lines = [json.dumps({'prompt': p, 'response': r}) for p, r in texts]
   path.write_text('\n'.join(lines))
   rows = text_rows.load((str(path),), make_tokenizer(()), SEQ, 0)
@@ -126,9 +129,36 @@ def test_whole_files_are_held_out(tmp_path):
   assert not seen & held and len(seen | held) == 9
 
 
+def test_a_prompt_is_trained_on_or_held_out(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  texts = [(chr(97 + i % 20), 'xyz'[i % 3]) for i in range(120)]
+  lines = [json.dumps({'prompt': p, 'response': r}) for p, r in texts]
+  path.write_text('\n'.join(lines))
+  rows = text_rows.load((str(path),), make_tokenizer(()), SEQ, 0)
+  assert len(rows.train) + len(rows.validation) == 60  # each line once
+  first = lambda part: set(part[:, 0, 0].tolist())
+  assert len(first(rows.validation)) == 2
+  assert not first(rows.train) & first(rows.validation)
+
+
+def test_batches_of_held_out_rows_are_spread(checkpoint):
+  base = text_model.load(str(checkpoint))
+  rows = np.zeros((10, 2, SEQ + 1), np.int32)
+  rows[:, 1] = 1
+  rows[:, 0] = np.arange(10)[:, None]
+  one = lambda i: text_model.HeldOut(base.model, rows[i : i + 1], 1)(
+    base.params, 1
+  )
+  held = text_model.HeldOut(base.model, rows, 1)
+  np.testing.assert_allclose(
+    held(base.params, 2), (one(0) + one(9)) / 2, rtol=1e-5
+  )
+
+
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
+    ('{"prompt": null, "response": "b"}', 'line 1: expected an object'),
     ('{"prompt": "a"}', 'line 1: expected an object with prompt and response'),
     ('{"prompt": "a", "response": "b"}\n[]', 'line 2: expected an object'),
     ('{"prompt": "a", "response": "b"}', 'too few tokens'),
@@ -154,37 +184,37 @@ def test_loss_is_the_mean_over_what_counts():
   log = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
   want = [log[0, 1, rows[0, 0, 2]], log[0, 2, rows[0, 0, 3]]]
   want.append(log[1, 2, rows[1, 0, 3]])
-  got = finetune_text.cross_entropy(logits, rows)
+  got = text_model.cross_entropy(logits, rows)
   np.testing.assert_allclose(got, -np.mean(want), rtol=1e-5)
 
 
 def test_held_out_loss_does_not_depend_on_the_batch(checkpoint, pairs):
   c = config(checkpoint, pairs, '')
-  base = finetune_text.load_base(c)
+  base = text_model.load(c.checkpoint)
   rows = text_rows.load(c.data, base.tokenizer, c.seq, 0).validation
-  held = lambda batch: finetune_text.HeldOut(
-    dataclasses.replace(c, batch=batch), base.model, rows
-  )(base.params, 100)
+  held = lambda batch: text_model.HeldOut(base.model, rows, batch)(
+    base.params, 100
+  )
   np.testing.assert_allclose(held(3), held(4), rtol=1e-6)
 
 
 def test_tied_embedding_gets_both_gradients(checkpoint, pairs):
   """That of a tied model is the sum of those of its two uses."""
-  base = finetune_text.load_base(config(checkpoint, pairs, ''))
+  base = text_model.load(str(checkpoint))
   assert 'lm_head' not in base.params
-  logits = finetune_text.make_logits(base.model)
+  logits = text_model.make_logits(base.model)
   rows = np.random.default_rng(0).integers(0, 259, (2, 2, 9)).astype(np.int32)
   rows[:, 1] = 1
-  loss = lambda p: finetune_text.cross_entropy(logits(p, rows), rows)
+  loss = lambda p: text_model.cross_entropy(logits(p, rows), rows)
   tied = jax.jit(jax.grad(loss))(base.params)['embed']['embedding']
-  apart = jax.jit(jax.grad(loss))(finetune_text.with_head(base.params))
+  apart = jax.jit(jax.grad(loss))(text_model.with_head(base.params))
   both = apart['embed']['embedding'] + apart['lm_head']['kernel'].T
   np.testing.assert_allclose(tied, both, rtol=1e-4, atol=1e-6)
 
 
 def test_lora_without_a_head_moves_the_factors_only(checkpoint, pairs):
   c = config(checkpoint, pairs, '', optimizer='lora', rank=2)
-  base = finetune_text.load_base(c)
+  base = text_model.load(c.checkpoint)
   params = jax.tree.map(jnp.asarray, base.params)
   adapters = lora.init(jax.random.key(0), params, 2, train_head=False)
   assert set(adapters) == {'frozen', 'a', 'b'}
@@ -216,20 +246,56 @@ def test_run_learns_and_saves_a_tied_model(checkpoint, pairs, tmp_path):
   saved = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert saved['runs']['adamw8bit']['validation_loss'] == run['validation_loss']
   model = str(tmp_path / 'run' / 'adamw8bit' / 'model')
-  again = dataclasses.replace(c, checkpoint=model, compare='')
-  base = finetune_text.load_base(again)
+  base = text_model.load(model)
   assert 'lm_head' not in base.params
   rows = text_rows.load(c.data, base.tokenizer, c.seq, 0)
-  held = finetune_text.HeldOut(c, base.model, rows.validation)
+  held = text_model.HeldOut(base.model, rows.validation, c.batch)
   np.testing.assert_allclose(
     held(base.params, 100), run['validation_loss'], rtol=1e-5
   )
 
 
+def test_a_run_may_go_on_from_its_own_model(checkpoint, pairs, tmp_path):
+  c = config(checkpoint, pairs, tmp_path / 'run', optimizer='adamw', steps=2)
+  finetune_text.main(c)
+  again = dataclasses.replace(c, checkpoint=str(tmp_path / 'run' / 'model'))
+  finetune_text.main(again)
+  assert (tmp_path / 'run.1' / 'model' / 'config.json').exists()
+  done = finetune_text.main(dataclasses.replace(again, resume=True))
+  assert done['runs']['adamw']['tokens_per_second'] > 0
+  with pytest.raises(ValueError, match='nowhere'):
+    finetune_text.main(dataclasses.replace(c, data=('nowhere.jsonl',)))
+  assert (tmp_path / 'run' / 'model').exists()
+
+
+def test_a_tokenizer_neither_cuts_nor_fills_up(checkpoint, tmp_path):
+  folder = tmp_path / 'model'
+  shutil.copytree(checkpoint, folder)
+  made = text_model.load(str(folder)).tokenizer
+  made.enable_truncation(3)
+  made.enable_padding(length=8)
+  made.save(str(folder / 'tokenizer.json'))
+  ids = text_model.load(str(folder)).tokenizer.encode('abcdefghij').ids
+  assert len(ids) == len(make_tokenizer().encode('abcdefghij').ids)
+  made.add_tokens([f'token{i}' for i in range(1000)])
+  made.save(str(folder / 'tokenizer.json'))
+  with pytest.raises(ValueError, match='tokens, the model'):
+    text_model.load(str(folder))
+
+
+def test_a_classifier_is_no_language_model(checkpoint, tmp_path):
+  model = dataclasses.replace(text_model.load(str(checkpoint)).model, outputs=3)
+  params = nnx.state(llama.Llama(model, nnx.Rngs(0)), nnx.Param)
+  labels = ('a', 'b', 'c')
+  hf_checkpoint.save(tmp_path, model, nnx.to_pure_dict(params), labels=labels)
+  with pytest.raises(ValueError, match='a classifier'):
+    text_model.load(str(tmp_path))
+
+
 def one_run(c, name):
   """The parameters after a run."""
   c = finetune_text.for_optimizer(c, name)
-  base = finetune_text.load_base(c)
+  base = text_model.load(c.checkpoint)
   rows = text_rows.load(c.data, base.tokenizer, c.seq, 0)
   method = finetune_text.build(c, base)
   program = finetune_text.Program(c, base.model, method)
@@ -252,7 +318,7 @@ def test_layerwise_steps_are_the_ordinary_ones(checkpoint, pairs):
 @pytest.mark.parametrize('name', sorted(finetune_text.LEARNING_RATES))
 def test_every_optimizer_can_be_set_up(checkpoint, pairs, name):
   c = finetune_text.for_optimizer(config(checkpoint, pairs, ''), name)
-  base = finetune_text.load_base(c)
+  base = text_model.load(c.checkpoint)
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'scale takes .* as the head')
     method = jax.eval_shape(lambda: finetune_text.build(c, base).state)
@@ -265,6 +331,15 @@ def test_every_optimizer_can_be_set_up(checkpoint, pairs, name):
     ({'optimizer': 'sgd'}, "optimizer='sgd' is unknown; choose from"),
     ({'layerwise': True, 'optimizer': 'lora'}, "optimizer='lora' with layer"),
     ({'layerwise': True, 'accumulation': 2}, 'accumulation=2 with layerwise'),
+    ({'lora_scale': 0.0}, 'lora_scale must be positive'),
+    (
+      {'accumulation': 2, 'data': ('x.jsonl',)},
+      'accumulation=2 with instructions',
+    ),
+    (
+      {'compare': 'adamw,adafactor', 'eight_bit': True},
+      "eight_bit=True with optimizer='adafactor'",
+    ),
     ({'batch': 0}, 'batch=0: expected more than 0'),
   ],
 )

@@ -69,15 +69,18 @@ def vocabulary():
   return tokens + [f'<rest{i}>' for i in range(VOCAB - len(tokens))]
 
 
-def add_tokenizer(writer, kind):
+def add_tokenizer(writer, kind, types=None):
   writer.add_tokenizer_model('gpt2')
   writer.add_tokenizer_pre(kind)
   writer.add_token_list(vocabulary())
-  writer.add_token_types([3] * len(CONTROL) + [1] * (VOCAB - len(CONTROL)))
+  usual = [3] * len(CONTROL) + [1] * (VOCAB - len(CONTROL))
+  writer.add_token_types(types or usual)
   writer.add_token_merges(MERGES)
 
 
-def write(path, weights, kind='smollm', architecture='llama', change=None):
+def write(
+  path, weights, kind='smollm', architecture='llama', change=None, types=None
+):
   """Writes a GGUF file; `change` adds to it."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_embedding_length(WIDTH)
@@ -87,7 +90,7 @@ def write(path, weights, kind='smollm', architecture='llama', change=None):
   writer.add_head_count_kv(KV_HEADS)
   writer.add_rope_freq_base(BASE)
   writer.add_layer_norm_rms_eps(EPSILON)
-  add_tokenizer(writer, kind)
+  add_tokenizer(writer, kind, types)
   (change or (lambda writer: None))(writer)
   for name, x in weights.items():
     four_bit = x.dtype == np.uint8
@@ -217,6 +220,10 @@ def test_four_bit_blocks_become_floats(tmp_path):
       "rope scaling 'yarn' is not supported",
     ),
     (
+      {'change': lambda w: w.add_rope_scaling_factor(4.0)},
+      'llama.rope.scaling.factor=4.0 is not supported',
+    ),
+    (
       {'change': lambda w: w.add_rope_dimension_count(4)},
       'llama.rope.dimension_count=4, expected 8',
     ),
@@ -245,6 +252,16 @@ def test_files_that_are_no_gguf_are_named(tmp_path):
     gguf_checkpoint.load(path)
 
 
+def test_kinds_of_tokens(tmp_path):
+  usual = [3] * len(CONTROL) + [1] * (VOCAB - len(CONTROL))
+  path = write(tmp_path / 'x.gguf', tensors(), types=[*usual[:-1], 4])
+  name = vocabulary()[-1]
+  assert gguf_checkpoint.tokenizer(path).encode(f'a{name}').ids[-1] == VOCAB - 1
+  path = write(tmp_path / 'y.gguf', tensors(), types=usual[:-1])
+  with pytest.raises(ValueError, match='tokens, but the kinds of'):
+    gguf_checkpoint.tokenizer(path)
+
+
 def test_tokenizer_merges_and_splits_digits(file, tmp_path):
   tokenizer = gguf_checkpoint.tokenizer(file)
   text = '<|im_start|>the the12é<|im_end|>'
@@ -255,6 +272,10 @@ def test_tokenizer_merges_and_splits_digits(file, tmp_path):
   assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
   plain = write(tmp_path / 'x.gguf', tensors(), kind='gpt-2')
   assert '12' in gguf_checkpoint.tokenizer(plain).encode('12').tokens
+  for missing in ('', 'default'):  # llama.cpp's own default splits otherwise
+    silent = write(tmp_path / 'z.gguf', tensors(), kind=missing)
+    with pytest.raises(ValueError, match='tokenizer.ggml.pre'):
+      gguf_checkpoint.tokenizer(silent)
   other = write(tmp_path / 'y.gguf', tensors(), kind='other')
   with pytest.raises(ValueError, match="tokenizer.ggml.pre='other'"):
     gguf_checkpoint.tokenizer(other)
