@@ -115,9 +115,7 @@ def of_pairs(path: pathlib.Path, tokenizer: Any, seq: int, seed: int) -> Rows:
   for row, pair in zip(rows, pairs, strict=True):
     row[:] = instruction(tokenizer, *pair, seq)
   fits = rows[:, 1].any(axis=1)
-  prompts = [
-    prompt for (prompt, _), fit in zip(pairs, fits, strict=True) if fit
-  ]
+  prompts = [pairs[i][0] for i in np.flatnonzero(fits)]
   kept, held = rows[fits], _hold_out(prompts, seed)
   train, validation = kept[~held], kept[held]
   summary = (
