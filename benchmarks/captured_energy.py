@@ -140,22 +140,32 @@ def means(args: Args, results: dict) -> dict[str, float]:
   }
 
 
-@harness.picture(1, 3, figsize=(16, 6), sharey=True)
-def picture(grid: Any, results: dict) -> None:
-  """Captured energy over training, the best possible above it."""
-  rank, ratios = results['settings']['rank'], results['mean_share_of_the_best']
-  titles = panels(results['settings']['update_proj_gap']).items()
-  for axes, (title, rules) in zip(grid, titles, strict=True):
-    axes.plot(*zip(*results['best'], strict=True), 'k', label='best possible')
-    for i, name in enumerate(rules):
-      label = f'{name} ({ratios[name]:.2f} of the best)'
-      curve, style = results['curves'][name], f'C{i}'
-      axes.plot(curve, style, linewidth=0.9, label=label)
-    axes.set_title(title)
-    axes.set_xlabel('step of the main job')
-    axes.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.12))
-  grid[0].set_ylabel(f'share of the gradient at rank {rank}, mean of matrices')
-  grid[0].set_ylim(0, 1.02)
+def spread(args: Args, results: dict) -> dict[str, tuple[float, float, float]]:
+  """From each projector to the deciles of its shares, and their median."""
+  return {
+    name: tuple(np.percentile(curve[args.warm_up :], (10, 50, 90)))
+    for name, curve in results['curves'].items()
+  }
+
+
+@harness.picture(figsize=(7, 6.5))
+def picture(axes: Any, results: dict) -> None:
+  """Captured energy over training, and between what it mostly was."""
+  args = Args(**results['settings'])
+  shares = spread(args, results)
+  names = sorted(shares, key=lambda name: -shares[name][1])
+  for title, rules in panels(args.update_proj_gap).items():
+    of = {name: shares[name] for name in rules}
+    harness.draw_ranges(axes, of, names, label=title)
+  most = float(np.median([x for t, x in results['best'] if t >= args.warm_up]))
+  axes.axvline(most, color='k', linewidth=0.8, label='best possible')
+  axes.set_xlim(0, 1.02)
+  rank = results['settings']['rank']
+  axes.set_xlabel(
+    f'share of the gradient at rank {rank}, mean of matrices\n'
+    f'(median of steps {args.warm_up} to {args.steps}, first to last decile)'
+  )
+  axes.legend(fontsize=8, loc='upper left')
 
 
 def main(args: Args) -> None:

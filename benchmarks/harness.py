@@ -216,6 +216,32 @@ def picture(*panels: int, **options: Any) -> Callable[..., Any]:
   return decorate
 
 
+def draw_ranges(
+  axes: Any,
+  ranges: Mapping[str, tuple[float, float, float]],
+  names: Iterable[str],
+  shift: float = 0.0,
+  **style: Any,
+) -> None:
+  """A line for each name: a dot at the middle of its three numbers.
+
+  Args:
+    axes: what to draw on; names stand from above to below.
+    ranges: from a name to its least, middle and largest number.
+    names: all names, those without a range too.
+    shift: how far below its name a line stands, of a line's height.
+    **style: the dots', and the lines' color.
+  """
+  names = list(names)
+  at = [names.index(name) + shift for name in ranges]
+  least, middle, most = zip(*ranges.values(), strict=True)
+  (dots,) = axes.plot(middle, at, 'o', markersize=5, **style)
+  axes.hlines(at, least, most, color=dots.get_color(), linewidth=2, alpha=0.5)
+  axes.set_yticks(range(len(names)), names)
+  axes.set_ylim(len(names) - 0.5, -0.5)
+  axes.grid(axis='x', which='both', linewidth=0.3)
+
+
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
   """The points that no other beats in both coordinates."""
   kept, least = [], math.inf
@@ -224,11 +250,6 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
       kept.append((x, y))
       least = y
   return kept
-
-
-def color(i: int) -> Any:
-  """One of twenty."""
-  return matplotlib.colormaps['tab20'](i)
 
 
 def next_to(path: str | pathlib.Path, suffix: str) -> pathlib.Path:

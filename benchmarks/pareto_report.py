@@ -1,10 +1,12 @@
 """The table and the picture of the Pareto benchmark."""
 
+from collections.abc import Sequence
 import math
 import statistics
 from typing import Any
 
 from matplotlib.transforms import Bbox
+import numpy as np
 
 from benchmarks import contenders
 from benchmarks import corpora
@@ -26,10 +28,18 @@ rows but those of whole models; their states count. A search that is not done
 says what it lacks. Sigma is the spread of one seed, pooled over all methods of
 a table; z is the difference to AdamW over its standard error, and beyond 3.1 no
 accident. What is on the front has less loss than all with no more state.
+
+All MiB are those of state, weights and what a step adds to them. "AdamW needs"
+is how many times as many tokens AdamW takes to the same loss, between lengths
+of its own that were run, by the logarithm of tokens. "As AdamW after" is the
+share of the steps after which the training loss of seed 0, a mean of 200 steps,
+is that of AdamW's last: on the way of one schedule, the rate not yet at 0.
 """
 
 HEAD = ('method', 'lr', 'decay', 'loss', 'std', 'seeds', 'optimizer MiB')
-HEAD += ('loss vs adamw', 'z', 'state vs adamw', 'lacks')
+HEAD += ('all MiB', 'loss vs adamw', 'z', 'state vs adamw', 'AdamW needs')
+HEAD += ('as AdamW after', 'lacks')
+_CHUNKS = 4  # of 50 steps, whose training losses are one number
 
 
 def losses(search: dict) -> list[float]:
@@ -88,19 +98,54 @@ def sentence(searches: list[dict]) -> str:
   return f'The front: {"; ".join(parts)}; z is of the step from the one before.'
 
 
+def tokens_of_adamw(search: dict, adamws: list[dict]) -> str:
+  """How many times as many tokens AdamW takes to the loss of a search."""
+  alike = ('corpus', 'size', 'batch', 'seq')
+  same = [x for x in adamws if all(x[k] == search[k] for k in alike)]
+  if len(same) < 2 or search['method'] == 'adamw':
+    return '-'
+  same.sort(key=lambda x: x['multiple'])
+  logs = [math.log(x['multiple']) for x in same]
+  found = np.interp(-mean(search), [-mean(x) for x in same], logs)
+  times = math.exp(found) / search['multiple']
+  bound = {logs[0]: '< ', logs[-1]: '> '}.get(float(found), '')
+  return f'{bound}{times:.2f} x'
+
+
+def share_of_steps(search: dict, base: dict) -> float | None:
+  """The share of steps after which the training loss is AdamW's last one."""
+  curve, target = (_smooth(x) for x in (search, base))
+  reached = np.flatnonzero(curve <= target[-1])
+  if search is base or not reached.size:
+    return None
+  return float(reached[0] + _CHUNKS) / (curve.size + _CHUNKS - 1)
+
+
+def _smooth(search: dict) -> np.ndarray:
+  """Training losses of seed 0 at the best, means of a few chunks."""
+  (run,) = [row for row in at_best(search) if row['seed'] == 0]
+  losses = np.array([math.inf if x is None else x for x in run['curve']])
+  return np.convolve(losses, np.full(_CHUNKS, 1 / _CHUNKS), 'valid')
+
+
 def cells(
-  search: dict, base: dict | None, spread: float | None = None
+  search: dict,
+  base: dict | None = None,
+  spread: float | None = None,
+  adamws: Sequence[dict] = (),
 ) -> list[str]:
   """One line; some of its cells are relative to AdamW's."""
   values, size = losses(search), search['memory']['optimizer_bytes']
-  over_adamw = ['-', '-', '-']
+  over_adamw = ['-'] * 5
   if base is not None:
     share = 100 * size / base['memory']['optimizer_bytes']
-    z = z_score(search, base, spread)
+    z, steps = z_score(search, base, spread), share_of_steps(search, base)
     over_adamw = [
       f'{100 * (mean(search) / mean(base) - 1):+.2f} %',
       '-' if z is None else f'{z:+.1f}',
       f'{share:.0f} %',
+      tokens_of_adamw(search, list(adamws)),
+      '-' if steps is None else f'{100 * steps:.0f} %',
     ]
   return [
     search['method'],
@@ -110,6 +155,7 @@ def cells(
     f'{statistics.stdev(values):.4f}' if len(values) > 1 else '-',
     str(len(values)),
     f'{size / MIB:.3f}',
+    f'{sum(search["memory"].values()) / MIB:.1f}',
     *over_adamw,
     str(search['lacks'] or ''),
   ]
@@ -131,13 +177,17 @@ def adamw(searches: list[dict]) -> dict | None:
 def markdown(results: dict[str, Any]) -> str:
   """All groups, one table each."""
   of = results['machine']
+  adamws = [s for s in results['searches'] if s['method'] == 'adamw']
   text = (
     f'Measured on {of["processor"]}, {of["cores"]} cores, jax {of["jax"]}.\n'
     f'{NOTES}'
   )
   for name, searches in groups(results).items():
+    if all(search['method'] == 'adamw' for search in searches):
+      continue  # a length that others are compared with
     spread = sigma(searches)
-    rows = [cells(search, adamw(searches), spread) for search in searches]
+    base = adamw(searches)
+    rows = [cells(search, base, spread, adamws) for search in searches]
     ready = [x for x in searches if ', ' not in x['method']]
     text += f'\n### {name}\n\n{sentence(ready)}\n'
     text += f'\nSigma is {spread:.4f}.\n' if spread else ''

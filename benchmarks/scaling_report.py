@@ -103,44 +103,42 @@ def number(x: float) -> str:
 
 
 def picture(results: dict, path: Any) -> None:
-  """Time of a step, chip time of a token, and memory, against chips."""
-  columns = [(k, m) for k in results['chips'] for m in results['models']]
-  size = (3.5 * len(columns), 9)
-  with harness.draw(
-    path, 3, len(columns), dpi=120, figsize=size, sharex=True
-  ) as (figure, panels):
-    for column, (kind, model) in zip(panels.T, columns, strict=True):
-      draw_column(column, results, kind, model)
-    names = 'seconds of a step', 'chip-microseconds of a token', 'GB on a chip'
-    for axes, name in zip(panels[:, 0], names, strict=True):
-      axes.set_ylabel(name)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+  """Time of a step over that of FSDP with AdamW, and memory, against chips."""
+  kinds, models = results['chips'], results['models']
+  size = 2 * len(models), len(kinds)
+  style = {'sharex': True, 'sharey': 'row', 'figsize': (10, 11)}
+  with harness.draw(path, *size, dpi=110, **style) as (figure, panels):
+    for column, kind in zip(panels.T, kinds, strict=True):
+      column[0].set_title(f'{kind} (predicted)', fontsize=11)
+      column[-1].set_xlabel('chips')
+      for i, model in enumerate(models):
+        draw_model(column[2 * i : 2 * i + 2], results, kind, model)
+    for i, model in enumerate(models):
+      panels[2 * i, 0].set_ylabel(f'{model}: step / AdamW, FSDP')
+      panels[2 * i, 0].set_ylim(bottom=0)
+      panels[2 * i + 1, 0].set_ylabel(f'{model}: GB on a chip')
+    handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=3)
 
 
-def draw_column(column: Any, results: dict, kind: str, model: str) -> None:
-  """The three panels of one model on one kind of chip."""
-  time, cost, memory = column
-  time.set_title(f'{model} on\n{kind} (predicted)', fontsize=11)
+def draw_model(panels: Any, results: dict, kind: str, model: str) -> None:
+  """The two panels of one model on one kind of chip."""
+  time, memory = panels
+  base = None
   for strategy, (color, marker) in STYLES.items():
     rows = rows_of(results, kind, model, strategy)
     of = lambda key, rows=rows: np.array([row[key] for row in rows])
     chips, seconds = of('chips'), of('seconds')
+    base = seconds if base is None else base
     style = {'color': color, 'marker': marker, 'markersize': 4}
     style |= {'linestyle': '-' if strategy.startswith('FSDP') else ':'}
     style |= {'label': strategy}
-    time.loglog(chips, seconds, **style)
-    cost.semilogx(chips, 1e6 * seconds * chips / of('batch_tokens'), **style)
+    time.semilogx(chips, seconds / base, **style)
     memory.loglog(chips, of('memory_bytes') / 1e9, **style)
   capacity = results['chips'][kind]['capacity'] / 1e9
-  memory.axhline(capacity, color='tab:red', linewidth=0.8)
-  note = {'textcoords': 'offset points', 'ha': 'right', 'color': 'tab:red'}
-  memory.annotate('capacity', (chips[-1], capacity), (0, 3), **note)
-  cost.set_ylim(bottom=0)
-  for axes in (time, memory):
-    axes.yaxis.set_major_formatter('{x:g}')
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.margins(y=0.12)
+  memory.axhline(capacity, color='tab:red', lw=0.8, label='capacity')
+  memory.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  memory.yaxis.set_major_formatter('{x:g}')
+  memory.yaxis.set_minor_formatter(ticker.NullFormatter())
   memory.set_xticks(chips, [f'{n:,}' for n in chips])
   memory.minorticks_off()
-  memory.set_xlabel('chips')

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from matplotlib import ticker
 import numpy as np
 import optax
 import tyro
@@ -175,25 +176,30 @@ def table(rows: list[dict]) -> str:
 
 
 def picture(results: dict, path: Any) -> None:
-  """Every step's time: a panel for each optimizer, a column for each form."""
+  """The median step of each optimizer, and the longest that returns."""
   forms = results['rows']
   names = [row['optimizer'] for row in next(iter(forms.values()))]
-  shape = len(names), len(forms)
-  style = {'figsize': (10, 1.2 * len(names)), 'sharex': True, 'sharey': True}
-  with harness.draw(path, *shape, dpi=150, **style) as (figure, panels):
-    for column, (form, rows) in zip(panels.T, forms.items(), strict=True):
-      by_name = {row['optimizer']: row for row in rows}
-      for axes, name in zip(column, names, strict=True):
-        axes.set_title(f'{name}, {form}', fontsize=8, loc='left', pad=2)
-        axes.set_yscale('log')
-        row = by_name.get(name)
-        if row is None:
-          axes.text(0.5, 0.5, 'projects no stack', transform=axes.transAxes)
-          continue
-        steps = np.arange(1, len(row['seconds']) + 1) * EVERY.get(name, 1)
-        axes.plot(steps, np.array(row['seconds']) * 1e3, linewidth=0.7)
-    figure.supxlabel('step')
-    figure.supylabel('milliseconds')
+  size = (7, 1 + 0.4 * len(names))
+  with harness.draw(path, dpi=120, figsize=size) as (_, axes):
+    for i, (form, rows) in enumerate(forms.items()):
+      of = {row['optimizer']: milliseconds(row) for row in rows}
+      shift = 0.24 * (i - (len(forms) - 1) / 2)
+      harness.draw_ranges(axes, of, names, shift, label=form)
+    axes.set_xscale('log')
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter('{x:,.0f}')
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel(
+      'milliseconds of a step\n(median, fastest to slowest that returns)'
+    )
+    axes.legend(fontsize=8)
+
+
+def milliseconds(row: dict) -> tuple[float, float, float]:
+  """The least, the median and the most that returns."""
+  median = row['median_seconds']
+  worst = median * row['worst_that_returns_over_median']
+  return 1e3 * min(row['seconds']), 1e3 * median, 1e3 * max(worst, median)
 
 
 def main(args: Args) -> None:

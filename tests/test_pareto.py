@@ -10,17 +10,26 @@ from benchmarks import pareto_report
 from benchmarks import pareto_run
 
 
-def search(method, losses, size, lr=0.01):
+def search(method, losses, size, lr=0.01, multiple=1.0):
   """Returns a search whose seeds are all at the best."""
   runs = [
-    {'lr': lr, 'decay': 0.003, 'seed': i, 'validation': x, 'test': x}
+    {
+      'lr': lr,
+      'decay': 0.003,
+      'seed': i,
+      'validation': x,
+      'test': x,
+      'curve': list(np.linspace(2 * x, x, 11)),
+    }
     for i, x in enumerate(losses)
   ]
   return {
     'method': method,
     'corpus': 'docstrings',
     'size': '0.1M',
-    'multiple': 1.0,
+    'multiple': multiple,
+    'batch': 8,
+    'seq': 128,
     'steps': 50,
     'best': {'lr': lr, 'decay': 0.003},
     'lacks': 0,
@@ -92,7 +101,28 @@ def test_the_front_is_what_nothing_smaller_beats():
   assert pareto_report.front(ALL) == [SMALL, GOOD]
   text = pareto_report.markdown({'machine': MACHINE, 'searches': ALL})
   assert 'from 0.062 MiB on `scale` (1.6000); from 0.500 MiB on `muon`' in text
-  assert '| adamw |' in text and '| +0.00 % | - | 100 % |' in text
+  assert '| adamw |' in text and '| +0.00 % | - | 100 % | - | - |' in text
+
+
+def test_tokens_of_adamw_are_interpolated_by_their_logarithm():
+  longer = search('adamw', [1.31], 2**20, multiple=16.0)
+  tokens = lambda x: pareto_report.tokens_of_adamw(x, [longer, ADAMW])
+  # 1.42 is 9 / 20 of the way from 1.51 at 1 to 1.31 at 16.
+  assert tokens(GOOD) == f'{16 ** (9 / 20):.2f} x'
+  assert tokens(SMALL) == '< 1.00 x'
+  assert tokens(search('muon', [1.2], 1, multiple=4.0)) == '> 4.00 x'
+  assert tokens(ADAMW) == pareto_report.tokens_of_adamw(GOOD, [ADAMW]) == '-'
+
+
+def test_the_share_of_steps_to_adamws_last_loss():
+  fast = search('muon', [1.2], 1)
+  share = pareto_report.share_of_steps(fast, ADAMW)
+  # Means of four chunks; that of AdamW's last four is 1.15 of its last.
+  means = [2.4 - 0.12 * (i + 1.5) for i in range(8)]
+  first = next(i for i, x in enumerate(means) if x <= 1.5 * 1.15)
+  np.testing.assert_allclose(share, (first + 4) / 11)
+  assert first < 7
+  assert pareto_report.share_of_steps(WORSE, ADAMW) is None
 
 
 MACHINE = {'processor': 'some', 'cores': 2, 'jax': '0'}

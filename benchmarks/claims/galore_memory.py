@@ -8,7 +8,6 @@ allocated.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import optax
 
 from benchmarks import harness
@@ -135,20 +134,18 @@ def run() -> claim.Found:
   return claim.Found(found, rows, table, numbers)
 
 
-@harness.picture(figsize=(7.5, 4.5))
-def picture(axes: Any, rows: dict) -> None:
-  """Adam and GaLore for every size."""
-  x, printed = np.arange(len(rows)), []
-  for i, column in enumerate(COLUMNS):
-    at = x + 0.27 * (i - 1)
-    sizes = [row[column] / 1e9 for row in rows.values()]
-    bars = axes.bar(at, sizes, 0.25, label=column)
-    axes.bar_label(bars, [f'{size:.2f}' for size in sizes], fontsize=7)
-    known = [getattr(row, column) for row in PRINTED.values()]
-    printed += zip(at, known, strict=False)
-  axes.plot(*zip(*printed, strict=True), 'k_', markersize=14, label='printed')
-  axes.set_yscale('log')
-  axes.set_xticks(x, [f'{k}\nrank {row["rank"]}' for k, row in rows.items()])
-  axes.tick_params(axis='x', labelsize=8)
-  axes.set_ylabel('GB')
-  axes.legend(fontsize=8)
+@harness.picture(1, 5, figsize=(10, 3.2))
+def picture(grid: Any, rows: dict) -> None:
+  """Weights, Adam and GaLore of every size, each on an axis from 0."""
+  for axes, (name, row) in zip(grid, rows.items(), strict=True):
+    sizes = [row[column] / 1e9 for column in COLUMNS]
+    bars = axes.bar(COLUMNS, sizes, color=['C0', 'C1', 'C2'])
+    axes.bar_label(bars, [f'{size:.2f}' for size in sizes], fontsize=8)
+    if name in PRINTED:
+      printed = [getattr(PRINTED[name], column) for column in COLUMNS]
+      axes.plot(COLUMNS, printed, 'k_', markersize=16, label='printed')
+    axes.set_title(f'{name}, rank {row["rank"]}', fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.margins(y=0.12)
+  grid[0].set_ylabel('GB')
+  grid[0].legend(fontsize=8, loc='upper left')

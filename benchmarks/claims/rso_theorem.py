@@ -70,9 +70,12 @@ def run() -> claim.Found:
 
 @harness.picture(figsize=(6, 4))
 def picture(axes: Any, data: dict) -> None:
-  """A curve for each rank, its bound dashed."""
+  """The running mean for each rank, and below what it must end."""
   for i, (rank, squares) in enumerate(data.items()):
-    axes.semilogy(squares, f'C{i}', label=f'r/m = {rank}/{M}')
-    axes.axhline(parameters(int(rank)).bound, color=f'C{i}', ls='--')
+    means = np.cumsum(squares) / np.arange(1, len(squares) + 1)
+    share = f'r/m = {rank}/{M}'
+    axes.semilogy(means, f'C{i}', label=f'{share}: mean so far')
+    bound = parameters(int(rank)).bound
+    axes.axhline(bound, color=f'C{i}', ls='--', label=f'{share}: bound')
   axes.set(xlabel='subproblem', ylabel='||grad f||^2')
-  axes.legend()
+  axes.legend(fontsize=8)

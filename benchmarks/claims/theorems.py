@@ -55,8 +55,9 @@ def rows(theorem: str, optimizer: Callable) -> list[dict]:
     p = parameters(theorem, steps)
     # Theorem 3's gradients are means of its B samples.
     batch = p.batch_size if theorem == 'large_batch_galore' else 1
-    stalled = descend(p, steps, counter.galore, 1)['last']
-    row = descend(p, steps, optimizer, batch) | {'galore_last': stalled}
+    stalled = descend(p, steps, counter.galore, 1)
+    row = descend(p, steps, optimizer, batch)
+    row |= {f'galore_{name}': value for name, value in stalled.items()}
     found.append({'steps': steps, **p._asdict(), **row})
   return found
 
@@ -91,6 +92,7 @@ COLUMNS = {
   'mean': 'mean',
   'rate': 'rate',
   'last': 'last',
+  'GaLore, mean': 'galore_mean',
   'GaLore, last': 'galore_last',
 }
 
@@ -114,7 +116,7 @@ def run(theorem: str, optimizer: Callable) -> claim.Found:
 
 @harness.picture(figsize=(7, 4.5))
 def picture(axes: Any, rows: list[dict]) -> None:
-  """The mean and the rate over T, and how runs end."""
+  """Means of runs and the rate over T."""
   steps = [row['steps'] for row in rows]
   of = lambda name: [row[name] for row in rows]
   found, promised = slopes(rows)
@@ -122,9 +124,9 @@ def picture(axes: Any, rows: list[dict]) -> None:
   moved = np.multiply(of('rate'), rows[0]['mean'] / rows[0]['rate'])
   label = f'rate of the theorem, moved there, slope {promised:.2f}'
   axes.plot(steps, moved, 'k:', label=label)
-  label = 'GaLore, single samples: last'
-  axes.plot(steps, of('galore_last'), 's--', label=label)
+  label = 'GaLore, single samples: mean'
+  axes.plot(steps, of('galore_mean'), 's--', label=label)
   stall, label = 2 * counter.stall(SIGMA), 'predicted stall of GaLore'
   axes.axhline(stall, color='gray', linewidth=0.8, label=label)
-  axes.set(xscale='log', yscale='log', xlabel='T', ylabel='||grad f||^2')
+  axes.set(xscale='log', yscale='log', xlabel='T', ylabel='mean ||grad f||^2')
   axes.legend(fontsize=8)
