@@ -1,4 +1,4 @@
-r"""Fine-tunes a Hugging Face LLaMA to label texts, by one optimizer or several.
+r"""Fine-tunes a LLaMA or a RoBERTa to label texts, by one optimizer or several.
 
   python examples/finetune.py
   python examples/finetune.py --optimizer lora --rank 8 --scale 2
@@ -7,7 +7,8 @@ r"""Fine-tunes a Hugging Face LLaMA to label texts, by one optimizer or several.
       --dtype bfloat16 --remat --lr 1e-5 --seq 256
 
 A linear head on the last token's features gives the label, as in Hugging Face's
-LlamaForSequenceClassification, in whose format the result is saved. By default
+LlamaForSequenceClassification, in whose format the result is saved; a RoBERTa
+has the head of RobertaForSequenceClassification on its first. By default
 the texts are BBC News articles, and the checkpoint is a small one that is first
 pretrained on those of them that are not held out. A run leaves what
 `pretrain.py` leaves, and model/; Ctrl-C saves and says how to go on.
@@ -30,7 +31,6 @@ import tyro
 
 import finetune_task
 from finetune_task import Task
-import hf_checkpoint
 import labelled
 import llama
 import loop
@@ -38,6 +38,7 @@ import lora
 import pretrain
 import recipes
 import report
+import roberta
 import run_folder
 import settings
 import subspace_optax as so
@@ -64,6 +65,7 @@ LEARNING_RATES = {
   'muon': 5e-3,
   'lora': 3e-3,
 }
+Model = llama.LlamaConfig | roberta.RobertaConfig
 _SCALED = ('galore', 'golore', 'online_subspace_descent', 'contrib_galore')
 
 
@@ -136,9 +138,10 @@ def guessing(task: Task) -> float:
   return float(np.mean(task.validation[:, -1] == most))
 
 
-def load_model(c: Config, task: Task) -> tuple[llama.LlamaConfig, dict]:
+def load_model(c: Config, task: Task) -> tuple[Model, dict]:
   """The checkpoint with a new head of one output for each label."""
-  model, params = hf_checkpoint.load(
+  files = finetune_task.format_of(task.checkpoint)
+  model, params = files.load(
     task.checkpoint,
     dtype=c.dtype,
     param_dtype=c.param_dtype,
@@ -146,23 +149,36 @@ def load_model(c: Config, task: Task) -> tuple[llama.LlamaConfig, dict]:
     remat=c.remat,
   )
   model = dataclasses.replace(model, outputs=len(task.labels))
-  shape = (model.width, len(task.labels))
   key = jax.random.fold_in(jax.random.key(c.seed), 0)
-  head = 0.02 * jax.random.normal(key, shape, model.param_dtype)
   params = jax.tree.map(jnp.asarray, params)
-  return model, params | {'lm_head': {'kernel': head}}
+  return model, params | files.first_head(model, key)
 
 
-def make_score(model: llama.LlamaConfig) -> Callable:
+def make_logits(model: Model) -> Callable:
+  """(parameters, tokens, places of the last ones) -> logits of the labels."""
+
+  def of_llama(params, tokens_BxT, last_B):
+    logits_BxTxC = nnx.merge(graphdef, params)(tokens_BxT)
+    return logits_BxTxC[jnp.arange(len(last_B)), last_B]
+
+  def of_roberta(params, tokens_BxT, last_B):
+    return nnx.merge(graphdef, params)(tokens_BxT, last_B + 1)
+
+  if isinstance(model, roberta.RobertaConfig):
+    make, logits = lambda: roberta.Roberta(model, nnx.Rngs(0)), of_roberta
+  else:
+    make, logits = lambda: llama.Llama(model, nnx.Rngs(0)), of_llama
+  graphdef: Any = nnx.split(nnx.eval_shape(make))[0]
+  return logits
+
+
+def make_score(model: Model) -> Callable:
   """(parameters, rows) -> (loss, whether the label is right), one a row."""
-  graphdef, _ = nnx.split(
-    nnx.eval_shape(lambda: llama.Llama(model, nnx.Rngs(0)))
-  )
+  logits = make_logits(model)
 
   def score(params, rows_BxT2):
     last_B, label_B = rows_BxT2[:, -2], rows_BxT2[:, -1]
-    logits_BxTxC = nnx.merge(graphdef, params)(rows_BxT2[:, :-2])
-    logits_BxC = logits_BxTxC[jnp.arange(len(last_B)), last_B]
+    logits_BxC = logits(params, rows_BxT2[:, :-2], last_B)
     loss_B = optax.softmax_cross_entropy_with_integer_labels(
       logits_BxC.astype(jnp.float32), label_B
     )
@@ -178,7 +194,7 @@ class Method(NamedTuple):
   tx: optax.GradientTransformation
   merge: Callable  # (what is trained) -> parameters of the model
   score: Callable
-  model: llama.LlamaConfig
+  model: Model
   trained: int  # parameters
 
 
@@ -274,9 +290,8 @@ def train(c: Config, task: Task) -> dict[str, Any]:
 
 def save_model(folder: pathlib.Path, method: Method, task: Task, params):
   """Writes the fine-tuned model as a checkpoint of its own."""
-  hf_checkpoint.save(
-    folder, method.model, method.merge(params), labels=task.labels
-  )
+  files = finetune_task.format_of(task.checkpoint)
+  files.save(folder, method.model, method.merge(params), labels=task.labels)
   tokenizer = task.checkpoint / 'tokenizer.json'
   if tokenizer.exists():
     shutil.copy(tokenizer, folder)

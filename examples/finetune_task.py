@@ -9,6 +9,7 @@ import hf_checkpoint
 import labelled
 import pretrain
 import report
+import roberta_checkpoint
 
 # --- The checkpoint to begin with --------------------------------------------
 
@@ -52,6 +53,20 @@ def pretrained(c: Any, texts: list[str]) -> pathlib.Path:
   return folder
 
 
+def format_of(folder: pathlib.Path) -> Any:
+  """The module that reads and writes checkpoints of this model's kind."""
+  raw = hf_checkpoint.read_json(folder / 'config.json')
+  is_roberta = raw.get('model_type') == 'roberta'
+  return roberta_checkpoint if is_roberta else hf_checkpoint
+
+
+def check_length(model: Any, path: pathlib.Path, seq: int):
+  """Raises if a model has no positions for the longest text."""
+  longest = getattr(model, 'longest', seq)
+  if seq > longest:
+    raise ValueError(f'seq={seq}: {path} has positions for {longest} tokens')
+
+
 # --- The task ----------------------------------------------------------------
 
 
@@ -75,9 +90,10 @@ def load_task(c: Any) -> Task:
     f'train, {len(parts[1].texts):,} held out, {len(labels)} labels'
   )
   path = pathlib.Path(c.checkpoint or pretrained(c, parts[0].texts))
-  vocab = hf_checkpoint.read_config(path).vocab
+  model = format_of(path).read_config(path)
+  check_length(model, path, c.seq)
   train, validation = (
-    labelled.rows(labelled.tokens(path, vocab, p.texts), p.labels, c.seq)
+    labelled.rows(labelled.tokens(path, model.vocab, p.texts), p.labels, c.seq)
     for p in parts
   )
   return Task(path, train, validation, labels, labelled.sha256(*parts))

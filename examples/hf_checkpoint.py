@@ -67,14 +67,16 @@ _SCALING = (
 # --- config.json -------------------------------------------------------------
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The contents of a file; a ValueError names one that can't be read."""
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise ValueError(f'{path} cannot be read: {error}') from error
 
 
-def _number(raw: Mapping, name: str, path: pathlib.Path) -> int:
+def number(raw: Mapping, name: str, path: pathlib.Path) -> int:
+  """An entry of the configuration at `path` that must be an int."""
   if not isinstance(raw.get(name), int):
     raise ValueError(f'{path}: {name}={raw.get(name)!r}, expected an int')
   return raw[name]
@@ -128,8 +130,8 @@ def _outputs(raw: Mapping) -> int | None:
 def read_config(folder: Folder) -> llama.LlamaConfig:
   """The sizes of a checkpoint."""
   path = pathlib.Path(folder, 'config.json')
-  raw = _read_json(path)
-  size = lambda name: _number(raw, name, path)
+  raw = read_json(path)
+  size = lambda name: number(raw, name, path)
   base, scaling = _rope(raw, path)
   c = llama.LlamaConfig(
     width=size('hidden_size'),
@@ -148,7 +150,8 @@ def read_config(folder: Folder) -> llama.LlamaConfig:
   return c
 
 
-def _labels_json(labels: Sequence[str]) -> dict[str, Any]:
+def labels_json(labels: Sequence[str]) -> dict[str, Any]:
+  """What a configuration says of a classifier's labels."""
   return {
     'id2label': {str(i): label for i, label in enumerate(labels)},
     'label2id': {label: i for i, label in enumerate(labels)},
@@ -182,7 +185,7 @@ def _config_json(
     'tie_word_embeddings': tied,
     'torch_dtype': c.param_dtype,
     **(_scaling_json(c.rope_scaling) if c.rope_scaling else {}),
-    **(_labels_json(labels) if labels else {}),
+    **(labels_json(labels) if labels else {}),
   }
 
 
@@ -205,7 +208,8 @@ def _turn(path: tuple, x: np.ndarray) -> np.ndarray:
   return x.T if path[-1] == 'kernel' else x
 
 
-def _by_path(tree: Mapping) -> dict[tuple, Any]:
+def by_path(tree: Mapping) -> dict[tuple, Any]:
+  """The leaves of a tree of mappings by their paths."""
   return dict(traverse_util.flatten_dict(tree))
 
 
@@ -213,7 +217,7 @@ def _parameters(c: llama.LlamaConfig) -> dict[tuple, Any]:
   """The abstract parameters of the model with unstacked layers, by path."""
   c = dataclasses.replace(c, scan_layers=False)
   model = nnx.eval_shape(lambda: llama.Llama(c, nnx.Rngs(0)))
-  return _by_path(nnx.to_pure_dict(nnx.state(model)))
+  return by_path(nnx.to_pure_dict(nnx.state(model)))
 
 
 def _stack(params: Mapping) -> dict[str, Any]:
@@ -221,7 +225,8 @@ def _stack(params: Mapping) -> dict[str, Any]:
   return {**params, 'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks)}
 
 
-def _unstack(params: Mapping, layers: int) -> dict[str, Any]:
+def unstack(params: Mapping, layers: int) -> dict[str, Any]:
+  """The tree with a mapping of blocks in place of stacked ones."""
   layer = lambda i: jax.tree.map(lambda x: x[i], params['blocks'])
   return {**params, 'blocks': {i: layer(i) for i in range(layers)}}
 
@@ -234,11 +239,11 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   if not index.exists():
     return [folder / 'model.safetensors']
   return [
-    folder / f for f in sorted({*_read_json(index)['weight_map'].values()})
+    folder / f for f in sorted({*read_json(index)['weight_map'].values()})
   ]
 
 
-def _tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
+def read_tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
   """Every tensor of every file, one at a time."""
   for path in _files(folder):
     try:
@@ -266,17 +271,18 @@ def _fit(name: str, x: np.ndarray, path: tuple, like: Any) -> np.ndarray:
   return _turn(path, x).astype(like.dtype)
 
 
-def _read(
-  tensors: Tensors, c: llama.LlamaConfig, tied: bool, source: Folder
+def take(
+  tensors: Tensors, wanted: dict[str, tuple[tuple, Any]], source: Folder
 ) -> dict[tuple, np.ndarray]:
-  """The parameters by path, the head of a tied model excepted."""
-  wanted = {_name(p, c): (p, x) for p, x in _parameters(c).items()}
-  if tied:
-    wanted.pop('lm_head.weight', None)
-  found = {}
+  """The parameters by path.
+
+  Args:
+    tensors: of a checkpoint.
+    wanted: (path, abstract parameter) of each by the name of its tensor.
+    source: what errors name.
+  """
+  wanted, found = dict(wanted), {}
   for name, x in tensors:
-    if _is_ignored(name, tied):
-      continue
     if name not in wanted:
       raise ValueError(f'{source}: unexpected tensor {name!r}')
     path, like = wanted.pop(name)
@@ -286,6 +292,12 @@ def _read(
   return found
 
 
+def as_tree(found: Mapping[tuple, np.ndarray], stacked: bool) -> dict[str, Any]:
+  """The tree of parameters by path, the blocks one or a stack."""
+  params = traverse_util.unflatten_dict(dict(found))
+  return _stack(params) if stacked else params
+
+
 def assemble(
   tensors: Tensors, c: llama.LlamaConfig, tied: bool, source: Folder
 ) -> dict[str, Any]:
@@ -293,16 +305,26 @@ def assemble(
 
   A tied model gets a copy of its embedding as its head.
   """
-  found = _read(tensors, c, tied, source)
+  wanted = {_name(p, c): (p, x) for p, x in _parameters(c).items()}
+  if tied:
+    wanted.pop('lm_head.weight', None)
+  own = ((name, x) for name, x in tensors if not _is_ignored(name, tied))
+  found = take(own, wanted, source)
   if tied:
     found[_HEAD] = found[_EMBEDDING].T
-  params = traverse_util.unflatten_dict(found)
-  return _stack(params) if c.scan_layers else params
+  return as_tree(found, c.scan_layers)
+
+
+def first_head(c: llama.LlamaConfig, key: jax.Array) -> dict[str, Any]:
+  """Random parameters of a head, in their place in the tree."""
+  shape = c.width, c.outputs or c.vocab
+  kernel = 0.02 * jax.random.normal(key, shape, c.param_dtype)
+  return {'lm_head': {'kernel': kernel}}
 
 
 def is_tied(params: Mapping) -> bool:
   """Whether the head of a model equals its embedding."""
-  flat = _by_path(params)
+  flat = by_path(params)
   return np.array_equal(flat[_HEAD].T, flat[_EMBEDDING])
 
 
@@ -323,9 +345,9 @@ def load(folder: Folder, **changes) -> tuple[llama.LlamaConfig, dict]:
   """
   folder = pathlib.Path(folder)
   c = dataclasses.replace(read_config(folder), **changes)
-  raw = _read_json(folder / 'config.json')
+  raw = read_json(folder / 'config.json')
   tied = bool(raw.get('tie_word_embeddings')) and c.outputs is None
-  return c, assemble(_tensors(folder), c, tied, folder)
+  return c, assemble(read_tensors(folder), c, tied, folder)
 
 
 # --- Writing -----------------------------------------------------------------
@@ -353,18 +375,26 @@ def save(
   """
   if len(labels) != (c.outputs or 0):
     raise ValueError(f'labels={labels!r} do not fit outputs={c.outputs}')
-  params = _unstack(params, c.layers) if c.scan_layers else params
-  flat = _by_path(jax.tree.map(np.asarray, dict(params)))
+  params = unstack(params, c.layers) if c.scan_layers else params
+  flat = by_path(jax.tree.map(np.asarray, dict(params)))
   if tied and not np.array_equal(flat.pop(_HEAD).T, flat[_EMBEDDING]):
     raise ValueError('tied=True, but the head differs from the embedding')
+  named = {_name(p, c): (p, x) for p, x in flat.items()}
+  write(folder, named, _config_json(c, labels, tied))
+
+
+def write(
+  folder: Folder, named: Mapping[str, tuple[tuple, np.ndarray]], config: Mapping
+):
+  """Writes a configuration and tensors: by name, path and parameter."""
   # A transposed view would be written in the order of its memory.
   tensors = {
-    _name(p, c): np.ascontiguousarray(_turn(p, x)) for p, x in flat.items()
+    name: np.ascontiguousarray(_turn(*one)) for name, one in named.items()
   }
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   safetensors.numpy.save_file(
     tensors, folder / 'model.safetensors', metadata={'format': 'pt'}
   )
-  text = json.dumps(_config_json(c, labels, tied), indent=2)
+  text = json.dumps(config, indent=2)
   (folder / 'config.json').write_text(text + '\n')

@@ -35,7 +35,7 @@ LEARNING_RATES = {
 def is_matrix(path) -> bool:
   """Attention and MLP kernels: what every method here projects."""
   name = jax.tree_util.keystr(path, simple=True, separator='/')
-  return name.endswith('kernel') and 'lm_head' not in name
+  return name.endswith('kernel') and 'head' not in name
 
 
 def matrix_mask(params):
