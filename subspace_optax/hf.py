@@ -191,7 +191,11 @@ def _one_of(
 
 def _check_used(given: dict[str, str], optim: str) -> None:
   if given:
-    raise ValueError(f'optim_args: {optim} takes no {", ".join(given)}.')
+    known = 'rank, update_proj_gap, scale, proj_type; APOLLO scale_type, proj'
+    known = 'nothing' if optim.startswith('adamw') else known
+    raise ValueError(
+      f'optim_args: {optim} takes no {", ".join(given)}, but {known}.'
+    )
 
 
 def _unknown(optim: str) -> str:
@@ -202,7 +206,10 @@ def _unknown(optim: str) -> str:
       '`so.layerwise`.'
     )
   known = [*_MAKERS, 'adamw_8bit', 'adamw_bnb_8bit']
-  return f'optim={optim!r} is not here; choose from {known}.'
+  return (
+    f'optim={optim!r} is not here; choose from {known}, or write '
+    '`optax.adamw` and the like yourself.'
+  )
 
 
 def _pattern(modules: str | Sequence[str] | None) -> str | None:

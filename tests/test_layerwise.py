@@ -510,6 +510,27 @@ def test_bad_arguments(name):
     )
 
 
+def test_the_rest_needs_nothing_to_project():
+  """As where Hugging Face's target modules are all in the stack."""
+  params = make_params()
+  spec = so.SubspaceSpec(2, include='blocks/', only_if_smaller=False)
+  make = lambda spec: chain(
+    so.subspace(spec, so.projectors.stiefel(3), optax.scale_by_adam())
+  )
+  found, wanted = (
+    run_layers(
+      layers(make(dataclasses.replace(spec, allow_empty=empty))), params, 4
+    )[0]
+    for empty in (False, True)
+  )
+  assert_close(found, wanted)
+  nowhere = make(dataclasses.replace(spec, include='nowhere'))
+  with pytest.raises(ValueError, match='matches no leaf'):
+    layers(nowhere).init(params)
+  with pytest.raises(ValueError, match='matches no leaf'):
+    make(spec).init({'embed': params['embed']})
+
+
 def test_stacks_that_are_none():
   params = make_params()
   params['net']['blocks']['scale'] = jnp.ones((LAYERS + 1, WIDTH))

@@ -238,9 +238,37 @@ def test_a_state_that_changes_its_type():
     so.testing.check_projector(rule._replace(track=track))
 
 
+def test_a_basis_that_is_refused_at_every_refresh():
+  draw = lambda matrix, basis, period: jax.random.normal(
+    matrix.key(period), basis.shape
+  )
+  make = lambda **options: so.projectors.periodic('noise', draw, 2, **options)
+  with pytest.raises(AssertionError, match='for matrix was refused'):
+    so.testing.check_projector(make())
+  so.testing.check_projector(make(orthonormal=False))
+
+
+def test_a_gradient_that_a_rule_said_it_does_not_look_at():
+  draw = lambda matrix, basis, period: jnp.linalg.qr(
+    matrix.gradient[:, : matrix.rank]
+  )[0]
+  rule = so.projectors.periodic('first', draw, 2, uses_gradient=False)
+  with pytest.raises(ValueError, match='uses_gradient=False says'):
+    so.testing.check_projector(rule)
+
+
+def test_a_draw_that_returns_nothing():
+  rule = so.projectors.periodic('none', lambda matrix, basis, period: None, 2)
+  message = r'draw\(matrix, basis, period\) returned NoneType'
+  with pytest.raises(ValueError, match=message):
+    so.testing.check_projector(rule)
+
+
 def test_a_draw_of_another_shape():
   rule = so.projectors.periodic('wrong', lambda m, p, t: p.T, 2)
-  with pytest.raises(ValueError, match=r'shape \(3, 8\).*must be \(8, 3\)'):
+  with pytest.raises(
+    ValueError, match=r'array of \(3, 8\).*has shape \(8, 3\)'
+  ):
     so.testing.check_projector(rule)
 
 

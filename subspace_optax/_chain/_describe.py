@@ -119,7 +119,8 @@ def records_of(tx: Any, params: Any) -> list[Record]:
   records = [x for x in _heard(tx, params) if isinstance(x, Record)]
   if not records:
     raise ValueError(
-      f'the optimizer holds no `subspace_optax.project`: {tx!r}.'
+      'the optimizer projects nothing: it holds no `subspace_optax.project`. '
+      '`memory_report` counts the bytes of any.'
     )
   return records
 
@@ -144,8 +145,8 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   Returns:
     A table with a line for each leaf: its path and shape, the number and shape
     of its matrices, their rank, the side that the basis spans, how the matrix's
-    axes were found (see `SubspaceSpec`), and the basis's dtype and shape, or
-    the reason why there is no basis. Blocks of fused kernels show as
+    axes were found (see `SubspaceSpec`), and the dtype and shape of the basis
+    in the state, or why there is none. Blocks of fused kernels show as
     `64 x (16 + 4 + 4)`. Of `normuon` and `scale`, which have no subspace, what
     they take each leaf for, the number of its inputs and what they do with it.
 
@@ -171,15 +172,19 @@ def describe(tx_or_spec: Any, params: Any) -> str:
 def _shown(record: Record | Whole) -> str:
   if isinstance(record, Whole):
     return f'{record.name}\n{_aligned([_HEADER_OF_WHOLE, *record.rows])}'
-  return f'{record.projector.name}\n{_table(record.matches, record.spec)}'
+  drawn = record.projector.rebuild is not None
+  table = _table(record.matches, record.spec, drawn)
+  return f'{record.projector.name}\n{table}'
 
 
 _HEADER_OF_WHOLE = ('path', 'shape', 'as', 'inputs', 'update')
 _HEADER = ('path', 'shape', 'as matrices', 'rank', 'side', 'axes', 'basis')
 
 
-def _table(matches: Matches, spec: _spec.SubspaceSpec) -> str:
-  rows = [_HEADER, *(_row(match, spec) for match in matches if match)]
+def _table(
+  matches: Matches, spec: _spec.SubspaceSpec, drawn: bool = False
+) -> str:
+  rows = [_HEADER, *(_row(match, spec, drawn) for match in matches if match)]
   return _aligned(rows)
 
 
@@ -192,7 +197,9 @@ def _aligned(rows: list[tuple[str, ...]]) -> str:
   return '\n'.join(line.rstrip() for line in lines)
 
 
-def _row(match: _spec.Match, spec: _spec.SubspaceSpec) -> tuple[str, ...]:
+def _row(
+  match: _spec.Match, spec: _spec.SubspaceSpec, drawn: bool
+) -> tuple[str, ...]:
   shape = _shape(match.leaf.shape)
   layout = match.layout
   if layout is None:
@@ -200,6 +207,7 @@ def _row(match: _spec.Match, spec: _spec.SubspaceSpec) -> tuple[str, ...]:
     return match.path, shape, '-', '-', 'plain', how, match.reason
   side = 'rows' if layout.project_rows else 'columns'
   basis = f'{jnp.dtype(spec.basis_dtype).name}{_shape(layout.basis_shape)}'
+  basis = 'drawn at every step' if drawn else basis
   rank = str(layout.rank)
   return match.path, shape, match.matrices, rank, side, match.how, basis
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import difflib
 import functools
 import math
 import re
@@ -15,6 +16,7 @@ from subspace_optax._chain import _dtypes
 from subspace_optax._chain import _spec_checks
 from subspace_optax._matrix import _axes
 from subspace_optax._matrix import _layout
+from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _siblings
 from subspace_optax._matrix import _tree
 
@@ -337,14 +339,20 @@ class SubspaceSpec:
 
   def _check_any(self, matches: Iterable[Match | None]) -> None:
     known = [match for match in matches if match is not None]
-    if known and not any(m.selected for m in known) and not self.allow_empty:
-      nearest = sorted(known, key=lambda m: -len(m.leaf.shape))[:5]
+    may_be_empty = self.allow_empty or _notices.takes_empty()
+    if known and not any(m.selected for m in known) and not may_be_empty:
+      nearest = sorted(known, key=self._unlikeness)[:5]
       lines = [f'  {m.path} {tuple(m.leaf.shape)}: {m.reason}' for m in nearest]
       raise ValueError(
         f'SubspaceSpec(rank={self.rank!r}, include={self.include!r}, '
         f'exclude={self.exclude!r}) matches no leaf. Nearest paths:\n'
         + '\n'.join(lines)
       )
+
+  def _unlikeness(self, match: Match) -> tuple[int, float]:
+    """Matrices come first, then what looks like the pattern."""
+    words = difflib.SequenceMatcher(None, self.include or '', match.path)
+    return -len(match.leaf.shape), -words.ratio()
 
 
 def check_spec(spec: Any) -> None:

@@ -24,9 +24,9 @@ _rules: contextvars.ContextVar[tuple[int, bool]] = contextvars.ContextVar(
 
 
 def lenient() -> contextlib.AbstractContextManager[None]:
-  """A context in which a part of a tree without anything to project is told of.
+  """A context for a part of a tree, in which nothing need be projected.
 
-  As the parameters outside of a stack, which alone may hold a small matrix.
+  As for the parameters outside of a stack. Small matrices are still told of.
   """
   return _loosened(_WARNED_OF)
 
@@ -57,6 +57,11 @@ def refuse(message: str) -> None:
     raise ValueError(message)
   if refusals == _WARNED_OF:
     warn(message)
+
+
+def takes_empty() -> bool:
+  """Whether what was asked for may be missing, as in a part of a tree."""
+  return _rules.get()[0] != _RAISED
 
 
 def warn(message: str) -> None:

@@ -34,17 +34,19 @@ class Matrix:
     seed: a uint32 scalar, of this matrix alone.
     rank: r.
     axis_name: the mapped axis, or None.
+    is_seen: whether the rule may look at the gradient.
   """
 
   local: jax.Array
   seed: jax.Array
   rank: int
   axis_name: Any = None
+  is_seen: bool = True
 
   @property
   def gradient(self) -> jax.Array:
     """G, (m, n)."""
-    return self._mean(self.local)
+    return self._mean(self._seen())
 
   @property
   def m(self) -> int:
@@ -58,16 +60,24 @@ class Matrix:
 
   def coordinates(self, p: jax.Array) -> jax.Array:
     """Returns P^T G, (k, n), for P of (m, k)."""
-    return self._mean(jnp.matmul(p.T, self.local, precision=_HIGHEST))
+    return self._mean(jnp.matmul(p.T, self._seen(), precision=_HIGHEST))
 
   def image(self, x: jax.Array) -> jax.Array:
     """Returns G X^T, (m, k), for X of (k, n)."""
-    return self._mean(jnp.matmul(self.local, x.T, precision=_HIGHEST))
+    return self._mean(jnp.matmul(self._seen(), x.T, precision=_HIGHEST))
 
   def key(self, period: jax.Array) -> jax.Array:
     """Returns a random key, the same on every host and after a resume."""
     key = jax.random.key(self.seed, impl='threefry2x32')
     return jax.random.fold_in(key, period)
+
+  def _seen(self) -> jax.Array:
+    if not self.is_seen:
+      raise ValueError(
+        'draw looks at the gradient, which uses_gradient=False says it does '
+        'not: in most steps there is none.'
+      )
+    return self.local
 
   def _mean(self, x: jax.Array) -> jax.Array:
     return x if self.axis_name is None else lax.pmean(x, self.axis_name)
@@ -100,7 +110,8 @@ def periodic(
       int32 scalar.
     update_proj_gap: T, an int, or a `LazyGap`.
     stagger: whether matrices take turns within each T steps.
-    uses_gradient: whether `draw` looks at the gradient.
+    uses_gradient: whether `draw` looks at the gradient, which raises an error
+      if it is said not to.
     orthonormal: whether all bases have P^T P = I; one that has not is taken for
       a factorisation that failed.
 
@@ -127,7 +138,7 @@ def periodic(
     # Of steps in which no rule looks at gradients.
     g = jnp.zeros_like(leaf.like) if g is None else g
     args = g, leaf.seed, basis, period
-    run = lambda *args: _over_stack(draw, leaf, *args)
+    run = lambda *args: _over_stack(draw, leaf, uses_gradient, *args)
     if _sharding.explicit(leaf.like) is None:
       return run(*args)
     return _sharding.automatic(run, basis, *args)
@@ -145,6 +156,7 @@ def periodic(
 def _over_stack(
   draw: Draw,
   leaf: _base.Matrix,
+  is_seen: bool,
   gradient: jax.Array,
   seed: jax.Array,
   basis: jax.Array,
@@ -157,12 +169,14 @@ def _over_stack(
   p = layout.basis_to_matrix(_linalg.widen(basis))
 
   def one(g: jax.Array, seed: jax.Array, p: jax.Array, period: jax.Array):
-    matrix = Matrix(g, seed, layout.rank, layout.axis_name)
+    matrix = Matrix(g, seed, layout.rank, layout.axis_name, is_seen)
     new = draw(matrix, p, period)
-    if new.shape != p.shape:
+    shape = getattr(new, 'shape', None)
+    if shape != p.shape:
+      found = type(new).__name__ if shape is None else f'an array of {shape}'
       raise ValueError(
-        f'draw returned a basis of shape {new.shape}, for a matrix of '
-        f'{g.shape} and rank {layout.rank} it must be {p.shape}.'
+        f'draw(matrix, basis, period) returned {found}; for a matrix of '
+        f'{g.shape} and rank {layout.rank} a basis has shape {p.shape}.'
       )
     return new
 

@@ -109,8 +109,8 @@ def layerwise(
     stack: the path of the stacked blocks among the parameters, as
       `decoder/layers`, in nested mappings. `embed` and `head` get the mapping
       without the stack, as a dict if its type is immutable.
-    rest: the optimizer of all other parameters; `tx` by default, whose
-      `SubspaceSpec` then needs `allow_empty`.
+    rest: the optimizer of all other parameters; `tx` by default, which need
+      not find anything to project there.
     max_norm: what gradients' norms are clipped to; None for no clipping.
     clip: the norm that `max_norm` limits. 'layer': that of each layer's
       gradient, and of all else's. 'previous': that of the whole gradient one
@@ -208,7 +208,8 @@ def layerwise(
     states = _stacked_states.with_layers(
       stack_tx, _stacks.nest(blocks, keys), state.blocks
     )
-    _stacked_states.check_rest(rest_tx, others, state.rest)
+    with _notices.lenient():
+      _stacked_states.check_rest(rest_tx, others, state.rest)
     model = _layers.Model(
       embed,
       block,
@@ -247,7 +248,8 @@ def layerwise(
       model, step, blocks, states, inputs, top.gx
     )
     gradient, more = clipped(of_rest(gx))
-    updates, rest = update_with(rest_tx, gradient, state.rest, others)
+    with _notices.lenient():
+      updates, rest = update_with(rest_tx, gradient, state.rest, others)
     others = optax.apply_updates(others, updates)
     params = _stacks.put(
       params,

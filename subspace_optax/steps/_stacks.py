@@ -58,10 +58,12 @@ def count(blocks: Any) -> int:
   _tree.check_arrays(pairs)
   counts = {x.shape[0] if x.ndim else 0 for _, x in pairs}
   if len(counts) != 1 or 0 in counts:
-    found = [f'{path} {tuple(x.shape)}' for path, x in pairs]
+    found = [f'{path} {tuple(x.shape)}' for path, x in pairs[:3]]
+    found += ['...'] if len(pairs) > 3 else []
     raise ValueError(
       'stacked blocks need one number of layers as the first size of every '
-      f'leaf, got {", ".join(found) or "no leaves"}.'
+      f'leaf, got {", ".join(found) or "no leaves"}. Stack a list of blocks by '
+      'jax.tree.map(lambda *x: jnp.stack(x), *blocks).'
     )
   return counts.pop()
 
