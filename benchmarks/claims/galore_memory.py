@@ -143,9 +143,8 @@ def picture(grid: Any, rows: dict) -> None:
     axes.bar_label(bars, [f'{size:.2f}' for size in sizes], fontsize=8)
     if name in PRINTED:
       printed = [getattr(PRINTED[name], column) for column in COLUMNS]
-      axes.plot(COLUMNS, printed, 'k_', markersize=16, label='printed')
+      axes.plot(COLUMNS, printed, 'k_', markersize=16)
     axes.set_title(f'{name}, rank {row["rank"]}', fontsize=9)
     axes.tick_params(labelsize=8)
     axes.margins(y=0.12)
-  grid[0].set_ylabel('GB')
-  grid[0].legend(fontsize=8, loc='upper left')
+  grid[0].set_ylabel('GB; black lines as printed')

@@ -114,19 +114,23 @@ def run(theorem: str, optimizer: Callable) -> claim.Found:
   return claim.Found(checks(found), found, [[*COLUMNS], *cells], numbers)
 
 
-@harness.picture(figsize=(7, 4.5))
-def picture(axes: Any, rows: list[dict]) -> None:
-  """Means of runs and the rate over T."""
+@harness.picture(1, 2, figsize=(10, 4.5))
+def picture(grid: Any, rows: list[dict]) -> None:
+  """Means of runs and the rate over T, and beside them how runs end."""
   steps = [row['steps'] for row in rows]
   of = lambda name: [row[name] for row in rows]
   found, promised = slopes(rows)
-  axes.plot(steps, of('mean'), 'o-', label=f'mean, slope {found:.2f}')
+  mean, last = grid
+  mean.plot(steps, of('mean'), 'o-', label=f'mean, slope {found:.2f}')
   moved = np.multiply(of('rate'), rows[0]['mean'] / rows[0]['rate'])
   label = f'rate of the theorem, moved there, slope {promised:.2f}'
-  axes.plot(steps, moved, 'k:', label=label)
-  label = 'GaLore, single samples: mean'
-  axes.plot(steps, of('galore_mean'), 's--', label=label)
-  stall, label = 2 * counter.stall(SIGMA), 'predicted stall of GaLore'
-  axes.axhline(stall, color='gray', linewidth=0.8, label=label)
-  axes.set(xscale='log', yscale='log', xlabel='T', ylabel='mean ||grad f||^2')
-  axes.legend(fontsize=8)
+  mean.plot(steps, moved, 'k:', label=label)
+  last.plot(steps, of('last'), 'o-', label='last')
+  for axes, name in ((mean, 'mean'), (last, 'last')):
+    label = f'GaLore, single samples: {name}'
+    axes.plot(steps, of(f'galore_{name}'), 's--', label=label)
+    stall, label = 2 * counter.stall(SIGMA), 'predicted stall of GaLore'
+    axes.axhline(stall, color='gray', linewidth=0.8, label=label)
+    axes.set(xscale='log', yscale='log', xlabel='T')
+    axes.set_ylabel(f'{name} ||grad f||^2')
+    axes.legend(fontsize=8, loc='lower left')
