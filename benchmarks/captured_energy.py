@@ -30,7 +30,7 @@ class Args:
   """What is measured; see the module."""
 
   optimizer: str = pretrain.Config.optimizer  # that trains
-  rank: int = pretrain.Config.rank
+  rank: int = 32
   steps: int = pretrain.Config.steps
   update_proj_gap: int = 50
   best_every: int = 5  # steps between SVDs of everything

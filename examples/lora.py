@@ -54,6 +54,12 @@ def init(
   return {'frozen': frozen, 'a': tree(0), 'b': tree(1)} | head
 
 
+def trained(params: Mapping) -> int:
+  """The number of parameters that move, of LoRA or of a whole model."""
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  return count(params) - count(params.get('frozen', {}))
+
+
 def merge(params: Mapping, scale: float) -> dict[str, Any]:
   """The parameters of the model: W + scale A B, and the head."""
   frozen = by_path(jax.lax.stop_gradient(params['frozen']))

@@ -4,24 +4,27 @@ r"""Trains a LLaMA on text, by one optimizer or by several side by side.
   python examples/pretrain.py --optimizer galore --rank 16 --out runs/galore
   python examples/pretrain.py --out runs/galore --resume ...
   python examples/pretrain.py --optimizer golore --compressed --export
-  python examples/pretrain.py --optimizer subspace_adamw --layerwise --eight-bit
+  python examples/pretrain.py --preset one_card --wandb
   python examples/pretrain.py --mesh data=2,fsdp=2,tensor=2
-  python examples/pretrain.py --compare online_subspace_descent,galore,adamw
+  python examples/pretrain.py --compare
+  python examples/pretrain.py --compare subspace_muon8bit,scale,adamw
   python examples/pretrain.py --model llama_60m --data c4:2000000 \
       --vocab 32000 --seq 256 --batch 512 --accumulation 8 --rank 128 \
       --steps 10000 --dtype bfloat16 --remat
 
 By default the text is the docstrings of the installed packages, so nothing is
 downloaded. A run leaves config.json, metrics.jsonl, curves.png, summary.json
-and checkpoints/ in its folder. Ctrl-C saves and says how to go on.
+and checkpoints/ in its folder. Losses are in nats a token unless a name says
+bits. Ctrl-C saves and says how to go on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import hashlib
 import math
 import pathlib
 import shutil
+import sys
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -31,9 +34,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 import optax
-import tyro
 
 import data
+import flags
 import hf_checkpoint
 import llama
 import loop
@@ -61,7 +64,11 @@ def resolve(c: Config) -> Config:
     )
     c = dataclasses.replace(c, scan_layers=False)
   name = 'compare' if c.compare else c.optimizer
-  return dataclasses.replace(c, out=c.out or f'runs/{c.model}-{name}')
+  return dataclasses.replace(
+    c,
+    out=c.out or f'runs/{c.model}-{name}',
+    rank=c.rank or llama.named(c.model).width // 4,
+  )
 
 
 def for_optimizer(c: Config, name: str) -> Config:
@@ -160,9 +167,18 @@ class Validation:
     return float(np.mean(losses))
 
 
-def bits(loss: float, corpus: data.Corpus) -> float:
-  """Nats a token to bits a byte, or bits a token where bytes are unknown."""
-  return loss / math.log(2) * (corpus.tokens_per_byte or 1.0)
+def bits_per_byte(loss: float, corpus: data.Corpus) -> float | None:
+  """Of nats a token; None where bytes are unknown."""
+  if corpus.tokens_per_byte is None:
+    return None
+  return loss / math.log(2) * corpus.tokens_per_byte
+
+
+def nats_per_token(bits: float | None, corpus: data.Corpus) -> float | None:
+  """Of bits a byte."""
+  if bits is None or corpus.tokens_per_byte is None:
+    return None
+  return bits * math.log(2) / corpus.tokens_per_byte
 
 
 def digest(params) -> str:
@@ -173,17 +189,6 @@ def digest(params) -> str:
     for part in layers:  # of which one is gathered at a time
       sha256.update(mesh.whole(part).tobytes())
   return sha256.hexdigest()
-
-
-def derived(row: dict, corpus: data.Corpus) -> dict:
-  """A row of metrics with what follows from the loss."""
-  row = dict(row)
-  if 'loss' in row:
-    row['bits'] = bits(row['loss'], corpus)
-  if 'validation_loss' in row:
-    row['validation_perplexity'] = math.exp(min(row['validation_loss'], 700.0))
-    row['validation_bits'] = bits(row['validation_loss'], corpus)
-  return row
 
 
 def batches(
@@ -220,7 +225,6 @@ def job(
     read,
     recipes.schedule(recipes.rates(c)[0], c.steps, c.schedule),
     lambda state: {'validation_loss': validate(state)},
-    lambda row: derived(row, corpus),
     lambda rank: of_rank(c, corpus, run, devices, rank),
   )
 
@@ -249,13 +253,9 @@ def of_rank(
 
 
 def draw(c: Config, corpus: data.Corpus, bar: float | None):
-  out, unit = pathlib.Path(c.out), bits_unit(corpus)
+  out, bar = pathlib.Path(c.out), nats_per_token(bar, corpus)
   rows = report.read_rows(out / 'metrics.jsonl')
-  report.picture(out / 'curves.png', {c.optimizer: rows}, bar, unit)
-
-
-def bits_unit(corpus: data.Corpus) -> str:
-  return f'bits per {"byte" if corpus.tokens_per_byte else "token"}'
+  report.picture(out / 'curves.png', {c.optimizer: rows}, bar)
 
 
 def train(c: Config, corpus: data.Corpus, bar: float | None = None) -> dict:
@@ -296,18 +296,15 @@ def summarize(
   params = run.method.merged(**state)
   if c.export:
     export(c, run, params)
-  row = {'step': c.steps, 'validation_loss': validate(state, final=True)}
-  row = derived(row, corpus)
+  loss = validate(state, final=True)
   return {
     'model': c.model,
     'optimizer': c.optimizer,
     'parameters': sum(x.size for x in jax.tree.leaves(params)),
     'steps': c.steps,
-    'validation_loss': row['validation_loss'],
-    'validation_perplexity': row['validation_perplexity'],
-    'validation_bits_per_byte': (
-      row['validation_bits'] if corpus.tokens_per_byte else None
-    ),
+    'validation_loss': loss,
+    'validation_perplexity': math.exp(min(loss, 700.0)),
+    'validation_bits_per_byte': bits_per_byte(loss, corpus),
     'tokens_per_second': speed * c.batch * c.seq,
     'memory': so.memory_report(
       run.method.step(run.loss, jax.value_and_grad), params
@@ -352,7 +349,8 @@ def compare_pictures(c: Config, corpus: data.Corpus, summaries, bar):
   names = [s['optimizer'] for s in summaries]
   rows = {n: report.read_rows(out / n / 'metrics.jsonl') for n in names}
   memory = {s['optimizer']: s['memory'] for s in summaries}
-  report.picture(out / 'curves.png', rows, bar, bits_unit(corpus), memory)
+  bar = nats_per_token(bar, corpus)
+  report.picture(out / 'curves.png', rows, bar, memory)
   report.write_json(
     out / 'summary.json', {s['optimizer']: s for s in summaries}
   )
@@ -397,8 +395,10 @@ def main(c: Config) -> list[dict]:
   return summaries
 
 
+def cli(argv: Sequence[str] | None = None) -> int:
+  """Runs the program with these flags; returns its exit status."""
+  return flags.run(main, Config, __doc__ or '', settings.PRETRAINING, argv)
+
+
 if __name__ == '__main__':
-  try:
-    main(tyro.cli(Config))
-  except KeyboardInterrupt:
-    raise SystemExit(130) from None
+  sys.exit(cli())

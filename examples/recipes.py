@@ -1,6 +1,7 @@
 """From the name of an optimizer to an optax chain."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
@@ -29,7 +30,17 @@ LEARNING_RATES = {
   'adamw': (2.5e-3, 5e-3),
   'adafactor': (3e-3, 3e-3),
   'muon': (2e-2, 3e-3),
+  'muon8bit': (2.5e-3, 3e-3),  # whose steps are as long as those of muon
 }
+# What docs/choose.md recommends, and what it is measured by.
+RECOMMENDED = (
+  'normuon8bit',
+  'muon8bit',
+  'subspace_muon8bit',
+  'scale',
+  'adamw8bit',
+  'adamw',
+)
 
 
 def is_matrix(path) -> bool:
@@ -81,11 +92,10 @@ def ready_made(make: Callable) -> Callable:
       'random_from': c.steps // 2,
       'weight_decay': c.weight_decay,
       'every_k': steps if steps > 1 else None,
-      'moment_bits': 8 if c.eight_bit else 32,
       'seed': c.seed,
     }
-    choices = {k: x for k, x in choices.items() if takes(make, k)}
-    return make(lr, **choices)
+    given = {k: x for k, x in choices.items() if x is not None}
+    return make(lr, **{k: x for k, x in given.items() if takes(make, k)})
 
   return build
 
@@ -118,8 +128,10 @@ def contrib_galore(c, lr):
 
 
 def adamw(c, lr):
-  if not c.eight_bit:
-    return optax.adamw(lr, weight_decay=c.weight_decay)
+  return optax.adamw(lr, weight_decay=c.weight_decay)
+
+
+def adamw8bit(c, lr):
   return optax.chain(
     so.scale_by_adam8bit(seed=c.seed),
     optax.add_decayed_weights(c.weight_decay),
@@ -147,31 +159,29 @@ def muon(c, lr):
   )
 
 
-READY_MADE, takes = so.optimizers.READY_MADE, so.optimizers.takes
-OPTIMIZERS = {name: ready_made(make) for name, make in READY_MADE.items()} | {
-  f.__name__: f for f in (rso, contrib_galore, adamw, adafactor, muon)
+takes = so.optimizers.takes
+_MAKERS: dict[str, Callable] = {
+  'muon8bit': functools.partial(so.normuon, b2=None, moment_bits=8)
 }
+for _name, _make in so.optimizers.READY_MADE.items():
+  _MAKERS[_name] = _make
+  if takes(_make, 'moment_bits'):
+    _MAKERS[f'{_name}8bit'] = functools.partial(_make, moment_bits=8)
+_OTHERS = (rso, contrib_galore, adamw, adamw8bit, adafactor, muon)
+_CHOSEN = {name: ready_made(make) for name, make in _MAKERS.items()}
+OPTIMIZERS = dict(sorted((_CHOSEN | {f.__name__: f for f in _OTHERS}).items()))
+# Which accumulate r-sized sums.
+ACCUMULATE = tuple(k for k, x in _MAKERS.items() if takes(x, 'every_k'))
 
 
-# Which accumulate r-sized sums, and which take moments of a byte each.
-ACCUMULATE = tuple(k for k, x in READY_MADE.items() if takes(x, 'every_k'))
-EIGHT_BIT = (
-  *(k for k, x in READY_MADE.items() if takes(x, 'moment_bits')),
-  'adamw',
-)
-
-
-def check(name: str) -> str:
-  if name not in OPTIMIZERS:
-    raise ValueError(
-      f'optimizer={name!r} is unknown; choose from {sorted(OPTIMIZERS)}'
-    )
-  return name
+def known(name: str, table: Mapping[str, Any]) -> Any:
+  """The entry of an optimizer, or of the one that it is in 8 bits; or None."""
+  return table.get(name, table.get(name.removesuffix('8bit')))
 
 
 def rates(c) -> tuple[float, float]:
   """Peak learning rates of the matrices and of the rest."""
-  lr, rest = LEARNING_RATES.get(check(c.optimizer), (5e-3, 5e-3))
+  lr, rest = known(c.optimizer, LEARNING_RATES) or (5e-3, 5e-3)
   if c.lr is not None:
     lr = rest = c.lr
   return lr, rest if c.lr_rest is None else c.lr_rest
@@ -179,10 +189,6 @@ def rates(c) -> tuple[float, float]:
 
 def check_options(c) -> None:
   """Raises for what an optimizer can't do."""
-  if c.eight_bit and c.optimizer not in EIGHT_BIT:
-    raise ValueError(
-      f'eight_bit=True with optimizer={c.optimizer!r}: only {EIGHT_BIT}'
-    )
   if micro_steps(c) > 1 and c.optimizer not in ACCUMULATE:
     raise ValueError(
       f'accumulate_in_subspace=True with optimizer={c.optimizer!r}: only '

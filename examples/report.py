@@ -1,6 +1,6 @@
 """What a run leaves to look at: a live line, JSON lines, pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 import rich.console
 import rich.progress
 import rich.table
+
+import trackers
 
 console = rich.console.Console(highlight=False)
 Rows = list[dict]
@@ -36,13 +38,14 @@ def say(text: str):
 class LiveLine:
   """A progress bar with numbers; where there is no terminal, plain lines."""
 
-  def __init__(self, name: str, start: int, steps: int):
+  def __init__(self, name: str, start: int, steps: int, unit: str):
     columns = rich.progress
     self._progress = columns.Progress(
       columns.TextColumn('{task.description}'),
       columns.BarColumn(bar_width=16),
       columns.MofNCompleteColumn(),
       columns.TextColumn('{task.fields[numbers]}'),
+      columns.TimeElapsedColumn(),
       columns.TextColumn('left'),
       columns.TimeRemainingColumn(),
       console=console,
@@ -51,7 +54,8 @@ class LiveLine:
     self._task = self._progress.add_task(
       name, total=steps, completed=start, numbers='compiling'
     )
-    self._steps = steps
+    self._steps, self._unit = steps, unit
+    self._row: dict[str, float] = {}  # the newest number of each name
 
   def __enter__(self):
     self._progress.start()
@@ -60,23 +64,42 @@ class LiveLine:
   def __exit__(self, *unused):
     self._progress.stop()
 
+  def compile(self, program: Callable[[], Any]) -> Any:
+    """What `program` makes; says that it is made, and how long that took."""
+    if not console.is_terminal:
+      say('compiling')
+    start = time.perf_counter()
+    made = program()
+    say(f'compiled in {time.perf_counter() - start:.1f} s')
+    self._progress.update(self._task, numbers='first steps')
+    return made
+
   def advance(self, step: int):
     self._progress.update(self._task, completed=step)
 
   def show(self, row: Mapping[str, float]):
-    numbers = describe(row)
+    self._row |= row
+    numbers = describe(self._row, self._unit)
     self._progress.update(self._task, numbers=numbers)
     if not console.is_terminal:
-      left = (self._steps - row['step']) / row['steps_per_second']
-      say(f'step {row["step"]}/{self._steps}  {numbers}  left {left:.0f} s')
+      if speed := row.get('steps_per_second'):
+        numbers += f'  left {(self._steps - row["step"]) / speed:.0f} s'
+      say(f'step {row["step"]}/{self._steps}  {numbers}')
 
 
-def describe(row: Mapping[str, float]) -> str:
-  text = f'loss {row["loss"]:.3f}  {row["tokens_per_second"]:,.0f} tokens/s'
-  text += f'  lr {row["lr"]:.1e}'
-  if 'captured_energy' in row:
-    text += f'  captured energy {row["captured_energy"]:.0%}'
-  return text
+_SHOWN = {
+  'validation_accuracy': 'accuracy {:.1%}',
+  'tokens_per_second': '{:,.0f} tokens/s',
+  'lr': 'lr {:.1e}',
+  'captured_energy': 'captured energy {:.0%}',
+}
+
+
+def describe(row: Mapping[str, float], unit: str) -> str:
+  names = {'loss': 'loss', 'validation_loss': 'validation'}
+  losses = [f'{names[k]} {row[k]:.3f}' for k in names if k in row]
+  rest = [text.format(row[k]) for k, text in _SHOWN.items() if k in row]
+  return '  '.join([*losses, unit, *rest])
 
 
 class Meter:
@@ -101,36 +124,30 @@ class Meter:
     return self.steps / self.seconds if self.steps else 0.0
 
 
-class MetricsFile:
-  """JSON lines, one a row; with `tensorboard`, the same numbers there too."""
+class Metrics:
+  """JSON lines, one a row, and the same numbers in all trackers."""
 
-  def __init__(self, folder: pathlib.Path, step: int, tensorboard: bool):
-    path = folder / 'metrics.jsonl'
+  def __init__(self, c: Any, step: int):
+    path = pathlib.Path(c.out, 'metrics.jsonl')
     rows = [row for row in read_rows(path) if row['step'] <= step]
     write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))
     self._file = open(os.devnull if console.quiet else path, 'a')
-    self._tensorboard = None
-    if tensorboard and not console.quiet:
-      import tensorboardX  # pylint: disable=g-import-not-at-top
-
-      self._tensorboard = tensorboardX.SummaryWriter(
-        str(folder / 'tensorboard')
-      )
+    self._trackers = [] if console.quiet else trackers.make(c)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *unused):
     self._file.close()
-    if self._tensorboard:
-      self._tensorboard.close()
+    for tracker in self._trackers:
+      tracker.close()
 
   def write(self, row: Mapping[str, float]):
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
-    if self._tensorboard:
-      for name in row.keys() - {'step'}:
-        self._tensorboard.add_scalar(name, row[name], int(row['step']))
+    numbers = {k: x for k, x in row.items() if k != 'step'}
+    for tracker in self._trackers:
+      tracker.write(int(row['step']), numbers)
 
 
 def read_rows(path: pathlib.Path) -> Rows:
@@ -177,7 +194,7 @@ def results_row(s: Mapping) -> dict[str, str]:
   bits = s['validation_bits_per_byte']
   return {
     'optimizer': s['optimizer'],
-    'perplexity': f'{s["validation_perplexity"]:.3f}',
+    'nats/token': f'{s["validation_loss"]:.3f}',
     'bits/byte': '-' if bits is None else f'{bits:.3f}',
     'state MiB': f'{state / 2**20:.2f}',
     'of Adam': f'{state / adam:.3f}',
@@ -190,13 +207,13 @@ def column(rows: Rows, name: str) -> tuple[list, list]:
   return [row['step'] for row in chosen], [row[name] for row in chosen]
 
 
-def draw_curves(axes, runs: Mapping[str, Rows], bar: float | None, unit: str):
+def draw_curves(axes, runs: Mapping[str, Rows], bar: float | None):
   """Validation as dots, training as faint lines, the trigram as dashes."""
   for i, (name, rows) in enumerate(runs.items()):
     color = f'C{i}'
-    axes.plot(*column(rows, 'bits'), color=color, alpha=0.35, linewidth=1)
+    axes.plot(*column(rows, 'loss'), color=color, alpha=0.35, linewidth=1)
     axes.plot(
-      *column(rows, 'validation_bits'),
+      *column(rows, 'validation_loss'),
       'o-',
       color=color,
       markersize=4,
@@ -211,7 +228,11 @@ def draw_curves(axes, runs: Mapping[str, Rows], bar: float | None, unit: str):
       ha='right',
       va='bottom',
     )
-  axes.set(xlabel='step', ylabel=unit, title='validation (dots) and training')
+  axes.set(
+    xlabel='step',
+    ylabel='loss in nats per token',
+    title='validation (dots) and training',
+  )
   axes.legend(frameon=False)
 
 
@@ -233,7 +254,6 @@ def picture(
   path: pathlib.Path,
   runs: Mapping[str, Rows],
   bar: float | None,
-  unit: str,
   memory: Mapping[str, Mapping[str, int]] | None = None,
 ):
   """Writes a PNG of the curves and, when given, of the memory beside them."""
@@ -253,7 +273,7 @@ def picture(
       figsize=(12, 4.5) if memory else (7, 4.5),
       width_ratios=(3, 2)[: 2 if memory else 1],
     )
-    draw_curves(axes[0, 0], runs, bar, unit)
+    draw_curves(axes[0, 0], runs, bar)
     if memory:
       draw_memory(axes[0, 1], memory)
     figure.savefig(path, dpi=150)

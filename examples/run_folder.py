@@ -10,9 +10,9 @@ from settings import Config
 
 # Fields that may differ between a run and its continuation. Checkpoints note
 # their rank.
-_FREE = """compare data out export resume tensorboard log_every eval_every
-    eval_batches final_eval_batches save_every mesh coordinator processes
-    process rank""".split()
+_FREE = """compare data out export resume tensorboard wandb log_every
+    eval_every eval_batches final_eval_batches save_every mesh coordinator
+    processes process rank""".split()
 
 
 def is_taken(c: Config) -> bool:

@@ -1,5 +1,6 @@
-"""The flags of `pretrain.py`, and what they may be."""
+"""The flags of the trainers, and what they may be."""
 
+from collections.abc import Iterable, Mapping
 import dataclasses
 import math
 import pathlib
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import llama
 import recipes
+import trackers
 
 Dtype = Literal['float32', 'bfloat16']
 Schedule = Literal['cosine', 'constant']
@@ -15,64 +17,157 @@ ClipBy = Literal['layer', 'previous', 'two_pass']
 Rounding = Literal['nearest', 'stochastic', 'compensated']
 
 
+def option(
+  group: str, default: Any, text: str = '', choices: Iterable[str] = ()
+) -> Any:
+  """A field with its default, and what `--help` says of it."""
+  metadata = {'group': group, 'text': text, 'choices': tuple(choices)}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def layerwise() -> Any:
+  text = 'update layer by layer in the backward pass'
+  return option('optimizer', False, text)
+
+
+def clip_by() -> Any:
+  text = (
+    'the norm with --layerwise: of each layer, of all gradients one step '
+    'before, or of all by a second backward pass'
+  )
+  return option('optimizer', 'previous', text)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Trains a LLaMA on text."""
 
-  model: str = 'llama_1m'  # a name of llama.NAMED: llama_1m, ..., llama_70b
-  optimizer: str = 'online_subspace_descent'  # a name of recipes.OPTIMIZERS
-  compare: str = ''  # several optimizers, separated by commas: one run for each
-  rank: int = 32  # of the subspaces
-  update_proj_gap: int = 100  # steps between refreshes of a basis
-  lr: float | None = None  # peak, of the matrices; None: recipes.LEARNING_RATES
-  lr_rest: float | None = None  # of embedding, head, norms; None: like lr
-  schedule: Schedule = 'cosine'  # both rates; cosine after a warm-up
-  weight_decay: float = 0.0
-  clip: float = 1.0  # global norm of the gradients; 0: no clipping
-  data: tuple[str, ...] = ()  # text files, folders, one .bin, or c4:COUNT
-  vocab: int = 0  # 0: bytes; else of a BPE trained here, or of the .bin
-  batch: int = 16  # sequences a step
-  accumulation: int = 1  # microbatches that a batch is cut into
-  seq: int = 64  # tokens in a sequence
-  steps: int = 400
-  dtype: Dtype = 'float32'  # of activations and matrix products
-  param_dtype: Dtype = 'float32'
-  eight_bit: bool = False  # a byte for each of Adam's moments
-  # Of bfloat16 parameters: 'stochastic' costs nothing, 'compensated' keeps two
-  # bytes a parameter.
-  rounding: Rounding = 'nearest'
-  scan_layers: bool = True  # stacked kernels, which contrib_galore can't take
-  remat: bool = False  # recompute the blocks in the backward pass
-  seed: int = 0
-  log_every: int = 10
-  eval_every: int = 50
-  eval_batches: int = 16  # batches of validation text on the way
-  final_eval_batches: int = 256  # and at the end; fewer if there is less text
-  save_every: int = 100
-  out: str = ''  # folder of the run; runs/MODEL-OPTIMIZER by default
-  resume: bool = False  # go on from the newest complete checkpoint in `out`
-  tensorboard: bool = False
+  model: str = option('model', 'llama_1m', 'its sizes', llama.NAMED)
+  vocab: int = option(
+    'model', 0, '0: bytes; else of a BPE trained here, or of the .bin'
+  )
+  dtype: Dtype = option('model', 'float32', 'of activations and products')
+  param_dtype: Dtype = option('model', 'float32', 'of the parameters')
+  scan_layers: bool = option(
+    'model', True, "stacked kernels, which contrib_galore can't take"
+  )
+  remat: bool = option('model', False, 'recompute blocks in the backward pass')
+
+  optimizer: str = option(
+    'optimizer', 'online_subspace_descent', '', recipes.OPTIMIZERS
+  )
+  compare: str = option(
+    'optimizer',
+    '',
+    'optimizers separated by commas, one run for each; with no names those '
+    f'that we recommend, beside adamw: {",".join(recipes.RECOMMENDED)}',
+  )
+  rank: int | None = option(
+    'optimizer', None, "of the subspaces (default: a quarter of model's width)"
+  )
+  update_proj_gap: int = option('optimizer', 100, 'steps between new bases')
+  lr: float | None = option(
+    'optimizer', None, 'peak, of matrices (default: in recipes.py)'
+  )
+  lr_rest: float | None = option(
+    'optimizer', None, 'of embedding, head and norms (default: like --lr)'
+  )
+  schedule: Schedule = option(
+    'optimizer', 'cosine', 'of both rates; cosine after a warm-up'
+  )
+  weight_decay: float = option('optimizer', 0.0, 'decoupled')
+  clip: float = option('optimizer', 1.0, 'global norm of gradients; 0: as is')
+  rounding: Rounding = option(
+    'optimizer',
+    'nearest',
+    "of bfloat16 parameters: 'stochastic' costs nothing, 'compensated' keeps "
+    'two bytes a parameter',
+  )
+
+  data: tuple[str, ...] = option(
+    'data', (), 'text files, folders, one .bin, or c4:COUNT (default: docs)'
+  )
+  batch: int = option('data', 16, 'sequences a step')
+  accumulation: int = option('data', 1, 'microbatches that a batch is cut into')
+  seq: int = option('data', 64, 'tokens in a sequence')
+
+  steps: int = option('run', 400, 'of the optimizer')
+  seed: int = option('run', 0, 'of parameters, batches and bases')
+  out: str = option('run', '', 'folder (default: runs/MODEL-OPTIMIZER)')
+  resume: bool = option('run', False, 'go on from the newest checkpoint in out')
+  log_every: int = option('run', 10, 'steps between lines')
+  eval_every: int = option('run', 50, 'steps between validations')
+  eval_batches: int = option('run', 16, 'of validation text on the way')
+  final_eval_batches: int = option('run', 256, 'and at the end, at most')
+  save_every: int = option('run', 100, 'steps between checkpoints')
+  tensorboard: bool = option('run', False, 'log to OUT/tensorboard, too')
+  wandb: bool = option('run', False, 'log to Weights & Biases, too')
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Config):
   """Trains a LLaMA on text, on one device or on many."""
 
-  # No whole gradients, by so.rso.compressed_step; clips the norm of P^T G.
-  compressed: bool = False
-  # Update layer by layer in the backward pass, by so.layerwise; `clip` is then
-  # of the norm that `clip_by` says: of each layer, of the whole gradient one
-  # step before, or of the whole gradient by a second backward pass.
-  layerwise: bool = False
-  clip_by: ClipBy = 'previous'
-  # Microbatches in the subspace: r-sized sums in place of whole gradients.
-  accumulate_in_subspace: bool = False
-  attention_chunk: int = 0  # queries at a time, whose scores are there; 0: all
-  export: bool = False  # write the weights to `out`/weights, for Hugging Face
-  mesh: str = ''  # as data=2,fsdp=2,tensor=2; fsdp=-1: the rest of the devices
-  coordinator: str = ''  # host:port of process 0; auto: where jax finds it
-  processes: int = 1  # of this run, if no launcher says so
-  process: int = 0  # the number of this one
+  attention_chunk: int = option(
+    'model', 0, 'queries whose scores are in memory at a time; 0: all'
+  )
+  compressed: bool = option(
+    'optimizer', False, 'no whole gradients; clips the norm of coordinates'
+  )
+  layerwise: bool = layerwise()
+  clip_by: ClipBy = clip_by()
+  accumulate_in_subspace: bool = option(
+    'optimizer', False, 'r-sized sums of microbatches, not whole gradients'
+  )
+  export: bool = option('run', False, 'write OUT/weights, for Hugging Face')
+  mesh: str = option(
+    'devices', '', 'as data=2,fsdp=2,tensor=2; fsdp=-1: all that are left'
+  )
+  coordinator: str = option(
+    'devices', '', 'host:port of process 0; auto: where jax finds it'
+  )
+  processes: int = option('devices', 1, 'of this run, if no launcher says so')
+  process: int = option('devices', 0, 'the number of this one')
+
+
+_BFLOAT16 = {
+  'dtype': 'bfloat16',
+  'param_dtype': 'bfloat16',
+  'rounding': 'stochastic',
+}
+_ONE_CARD = {'optimizer': 'subspace_muon8bit', 'layerwise': True, **_BFLOAT16}
+# The situations of docs/choose.md, by program.
+PRETRAINING: Mapping[str, Mapping[str, Any]] = {
+  'one_card': {**_ONE_CARD, 'attention_chunk': 512},
+  'pod': {
+    'optimizer': 'normuon8bit',
+    'mesh': 'fsdp=-1',
+    'dtype': 'bfloat16',
+    'remat': True,
+  },
+  'bf16': _BFLOAT16,
+}
+FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
+  'one_card': _ONE_CARD,
+  'adapter': {'optimizer': 'lora', 'rank': 16},
+  'bf16': _BFLOAT16,
+}
+
+
+def about(kind: type, name: str) -> Mapping[str, Any]:
+  """What the nearest class that describes an option says of it."""
+  for base in kind.__mro__:
+    field = vars(base).get('__dataclass_fields__', {}).get(name)
+    if field is not None and field.metadata:
+      return field.metadata
+  raise ValueError(f'{kind.__name__}.{name} is not made by `option`')
+
+
+def choices(kind: type, field: dataclasses.Field) -> tuple[str, ...]:
+  """What an option may be; empty if that is not a list."""
+  if typing.get_origin(field.type) is Literal:
+    return typing.get_args(field.type)
+  return about(kind, field.name)['choices']
 
 
 _POSITIVE = """rank update_proj_gap lr lr_rest batch accumulation seq steps
@@ -80,24 +175,25 @@ _POSITIVE = """rank update_proj_gap lr lr_rest batch accumulation seq steps
 _NOT_NEGATIVE = 'vocab seed clip weight_decay attention_chunk'.split()
 
 
-def check_type(field: dataclasses.Field, value: Any):
-  origin = typing.get_origin(field.type)
-  if origin is Literal:
-    allowed = typing.get_args(field.type)
+def check_value(kind: type, field: dataclasses.Field, value: Any):
+  if allowed := choices(kind, field):
     if value not in allowed:
-      raise ValueError(f'{field.name}={value!r}: expected one of {allowed}')
+      raise ValueError(
+        f'{field.name}={value!r} is unknown; choose from {sorted(allowed)}'
+      )
     return
-  kind: Any = tuple if origin is tuple else field.type
+  wanted: Any = field.type
+  wanted = tuple if typing.get_origin(wanted) is tuple else wanted
   number = isinstance(value, int | float) and not isinstance(value, bool)
-  fits = isinstance(value, kind) or (number and isinstance(1.0, kind))
-  if not fits or (isinstance(value, bool) and kind is not bool):
-    raise TypeError(f'{field.name}={value!r}: expected {kind}')
+  fits = isinstance(value, wanted) or (number and isinstance(1.0, wanted))
+  if not fits or (isinstance(value, bool) and wanted is not bool):
+    raise TypeError(f'{field.name}={value!r}: expected {wanted}')
 
 
 def check(c: Config):
   """Raises what is wrong with the arguments, by name and value."""
   for field in dataclasses.fields(c):
-    check_type(field, getattr(c, field.name))
+    check_value(type(c), field, getattr(c, field.name))
   for name in _POSITIVE + _NOT_NEGATIVE:
     value = getattr(c, name, None)
     if value is None or 0 < value < math.inf:
@@ -109,22 +205,28 @@ def check(c: Config):
     raise ValueError(
       f'accumulation={c.accumulation} does not divide batch={c.batch}'
     )
-  llama.named(c.model)
+  for name in optimizers(c):
+    check_value(type(c), type(c).__dataclass_fields__['optimizer'], name)
   if getattr(c, 'layerwise', False):
     check_layerwise(c)
-  for name in optimizers(c):
-    recipes.check(name)
+  trackers.check(c)
 
 
 def check_layerwise(c: Any):
   """Raises for what layer-wise steps can't do."""
+  inside = getattr(c, 'accumulate_in_subspace', None)  # None: can't
+  remedy = '' if inside is None else '; add --accumulate-in-subspace'
   why = {
     'scan_layers': (not c.scan_layers, 'they are taken over stacked layers'),
-    'compressed': (c.compressed, 'they are for whole gradients'),
-    'accumulation': (
-      c.accumulation > 1 and not c.accumulate_in_subspace,
-      'gradients are gone layer by layer; add --accumulate-in-subspace',
+    'compressed': (
+      getattr(c, 'compressed', False),
+      'they are for whole gradients',
     ),
+    'accumulation': (
+      c.accumulation > 1 and not inside,
+      f'gradients are gone layer by layer{remedy}',
+    ),
+    'optimizer': ('lora' in optimizers(c), 'factors stand in no layer'),
   }
   for name, (bad, reason) in why.items():
     if bad:

@@ -18,6 +18,7 @@ import gguf_checkpoint
 import hf_checkpoint
 import labelled
 import llama
+import text_rows
 import train_step
 
 
@@ -27,6 +28,7 @@ class Base(NamedTuple):
   model: llama.LlamaConfig
   params: dict[str, Any]  # in NumPy; without a head if that is the embedding
   tokenizer: tokenizers.Tokenizer
+  marks: text_rows.Marks  # what it says of prompts and responses
 
 
 def load(checkpoint: str, **changes: Any) -> Base:
@@ -51,9 +53,11 @@ def load(checkpoint: str, **changes: Any) -> Base:
   if gguf:
     tokenizer = gguf_checkpoint.tokenizer(path)
     labelled.check_vocabulary(tokenizer, model.vocab, path)
+    marks = gguf_checkpoint.marks(path)
   else:
     tokenizer = labelled.tokenizer(path, model.vocab)
-  return Base(model, params, tokenizer)
+    marks = hf_checkpoint.marks(path)
+  return Base(model, params, tokenizer, text_rows.Marks(*marks))
 
 
 def with_head(params: Mapping) -> dict[str, Any]:
@@ -128,5 +132,7 @@ class HeldOut:
 def save_model(folder: pathlib.Path, base: Base, params: Mapping):
   """Writes the fine-tuned model in Hugging Face's format."""
   tied = 'lm_head' not in params
-  hf_checkpoint.save(folder, base.model, with_head(params), tied=tied)
+  hf_checkpoint.save(
+    folder, base.model, with_head(params), tied=tied, marks=base.marks
+  )
   base.tokenizer.save(str(folder / 'tokenizer.json'))

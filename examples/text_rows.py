@@ -13,9 +13,19 @@ import numpy as np
 
 import data
 
-# What SmolLM2's template puts before every conversation.
+# What SmolLM2's own template puts before every conversation.
 SYSTEM = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'
 _START, _END = '<|im_start|>', '<|im_end|>'
+
+
+class Marks(NamedTuple):
+  """What a checkpoint says of prompts and responses."""
+
+  end: int | None = None  # the token that ends a response
+  template: str = ''  # of its chats
+
+
+_UNKNOWN = Marks()
 
 
 class Rows(NamedTuple):
@@ -75,28 +85,39 @@ def read_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
   return pairs
 
 
-def chat(prompt: str, system: str = SYSTEM) -> str:
-  """What comes before the response, by the template of SmolLM2 (ChatML)."""
+def chat(prompt: str, system: str = '') -> str:
+  """What comes before the response in ChatML."""
   turn = lambda role, text: f'{_START}{role}\n{text}{_END}\n'
-  return turn('system', system) + turn('user', prompt) + f'{_START}assistant\n'
+  first = turn('system', system) if system else ''
+  return first + turn('user', prompt) + f'{_START}assistant\n'
 
 
-def _template(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
-  """ChatML if the tokenizer has its tokens, or else a line for each."""
-  if tokenizer.token_to_id(_START) is None:
-    return f'{prompt}\n', f'{response}\n'
-  return chat(prompt), f'{response}{_END}\n'
+def _parts(
+  tokenizer: Any, prompt: str, response: str, marks: Marks
+) -> tuple[list[int], list[int]]:
+  """Tokens of the prompt and of the response; ChatML if there are its tokens.
+
+  They are encoded apart, so that no token is of both. A token that the
+  tokenizer puts before every text stands before the prompt.
+  """
+  encode = lambda text, **how: tokenizer.encode(text, **how).ids
+  only = lambda text: encode(text, add_special_tokens=False)
+  if tokenizer.token_to_id(_START) is not None:
+    system = SYSTEM if SYSTEM in marks.template else ''
+    text, after = chat(prompt, system), only(f'{response}{_END}\n')
+  elif marks.end is None:
+    text, after = f'{prompt}\n', only(f'{response}\n')
+  else:
+    text, after = f'{prompt}\n', [*only(response), marks.end]
+  before = encode(text)
+  return before[:-1] if before[-1:] == [marks.end] else before, after
 
 
 def instruction(
-  tokenizer: Any, prompt: str, response: str, seq: int
+  tokenizer: Any, prompt: str, response: str, seq: int, marks: Marks = _UNKNOWN
 ) -> np.ndarray:
   """One row, cut or filled up at the end; only the response counts."""
-  parts = _template(tokenizer, prompt, response)
-  # Apart, so that no token is of both.
-  before, after = (
-    tokenizer.encode(x, add_special_tokens=False).ids for x in parts
-  )
+  before, after = _parts(tokenizer, prompt, response, marks)
   row = np.zeros((2, seq + 1), np.int32)
   tokens = [*before, *after][: seq + 1]
   row[0, : len(tokens)] = tokens
@@ -104,7 +125,9 @@ def instruction(
   return row
 
 
-def of_pairs(path: pathlib.Path, tokenizer: Any, seq: int, seed: int) -> Rows:
+def of_pairs(
+  path: pathlib.Path, tokenizer: Any, seq: int, seed: int, marks: Marks
+) -> Rows:
   """Rows of a JSONL file; a tenth of its prompts, drawn at random, is held out.
 
   A line whose prompt alone is longer than a row is left out, and so is one that
@@ -113,7 +136,7 @@ def of_pairs(path: pathlib.Path, tokenizer: Any, seq: int, seed: int) -> Rows:
   pairs = list(dict.fromkeys(read_pairs(path)))
   rows = np.zeros((len(pairs), 2, seq + 1), np.int32)
   for row, pair in zip(rows, pairs, strict=True):
-    row[:] = instruction(tokenizer, *pair, seq)
+    row[:] = instruction(tokenizer, *pair, seq, marks)
   fits = rows[:, 1].any(axis=1)
   prompts = [pairs[i][0] for i in np.flatnonzero(fits)]
   kept, held = rows[fits], _hold_out(prompts, seed)
@@ -144,11 +167,17 @@ def _checked(train: np.ndarray, held: np.ndarray, summary: str) -> Rows:
   return Rows(train, held, whole.hexdigest(), summary)
 
 
-def load(names: tuple[str, ...], tokenizer: Any, seq: int, seed: int) -> Rows:
+def load(
+  names: tuple[str, ...],
+  tokenizer: Any,
+  seq: int,
+  seed: int,
+  marks: Marks = _UNKNOWN,
+) -> Rows:
   """Rows of one .jsonl file of instructions, or of text."""
   lines = [name for name in names if name.endswith('.jsonl')]
   if not lines:
     return of_text(names, tokenizer, seq)
   if len(names) > 1:
     raise ValueError(f'data={names!r}: a .jsonl file must be alone')
-  return of_pairs(pathlib.Path(lines[0]), tokenizer, seq, seed)
+  return of_pairs(pathlib.Path(lines[0]), tokenizer, seq, seed, marks)

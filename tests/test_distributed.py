@@ -34,7 +34,7 @@ import json, os, pathlib, signal, sys, threading
 
 step, when = int(sys.argv.pop(1)), sys.argv.pop(1)
 sys.stdout = open(sys.argv.pop(1), 'w', buffering=1)
-import checkpoint, data, jax, pretrain, report, tyro
+import checkpoint, data, jax, pretrain, report, flags, settings
 
 save, reader, advance = checkpoint.save, data.reader, report.LiveLine.advance
 rows = set()
@@ -74,7 +74,7 @@ def new_advance(line, done):
 
 checkpoint.save, data.reader = new_save, new_reader
 report.LiveLine.advance = new_advance
-config = tyro.cli(pretrain.Config)
+config = flags.parse(pretrain.Config, '', settings.PRETRAINING)
 pretrain.main(config)
 """
 

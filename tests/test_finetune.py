@@ -689,8 +689,9 @@ def test_scale_is_that_of_galore():
 
 def test_every_optimizer_has_a_rate():
   # RSO is no optax transformation, which is what is tuned here.
-  known = {*recipes.OPTIMIZERS, 'lora'} - {'rso'}
-  assert finetune.LEARNING_RATES.keys() == known
+  assert {*finetune.OPTIMIZERS} == {*recipes.OPTIMIZERS, 'lora'} - {'rso'}
+  rates = finetune.LEARNING_RATES
+  assert all(recipes.known(name, rates) for name in finetune.OPTIMIZERS)
 
 
 @pytest.mark.parametrize(

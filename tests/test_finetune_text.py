@@ -6,6 +6,7 @@ The checkpoint is a tiny LLaMA with a tied embedding, and a tokenizer of bytes.
 import dataclasses
 import json
 import shutil
+import signal
 import warnings
 
 from flax import nnx
@@ -19,8 +20,10 @@ import tokenizers
 import finetune_text
 import hf_checkpoint
 import llama
+import loop
 import lora
 import subspace_optax as so
+import test_pretrain
 import text_model
 import text_rows
 
@@ -98,6 +101,47 @@ def test_only_the_response_counts():
   assert asked == text_rows.chat('Why?')
   end = np.argmax(counts) + counts.sum()
   assert not tokens[end:].any() and not counts[end:].any()
+
+
+def test_the_system_text_is_that_of_the_models_own_template():
+  asked = lambda template: text_rows.instruction(
+    make_tokenizer(), 'Why?', 'No', 300, text_rows.Marks(2, template)
+  )
+  own = asked("{{ 'system " + text_rows.SYSTEM + "' }}")
+  none = asked('{{ messages }}')
+  decode = lambda row: make_tokenizer().decode(
+    row[0][: np.argmax(row[1])], skip_special_tokens=False
+  )
+  assert decode(own) == text_rows.chat('Why?', text_rows.SYSTEM)
+  assert decode(none) == text_rows.chat('Why?')
+  assert 'SmolLM' not in decode(none)
+
+
+def test_tokens_of_begin_and_end_stand_around_a_pair():
+  tokenizer = make_tokenizer(('<s>', '</s>'))
+  for template in ('<s> $A', '<s> $A </s>'):
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single=template, special_tokens=[('<s>', 0), ('</s>', 1)]
+    )
+    tokens, counts = text_rows.instruction(
+      tokenizer, 'Why?', 'No', SEQ, text_rows.Marks(1)
+    )
+    said = tokenizer.decode(tokens[:9], skip_special_tokens=False)
+    assert said == '<s>Why?\nNo</s>'
+    np.testing.assert_array_equal(counts, [0] * 6 + [1] * 3 + [0] * 4)
+
+
+def test_a_checkpoint_says_how_texts_end(checkpoint, tmp_path):
+  folder = tmp_path / 'model'
+  shutil.copytree(checkpoint, folder)
+  raw = json.loads((folder / 'config.json').read_text())
+  write = lambda name, x: (folder / name).write_text(json.dumps(x))
+  write('config.json', raw | {'eos_token_id': [7, 8]})
+  write('tokenizer_config.json', {'chat_template': '{{ messages }}'})
+  base = text_model.load(str(folder))
+  assert base.marks == (7, '{{ messages }}')
+  text_model.save_model(tmp_path / 'saved', base, base.params)
+  assert text_model.load(str(tmp_path / 'saved')).marks == base.marks
 
 
 def test_without_control_tokens_each_part_is_a_line():
@@ -255,6 +299,67 @@ def test_run_learns_and_saves_a_tied_model(checkpoint, pairs, tmp_path):
   )
 
 
+def test_a_resumed_run_equals_an_uninterrupted_one(
+  checkpoint, pairs, tmp_path, monkeypatch
+):
+  options = {'optimizer': 'galore8bit', 'steps': 4, 'update_proj_gap': 3}
+  whole = config(checkpoint, pairs, tmp_path / 'whole', **options)
+  parts = dataclasses.replace(whole, out=str(tmp_path / 'parts'))
+  wanted = finetune_text.main(whole)['runs']['galore8bit']
+  with monkeypatch.context() as patch:
+    test_pretrain.stop_at(patch, 2, signal.SIGINT)
+    with pytest.raises(SystemExit):
+      finetune_text.main(parts)
+  # The parameters and the state to begin with are not made again.
+  monkeypatch.setattr(loop, 'beginning', no_arrays(loop.beginning))
+  resumed = dataclasses.replace(parts, resume=True)
+  found = finetune_text.main(resumed)['runs']['galore8bit']
+  assert found['params_sha256'] == wanted['params_sha256']
+  assert found['validation_loss'] == wanted['validation_loss']
+
+
+def no_arrays(beginning):
+  """What begins a run, for shapes alone."""
+
+  def make(tx, start):
+    begin = beginning(tx, start)
+
+    def check(params):
+      assert isinstance(jax.tree.leaves(params)[0], jax.core.Tracer)
+      return begin(params)
+
+    return check
+
+  return make
+
+
+def test_lora_of_an_untied_gguf_file(pairs, tmp_path):
+  gguf_file = pytest.importorskip('test_gguf_checkpoint')
+  weights = gguf_file.tensors(tied=False)
+  path = gguf_file.write(tmp_path / 'model.gguf', weights)
+  argv = ['--checkpoint', str(path), '--data', str(pairs), '--rank', '2']
+  argv += ['--preset', 'adapter', '--batch', '4', '--seq', '96', '--lr', '0.01']
+  argv += [
+    '--steps',
+    '20',
+    '--eval-every',
+    '20',
+    '--out',
+    str(tmp_path / 'run'),
+  ]
+  assert finetune_text.cli(argv) == 0
+  found = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  run = found['runs']['lora']
+  assert run['validation_loss'] < found['validation_loss_before'] - 0.5
+  base = text_model.load(str(path))
+  assert 'lm_head' in base.params
+  assert run['trained_parameters'] < lora.trained(base.params) / 4
+  saved = text_model.load(str(tmp_path / 'run' / 'model')).params
+  same = jax.tree.map(np.array_equal, saved, base.params)
+  assert same['lm_head']['kernel'] and same['embed']['embedding']
+  assert not same['blocks']['attention']['wq']['kernel']
+
+
 def test_a_run_may_go_on_from_its_own_model(checkpoint, pairs, tmp_path):
   c = config(checkpoint, pairs, tmp_path / 'run', optimizer='adamw', steps=2)
   finetune_text.main(c)
@@ -301,7 +406,7 @@ def one_run(c, name):
   program = finetune_text.Program(c, base.model, method)
   step = program.compile(next(finetune_text.batches(c, rows.train, 0)))
   assert program.bytes is None or program.bytes > 0
-  state = method.state
+  state = method.init()
   for batch in finetune_text.batches(c, rows.train, 0):
     state, _ = step(state, batch)
   return state['params']
@@ -315,14 +420,16 @@ def test_layerwise_steps_are_the_ordinary_ones(checkpoint, pairs):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', sorted(finetune_text.LEARNING_RATES))
+@pytest.mark.parametrize(
+  'name', test_pretrain.in_full(finetune_text.OPTIMIZERS)
+)
 def test_every_optimizer_can_be_set_up(checkpoint, pairs, name):
   c = finetune_text.for_optimizer(config(checkpoint, pairs, ''), name)
   base = text_model.load(c.checkpoint)
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'scale takes .* as the head')
-    method = jax.eval_shape(lambda: finetune_text.build(c, base).state)
-  assert jax.tree.leaves(method['opt_state'])
+    like = finetune_text.build(c, base).like
+  assert jax.tree.leaves(like['opt_state'])
 
 
 @pytest.mark.parametrize(
@@ -330,16 +437,13 @@ def test_every_optimizer_can_be_set_up(checkpoint, pairs, name):
   [
     ({'optimizer': 'sgd'}, "optimizer='sgd' is unknown; choose from"),
     ({'layerwise': True, 'optimizer': 'lora'}, "optimizer='lora' with layer"),
-    ({'layerwise': True, 'accumulation': 2}, 'accumulation=2 with layerwise'),
+    ({'layerwise': True, 'accumulation': 2}, 'accumulation=2 with layer-wise'),
     ({'lora_scale': 0.0}, 'lora_scale must be positive'),
     (
       {'accumulation': 2, 'data': ('x.jsonl',)},
       'accumulation=2 with instructions',
     ),
-    (
-      {'compare': 'adamw,adafactor', 'eight_bit': True},
-      "eight_bit=True with optimizer='adafactor'",
-    ),
+    ({'compare': 'adamw,adafactor8bit'}, "optimizer='adafactor8bit' is unkn"),
     ({'batch': 0}, 'batch=0: expected more than 0'),
   ],
 )

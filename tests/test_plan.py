@@ -22,6 +22,7 @@ from subspace_optax.plan import __main__
 from subspace_optax.plan import _methods
 from subspace_optax.plan import _models
 from subspace_optax.plan import _planner
+from subspace_optax.plan import _report
 from subspace_optax.plan import _step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -307,7 +308,8 @@ def test_a_tensor_axis_cuts_what_layers_keep():
 def test_largest_is_the_largest():
   fixed = {'model': Tiny, 'method': 'golore', 'seq': 64}
   fits = lambda **k: plan.plan(**fixed, **k).fits(card)
-  card = plan.plan(**fixed, rank=5, batch=7).total / 1e9
+  card = plan.plan(**fixed, rank=5, batch=7).total / (1 - plan.RESERVE) / 1e9
+  card += 1e-9
   found = plan.largest(card=card, rank=3, batch=7, **fixed)
   assert found.rank is not None
   assert found.rank >= 5 and found.batch >= 7
@@ -510,7 +512,11 @@ def test_it_prints_the_parts(capsys):
   found = plan.largest(card=0.001, **kind)
   assert f'largest rank at batch 1: {found.rank}' in text
   assert f'largest batch at rank 8: {found.batch}' in text
-  assert '0.001 (0.001 GB): fits' in text
+  assert 'golore on' in text and 'rank 8, 1 x 8 tokens, all activations' in text
+  for flag in ('--param-dtype bfloat16', '--rounding nearest'):
+    assert flag in text
+  assert '0.001 GB, of which 5e-05 GB are left to the runtime' in text
+  assert 'it fits: ' in text
 
 
 @pytest.mark.usefixtures('untraced')
@@ -521,10 +527,26 @@ def test_layer_by_layer_it_prints_the_largest_rank(capsys):
   assert 'largest rank at batch 1: ' in capsys.readouterr().out
 
 
+def test_there_are_three_verdicts():
+  made = plan.Plan(10 * 10**9, 0, 0, 0, 0, int(2.7e9))
+  say = lambda card: _report.Card(card, plan.RESERVE).sentence(made)
+  assert made.fits(24) and made.fits('v5e') and not made.fits(13)
+  assert made.fits(13, reserve=0.01) and not made.fits(12, reserve=0.0)
+  assert say('24') == 'it fits: 10.100 GB are left beside that'
+  assert say('v5e').startswith('it fits: 2.500 GB') and 'XLA' not in say('v5e')
+  assert 'XLA_PYTHON_CLIENT_MEM_FRACTION=0.95' in say('16')
+  assert say('13').startswith('it is tight: 0.300 GB are left, less than')
+  assert say('12') == 'it does not fit: 0.700 GB are missing'
+
+
 @pytest.mark.usefixtures('untraced')
 def test_it_says_what_is_missing(capsys):
-  assert __main__.main([*FLAGS, '--card', '0.001']) == 0
-  assert 'does not fit' in capsys.readouterr().out
+  flags = ['--model', f'{__name__}:Tiny', '--seq', '8', '--optimizer', 'adamw']
+  assert __main__.main([*flags, '--card', '0.00001']) == 0
+  text = capsys.readouterr().out
+  assert (
+    'it does not fit: ' in text and 'largest batch at rank 0.25: no' in text
+  )
 
 
 @pytest.mark.usefixtures('untraced')
@@ -532,9 +554,26 @@ def test_it_compares_and_draws(capsys, tmp_path):
   path = tmp_path / 'bars.png'
   flags = ['--compare', 'adamw,golore', '--regenerate', '--picture', str(path)]
   assert __main__.main([*FLAGS, *flags, '--card', 'v5e']) == 0
-  lines = capsys.readouterr().out.splitlines()
-  assert [line.split()[0] for line in lines] == ['GB', 'adamw', 'golore']
+  text = capsys.readouterr().out
+  rows = text.partition('\n\n')[2].splitlines()
+  assert [row.split()[0] for row in rows] == ['GB', 'adamw', 'golore', 'card']
+  assert all(row.endswith('1         fits') for row in rows[1:3])
   assert path.read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_picture_says_what_it_is_of(tmp_path, monkeypatch):
+  figure = pytest.importorskip('matplotlib.figure').Figure
+  said = []
+  save = lambda self, *_, **__: said.append(self.axes[0].get_title())
+  monkeypatch.setattr(figure, 'savefig', save)
+  s = _planner.checked({'rank': 8, 'layerwise': True, 'mesh': 'fsdp=4'})
+  plans = {'adamw': plan.Plan(1, 2, 3, 4, 5, 6)}
+  card = _report.Card('v5e', plan.RESERVE)
+  title = _report.title('llama_7b', s)
+  _report.picture(plans, str(tmp_path / 'bars.png'), card, title)
+  assert said == [
+    'llama_7b, rank 8, 1 x 2,048 tokens, layer by layer, fsdp=4, v5e (16 GB)'
+  ]
 
 
 def test_a_picture_without_matplotlib(monkeypatch, capsys, tmp_path):
@@ -565,6 +604,7 @@ def test_a_model_by_import_path(capsys):
     (['--batch', '0'], ('batch=0', 'positive')),
     (['--seq', '0'], ('seq=0', 'positive')),
     (['--card', 'rtx'], ("card='rtx'", 'rtx4090')),
+    (['--card', '24', '--reserve', '1'], ('reserve=1.0', 'below 1')),
     (['--param-dtype', 'int9'], ("param_dtype='int9'", 'bfloat16')),
     (['--basis-dtype', 'int7'], ('basis_dtype', 'int7', 'int8')),
     (['--attention-chunk', '-1'], ('attention_chunk=-1', '0')),

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 
 import checkpoint
+import flags
 import interrupt
 import mesh
 import pretrain
 import recipes
 import report
 import run_folder
+import settings
 import train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -56,6 +59,13 @@ def finished(tiny, tmp_path_factory):
   return config, summary
 
 
+def in_full(names):
+  """Of those in 8 bits only what we recommend: the others are built alike."""
+  return [
+    x for x in names if not x.endswith('8bit') or x in recipes.RECOMMENDED
+  ]
+
+
 def shapes(config):
   """(step, abstract state, abstract batch): a run without compiling it."""
   config = pretrain.for_optimizer(config, config.optimizer)
@@ -83,7 +93,7 @@ def test_metrics_are_finite_and_complete(finished):
   training = [row for row in rows if 'loss' in row]
   assert [row['step'] for row in training] == [2, 4, 6]
   assert [row['step'] for row in rows if 'validation_loss' in row] == [3, 6]
-  names = {'loss', 'bits', 'lr', 'gradient_norm', 'tokens_per_second'}
+  names = {'loss', 'lr', 'gradient_norm', 'tokens_per_second'}
   assert all(names <= row.keys() for row in training)
   assert all(np.isfinite(list(row.values())).all() for row in rows)
 
@@ -122,17 +132,29 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     run_folder.make_room(pretrain.Config(out=str(tmp_path)))
 
 
-def test_compare_draws_every_optimizer(tiny, tmp_path, capsys):
+def test_compare_draws_every_optimizer(tiny, tmp_path, capsys, monkeypatch):
   """contrib_galore has empty arrays in its state and needs unstacked layers."""
+  pictures, close = [], report.plt.close
+  monkeypatch.setattr(
+    report.plt, 'close', lambda f: (pictures.append(f), close(f))
+  )
   config = dataclasses.replace(
     tiny, compare='galore, contrib_galore', out=str(tmp_path / 'c'), steps=2,
     tensorboard=True,
   )  # fmt: skip
   summaries = pretrain.main(config)
   assert [s['optimizer'] for s in summaries] == ['galore', 'contrib_galore']
-  assert 'the layers are not stacked in this run' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert 'the layers are not stacked in this run' in said
   assert (tmp_path / 'c' / 'curves.png').exists()
   assert list((tmp_path / 'c' / 'galore' / 'tensorboard').iterdir())
+  axes, _ = pictures[-1].axes
+  assert axes.get_ylabel() == 'loss in nats per token'
+  rows = report.read_rows(tmp_path / 'c' / 'galore' / 'metrics.jsonl')
+  drawn = [y for line in axes.lines for y in np.atleast_1d(line.get_ydata())]
+  assert {row['loss'] for row in rows if 'loss' in row} <= set(drawn)
+  bar = summaries[0]['trigram_bits_per_byte'] * np.log(2)
+  assert any(np.allclose(y, bar) for y in drawn)
   memory = [s['memory']['adam'] for s in summaries]
   assert memory[0] == memory[1]
 
@@ -186,7 +208,7 @@ def test_resume_after_the_end_changes_nothing(finished):
 
 CHILD = """
 import os, signal, sys
-import checkpoint, pretrain, tyro
+import checkpoint, pretrain
 
 step, when = int(sys.argv.pop(1)), sys.argv.pop(1)
 save = checkpoint.save
@@ -199,7 +221,7 @@ def save_and_die(checkpointer, done, state, **notes):
     os.kill(os.getpid(), signal.SIGKILL)
 
 checkpoint.save = save_and_die
-pretrain.main(tyro.cli(pretrain.Config))
+sys.exit(pretrain.cli())
 """
 
 
@@ -269,7 +291,7 @@ def test_an_unfinished_checkpoint_is_ignored(tmp_path):
 def test_half_a_line_of_metrics_is_dropped(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"st')
-  with report.MetricsFile(tmp_path, 1, tensorboard=False) as log:
+  with report.Metrics(pretrain.Config(out=str(tmp_path)), 1) as log:
     log.write({'step': 2, 'loss': 1.5})
   assert [row['loss'] for row in report.read_rows(path)] == [2.0, 1.5]
 
@@ -351,6 +373,7 @@ def test_a_checkpoint_of_another_text(finished, tmp_path):
     ({'clip': -1.0}, ValueError),
     ({'lr': float('nan')}, ValueError),
     ({'dtype': 'float8'}, ValueError),
+    ({'wandb': 1}, TypeError),
     ({'schedule': 'linear'}, ValueError),
     ({'data': ('/nowhere',)}, ValueError),
     ({'seq': 10**6}, ValueError),
@@ -369,12 +392,161 @@ def test_an_unknown_optimizer_to_compare(tiny):
     pretrain.main(config)
 
 
+# --- The flags ---------------------------------------------------------------
+
+
+def parse(*argv):
+  return flags.parse(pretrain.Config, '', settings.PRETRAINING, argv)
+
+
+def test_no_flags_are_the_defaults():
+  assert parse() == pretrain.Config()
+
+
+def test_flags_of_each_kind():
+  found = parse(
+    '--data', 'a', 'b', '--rank', '3', '--lr=0.5', '--remat', '--log_every',
+    '7', '--no-scan-layers', '--clip-by', 'layer',
+  )  # fmt: skip
+  assert found == pretrain.Config(
+    data=('a', 'b'), rank=3, lr=0.5, remat=True, log_every=7,
+    scan_layers=False, clip_by='layer',
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize('name', settings.PRETRAINING)
+def test_a_preset_sets_defaults_that_flags_override(name):
+  wanted = settings.PRETRAINING[name]
+  found = parse('--preset', name)
+  settings.check(found)
+  assert found == dataclasses.replace(pretrain.Config(), **wanted)
+  assert wanted['dtype'] == 'bfloat16'
+  other = parse('--dtype', 'float32', f'--preset={name}')
+  assert other == dataclasses.replace(found, dtype='float32')
+
+
+def test_compare_alone_is_what_we_recommend():
+  names = settings.optimizers(parse('--compare'))
+  assert names == list(recipes.RECOMMENDED)
+  wanted = {'subspace_muon8bit', 'normuon8bit', 'muon8bit', 'scale', 'adamw'}
+  assert wanted <= set(names)
+  assert settings.optimizers(parse('--compare', 'a,b')) == ['a', 'b']
+
+
+def test_help_has_groups_choices_and_presets(capsys):
+  with pytest.raises(SystemExit) as done:
+    pretrain.cli(['--help'])
+  text = capsys.readouterr().out
+  assert done.value.code == 0
+  for group in ('presets', 'model', 'optimizer', 'data', 'run', 'devices'):
+    assert f'\n{group}:\n' in text
+  words = text.replace('{', ' ').replace('}', ' ').replace(',', ' ').split()
+  wanted = {*recipes.OPTIMIZERS, *pretrain.llama.NAMED, *settings.PRETRAINING}
+  assert wanted <= set(words)
+  for field in dataclasses.fields(pretrain.Config):
+    assert f'--{field.name.replace("_", "-")} ' in text.replace(',', ' ')
+
+
+@pytest.mark.parametrize(
+  ('argv', 'words'),
+  [
+    (['--optimizer', 'adamwx'], ('--optimizer', "'adamwx'", 'adamw8bit')),
+    (['--model', 'gpt'], ('--model', "'gpt'", 'llama_60m')),
+    (['--preset', 'phone'], ('--preset', "'phone'", 'one_card')),
+    (['--ranks', '3'], ('--ranks',)),
+    (['--rank', '2.5'], ('--rank', "'2.5'")),
+    (['--compare', 'galore,adm'], ("optimizer='adm' is unknown", 'adamw')),
+    (['--batch', '0'], ('batch=0: expected more than 0',)),
+    (['--data', '/nowhere'], ("data='/nowhere'",)),
+    (['--layerwise', '--optimizer', 'rso'], ('layerwise=True', 'rso')),
+  ],
+)
+def test_errors_of_users_are_one_line(text, argv, words, capsys, tmp_path):
+  base = ['--model', 'llama_test', '--data', str(text), '--out', str(tmp_path)]
+  try:
+    status = pretrain.cli([*base, *argv])
+  except SystemExit as stopped:
+    status = stopped.code
+  error = capsys.readouterr().err
+  assert status == 2 and error.count('\n') == 1
+  assert all(word in error for word in words)
+
+
+def test_errors_that_we_did_not_raise_have_a_traceback():
+  bug = lambda c: jnp.zeros(2).reshape(3)
+  with pytest.raises(TypeError, match='reshape'):
+    flags.run(bug, pretrain.Config, '', {}, [])
+  with pytest.raises(ValueError, match='invalid literal'):
+    flags.run(lambda c: int('x'), pretrain.Config, '', {}, [])
+
+
+# --- What a run shows and logs -----------------------------------------------
+
+
+def test_the_live_line(capsys):
+  line = report.LiveLine('adamw', 0, 10, 'nats/token')
+  with line:
+    assert line.compile(lambda: 'made') == 'made'
+    line.show({'step': 5, 'validation_loss': 2.5})
+    row = {'loss': 2.0, 'tokens_per_second': 1000.0, 'lr': 0.1}
+    line.show({'step': 5, 'steps_per_second': 2.5} | row)
+  said = capsys.readouterr().out.splitlines()
+  assert said[0] == 'compiling' and said[1].startswith('compiled in ')
+  assert said[2:] == [
+    'step 5/10  validation 2.500  nats/token',
+    'step 5/10  loss 2.000  validation 2.500  nats/token  1,000 tokens/s  '
+    'lr 1.0e-01  left 2 s',
+  ]
+
+
+class Wandb(types.ModuleType):
+  """What of the module wandb is called, noted."""
+
+  def __init__(self):
+    super().__init__('wandb')
+    self.started, self.rows, self.ended = [], [], 0
+
+  def init(self, **how):
+    self.started.append(how)
+    return types.SimpleNamespace(
+      id=how['id'] or 'new', log=self._log, finish=self._finish
+    )
+
+  def _log(self, numbers, step):
+    self.rows.append((step, numbers))
+
+  def _finish(self):
+    self.ended += 1
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', fake := Wandb())
+  config = pretrain.Config(out=str(tmp_path), wandb=True, rank=4)
+  settings.check(config)
+  for step in (1, 2):
+    with report.Metrics(config, step) as log:
+      log.write({'step': step, 'loss': 2.0})
+  assert fake.rows == [(1, {'loss': 2.0}), (2, {'loss': 2.0})]
+  assert [how['id'] for how in fake.started] == [None, 'new']
+  assert fake.started[0]['config']['rank'] == 4 and fake.ended == 2
+  assert fake.started[0]['project'] == 'subspace_optax'
+
+
+@pytest.mark.parametrize(
+  ('name', 'module'), [('wandb', 'wandb'), ('tensorboard', 'tensorboardX')]
+)
+def test_trackers_that_are_not_installed(name, module, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, module, None)
+  assert pretrain.cli([f'--{name}']) == 2
+  assert f'{name}=True needs `pip install {module}`' in capsys.readouterr().err
+
+
 # --- The step ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ('optimizer', 'scan_layers'),
-  [(name, name != 'contrib_galore') for name in recipes.OPTIMIZERS]
+  [(name, name != 'contrib_galore') for name in in_full(recipes.OPTIMIZERS)]
   + [(name, False) for name in ('galore', 'online_subspace_descent', 'muon')],
 )
 def test_every_optimizer_keeps_its_state_structure(

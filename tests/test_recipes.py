@@ -44,7 +44,9 @@ def test_schedule():
 
 
 def test_every_optimizer_has_learning_rates():
-  assert recipes.LEARNING_RATES.keys() == recipes.OPTIMIZERS.keys()
+  for name in recipes.OPTIMIZERS:
+    assert recipes.known(name, recipes.LEARNING_RATES), name
+  assert recipes.LEARNING_RATES.keys() <= recipes.OPTIMIZERS.keys()
   assert all(min(rates) > 0 for rates in recipes.LEARNING_RATES.values())
 
 
@@ -52,4 +54,5 @@ def test_defaults_are_valid():
   config = pretrain.resolve(pretrain.Config())
   assert config.out == f'runs/{config.model}-{config.optimizer}'
   assert config.model in llama.NAMED
+  assert config.rank == llama.named(config.model).width // 4 == 32
   assert set(data.PACKAGES) >= {'jax', 'optax'}

@@ -9,6 +9,7 @@ from subspace_optax.plan._largest import largest as largest
 from subspace_optax.plan._models import NAMED as NAMED
 from subspace_optax.plan._models import Model as Model
 from subspace_optax.plan._models import named as named
+from subspace_optax.plan._planner import RESERVE as RESERVE
 from subspace_optax.plan._planner import Plan as Plan
 from subspace_optax.plan._planner import card_bytes as card_bytes
 from subspace_optax.plan._planner import plan as plan

@@ -5,7 +5,8 @@ r"""What a training step takes of each device's memory, before anything runs.
     --rank 1024 --batch 1 --seq 2048 --mesh fsdp=1 --card rtx4090
 
 prints the bytes of weights, gradients, states, bases, activations and
-workspace, whether they fit, and the largest rank and batch that would.
+workspace, whether they fit beside the runtime, and the largest rank and batch
+that would.
 """
 
 import argparse
@@ -34,6 +35,8 @@ def _flags() -> argparse.ArgumentParser:
   add('--seq', type=int, default=2048)
   add('--mesh', default='', help='fsdp=4,tensor=2; data is for copies')
   add('--card', default='', help=', '.join(_planner.CARDS) + ', or GB')
+  text = 'share of the card that is left to the runtime (default: %(default)s)'
+  add('--reserve', type=float, default=_planner.RESERVE, help=text)
   add('--param-dtype', default='bfloat16')
   add('--dtype', help="of activations; by default the parameters'")
   add('--moment-dtype', help="by default float32; of optax's own, parameters'")
@@ -65,19 +68,24 @@ def _text(args: argparse.Namespace) -> str:
   names = _planner.Settings._fields
   settings = {name: getattr(args, name) for name in names}
   settings['rank'] = _number(args.rank)
-  card = _planner.card_bytes(args.card) if args.card else None
   methods = args.compare.split(',') if args.compare else [args.optimizer]
   plans = {}
   for name in methods:
     chosen = _known(name, settings) if args.compare else settings
     plans[name] = _planner.plan(args.model, name, **chosen)
+  card = _report.Card(args.card, args.reserve) if args.card else None
+  used = _planner.checked(settings)
+  title = _report.title(args.model, used)
   if args.picture:
-    title = f'{args.model}, {args.batch} x {args.seq} tokens'
     _report.picture(plans, args.picture, card, title)
-  if args.compare:
-    return _report.table(plans, card)
-  found = plans[args.optimizer]
-  return f'{found}{_verdict(args, found, settings) if args.card else ""}'
+  shown = _report.table(plans, card) if args.compare else plans[methods[0]]
+  first = title if args.compare else f'{args.optimizer} on {title}'
+  lines = [first, _report.assumed(used), '', str(shown)]
+  if card:
+    lines.append(card.usable())
+  if card and not args.compare:
+    lines += _verdict(args, plans[methods[0]], card, settings)
+  return '\n'.join(lines)
 
 
 def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -86,21 +94,18 @@ def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
   return settings | {'regenerate': settings['regenerate'] and random}
 
 
-def _verdict(args: Any, found: _planner.Plan, settings: dict[str, Any]) -> str:
-  most = largest(args.model, args.optimizer, args.card, **settings)
-  size = _planner.card_bytes(args.card) / 1e9
-  lines = [f'{args.card} ({size:g} GB): ' + _fits(found, args.card)]
+def _verdict(
+  args: Any, found: _planner.Plan, card: _report.Card, settings: dict[str, Any]
+) -> list[str]:
+  """Returns whether it fits, and what would."""
+  most = largest(
+    args.model, args.optimizer, args.card, args.reserve, **settings
+  )
+  lines = [card.sentence(found)]
   if most.rank is not None:
     lines.append(f'largest rank at batch {args.batch}: {most.rank or "none"}')
   lines.append(f'largest batch at rank {args.rank}: {most.batch or "none"}')
-  return '\n' + '\n'.join(lines)
-
-
-def _fits(found: _planner.Plan, card: str) -> str:
-  left = (_planner.card_bytes(card) - found.total) / 1e9
-  if found.fits(card):
-    return f'fits, {left:.3f} GB are left'
-  return f'does not fit, {-left:.3f} GB are missing'
+  return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,13 @@ class Largest(NamedTuple):
   batch: int
 
 
-def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
+def largest(
+  model: Any,
+  method: str,
+  card: str | float,
+  reserve: float = _planner.RESERVE,
+  **settings,
+) -> Largest:
   """Returns the largest rank and the largest batch that fit on a card.
 
   Each is found with the other as `settings` has it. The rank is at most the
@@ -30,10 +36,11 @@ def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
     model: see `plan`.
     method: the name of an optimizer.
     card: a name, or a number of GB.
+    reserve: the share of the card that is left to the runtime.
     **settings: see `plan`.
 
   Raises:
-    ValueError: see `plan`; an unknown card.
+    ValueError: see `plan` and `Plan.fits`.
 
   Example:
     >>> import subspace_optax.plan
@@ -41,7 +48,7 @@ def largest(model: Any, method: str, card: str | float, **settings) -> Largest:
     >>> found.rank is None, found.batch > 10
     (True, True)
   """
-  s, size = _planner.checked(settings), _planner.card_bytes(card)
+  s, size = _planner.checked(settings), _planner.usable_bytes(card, reserve)
   made = _planner.resolved(model, s)
   ranked = isinstance(method, str) and _methods.named(method).ranked
   of = _planner.optimizer(made, method, s)

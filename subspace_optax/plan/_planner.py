@@ -37,6 +37,11 @@ CARDS = {
   'v6e': 32e9,
 }
 
+# The share of a card that a plan leaves to the runtime. On a GPU the driver's
+# context, libraries and loaded programs take 0.5 to 1 GB, and an allocator
+# loses some to fragmentation; a TPU keeps less for itself.
+RESERVE = 0.05
+
 
 class Plan(NamedTuple):
   """Bytes on each device at the fullest moment of a training step.
@@ -62,9 +67,17 @@ class Plan(NamedTuple):
     """The sum of the parts."""
     return sum(self)
 
-  def fits(self, card: str | float) -> bool:
-    """Whether a device of this name, or of so many GB, holds it."""
-    return self.total <= card_bytes(card)
+  def fits(self, card: str | float, reserve: float = RESERVE) -> bool:
+    """Whether a device holds it and still leaves its runtime a share.
+
+    Args:
+      card: its name, or its GB.
+      reserve: the share of the card that is left to the runtime.
+
+    Raises:
+      ValueError: an unknown card, or a share outside of [0, 1).
+    """
+    return self.total <= usable_bytes(card, reserve)
 
   def __str__(self) -> str:
     rows = [*self._asdict().items(), ('total', self.total)]
@@ -103,6 +116,15 @@ def card_bytes(card: str | float) -> float:
       'positive number of GB.'
     )
   return size * 1e9
+
+
+def usable_bytes(card: str | float, reserve: float = RESERVE) -> float:
+  """Returns the bytes of a card without the runtime's share."""
+  if not 0 <= reserve < 1:
+    raise ValueError(
+      f'reserve={reserve}: expected a share of the card, from 0 to below 1.'
+    )
+  return (1 - reserve) * card_bytes(card)
 
 
 def plan(model: Any, method: Any, **settings: Any) -> Plan:
