@@ -21,11 +21,13 @@ and without a subspace, `normuon` and `scale`. `from_hf` takes the arguments of
 Hugging Face's trainer.
 
 Before and during training: `describe`, `memory_report`, `subspace_metrics`,
-`state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`; `offload`
-for states on the host. Steps that need more than gradients: `layerwise`,
-`data_parallel_step`, `rso`; all are `TrainStep`s, as is the plain `train_step`.
+`state_sharding`, `resize_rank`, `checkpoint`, and
+`python -m subspace_optax.plan`; `offload` for states on the host. Steps that
+need more than gradients: `layerwise`, `data_parallel_step`, `rso`; all are
+`TrainStep`s, as is the plain `train_step`.
 """
 
+from subspace_optax import checkpoint
 from subspace_optax import projectors
 from subspace_optax import residuals
 from subspace_optax import rso
@@ -90,6 +92,7 @@ __all__ = [
   'TheoremParameters',
   'TrainStep',
   'apollo_adamw',
+  'checkpoint',
   'data_parallel_step',
   'describe',
   'dimension_numbers_from_paths',
