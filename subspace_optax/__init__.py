@@ -18,14 +18,16 @@ A subspace optimizer is a choice of each of these:
 Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
 `apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`, `dion`, `trion`;
 and without a subspace, `normuon` and `scale`. `from_hf` takes the arguments of
-Hugging Face's trainer.
+Hugging Face's trainer, `from_torch` a state of `galore-torch`.
 
 Before and during training: `describe`, `memory_report`, `subspace_metrics`,
-`state_sharding`, `resize_rank`, and `python -m subspace_optax.plan`; `offload`
-for states on the host. Steps that need more than gradients: `layerwise`,
-`data_parallel_step`, `rso`; all are `TrainStep`s, as is the plain `train_step`.
+`state_sharding`, `resize_rank`, `checkpoint`, and
+`python -m subspace_optax.plan`; `offload` for states on the host. Steps that
+need more than gradients: `layerwise`, `data_parallel_step`, `rso`; all are
+`TrainStep`s, as is the plain `train_step`.
 """
 
+from subspace_optax import checkpoint
 from subspace_optax import projectors
 from subspace_optax import residuals
 from subspace_optax import rso
@@ -42,6 +44,7 @@ from subspace_optax._chain._subspace import subspace
 from subspace_optax._chain._unproject import unproject
 from subspace_optax._matrix._boxes import register_box
 from subspace_optax._matrix._projected import Projected
+from subspace_optax.galore_torch import from_torch
 from subspace_optax.hf import from_hf
 from subspace_optax.low_precision._eight_bit import scale_by_adam8bit
 from subspace_optax.low_precision._eight_bit import scale_by_lion8bit
@@ -90,12 +93,14 @@ __all__ = [
   'TheoremParameters',
   'TrainStep',
   'apollo_adamw',
+  'checkpoint',
   'data_parallel_step',
   'describe',
   'dimension_numbers_from_paths',
   'dion',
   'fira_adamw',
   'from_hf',
+  'from_torch',
   'galore',
   'golore',
   'in_subspace',

@@ -60,7 +60,14 @@ def test_the_readme_is_short():
   assert len(README.read_text().splitlines()) <= 150
 
 
-MODULES = (so.projectors, so.residuals, so.rso, so.testing, so.transports)
+MODULES = (
+  so.checkpoint,
+  so.projectors,
+  so.residuals,
+  so.rso,
+  so.testing,
+  so.transports,
+)
 
 
 def _public_names():

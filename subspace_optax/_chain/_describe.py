@@ -116,13 +116,18 @@ def _of_shape(match: _spec.Match) -> _spec.Match:
 
 def records_of(tx: Any, params: Any) -> list[Record]:
   """Returns the records of all `project`s in an optimizer."""
-  records = [x for x in _heard(tx, params) if isinstance(x, Record)]
+  records = projections_of(tx, params)
   if not records:
     raise ValueError(
       'the optimizer projects nothing: it holds no `subspace_optax.project`. '
       '`memory_report` counts the bytes of any.'
     )
   return records
+
+
+def projections_of(tx: Any, params: Any) -> list[Record]:
+  """Returns what `records_of` does, or an empty list."""
+  return [x for x in _heard(tx, params) if isinstance(x, Record)]
 
 
 def _heard(tx: Any, params: Any) -> list[Record | Whole]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """States saved at one rank, for an optimizer of another."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import functools
 from typing import Any, NamedTuple
 
@@ -73,17 +73,37 @@ def resize_rank(
     >>> print(state[0][0].subspaces.basis['w'].shape)
     (8, 4)
   """
+  _describe.records_of(tx, params)  # which raises if there are none
+  return carry_over(tx, state, params, tx.init(params))
+
+
+def carry_over(
+  tx: Any,
+  state: Any,
+  params: Any,
+  start: Any,
+  anew: Collection[str] = (),
+) -> Any:
+  """Returns `resize_rank(tx, state, params)` for `start = tx.init(params)`.
+
+  Args:
+    tx: see there; it may hold no `project`.
+    state: see there.
+    params: see there.
+    start: the first state.
+    anew: paths of leaves whose basis is another one than the saved state's, so
+      that their coordinates start anew.
+  """
   layouts = {
     match.path: match.layout
-    for record in _describe.records_of(tx, params)
+    for record in _describe.projections_of(tx, params)
     for match in record.matches
     if match and match.layout
   }
-  start = tx.init(params)
   # Blocks of moments in codes lie otherwise at another rank.
   old, new = map(_coded_state.all_decoded, (state, start))
   pairs = list(_pairs(_tree.unbox(old), _tree.unbox(new)))
-  leaves = _projected_leaves(pairs, new, layouts)
+  leaves = _projected_leaves(pairs, new, layouts, anew)
   arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]
   wide = jax.tree.structure(new).unflatten(jax.tree.leaves(arrays))
   return _coded_state.all_encoded(wide, start)
@@ -94,7 +114,8 @@ class _Leaf(NamedTuple):
 
   layout: _layout.Layout  # at the new rank
   basis: str  # path of its basis in the state
-  old_rank: int | None  # None if the basis is not stored
+  old_rank: int | None  # None if the basis is not stored, or another one
+  anew: bool  # whether its coordinates start anew, at the same rank, too
 
 
 def _pairs(
@@ -142,7 +163,10 @@ def _kind(node: Any) -> str:
 
 
 def _projected_leaves(
-  pairs: list[Any], start: Any, layouts: dict[str, _layout.Layout]
+  pairs: list[Any],
+  start: Any,
+  layouts: dict[str, _layout.Layout],
+  anew: Collection[str],
 ) -> dict[str, _Leaf]:
   """Returns by path the projected parameters, and where their bases are."""
   ranks = {path: old.shape[-1] for path, old, _ in pairs if old.ndim}
@@ -155,7 +179,8 @@ def _projected_leaves(
       if not _tree.is_masked(seed):
         of_state = (_tree.path_str(path), 'subspaces/basis', leaf)
         basis = '/'.join(filter(None, of_state))
-        leaves[leaf] = _Leaf(layouts[leaf], basis, ranks.get(basis))
+        rank = None if leaf in anew else ranks.get(basis)
+        leaves[leaf] = _Leaf(layouts[leaf], basis, rank, leaf in anew)
   return leaves
 
 
@@ -163,12 +188,17 @@ def _resized(path: str, old: Any, new: Any, leaves: dict[str, _Leaf]) -> Any:
   """Returns one array of the state, or one basis."""
   if isinstance(new, _projected.QuantizedBasis):
     return _resized_codes(path, old, new, leaves)
+  # The longest first: `attention` is the end of `encoder/attention`, too.
+  found = [
+    of
+    for leaf, of in sorted(leaves.items(), key=lambda x: -len(x[0]))
+    if not leaf or path == leaf or path.endswith('/' + leaf)
+  ]
+  if found and found[0].anew and _is_in_subspace(new.shape, found[0].layout):
+    return new
   if old.shape == new.shape:
     return _put(old, new)
-  # The longest first: `attention` is the end of `encoder/attention`, too.
-  for leaf, of in sorted(leaves.items(), key=lambda x: -len(x[0])):
-    if leaf and path != leaf and not path.endswith('/' + leaf):
-      continue
+  for of in found:
     axis = _rank_axis(path, old.shape, new.shape, of)
     if axis is None:
       continue
@@ -179,6 +209,14 @@ def _resized(path: str, old: Any, new: Any, leaves: dict[str, _Leaf]) -> Any:
       return _put(_fit(old, whole, axis), new)
     return _put(_extended(path, of.layout, old, whole), new)
   raise ValueError(_no_change_of_rank(path, old, new))
+
+
+def _is_in_subspace(shape: tuple[int, ...], layout: _layout.Layout) -> bool:
+  """Whether an array has the shape of coordinates, or of each matrix's."""
+  sizes = dict(zip(layout.coords_axes(), layout.coords_shape, strict=True))
+  batch = layout.batch_axes
+  each = batch + ''.join(c for c in layout.coords_axes() if c not in batch)
+  return shape in (layout.coords_shape, tuple(sizes[c] for c in each))
 
 
 def _no_change_of_rank(path: str, old: Any, new: Any) -> str:

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: parameters, optimizer state and step, by Orbax.
+
+Orbax keeps the trees of arrays by their paths, with shapes and dtypes. Notes
+beside them say what no array does: the class of every node of the state, and of
+each projected leaf its rank, its matrix and its projector. So `restore` needs
+the new optimizer alone, and can tell what differs from the one that saved.
+"""
+
+from collections.abc import Callable, Mapping
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _tree
+from subspace_optax.state import _carry_over
+from subspace_optax.state import _profile
+
+Where = str | os.PathLike | ocp.training.Checkpointer
+
+
+class Restored(NamedTuple):
+  """What `restore` returns.
+
+  Attributes:
+    params: the parameters, in the tree and the boxes that were given.
+    state: the optimizer's state, with the structure of `tx.init(params)`.
+    step: as it was saved.
+    changes: sentences on what is not as it was saved, such as ranks.
+  """
+
+  params: Any
+  state: Any
+  step: int
+  changes: tuple[str, ...]
+
+
+def save(where: Where, tx: Any, params: Any, state: Any, step: int = 0) -> None:
+  """Saves a run, so that `restore` can take it to another optimizer or mesh.
+
+  The checkpoint is complete or absent. Plain Orbax reads it, too, as {'params',
+  'opt_state'}; empty arrays are left out. All processes call this.
+
+  Args:
+    where: a folder, which must not exist yet; it is written when this returns.
+      Or Orbax's `training.Checkpointer`, which writes in the background, under
+      the number of the step; arrays are copied first, so that the next step may
+      be given them to keep.
+    tx: the optimizer or `TrainStep`.
+    params: the parameters.
+    state: as `tx.init(params)` and updates make it.
+    step: how many steps were taken.
+
+  Raises:
+    ValueError: `state` is of another structure than `tx.init(params)`; the
+      folder exists.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> tx = so.golore(1e-3, rank=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   where = pathlib.Path(folder, '300')
+    ...   so.checkpoint.save(where, tx, params, tx.init(params), step=300)
+    ...   run = so.checkpoint.restore(where, tx, params)
+    >>> print(run.step, run.state[0][0].subspaces.basis['w'].shape)
+    300 (8, 4)
+  """
+  tree = {'params': _tree.unbox(params), 'opt_state': _tree.unbox(state)}
+  _check_structure(tx, params, tree['opt_state'])
+  notes = {
+    'step': int(step),
+    'classes': dict(_profile.classes({'opt_state': tree['opt_state']})),
+    'leaves': _profile.projected_leaves(tx, params),
+  }
+  tree = jax.tree.map(lambda x: x if jnp.size(x) else None, tree)
+  if isinstance(where, ocp.training.Checkpointer):
+    where.wait()  # a save still under way would make Orbax skip this one
+    where.save_async(int(step), tree, custom_metadata=notes)
+  else:
+    ocp.save(_absolute(where), tree, custom_metadata=notes)
+
+
+def restore(
+  where: Where, tx: Any, params: Any, *, shardings: Any = None
+) -> Restored:
+  """Restores a run for `tx`, on the mesh of `params`, at the ranks of `tx`.
+
+  An optimizer that equals the one that saved gets every bit back, on whatever
+  mesh and by however many processes it was saved. What `tx` has otherwise is
+  carried over as far as it can be, told in `changes`, and warned of:
+
+  - Ranks: see `resize_rank`.
+  - Projectors, such as 'golore' after 'galore': the basis stays, and the new
+    rule moves it from there; a state of its own that is unlike the old one's
+    starts anew. If one of the two stores no bases (`regenerate=True`, `dct`),
+    or only the new one's are orthonormal, bases and moments in the subspace
+    start anew, those of other leaves stay, and Adam's counter goes on.
+  - Dtypes of moments and bases between floats, and of moments between int8 and
+    int4: they are rounded.
+
+  Learning rates, gaps, transports and decay rates are those of `tx`; counters
+  and seeds, and hyperparameters that are injected, those of the checkpoint.
+
+  Args:
+    where: the folder that was saved; or a `training.Checkpointer`, whose newest
+      checkpoint is restored.
+    tx: the optimizer or `TrainStep` to go on with.
+    params: the parameters, or their shapes, with shardings or in flax's boxes
+      as `state_sharding` takes them; without a mesh the first device is meant.
+    shardings: of the state, by default `state_sharding(tx, params)`.
+
+  Returns:
+    (params, state, step, changes), see `Restored`.
+
+  Raises:
+    ValueError: parameters of other paths, shapes or dtypes; a state that can't
+      be carried over, such as one of another inner optimizer, of other
+      projected leaves or of another side; a checkpoint that `save` did not
+      write.
+    FileNotFoundError: there is no complete checkpoint.
+
+  Example:
+    >>> import pathlib, tempfile, warnings
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
+    >>> params = {'w': jnp.ones((8, 16))}
+    >>> tx = so.golore(1e-3, rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   where = pathlib.Path(folder, '300')
+    ...   so.checkpoint.save(where, tx, params, tx.init(params), step=300)
+    ...   with warnings.catch_warnings(action='ignore'):
+    ...     run = so.checkpoint.restore(where, so.golore(1e-3, rank=4), params)
+    >>> print(run.changes)
+    ('rank 2 -> 4 of w',)
+  """
+  saved = _open(where)
+  wanted = _profile.Wanted(tx, params, shardings)
+  plan = _carry_over.Plan(saved.notes, _profile.by_path(saved.tree), wanted)
+  arrays = saved.load(plan.types())
+  own = [arrays[k] if x.size else _empty(x) for k, x in wanted.params.items()]
+  params = jax.tree.structure(params).unflatten(own)
+  state = plan.carry(params, arrays)
+  if plan.changes:
+    told = '; '.join(plan.changes)
+    _notices.warn(f'the checkpoint was saved by another optimizer: {told}.')
+  return Restored(params, state, saved.notes['step'], tuple(plan.changes))
+
+
+class _Saved(NamedTuple):
+  """A checkpoint before its arrays are read."""
+
+  notes: Mapping[str, Any]
+  tree: Any  # of shapes and dtypes
+  read: Callable[[Any], Any]  # such a tree, placed -> arrays
+
+  def load(self, types: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Returns arrays by path, those of `types`."""
+    one = lambda path, _: types.get(_tree.path_str(path), ocp.PLACEHOLDER)
+    loaded = self.read(jax.tree.map_with_path(one, self.tree))
+    return {k: x for k, x in _profile.by_path(loaded).items() if k in types}
+
+
+def _open(where: Where) -> _Saved:
+  if isinstance(where, ocp.training.Checkpointer):
+    newest = where.latest
+    if newest is None:
+      raise FileNotFoundError('where has no complete checkpoint.')
+    found: Any = where.metadata(newest.step)
+    read = lambda tree: where.load(newest.step, tree)
+  else:
+    path = _absolute(where)
+    if not ocp.is_orbax_checkpoint(path):
+      raise FileNotFoundError(f'where={path!r} is no complete checkpoint.')
+    found = ocp.metadata(path)
+    read = lambda tree: ocp.load(path, tree)
+  notes = found.custom_metadata or {}
+  if not {'step', 'classes', 'leaves'} <= set(notes):
+    raise ValueError(
+      f'where={str(where)!r} was not written by `checkpoint.save`; load it by '
+      'Orbax, by the shapes of the optimizer that saved it, and save it so.'
+    )
+  return _Saved(notes, found.metadata, read)
+
+
+def _absolute(where: Any) -> str:
+  # Orbax takes absolute paths alone; those of buckets are URLs.
+  path = os.fspath(where)
+  return path if '://' in path else os.path.abspath(path)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+  return {_tree.path_str(p): x for p, x in jax.tree.leaves_with_path(tree)}
+
+
+def _check_structure(tx: Any, params: Any, state: Any) -> None:
+  got = jax.tree.structure(state)
+  wanted = jax.tree.structure(_tree.unbox(_profile.init_shapes(tx, params)))
+  if got != wanted:
+    raise ValueError(
+      f'state has the structure {got}, where tx.init(params) has {wanted}; '
+      'save a state with the optimizer that it is of.'
+    )
+
+
+def _empty(x: jax.ShapeDtypeStruct) -> jax.Array:
+  return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What no array of a checkpoint tells, and what an optimizer wants of one."""
+
+from collections.abc import Iterator
+import re
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+import optax
+
+from subspace_optax._chain import _describe
+from subspace_optax._chain import _state_sharding
+from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _tree
+from subspace_optax.steps import _train_step
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+  """Returns the leaves of a tree by their paths."""
+  return {_tree.path_str(p): x for p, x in jax.tree.leaves_with_path(tree)}
+
+
+def is_in(root: str, path: str) -> bool:
+  """Whether a path is that of a node or of what is in it."""
+  return path == root or path.startswith(root + '/')
+
+
+def classes(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, str]]:
+  """Yields path and class of all nodes with arrays but plain containers."""
+  parts, _ = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=lambda x: x is not tree
+  )
+  if not jax.tree.leaves(tree) or not parts[0][0]:
+    return
+  if type(tree) not in (dict, tuple, list):
+    yield _tree.path_str(path), type(tree).__name__
+  for key, part in parts:
+    yield from classes(part, (*path, *key))
+
+
+def projected_leaves(tx: Any, params: Any) -> dict[str, dict[str, Any]]:
+  """Returns by path how leaves are projected, as JSON can hold it."""
+  return {
+    match.path: {
+      'rank': match.layout.rank,
+      'side': 'rows' if match.layout.project_rows else 'columns',
+      'rows': list(match.layout.rows),
+      'columns': list(match.layout.cols),
+      # Functions among its arguments have other addresses in other processes.
+      'projector': re.sub(' at 0x[0-9a-f]+', '', record.projector.name),
+      'orthonormal': record.projector.orthonormal,
+    }
+    for record in _describe.projections_of(tx, params)
+    for match in record.matches
+    if match and match.layout
+  }
+
+
+def init_shapes(tx: Any, params: Any) -> Any:
+  """Returns the shapes of `tx.init(params)`, boxed as the parameters are."""
+  with _notices.quiet():
+    return jax.eval_shape(lambda p: tx.init(p), params)
+
+
+class Wanted:
+  """What an optimizer wants of a checkpoint.
+
+  Attributes:
+    tx: the optimizer.
+    boxed: the shapes of its state, boxed as the parameters are.
+    tree: the same under 'opt_state', without boxes.
+    params: shapes and shardings of parameters by path, under 'params'.
+    state: those of the state by path, under 'opt_state'.
+    shardings: those of the state, in order.
+    leaves: see `projected_leaves`.
+  """
+
+  def __init__(self, tx: Any, params: Any, shardings: Any = None):
+    params = _place(params)
+    if shardings is None and isinstance(tx, _train_step.TrainStep):
+      shardings = tx.state_sharding(params)
+    if shardings is None:
+      shardings = _state_sharding.state_sharding(tx, params)
+    self.tx, self.boxed = tx, init_shapes(tx, params)
+    self.tree = {'opt_state': _tree.unbox(self.boxed)}
+    self.params = by_path({'params': _tree.unbox(params)})
+    self.shardings = jax.tree.leaves(shardings)
+    self.state = {
+      path: _of_type(x, sharding)
+      for (path, x), sharding in zip(
+        by_path(self.tree).items(), self.shardings, strict=True
+      )
+    }
+    self.leaves = projected_leaves(tx, params)
+
+
+def _of_type(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _place(params: Any) -> Any:
+  """Returns the shapes of parameters, each with a sharding on devices."""
+  leaves, treedef = jax.tree.flatten(params)
+  known = [getattr(x, 'sharding', None) for x in leaves]
+  if not any(known) and jax.sharding.get_mesh().empty:
+    known = [SingleDeviceSharding(jax.devices()[0])] * len(leaves)
+  elif not all(known):
+    # What boxes and the mesh say of a state that is the parameters.
+    tx = optax.identity()._replace(init=lambda params: params)
+    found = jax.tree.leaves(_state_sharding.state_sharding(tx, params))
+    known = [x or y for x, y in zip(known, found, strict=True)]
+  return treedef.unflatten(
+    _of_type(x, sharding) for x, sharding in zip(leaves, known, strict=True)
+  )

@@ -1,0 +1,392 @@
+"""`so.checkpoint`: runs that go on on another mesh, rank or projector."""
+
+import functools
+import warnings
+
+from flax import nnx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+from orbax.checkpoint import v1 as ocp
+import pytest
+
+import cases
+import errors
+import measure
+import subspace_optax as so
+from subspace_optax import projectors
+from subspace_optax.low_precision import _coded_state
+
+PARAMS = {
+  'up': jax.random.normal(jax.random.key(0), (12, 20)),
+  'layers': {'down': jax.random.normal(jax.random.key(1), (2, 20, 12))},
+  'bias': jnp.ones(12),
+  'empty': jnp.zeros((0, 3)),
+}
+SPEC = functools.partial(so.SubspaceSpec, exclude='empty')
+
+
+def trained(tx, params=PARAMS, steps=3):
+  """Returns parameters and state after some steps of decaying weights."""
+
+  @cases.jit
+  def step(params, state):
+    updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for _ in range(steps):
+    params, state = step(params, state)
+  return params, state
+
+
+def saved(folder, tx, params=PARAMS, steps=3):
+  params, state = trained(tx, params, steps)
+  so.checkpoint.save(folder / 'run', tx, params, state, step=steps)
+  return params, state
+
+
+def restored(folder, tx, params=PARAMS, **kwargs):
+  """Returns the run, which must warn of just what it says."""
+  with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter('always')
+    run = so.checkpoint.restore(folder / 'run', tx, params, **kwargs)
+  told = [str(x.message) for x in told if 'checkpoint' in str(x.message)]
+  assert len(told) == bool(run.changes)
+  assert all(change in told[0] for change in run.changes)
+  return run
+
+
+def assert_same(got, wanted):
+  assert jax.tree.structure(got) == jax.tree.structure(wanted)
+  assert measure.types(got) == measure.types(wanted)
+  measure.assert_trees_close(got, wanted, rtol=0, atol=0)
+
+
+def takes_a_step(tx, run):
+  updates, state = cases.jit(tx.update)(run.params, run.state, run.params)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+  return state
+
+
+MAKE = {
+  'online': lambda r: so.online_subspace_descent(0.1, spec=SPEC(r)),
+  'apollo': lambda r: so.apollo_adamw(0.1, spec=SPEC(r)),
+  'muon': lambda r: so.subspace_muon(0.1, spec=SPEC(r)),
+  'coded': lambda r: so.galore(
+    0.1, moment_bits=8, spec=SPEC(r, basis_dtype='int8')
+  ),
+  'wrapped': lambda r: optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.MultiSteps(so.golore(0.1, spec=SPEC(r)), 2),
+    optax.ema(0.9),
+  ),
+  'adam': lambda r: optax.adam(0.1),
+}
+
+
+@pytest.mark.parametrize('name', MAKE)
+def test_the_same_optimizer_gets_every_bit(name, tmp_path):
+  tx = MAKE[name](4)
+  params, state = saved(tmp_path, tx)
+  run = restored(tmp_path, MAKE[name](4))
+  assert run.step == 3 and not run.changes
+  assert_same((run.params, run.state), (params, state))
+
+
+@pytest.mark.parametrize(
+  'name, old, new',
+  [
+    ('online', 2, 4),
+    ('apollo', 4, 2),
+    ('coded', 2, 4),
+    ('coded', 4, 2),
+    ('wrapped', 2, 4),
+  ],
+)
+def test_another_rank_is_what_resize_rank_makes(name, old, new, tmp_path):
+  params, state = saved(tmp_path, MAKE[name](old))
+  tx = MAKE[name](new)
+  run = restored(tmp_path, tx)
+  assert_same(run.params, params)
+  wanted = so.resize_rank(tx, state, params)
+  assert_same(run.state, wanted)
+  assert f'rank {old} -> {new} of layers/down, up' in run.changes
+  takes_a_step(tx, run)
+
+
+def test_one_leaf_of_another_rank(tmp_path):
+  saved(tmp_path, MAKE['online'](4))
+  rank = lambda path, leaf: 3 if path == 'up' else 4
+  run = restored(tmp_path, so.online_subspace_descent(0.1, spec=SPEC(rank)))
+  assert run.changes == ('rank 4 -> 3 of up',)
+  assert {k: x.shape[-1] for k, x in measure.bases(run.state).items()} == {
+    'up': 3,
+    'layers/down': 4,
+  }
+
+
+def with_projector(projector, rank=4):
+  return so.subspace(
+    SPEC(rank), projector, optax.scale_by_adam(), transport='first'
+  )
+
+
+def test_a_projector_of_like_state_goes_on(tmp_path):
+  """GaLore's SVD after Haar bases: all of the state stays, and that is said."""
+  params, state = saved(tmp_path, with_projector(projectors.stiefel(2)))
+  tx = with_projector(projectors.svd(5, method='exact'))
+  run = restored(tmp_path, tx)
+  (change,) = run.changes
+  assert change.startswith('projector stiefel(update_proj_gap=2) -> svd(')
+  assert change.endswith(' of layers/down, up')
+  assert_same((run.params, run.state), (params, state))
+  takes_a_step(tx, run)
+
+
+def test_a_projector_with_another_state_keeps_basis_and_moments(tmp_path):
+  """Online PCA after Haar bases, at a higher rank: its optimizer is new."""
+  old = with_projector(projectors.stiefel(2))
+  params, state = saved(tmp_path, old)
+  make = functools.partial(
+    with_projector, projectors.online_pca(optax.sgd(1e-3))
+  )
+  run = restored(tmp_path, make(4))
+  got, was = run.state, state
+  assert_same(got[0].subspaces.basis, was[0].subspaces.basis)
+  assert_same(got[1], was[1])
+  assert int(got[0].count) == 3
+  assert_same(got[0].projector, make(4).init(params)[0].projector)
+  assert "the projector's own state anew, opt_state/0/projector" in run.changes
+  wider = restored(tmp_path, make(6))
+  want = so.resize_rank(with_projector(projectors.stiefel(2), 6), state, params)
+  close = functools.partial(measure.assert_trees_close, rtol=1e-5, atol=1e-6)
+  # The columns that join are those that the new rule starts with.
+  kept = jax.tree.map(lambda x: x[..., :4], wider.state[0].subspaces.basis)
+  assert_same(kept, was[0].subspaces.basis)
+  close(wider.state[1], want[1])
+  takes_a_step(make(6), wider)
+
+
+@pytest.mark.parametrize(
+  'old, new',
+  [
+    (projectors.stiefel(2), projectors.stiefel(2, regenerate=True)),
+    (projectors.dct(2), projectors.stiefel(2)),
+    (projectors.gaussian(2), projectors.stiefel(2)),
+  ],
+)
+def test_a_basis_that_can_not_stay_takes_its_moments_with_it(
+  old, new, tmp_path
+):
+  params, state = saved(tmp_path, with_projector(old))
+  tx = with_projector(new)
+  run = restored(tmp_path, tx)
+  assert 'basis and moments anew of layers/down, up' in run.changes
+  start = tx.init(params)
+  moments, was = run.state[1].inner, state[1].inner
+  for path in ('up', 'layers/down'):
+    for moment in (moments.mu, moments.nu):
+      assert not np.any(cases.flat(moment)[path])
+    assert np.any(cases.flat(was.mu)[path])
+  np.testing.assert_array_equal(moments.mu['bias'], was.mu['bias'])
+  assert int(moments.count) == 3
+  basis = run.state[0].subspaces.basis
+  if jax.tree.leaves(basis):
+    assert_same(basis, start[0].subspaces.basis)
+  takes_a_step(tx, run)
+
+
+def test_dtypes_of_moments_may_change(tmp_path):
+  params, state = saved(tmp_path, MAKE['online'](4))
+  spec = SPEC(4, moment_dtype=jnp.bfloat16)
+  tx = so.online_subspace_descent(0.1, spec=spec)
+  run = restored(tmp_path, tx)
+  (change,) = run.changes
+  assert change.startswith('float32 -> bfloat16 of opt_state/')
+  assert_same(run.state, so.resize_rank(tx, state, params))
+
+
+def test_moments_of_8_bits_in_4(tmp_path):
+  make = lambda bits: so.golore(0.1, moment_bits=bits, spec=so.SubspaceSpec(16))
+  params = {'w': jax.random.normal(jax.random.key(0), (64, 256))}
+  _, state = saved(tmp_path, make(8), params)
+  run = restored(tmp_path, make(4), params)
+  assert 'int8 -> int4 of opt_state/0/1/inner/coded/mu/w' in run.changes
+  own = lambda state: _coded_state.decoded(state[0][1].inner)
+  read = lambda state: np.asarray(own(state).mu['w'])
+  one, other = read(run.state), read(state)
+  np.testing.assert_allclose(one, other, rtol=0, atol=0.15 * abs(other).max())
+  assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('rank', [4, 3])
+def test_another_mesh_and_rank_in_one_call(rank, kind, tmp_path):
+  params = {
+    'w': jax.random.normal(jax.random.key(0), (16, 32)),
+    'bias': jnp.ones(32),
+  }
+  specs = {'w': P('fsdp', 'tensor'), 'bias': P('tensor')}
+
+  def shapes_on(sizes):
+    mesh = jax.make_mesh(sizes, ('fsdp', 'tensor'), axis_types=(kind,) * 2)
+    of = lambda k, x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, specs[k])
+    )
+    return {k: of(k, x) for k, x in params.items()}
+
+  place = lambda x, like: jax.device_put(x, like.sharding)
+  there, here = shapes_on((2, 2)), shapes_on((4, 1))
+  tx, new = MAKE['online'](4), MAKE['online'](rank)
+  own, state = saved(tmp_path, tx, jax.tree.map(place, params, there), steps=0)
+  run = restored(tmp_path, new, here)
+  wanted = so.resize_rank(new, state, own) if rank != 4 else state
+  measure.assert_trees_close(run.state, wanted, rtol=1e-5, atol=2e-6)
+  placed = so.state_sharding(new, here)
+  for x, s in zip(
+    jax.tree.leaves((run.params, run.state)),
+    jax.tree.leaves((jax.tree.map(lambda x: x.sharding, here), placed)),
+    strict=True,
+  ):
+    assert x.sharding.is_equivalent_to(s, x.ndim)
+  assert measure.bases(run.state)['w'].sharding.mesh.shape['fsdp'] == 4
+
+
+def test_boxes_shapes_and_shardings(tmp_path):
+  tx = MAKE['online'](4)
+  model = nnx.Linear(16, 24, rngs=nnx.Rngs(0))
+  params = nnx.state(model, nnx.Param)
+  own, state = saved(tmp_path, tx, params, steps=0)
+  shapes = jax.eval_shape(lambda: params)
+  host = so.state_sharding(tx, params, memory_kind='pinned_host')
+  run = restored(tmp_path, tx, shapes, shardings=host)
+  assert jax.tree.structure(run.state) == jax.tree.structure(state)
+  measure.assert_trees_close((run.params, run.state), (own, state))
+  kinds = jax.tree.map(lambda x: x.sharding.memory_kind, run.state)
+  assert 'pinned_host' in jax.tree.leaves(kinds)
+  # Names of axes and none: what is saved has no boxes.
+  boxed = {'w': nn.Partitioned(jnp.ones((16, 24)), names=(None, None))}
+  so.checkpoint.save(tmp_path / 'boxed', tx, boxed, tx.init(boxed))
+  bare = {'w': jnp.ones((16, 24))}
+  run = so.checkpoint.restore(tmp_path / 'boxed', tx, bare)
+  assert_same((run.params, run.state), (bare, tx.init(bare)))
+
+
+def test_a_training_step_and_an_orbax_checkpointer(tmp_path):
+  loss = lambda params, x: jnp.mean((x @ params['w']) ** 2)
+  train = so.train_step(loss, so.golore(0.1, rank=2))
+  params = {'w': jax.random.normal(jax.random.key(0), (8, 16))}
+  with ocp.training.Checkpointer(tmp_path) as folder:
+    with errors.raises(FileNotFoundError, 'no complete checkpoint'):
+      so.checkpoint.restore(folder, train, params)
+    state = train.init(params)
+    step = jax.jit(train.step, donate_argnums=(0, 1))
+    so.checkpoint.save(folder, train, params, state, step=0)
+    params, state, _ = step(params, state, jnp.ones((4, 8)))
+    so.checkpoint.save(folder, train, params, state, step=1)
+  with ocp.training.Checkpointer(tmp_path) as folder:
+    run = so.checkpoint.restore(folder, train, params)
+  assert run.step == 1
+  assert_same((run.params, run.state), (params, state))
+  # Plain Orbax reads it, too.
+  tree = ocp.load(tmp_path / '1', {'params': params, 'opt_state': state})
+  assert_same(tree['opt_state'], state)
+
+
+REFUSED = {
+  'inner': (
+    lambda: so.golore(0.1, inner=optax.scale_by_lion(), spec=SPEC(4)),
+    ('opt_state/0/1/inner', 'ScaleByAdamState', 'ScaleByLionState'),
+  ),
+  'like_inner': (
+    lambda: so.golore(0.1, inner=optax.scale_by_belief(), spec=SPEC(4)),
+    ('opt_state/0/1/inner', 'ScaleByBeliefState'),
+  ),
+  'bits': (
+    lambda: so.golore(0.1, moment_bits=8, spec=SPEC(4)),
+    ('opt_state/0/1/inner', 'CodedState', 'bits'),
+  ),
+  'integers': (
+    lambda: so.golore(0.1, spec=SPEC(4, basis_dtype='int8')),
+    ('opt_state/0/0/subspaces/basis', 'QuantizedBasis'),
+  ),
+  'wrapped': (
+    lambda: optax.chain(so.golore(0.1, spec=SPEC(4))),
+    ('opt_state/', 'wrappers', 'tx.init'),
+  ),
+  'leaves': (
+    lambda: so.golore(0.1, spec=SPEC(4, include='up')),
+    ("'layers/down'", 'projected in the checkpoint', 'plain by tx'),
+  ),
+  'rank': (
+    lambda: so.golore(
+      0.1, spec=SPEC(lambda path, leaf: 12 if path == 'up' else 4)
+    ),
+    ('projected in the checkpoint', 'plain by tx', 'ranks'),
+  ),
+  'side': (
+    lambda: so.golore(0.1, spec=SPEC(4, side='long')),
+    ("side='rows'", "side='columns'", 'layers/down'),
+  ),
+}
+
+
+@pytest.fixture(scope='module')
+def golore_run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('golore')
+  saved(folder, so.golore(0.1, spec=SPEC(4)), steps=0)
+  return folder
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_can_not_be_carried_over_is_refused(name, golore_run):
+  make, words = REFUSED[name]
+  with errors.raises(ValueError, *words):
+    restored(golore_run, make())
+
+
+@pytest.mark.parametrize(
+  'params, words',
+  [
+    ({'up': jnp.ones((12, 20))}, ('params/bias', 'nobody wants')),
+    (PARAMS | {'more': jnp.ones(3)}, ('no params/more',)),
+    (PARAMS | {'bias': jnp.ones(13)}, ('float32[12]', 'float32[13]', 'bias')),
+    (
+      PARAMS | {'bias': jnp.ones(12, jnp.bfloat16)},
+      ('float32[12]', 'bfloat16[12]', 'cast'),
+    ),
+  ],
+)
+def test_other_parameters_are_refused(params, words, golore_run):
+  with errors.raises(ValueError, *words):
+    restored(golore_run, so.golore(0.1, spec=SPEC(4)), params)
+
+
+def test_other_dtypes_of_counters_are_refused(tmp_path):
+  make = lambda dtype: optax.GradientTransformation(
+    lambda params: jnp.zeros((), dtype), lambda u, s, p=None: (u, s)
+  )
+  params = {'w': jnp.ones(3)}
+  so.checkpoint.save(
+    tmp_path / 'run', make(jnp.int32), params, jnp.zeros((), jnp.int32)
+  )
+  with errors.raises(ValueError, 'int32', 'float32', 'opt_state'):
+    restored(tmp_path, make(jnp.float32), params)
+
+
+def test_what_is_no_checkpoint_or_no_state_of_tx(tmp_path):
+  params, tx = {'w': jnp.ones((8, 16))}, so.golore(0.1, rank=2)
+  state = tx.init(params)
+  with errors.raises(ValueError, 'structure', 'save a state with'):
+    so.checkpoint.save(tmp_path / 'run', optax.adam(0.1), params, state)
+  with pytest.raises(FileNotFoundError):
+    so.checkpoint.restore(tmp_path / 'run', tx, params)
+  ocp.save(tmp_path / 'run', {'params': params, 'opt_state': state})
+  with errors.raises(ValueError, 'was not written by', 'run'):
+    restored(tmp_path, tx, params)
