@@ -36,7 +36,7 @@ def batch(step, size=128, context=16):
   return windows[:, :-1], windows[:, -1]
 
 
-bytes(batch(0)[0][0])
+[bytes(window.tolist()) for window in batch(0)[0][:3]]
 
 # %% [markdown]
 # ## A model
