@@ -94,7 +94,7 @@ def train(tx, steps=100):
 
 # %%
 params = nnx.state(nnx.eval_shape(lambda: Model(nnx.Rngs(0))), nnx.Param)
-muon = so.subspace_muon(2e-3, rank=0.25, moment_bits=8)
+muon = so.subspace_muon(5e-3, rank=0.25, moment_bits=8)
 print(so.describe(muon, params))
 
 # %% [markdown]
@@ -110,7 +110,7 @@ print(so.memory_report(muon, params))
 
 # %%
 runs = {
-  'adamw': optax.adamw(2e-3),
+  'adamw': optax.adamw(5e-3),
   'subspace_muon, 8 bits': muon,
 }
 trained = {name: train(tx) for name, tx in runs.items()}
@@ -129,7 +129,7 @@ _ = axes.legend()
 # %% [markdown]
 # A hundred steps of a small network at rates that nobody has tuned do not say
 # which is better. [The results](../../README.md#results) are of runs that do.
-# `so.normuon(2e-3, moment_bits=8)`, on whole matrices, is the third line to
+# `so.normuon(5e-3, moment_bits=8)`, on whole matrices, is the third line to
 # try here: it takes more state and is first in those results.
 #
 # ## A look inside
