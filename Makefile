@@ -3,7 +3,7 @@
 # make test-fast  the same without the tests marked slow
 # make test-full  all points of the grid, all layouts on meshes: over an hour
 # make evidence   measure what the papers claim; writes docs/evidence.md
-# make docs       build the site of docs/ in build/site, strictly
+# make docs       run the tutorials, build the site in build/site, strictly
 # make check      lint, formatting, types and which folder imports which
 # make format     rewrite the sources in the project's format
 # make wheel      build dist/*, and try the wheel in an environment of its own

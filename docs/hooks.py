@@ -6,6 +6,7 @@ linked: the site need not know where the repository is.
 """
 
 import pathlib
+import posixpath
 import re
 
 from mkdocs.structure.files import File
@@ -30,26 +31,32 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
   """Turns links of the repository into links of the site."""
   del config
-  of_readme = page.file.src_uri == 'index.md'
+  folder = posixpath.dirname(_in_repository(page.file.src_uri))
+  here = posixpath.dirname(page.file.src_uri)
 
   def link(match):
     kind, text, target = match.groups()
     path, _, anchor = target.partition('#')
-    known = _in_site(path, of_readme)
-    if known is None or files.get_file_from_path(known) is None:
+    known = _in_site(posixpath.normpath(posixpath.join(folder, path)))
+    if files.get_file_from_path(known) is None:
       return text if not kind else match[0]
-    up = '../' * page.file.src_uri.count('/')
-    return f'{kind}[{text}]({up}{known}{"#" + anchor if anchor else ""})'
+    way = posixpath.relpath(known, here or '.')
+    return f'{kind}[{text}]({way}{"#" + anchor if anchor else ""})'
 
   return _LINK.sub(link, markdown)
 
 
-def _in_site(path: str, of_readme: bool) -> str | None:
+def _in_repository(uri: str) -> str:
+  """Returns where a page of the site is in the repository."""
+  if uri == 'index.md':
+    return 'README.md'
+  return f'benchmarks/{uri}' if uri.startswith('results/') else f'docs/{uri}'
+
+
+def _in_site(path: str) -> str:
   """Returns where a path of the repository is in the site."""
-  inside = path.removeprefix('docs/') if of_readme else path
-  found = inside.removeprefix('../')
-  if found.startswith('benchmarks/results/'):
-    return found.removeprefix('benchmarks/')
-  if found == 'README.md':
+  if path == 'README.md':
     return 'index.md'
-  return inside if not inside.startswith('../') else None
+  if path.startswith('docs/tutorials/'):  # a page is made of each script
+    path = path.removesuffix('.py') + '.md' if path.endswith('.py') else path
+  return path.removeprefix('docs/').removeprefix('benchmarks/')

@@ -95,6 +95,24 @@ def test_every_page_of_docs_is_in_the_site():
   assert all(f': {x}\n' in site for x in pages)
 
 
+def test_every_tutorial_is_in_the_site_and_in_the_list():
+  site = (ROOT / 'mkdocs.yml').read_text()
+  page = (DOCS / 'tutorials.md').read_text()
+  tutorials = sorted((DOCS / 'tutorials').glob('*.py'))
+  assert tutorials
+  for path in tutorials:
+    assert f': tutorials/{path.stem}.md\n' in site
+    assert f'](tutorials/{path.name})' in page
+
+
+def test_links_of_tutorials_lead_somewhere():
+  for path in (DOCS / 'tutorials').glob('*.py'):
+    links = re.findall(r'\]\(((?!https?:)[^)\s]+)\)', path.read_text())
+    assert links
+    for link in links:
+      assert (path.parent / link.partition('#')[0]).exists(), (path, link)
+
+
 def test_the_commands_are_targets_of_the_makefile():
   commands = re.findall(r'^make (\S+)', README.read_text(), re.MULTILINE)
   makefile = (README.parent / 'Makefile').read_text()

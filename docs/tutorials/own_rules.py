@@ -1,0 +1,151 @@
+# %% [markdown]
+# # Your own projector, residual and transport
+#
+# A subspace optimizer is [five choices](../pieces.md). Three of them are rules
+# that you can write in a few lines: how a basis is found, what becomes of the
+# gradient outside of the subspace, and what becomes of moments when the basis
+# moves. The library takes care of stacks of layers, meshes, dtypes, gradients
+# that are NaN and the time of refreshes.
+#
+# It needs `pip install .` in a clone.
+
+# %%
+import jax
+import jax.numpy as jnp
+import optax
+
+import subspace_optax as so
+
+# %% [markdown]
+# ## A projector
+#
+# Some methods train a few rows of each matrix at a time. As a subspace, that
+# is a basis whose columns are unit vectors, which pick the rows where the
+# gradient is largest.
+#
+# `draw` is written for one matrix, as in a paper. It gets the matrix, whose
+# gradient is m x n with m the side that the basis spans, the old basis, and
+# the number of the refresh. It returns the new basis, m x r.
+
+
+# %%
+def largest_rows(update_proj_gap):
+  def draw(matrix, basis, period):
+    del basis, period
+    energy = jnp.sum(jnp.square(matrix.gradient), axis=1)
+    _, rows = jax.lax.top_k(energy, matrix.rank)
+    return jax.nn.one_hot(rows, matrix.m).T
+
+  return so.projectors.periodic('largest_rows', draw, update_proj_gap)
+
+
+# %% [markdown]
+# `so.testing` trains a small tree with it: a matrix, a stack along a middle
+# axis, and gradients of which one is zero and one NaN. It returns without a
+# word if all is well.
+
+# %%
+so.testing.check_projector(largest_rows(2))
+
+# %% [markdown]
+# A mistake gets a sentence. This rule returns its basis the wrong way round:
+
+# %%
+turned = so.projectors.periodic('turned', lambda m, basis, t: basis.T, 2)
+try:
+  so.testing.check_projector(turned)
+except ValueError as error:
+  print(error)
+
+# %% [markdown]
+# `matrix.coordinates(P)` is the product of P transposed with the gradient, and
+# `matrix.image(X)` that of the gradient with X transposed. A rule that uses
+# these alone stays cheap in data-parallel steps, where `matrix.gradient`
+# averages the whole gradient over devices.
+#
+# ## A residual
+#
+# What is outside of the subspace is dropped unless a residual takes it. This
+# one takes a plain gradient step with it. It sees a `node`, which is a whole
+# leaf: `node.direction` is what the inner optimizer made of the coordinates,
+# `combine` takes coordinates back to the leaf's shape, and `outside()` is what
+# the basis does not span. It returns the update and its state, of which it has
+# none.
+
+
+# %%
+def gradient_descent(eta):
+  def update(node, scale, count, state):
+    del count
+    inside = node.combine(scale * node.direction)
+    return inside + eta * node.outside(), state
+
+  return so.residuals.Residual('gradient_descent', update)
+
+
+# %% [markdown]
+# ## A transport
+#
+# When a basis moves, moments still stand in the coordinates of the old one.
+# This rule maps first moments to the new basis, as GoLore does, and makes them
+# shorter: less is known of the new coordinates. `moment.transition` is the r x
+# r matrix from old coordinates to new ones.
+
+
+# %%
+def shorter(factor):
+  def move(moment):
+    return factor * moment.mix(moment.transition, moment.value)
+
+  return so.transports.Transport('shorter', move, kinds=('mean', 'sum'))
+
+
+# %% [markdown]
+# `so.testing.check_residual(gradient_descent(0.1))` and
+# `so.testing.check_transport(shorter(0.5))` check both, in half a minute: try
+# them. `tests/test_testing.py` does.
+#
+# ## All three in an optimizer
+#
+# `so.subspace` takes them where it takes its own, around any inner optimizer
+# of optax.
+
+# %%
+tx = so.subspace(
+  so.SubspaceSpec(rank=8),
+  largest_rows(update_proj_gap=20),
+  optax.scale_by_adam(),
+  transport=shorter(0.5),
+  residual=gradient_descent(1.0),
+  after=optax.scale_by_learning_rate(1e-2),
+)
+
+keys = jax.random.split(jax.random.key(0), 3)
+x = jax.random.normal(keys[0], (256, 32))
+y = jnp.sin(x @ jax.random.normal(keys[1], (32, 48)))
+params = {'w': 0.1 * jax.random.normal(keys[2], (32, 48))}
+
+
+def loss(params):
+  return jnp.mean((jnp.tanh(x @ params['w']) - y) ** 2)
+
+
+train = so.train_step(loss, tx)
+step, state = jax.jit(train.step), train.init(params)
+for t in range(101):
+  params, state, value = step(params, state)
+  if t % 25 == 0:
+    print(f'step {t:>3}: loss {value:.4f}')
+
+# %%
+print(so.describe(tx, params))
+
+# %% [markdown]
+# ## Where to go
+#
+# - The rules of the library are written the same way:
+#   `subspace_optax/projectors/_power.py` and its neighbours.
+# - The [reference](../api/testing.md) of `so.testing`, and of [transports and
+#   residuals](../api/rules.md).
+# - [CONTRIBUTING](../../CONTRIBUTING.md) says what a rule needs to become a
+#   part of the library.
