@@ -78,12 +78,14 @@ def check_residual(residual: residuals.Residual) -> None:
     >>> import subspace_optax as so
     >>> so.testing.check_residual(so.residuals.fira())
   """
-  for dtype in (jnp.float32, jnp.bfloat16):
-    for projector in (projectors.stiefel(2), projectors.gaussian(2)):
-      tx = _subspace.subspace(
-        _SPEC, projector, optax.scale_by_adam(), residual=residual
-      )
-      _train(tx, dtype)
+  for dtype, projector in (
+    (jnp.float32, projectors.gaussian(2)),
+    (jnp.bfloat16, projectors.stiefel(2)),
+  ):
+    tx = _subspace.subspace(
+      _SPEC, projector, optax.scale_by_adam(), residual=residual
+    )
+    _train(tx, dtype)
 
 
 def check_transport(transport: transports.Transport) -> None:
@@ -104,9 +106,9 @@ def check_transport(transport: transports.Transport) -> None:
     >>> so.testing.check_transport(so.transports.first())
   """
   transport = _rules.as_transport(transport)
-  for per_matrix in (False, True):
-    each = per_matrix or transport.resets
-    make = lambda gap, transport, each=each: _subspace.subspace(
+  # What resets has one state for each matrix, whatever is asked for.
+  for per_matrix in (True,) if transport.resets else (False, True):
+    make = lambda gap, transport, each=per_matrix: _subspace.subspace(
       _SPEC,
       projectors.stiefel(gap),
       optax.scale_by_adam(),
