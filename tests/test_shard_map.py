@@ -203,8 +203,14 @@ def ends_alone(name):
   return ends
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('name', ['golore', 'ldadamw', 'subspace_muon'])
+@pytest.mark.parametrize(
+  'name, kind',
+  grid.cover(
+    ['golore', 'ldadamw', 'subspace_muon'],
+    [AxisType.Auto, AxisType.Explicit],
+    of=2,
+  ),
+)
 def test_replicas_whose_parameters_are_sharded(name, kind):
   """One axis is manual, the other one is left to the compiler or explicit."""
   tx = MADE[name]()
