@@ -136,7 +136,7 @@ def plan(c: Config, vocab: int, devices: Mesh) -> Plan:
   )
   like = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    jax.eval_shape(make),
+    jax.eval_shape(init),  # traced once: the call of it reuses that
     placed,
   )
   inside = recipes.micro_steps(c) > 1

@@ -57,10 +57,9 @@ def check_projector(projector: projectors.Projector) -> None:
     >>> so.testing.check_projector(so.projectors.svd(2))
   """
   inner = optax.scale_by_adam()
-  for dtype in (jnp.float32, jnp.bfloat16):
-    tx = _subspace.subspace(_SPEC, projector, inner, transport='first')
-    for state in _train(tx, dtype):
-      _check_bases(projector, state)
+  tx = _subspace.subspace(_SPEC, projector, inner, transport='first')
+  for state in _train(tx, jnp.float32) + _run_finitely(tx, jnp.bfloat16)[1]:
+    _check_bases(projector, state)
 
 
 def check_residual(residual: residuals.Residual) -> None:
@@ -81,12 +80,14 @@ def check_residual(residual: residuals.Residual) -> None:
     >>> import subspace_optax as so
     >>> so.testing.check_residual(so.residuals.fira())
   """
-  for dtype in (jnp.float32, jnp.bfloat16):
-    for projector in (projectors.stiefel(2), projectors.gaussian(2)):
-      tx = _subspace.subspace(
-        _SPEC, projector, optax.scale_by_adam(), residual=residual
-      )
-      _train(tx, dtype)
+  for dtype, projector in (
+    (jnp.float32, projectors.gaussian(2)),
+    (jnp.bfloat16, projectors.stiefel(2)),
+  ):
+    tx = _subspace.subspace(
+      _SPEC, projector, optax.scale_by_adam(), residual=residual
+    )
+    _train(tx, dtype)
 
 
 def check_transport(transport: transports.Transport) -> None:
@@ -107,28 +108,31 @@ def check_transport(transport: transports.Transport) -> None:
     >>> so.testing.check_transport(so.transports.first())
   """
   transport = _rules.as_transport(transport)
-  for per_matrix in (False, True):
-    each = per_matrix or transport.resets
-    make = lambda gap, transport, each=each: _subspace.subspace(
+
+  def make(gap: int, transport: Any, per_matrix: bool) -> Any:
+    return _subspace.subspace(
       _SPEC,
       projectors.stiefel(gap),
       optax.scale_by_adam(),
       transport=transport,
-      per_matrix=each,
+      per_matrix=per_matrix,
     )
-    _train(make(2, transport), jnp.float32)
-    resting = [
-      jax.tree.leaves(_run(make(99, x), jnp.float32)[0])
-      for x in (transport, 'keep')
-    ]
-    for found, wanted in zip(*resting, strict=True):
-      np.testing.assert_allclose(
-        np.asarray(found, np.float32),
-        np.asarray(wanted, np.float32),
-        rtol=1e-5,
-        atol=1e-6,
-        err_msg='moments change where no basis moves',
-      )
+
+  # What resets has one state for each matrix, whatever is asked for.
+  for per_matrix in {transport.resets, True}:
+    _train(make(2, transport, per_matrix), jnp.float32)
+  resting = [
+    jax.tree.leaves(_run(make(99, x, transport.resets), jnp.float32)[0])
+    for x in (transport, 'keep')
+  ]
+  for found, wanted in zip(*resting, strict=True):
+    np.testing.assert_allclose(
+      np.asarray(found, np.float32),
+      np.asarray(wanted, np.float32),
+      rtol=1e-5,
+      atol=1e-6,
+      err_msg='moments change where no basis moves',
+    )
 
 
 def _gradients(step: int, dtype: Any) -> Any:
@@ -169,14 +173,20 @@ def _run(tx: Any, dtype: Any) -> tuple[list[Any], list[Any]]:
   return all_updates, states
 
 
-def _train(tx: Any, dtype: Any) -> list[Any]:
-  """Returns the states of some steps, which a scan repeats."""
+def _run_finitely(tx: Any, dtype: Any) -> tuple[list[Any], list[Any]]:
+  """The same, of updates that are finite."""
   all_updates, states = _run(tx, dtype)
   for t, updates in enumerate(all_updates):
     for name, x in updates.items():
       x = np.asarray(x, np.float32)
       x = x[:, :1] if name == 'stack' else x
       assert np.isfinite(x).all(), f'the update of {name} is not finite in {t}'
+  return all_updates, states
+
+
+def _train(tx: Any, dtype: Any) -> list[Any]:
+  """Returns the states of some steps, which a scan repeats."""
+  all_updates, states = _run_finitely(tx, dtype)
 
   def step(state: Any, gradients: Any) -> tuple[Any, Any]:
     updates, state = tx.update(gradients, state, params)

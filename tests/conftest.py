@@ -65,6 +65,14 @@ def pytest_addoption(parser):
   )
 
 
+def pytest_collection_modifyitems(config, items):
+  if config.getoption('full'):
+    return
+  more = [x for x in items if x.get_closest_marker('full')]
+  config.hook.pytest_deselected(items=more)
+  items[:] = [x for x in items if not x.get_closest_marker('full')]
+
+
 @pytest.hookimpl(optionalhook=True, wrapper=True)
 def pytest_xdist_auto_num_workers():
   """For `-n auto`: as many processes as cores, if each can have 3 GB."""

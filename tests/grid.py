@@ -1,11 +1,12 @@
 """The grid of projectors, transports, inner optimizers, and a cover of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
+import pytest
 
 import subspace_optax as so
 from subspace_optax import projectors
@@ -107,13 +108,19 @@ INNERS = {
   'sgd': Inner(optax.identity),
 }
 
-# Like others but for a line: every pair but those with projectors is covered.
-ALIKE = ('adam_injected', 'rms', 'lamb', 'adamw')
+# Like others but for a line: every pair is covered but those with projectors,
+# and those of an inner optimizer and a residual.
+ALIKE_INNERS = ('adam_injected', 'rms', 'lamb', 'adamw')
+ALIKE_RESIDUALS = ('apollo_mini', 'normuon')
 
 # Those whose bases are of another one's kind, however they find them: `svd`'s,
-# `tracking`'s, `dct`'s and `online_pca`'s. Every pair is covered but those with
-# inner optimizers and residuals, which see no more of a rule than its bases.
+# `power`'s, `stiefel`'s, `tracking`'s, `dct`'s, `online_pca`'s. Every pair is
+# covered but those with inner optimizers and residuals, which see no more of a
+# rule than its bases.
 ALIKE_PROJECTORS = (
+  'lazy',
+  'lagged_power',
+  'stiefel_regenerated',
   'gram',
   'randomized',
   'warm',
@@ -164,6 +171,21 @@ class Point(NamedTuple):
     flags = ['stagger'] * self.stagger + [f'every_{self.every_k}']
     dtype = jnp.dtype(self.basis_dtype).name
     return '-'.join([*self[:4], *flags, dtype, str(self.residual)])
+
+
+def cover(*factors: Iterable[Any], of: int) -> list[Any]:
+  """Returns the points of a product, for `parametrize`; `--full` has them all.
+
+  Else only those run whose indices add up to a multiple of `of`: of three
+  factors of at least `of` values each, every pair of values; of two factors,
+  every value with its share of the other's.
+  """
+  points = []
+  for point in itertools.product(*map(enumerate, factors)):
+    indices, values = zip(*point, strict=True)
+    marks = pytest.mark.full if sum(indices) % of else ()
+    points.append(pytest.param(*values, marks=marks))
+  return points
 
 
 def transport(name: str, rates: tuple[float, float]) -> Any:
@@ -236,10 +258,14 @@ def pairwise() -> list[Point]:
 
 def alike(factors: tuple[str, str], values: tuple) -> bool:
   """Whether a pair need not be covered, since another one is like it."""
-  if factors == ('projector', 'inner') and values[1] in ALIKE:
-    return True
-  of_bases = factors in (('projector', 'inner'), ('projector', 'residual'))
-  return of_bases and values[0] in ALIKE_PROJECTORS
+  like = {
+    'projector': ALIKE_PROJECTORS,
+    'inner': ALIKE_INNERS,
+    'residual': ALIKE_RESIDUALS,
+  }
+  return set(factors) <= like.keys() and any(
+    value in like[name] for name, value in zip(factors, values, strict=True)
+  )
 
 
 def _best_value(name: str, chosen: dict[str, Any], missing: set) -> Any:

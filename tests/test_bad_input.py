@@ -12,6 +12,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import subspace_optax as so
 from subspace_optax import projectors
 
@@ -62,8 +63,9 @@ def _altered():
   }
 
 
-@pytest.mark.parametrize('kind', _altered())
-@pytest.mark.parametrize('factory', FACTORIES)
+@pytest.mark.parametrize(
+  'kind, factory', grid.cover(_altered(), FACTORIES, of=3)
+)
 def test_tree_at_update_unlike_that_at_init(kind, factory):
   tx = factory(1e-3, rank=2)
   params = jax.eval_shape(lambda: PARAMS)
@@ -198,8 +200,9 @@ def _along():
   }
 
 
-@pytest.mark.parametrize('kind', _against())
-@pytest.mark.parametrize('factory', FACTORIES)
+@pytest.mark.parametrize(
+  'kind, factory', grid.cover(_against(), FACTORIES, of=3)
+)
 def test_base_optimizer_that_would_climb_fails_at_init(kind, factory):
   name = cases.inner_of(factory.__name__)
   tx = factory(0.5, rank=2, **{name: _against()[kind]})

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import cases
+import grid
 import subspace_optax as so
 from subspace_optax.low_precision import _by_layer
 
@@ -45,16 +46,14 @@ def temporaries(inner: optax.GradientTransformation) -> int:
   return program.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize('bits', [8, 4])
-@pytest.mark.parametrize('name', INNERS)
+@pytest.mark.parametrize('name, bits', grid.cover(INNERS, [8, 4], of=2))
 def test_temporaries_are_those_of_float32(name, bits):
   """Those of all layers at once are five times as many for Adam."""
   wide = temporaries(INNERS[name])
   assert temporaries(so.quantize_moments(INNERS[name], bits)) < 1.2 * wide
 
 
-@pytest.mark.parametrize('bits', [8, 4])
-@pytest.mark.parametrize('name', INNERS)
+@pytest.mark.parametrize('name, bits', grid.cover(INNERS, [4, 8], of=2))
 def test_steps_are_those_of_all_layers_at_once(name, bits, monkeypatch):
   tx = so.quantize_moments(INNERS[name], bits)
   params = {path: x[:6] for path, x in STACKS.items()}

@@ -147,9 +147,13 @@ def test_bases_of_svds_take_whole_gradients_at_refreshes():
 @pytest.mark.parametrize(
   'tx',
   [
-    so.golore(1e-3, update_proj_gap=3, random_from=5, spec=_spec(seed=1)),
-    so.golore(1e-3, update_proj_gap=4, stagger=True, spec=_spec(side='in')),
-    so.golore(1e-3, update_proj_gap=4, spec=_spec(side='out')),
+    so.golore(
+      1e-3,
+      update_proj_gap=3,
+      random_from=5,
+      stagger=True,
+      spec=_spec(seed=1, side='in'),
+    ),
     _subspace(
       so.projectors.svd(4, stagger=True),
       transport=so.transports.both(0.9, 0.999),
@@ -163,7 +167,7 @@ def test_bases_of_svds_take_whole_gradients_at_refreshes():
       ),
     ),
   ],
-  ids=['switch', 'in', 'out', 'svd', 'regenerate', 'every_k', 'masked'],
+  ids=['switch', 'svd', 'regenerate', 'every_k', 'masked'],
 )
 def test_any_chain_around_project(tx):
   _assert_same(_small_problem(), tx)
@@ -264,16 +268,12 @@ _TWO_PARTS = {
 @pytest.mark.parametrize(
   'tx',
   [
-    so.golore(1e-3, spec=_spec()),
-    _subspace(
-      so.projectors.stiefel(5), transport=so.transports.both(0.9, 0.999)
-    ),
     _subspace(so.projectors.stiefel(5), every_k=2),
     optax.partition(
       _TWO_PARTS, {'up': 'some', 'down': 'others', 'bias': 'some'}
     ),
   ],
-  ids=['golore', 'transported', 'every_k', 'partition'],
+  ids=['every_k', 'partition'],
 )
 def test_bases_are_refreshed_once(tx):
   problem = _small_problem()
@@ -290,7 +290,7 @@ def test_a_random_walk_looks_at_no_gradient():
 
 
 def test_data_parallelism_moves_coordinates_only():
-  problem = models.nnx_problem(True, False)
+  problem = _small_problem()
   # Cosines are the same to the bit in any program; Haar samples, which take a
   # float32 factorisation, are not.
   tx = so.golore(1e-3, regenerate=True, spec=_spec())
@@ -318,28 +318,37 @@ def test_data_parallelism_moves_coordinates_only():
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+def _two_matrices_loss(params, x):
+  up, down = rso.dot(x[:, :16], params['up']), rso.dot(x, params['down'])
+  return jnp.mean(jnp.sin(up)) + jnp.mean(jnp.sin(down))
+
+
 @functools.cache
-def _of_one_matrix(side):
-  """Returns start, batch, optimizer, step, and the end on one device."""
+def _of_two_matrices():
+  """Returns start, batch, optimizer, step, and the end on one device.
+
+  The bases are of the inputs of one matrix, of the outputs of the other.
+  """
   rng = np.random.default_rng(0)
-  start = {'w': jnp.asarray(rng.standard_normal((16, 24)), jnp.float32)}
-  x = jnp.asarray(rng.standard_normal((4, 16)), jnp.float32)
-  tx = so.golore(0.01, update_proj_gap=2, spec=so.SubspaceSpec(4, side=side))
-  step = rso.compressed_step(_matrix_loss, tx)
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  start = {'up': normal(16, 24), 'down': normal(24, 16)}
+  x = normal(4, 24)
+  tx = so.golore(0.01, update_proj_gap=2, spec=so.SubspaceSpec(4))
+  step = rso.compressed_step(_two_matrices_loss, tx)
   return start, x, tx, step, _run(step, tx, start, 5, lambda _: x)[0]
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('side', ['in', 'out'])
-def test_on_a_mesh_it_is_the_same(side, kind):
-  start, x, tx, step, alone = _of_one_matrix(side)
+def test_on_a_mesh_it_is_the_same(kind):
+  start, x, tx, step, alone = _of_two_matrices()
   mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(kind,) * 2)
   with jax.set_mesh(mesh):
     params = jax.device_put(start, NamedSharding(mesh, P('fsdp', 'tensor')))
     parts = jax.device_put(x, NamedSharding(mesh, P()))
     many, _, _ = _run(step, tx, params, 5, lambda _: parts)
-  np.testing.assert_allclose(many['w'], alone['w'], rtol=1e-5, atol=1e-5)
-  assert many['w'].sharding.spec == P('fsdp', 'tensor')
+  for name, wanted in alone.items():
+    np.testing.assert_allclose(many[name], wanted, rtol=1e-5, atol=1e-5)
+    assert many[name].sharding.spec == P('fsdp', 'tensor')
 
 
 @pytest.mark.parametrize('side', ['in', 'out'])
@@ -442,10 +451,11 @@ def test_second_derivatives_are_refused_and_constants_are_not():
   ids=['online_pca', 'residual', 'plain'],
 )
 def test_what_cannot_be_compressed_is_named(tx, words):
-  problem = models.nnx_problem(True, False)
+  problem = _small_problem()
   step = rso.compressed_step(problem.lifted, tx)
+  state = jax.eval_shape(tx.init, problem.params)
   with errors.raises(ValueError, *words):
-    step(problem.params, tx.init(problem.params), models.inputs())
+    jax.eval_shape(step, problem.params, state, _inputs(0))
 
 
 def test_a_gap_that_is_injected_is_named():

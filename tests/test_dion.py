@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import errors
+import grid
 import references as ref
 import subspace_optax as so
 from subspace_optax import projectors
@@ -144,17 +145,23 @@ def normalized(form, n):
   return (u * values) @ v
 
 
-@pytest.mark.parametrize('form', ['orthogonal', 'rows'])
-@pytest.mark.parametrize('inner', ['sgd', 'momentum'])
+PROJECTORS = {
+  'stiefel': projectors.stiefel(3),
+  'gaussian': projectors.gaussian(3),
+  'svd': projectors.svd(2),
+}
+
+
 @pytest.mark.parametrize(
-  'projector',
-  [projectors.stiefel(3), projectors.gaussian(3), projectors.svd(2)],
-  ids=lambda x: x.name[:5],
+  'projector, inner, form',
+  grid.cover(PROJECTORS, ['sgd', 'momentum'], ['orthogonal', 'rows'], of=2),
 )
 def test_any_projector_and_inner_optimizer(projector, inner, form):
   """M <- B - (1 - mu) P (P^T P)^-1 R, and N of what the inner one returns."""
   dense_inner = ref.Sgd() if inner == 'sgd' else ref.Momentum(0.9)
-  tx = feedback(projector, form, None if inner == 'sgd' else optax.trace(0.9))
+  tx = feedback(
+    PROJECTORS[projector], form, None if inner == 'sgd' else optax.trace(0.9)
+  )
   state, update = tx.init(gradients(0)), ref.jit(tx.update)
   old = {k: v.bases(ref.bases(state)[k]) for k, v in VIEWS.items()}
   loops, kept = {}, {}

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import cases
+import grid
 import measure
 import subspace_optax as so
 from subspace_optax import projectors
@@ -47,19 +48,22 @@ def _as(tree, dtype):
   return jax.tree.map(shapes, tree)
 
 
-@every_case
+# Of parameters and of gradients.
+DTYPES = [
+  ('float32', 'bfloat16'),
+  ('bfloat16', 'float32'),
+  ('bfloat16', 'bfloat16'),
+  ('float16', 'float16'),
+  ('float64', 'float64'),
+  ('float64', 'float32'),
+]
+
+
 @pytest.mark.parametrize(
-  'of_params, of_gradients',
-  [
-    ('float32', 'bfloat16'),
-    ('bfloat16', 'float32'),
-    ('bfloat16', 'bfloat16'),
-    ('float16', 'float16'),
-    ('float64', 'float64'),
-    ('float64', 'float32'),
-  ],
+  'name, dtypes', grid.cover(cases.CASES, DTYPES, of=3), ids=str
 )
-def test_any_dtypes_of_parameters_and_gradients(name, of_params, of_gradients):
+def test_any_dtypes_of_parameters_and_gradients(name, dtypes):
+  of_params, of_gradients = dtypes
   case = cases.CASES[name]
   tx = case.make(cases.SMALL)
   with jax.enable_x64('float64' in (of_params, of_gradients)):

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import cases
+import grid
 import subspace_optax as so
 from subspace_optax.low_precision import _blocks
 from subspace_optax.low_precision import _codes
@@ -179,10 +180,14 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('shape, spec, whole', PLACES)
-def test_on_a_mesh(shape, spec, whole, kind):
+@pytest.mark.parametrize(
+  'place, kind',
+  grid.cover(PLACES, [AxisType.Auto, AxisType.Explicit], of=2),
+  ids=str,
+)
+def test_on_a_mesh(place, kind):
   """The state is that of one device, and no device asks another for blocks."""
+  shape, spec, whole = place
   tx = so.scale_by_adam8bit(rounding='nearest')
   gradient = {'w': normal(0, *shape)}
   alone, own = cases.jit(tx.update)(gradient, tx.init(gradient))

@@ -12,6 +12,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import measure
 import subspace_optax as so
 from subspace_optax._chain import _update_program
@@ -123,8 +124,10 @@ def test_is_equal_to_the_bit_where_rounding_has_no_say(most_bytes, monkeypatch):
     )
 
 
-@pytest.mark.parametrize('fetch', ['layer', 'leaf'])
-@pytest.mark.parametrize('name', ['adam', 'subspace_adamw', 'adam8bit'])
+@pytest.mark.parametrize(
+  'name, fetch',
+  grid.cover(['adam', 'subspace_adamw', 'adam8bit'], ['layer', 'leaf'], of=2),
+)
 def test_layers_are_the_same_and_stay_there(name, fetch):
   params = test_layerwise.make_params()
   tx = test_layerwise.OPTIMIZERS[name]

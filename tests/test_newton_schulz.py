@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import errors
+import grid
 import references as ref
 from subspace_optax import residuals
 from subspace_optax._matrix import _layout
@@ -77,8 +78,10 @@ def assert_equals_dense(view, leaf, coefficients, name, found, rtol=2e-5):
   )
 
 
-@pytest.mark.parametrize('name', ['frobenius', 'spectral', 'aol', 'schatten'])
-@pytest.mark.parametrize('key', VIEWS)
+@pytest.mark.parametrize(
+  'key, name',
+  grid.cover(VIEWS, ['frobenius', 'spectral', 'aol', 'schatten'], of=2),
+)
 def test_equals_dense(key, name):
   """Also with other coefficients in every step."""
   view = VIEWS[key]

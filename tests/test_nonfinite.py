@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import cases
+import grid
 import measure
 import subspace_optax as so
 
@@ -61,9 +62,12 @@ def _assert_orthonormal(name, basis):
   np.testing.assert_allclose(gram, eye, atol=tolerance)
 
 
-@every_case
-@pytest.mark.parametrize('kind', BAD)
-@pytest.mark.parametrize('steps', [(0,), (1,), (2,), (3,), (2, 3), (4, 5)])
+STEPS = [(0,), (1,), (2,), (3,), (2, 3), (4, 5)]
+
+
+@pytest.mark.parametrize(
+  'name, kind, steps', grid.cover(cases.CASES, BAD, STEPS, of=3), ids=str
+)
 def test_one_bad_matrix_of_a_stack(name, kind, steps):
   case, clean = cases.CASES[name], _clean(name)
   history = _spoiled(name, kind, steps)

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import grid
 import references as ref
 import subspace_optax as so
 
@@ -33,9 +34,7 @@ RATES = {
   'normuon': 0.01,
 }
 every_optimizer = pytest.mark.parametrize('name', RATES)
-narrow_and_wide = pytest.mark.parametrize(
-  'dtype', [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda x: x.__name__
-)
+DTYPES = ['float16', 'bfloat16', 'float32']
 
 
 def factory(name):
@@ -107,8 +106,7 @@ def test_reaches_a_target_of_its_rank(name):
     assert gap < 0.05 * np.linalg.norm(target[k]), (k, gap)
 
 
-@every_optimizer
-@narrow_and_wide
+@pytest.mark.parametrize('name, dtype', grid.cover(RATES, DTYPES, of=3))
 def test_updates_and_state_keep_their_types(name, dtype):
   """`MultiSteps` has a condition, one of whose branches does nothing."""
   tx, params = optax.MultiSteps(factory(name)(0.01), 4), tree(0, dtype)

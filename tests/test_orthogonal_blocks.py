@@ -13,6 +13,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import references as ref
 import subspace_optax as so
 from subspace_optax import projectors
@@ -147,13 +148,19 @@ def _run(tx, put=lambda x: x):
   return found
 
 
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('blocks', [None, WIDTHS])
+@functools.cache
+def _alone(blocks):
+  return _run(_optimizer(blocks))
+
+
+PLACES = [P(None, 'x', 'y'), P('x', None, 'y'), P(None, None, ('x', 'y'))]
+
+
 @pytest.mark.parametrize(
-  'spec', [P(None, 'x', 'y'), P('x', None, 'y'), P(None, None, ('x', 'y'))]
+  'spec, blocks, mode', grid.cover(PLACES, [None, WIDTHS], MODES, of=2), ids=str
 )
-def test_sharded_equals_unsharded(mode, blocks, spec):
-  wanted = _run(_optimizer(blocks))
+def test_sharded_equals_unsharded(spec, blocks, mode):
+  wanted = _alone(blocks)
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(MODES[mode],) * 2)
   place = NamedSharding(mesh, spec)
   with jax.set_mesh(mesh):

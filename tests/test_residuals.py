@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import errors
+import grid
 import references as ref
 import rules
 import subspace_optax as so
@@ -237,8 +238,14 @@ def test_nothing_is_remembered_of_bad_gradients(rule):
       np.testing.assert_array_equal(kept[3][k], kept[1][k])
 
 
-@pytest.mark.parametrize('rule', [*RULES, 'error_feedback'])
-@pytest.mark.parametrize('moment_dtype', ['parameter', None])
+@pytest.mark.parametrize(
+  'rule, moment_dtype',
+  [
+    *grid.cover(RULES, ['parameter', None], of=2),
+    ('error_feedback', 'parameter'),
+    ('error_feedback', None),
+  ],
+)
 def test_dtypes(rule, moment_dtype):
   residual = dict(RULES, error_feedback=(residuals.error_feedback(),))[rule][0]
   params = {'w': jnp.ones((2, 24, 32), jnp.bfloat16), 'b': jnp.ones((3,))}

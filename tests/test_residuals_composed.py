@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 import cases
+import grid
 import measure
 import subspace_optax as so
 from subspace_optax import projectors
@@ -123,9 +124,9 @@ def test_training_goes_on_to_the_bit_from_a_checkpoint(name, tmp_path):
     measure.assert_trees_close(one, other)
 
 
-@every_optimizer
-@pytest.mark.parametrize('bad_step', [0, 3])
-@pytest.mark.parametrize('bad', [np.nan, np.inf])
+@pytest.mark.parametrize(
+  'name, bad_step, bad', grid.cover(MADE, [0, 3], [np.nan, np.inf], of=2)
+)
 def test_one_bad_matrix_touches_no_other_and_no_residual_state(
   name, bad_step, bad
 ):
@@ -145,17 +146,20 @@ def test_one_bad_matrix_touches_no_other_and_no_residual_state(
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
-@every_optimizer
+# Of parameters and of gradients.
+DTYPES = [
+  ('float32', 'bfloat16'),
+  ('bfloat16', 'float32'),
+  ('float16', 'float16'),
+  ('float64', 'float32'),
+]
+
+
 @pytest.mark.parametrize(
-  'of_params, of_gradients',
-  [
-    ('float32', 'bfloat16'),
-    ('bfloat16', 'float32'),
-    ('float16', 'float16'),
-    ('float64', 'float32'),
-  ],
+  'name, dtypes', grid.cover(MADE, DTYPES, of=2), ids=str
 )
-def test_any_dtypes_of_parameters_and_gradients(name, of_params, of_gradients):
+def test_any_dtypes_of_parameters_and_gradients(name, dtypes):
+  of_params, of_gradients = dtypes
   cast = lambda dtype: jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, dtype), cases.tree(cases.SMALL)
   )

@@ -11,6 +11,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import measure
 import references as ref
 import subspace_optax as so
@@ -74,8 +75,12 @@ def _matrices(path, x):
   return x.reshape(1, x.shape[0], -1)
 
 
-@pytest.mark.parametrize('eta', [None, 0.5, lambda k: 1.0 / (1.0 + k)])
-@pytest.mark.parametrize('sample', ['dct', 'haar', 'gaussian'])
+@pytest.mark.parametrize(
+  'sample, eta',
+  grid.cover(
+    ['dct', 'haar', 'gaussian'], [None, 0.5, lambda k: 1.0 / (1.0 + k)], of=3
+  ),
+)
 def test_equals_dense_loop(sample, eta):
   lr = 0.05
   rso = so.rso.subproblems(

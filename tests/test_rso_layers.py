@@ -16,6 +16,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import rso_models as models
 import subspace_optax as so
 from subspace_optax import rso
@@ -52,9 +53,15 @@ def _check_gradient(problem: models.Problem, axis: int = 0):
   _assert_close(models.flat(found), models.projected(gradient, bases, axis))
 
 
-@pytest.mark.parametrize('remat', [False, True])
-@pytest.mark.parametrize('stacked', [False, True])
-@pytest.mark.parametrize('make', [models.nnx_problem, models.linen_problem])
+@pytest.mark.parametrize(
+  'make, stacked, remat',
+  grid.cover(
+    [models.nnx_problem, models.linen_problem],
+    [False, True],
+    [False, True],
+    of=2,
+  ),
+)
 def test_the_gradient_is_the_full_one_projected(make, stacked, remat):
   _check_gradient(make(stacked, remat))
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import grid
 import llama
 import measure
 import subspace_optax as so
@@ -42,8 +43,9 @@ def _tokens(t):
   return jnp.asarray((first + 5 * np.arange(BATCH[1])) % 64)
 
 
-@pytest.mark.parametrize('remat', [False, True])
-@pytest.mark.parametrize('scan_layers', [True, False])
+@pytest.mark.parametrize(
+  'scan_layers, remat', grid.cover([True, False], [True, False], of=2)
+)
 def test_learns_and_ends_in_plain_weights(scan_layers, remat):
   graphdef, params = _model(scan_layers=scan_layers, remat=remat)
   spec = so.SubspaceSpec(4, side='in')

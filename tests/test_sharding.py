@@ -5,7 +5,8 @@ equal those on one. Of the compiled steps, refreshes included, no collective may
 carry more than r (m + n) numbers of a matrix.
 
 Each optimizer has one of the four layouts here and one kind of mesh, and those
-that see whole matrices have two layouts; `--full` takes all of them.
+that see whole matrices have two layouts; `--full` takes all of them, and those
+that are like others.
 """
 
 import functools
@@ -209,9 +210,16 @@ class Point(NamedTuple):
 WHOLE = ('subspace_muon', 'subspace_normuon', 'dion', 'trion', 'ldadamw')
 
 
+# `exact`, `warm` and `galore`, `int8`, `stiefel`, `dct` are like them, and have
+# the same products on the mesh.
+ALIKE = ('gram', 'randomized', 'lazy', 'regenerated', 'dct_l2')
+
+
 def _points(full):
   stacks = [path for path in LEAVES if path != 'bias']
   for i, name in enumerate(OPTIMIZERS):
+    if name in ALIKE and not full:
+      continue
     # Neighbours are relatives, and differ in kind and layout.
     ks = (i // 2, i + 1) if name in WHOLE else (i // 2,)
     some = {stacks[k % 4]: None for k in ks}

@@ -273,7 +273,7 @@ _names = st.sampled_from(
   side=st.sampled_from(['short', 'long', 'in', 'out']),
   only_if_smaller=st.booleans(),
 )
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=30)
 @pytest.mark.filterwarnings('ignore::UserWarning')  # nothing tells their axes
 def test_any_tree_gives_bases_updates_and_a_state_that_saves(
   shapes, rank, side, only_if_smaller

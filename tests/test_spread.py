@@ -1,5 +1,6 @@
 """Each device iterates on matrices of its own: values, places, traffic."""
 
+import functools
 import math
 import re
 
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 from benchmarks import hlo
+import grid
 import references as ref
 import subspace_optax as so
 from subspace_optax._matrix import _layout
@@ -91,22 +93,28 @@ def placed(mesh, tree):
   return leaves
 
 
+@functools.cache
+def program(name, axes, mode):
+  """Returns the leaves of a tree on a mesh, and the program that spreads."""
+  mesh, tree = make_mesh(axes, mode), TREES[name]
+  leaves = placed(mesh, tree)
+  return leaves, compiled(mesh, [of for of, _ in tree], leaves)
+
+
 def compiled(mesh, layouts, leaves):
   with jax.set_mesh(mesh):
     run = jax.jit(lambda leaves: _spread.spread(iterate, layouts, leaves))
     return run.lower(leaves).compile()
 
 
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('axes', MESHES)
-@pytest.mark.parametrize('name', TREES)
+@pytest.mark.parametrize(
+  'name, axes, mode', grid.cover(TREES, MESHES, MODES, of=2)
+)
 def test_is_the_map_of_every_matrix_where_it_was(name, axes, mode):
   if name == CUT_SHORT and axes == 'fsdp':
     return  # two matrices on four devices
-  mesh = make_mesh(axes, mode)
-  layouts, leaves = [of for of, _ in TREES[name]], placed(mesh, TREES[name])
-  found = compiled(mesh, layouts, leaves)(leaves)
-  for of, x, y in zip(layouts, leaves, found, strict=True):
+  leaves, run = program(name, axes, mode)
+  for (of, _), x, y in zip(TREES[name], leaves, run(leaves), strict=True):
     np.testing.assert_allclose(y, dense(of, x), rtol=1e-4, atol=1e-5)
     if mode == 'explicit' or name not in (CUT_SHORT, CUT):
       assert y.sharding.is_equivalent_to(x.sharding, x.ndim)
@@ -129,13 +137,11 @@ def test_without_a_mesh_nothing_moves():
 )
 def test_one_exchange_there_and_one_back(name, slots, axes, mode):
   """Bytes by arithmetic; no device ever has more than its matrices."""
-  mesh, tree = make_mesh(axes, mode), TREES[name]
-  program = compiled(mesh, [of for of, _ in tree], placed(mesh, tree))
-  text = program.as_text()
+  text = program(name, axes, mode)[1].as_text()
   found = hlo.collectives(text, 4)
   assert {c.kind for c in found.values()} == {'all-to-all'}
   # An all-to-all over n devices sends (n - 1) / n of a device's quarter.
-  hops = sum((n - 1) / n for n in mesh.shape.values())
+  hops = sum((n - 1) / n for n in MESHES[axes])
   expected = 2 * hops * slots * M * N * 4 / 4
   np.testing.assert_allclose(hlo.sent(found), expected)
   sizes = [
@@ -153,7 +159,7 @@ def test_optimizers_send_a_stack_there_and_back(name, ways):
   """And coordinates of rank m / 16, likewise; a few numbers beside them."""
   of, mesh = layout((8, 64, 96)), make_mesh('fsdp', 'auto')
   params = {'w': placed(mesh, [(of, P(None, 'fsdp', None))])[0]}
-  tx = optimizer(name)
+  tx = OPTIMIZERS[name]()
   with jax.set_mesh(mesh):
     places = so.state_sharding(tx, params)
     update = jax.jit(tx.update, out_shardings=(params['w'].sharding, places))
@@ -203,7 +209,7 @@ def test_a_plain_step_moves_nothing(name, axes, spec, parts):
   """Where nobody says where the results of a step are to be."""
   mesh = make_mesh(axes, 'auto')
   loss = lambda p, x: ((x @ p['w'].sum(0)) ** 2).mean()
-  made = so.train_step(loss, optimizer(name))
+  made = so.train_step(loss, OPTIMIZERS[name]())
   put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
   with jax.set_mesh(mesh):
     params = {'w': put(ref.normal(0, (4, M, N)), spec)}
@@ -217,25 +223,21 @@ def test_a_plain_step_moves_nothing(name, axes, spec, parts):
   assert step._cache_size() == 1
 
 
-def optimizer(name):
-  numbers = so.DimensionNumbers(-2, -1)
-  spec = so.SubspaceSpec(4, weight_dimension_numbers=numbers)
-  return {
-    'subspace_muon': lambda: so.subspace_muon(
-      0.1, update_proj_gap=2, spec=spec
-    ),
-    'muon in chosen columns': lambda: so.subspace(
-      spec,
-      so.projectors.dct(2),
-      optax.trace(0.9, nesterov=True),
-      transport='first',
-      residual=so.residuals.orthogonal(1.9, b2=0.9),
-    ),
-    'normuon': lambda: so.normuon(0.1, spec=spec),
-    'muon, 8 bits': lambda: so.scale_by_muon8bit(spec),
-    'trion': lambda: so.trion(0.1, spec=spec),
-    'dion': lambda: so.dion(0.1, spec=spec),
-  }[name]()
+SPEC = so.SubspaceSpec(4, weight_dimension_numbers=so.DimensionNumbers(-2, -1))
+OPTIMIZERS = {
+  'subspace_muon': lambda: so.subspace_muon(0.1, update_proj_gap=2, spec=SPEC),
+  'muon in chosen columns': lambda: so.subspace(
+    SPEC,
+    so.projectors.dct(2),
+    optax.trace(0.9, nesterov=True),
+    transport='first',
+    residual=so.residuals.orthogonal(1.9, b2=0.9),
+  ),
+  'normuon': lambda: so.normuon(0.1, spec=SPEC),
+  'muon, 8 bits': lambda: so.scale_by_muon8bit(SPEC),
+  'trion': lambda: so.trion(0.1, spec=SPEC),
+  'dion': lambda: so.dion(0.1, spec=SPEC),
+}
 
 
 def run(tx, leaves):
@@ -256,28 +258,26 @@ def run(tx, leaves):
   return found
 
 
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('axes', MESHES)
+STACKS = [
+  *TREES['four stacks of two, of one shape'][:3],
+  *TREES['a stack that divides'],
+]
+
+
+@functools.cache
+def on_one_device(name):
+  leaves = [ref.normal(i, x.shape) for i, (x, _) in enumerate(STACKS)]
+  return run(OPTIMIZERS[name](), leaves)
+
+
 @pytest.mark.parametrize(
-  'name',
-  [
-    'subspace_muon',
-    'muon in chosen columns',
-    'normuon',
-    'muon, 8 bits',
-    'trion',
-    'dion',
-  ],
+  'name, axes, mode', grid.cover(OPTIMIZERS, MESHES, MODES, of=2)
 )
 def test_optimizers_step_as_on_one_device(name, axes, mode):
-  tree = TREES['four stacks of two, of one shape'][:3]
-  tree = [*tree, *TREES['a stack that divides']]
-  wanted = run(
-    optimizer(name), [ref.normal(i, x.shape) for i, (x, _) in enumerate(tree)]
-  )
   mesh = make_mesh(axes, mode)
   with jax.set_mesh(mesh):
-    found = run(optimizer(name), placed(mesh, tree))
+    found = run(OPTIMIZERS[name](), placed(mesh, STACKS))
+  wanted = on_one_device(name)
   # Codes of 8 bits round another way where a sum rounds another way.
   near = {'rtol': 1e-5, 'atol': 1e-5}
   jax.tree.map(

@@ -17,6 +17,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import measure
 import subspace_optax as so
 
@@ -54,7 +55,7 @@ WRAPPED = {
   ),
   'MultiSteps': lambda: optax.MultiSteps(so.golore(0.02, 4), 2),
 }
-every_kind = pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+KINDS = [AxisType.Auto, AxisType.Explicit]
 
 
 def _mesh(kind=AxisType.Auto, shape=(2, 2)):
@@ -85,8 +86,7 @@ def _assert_placed(state, shardings):
     assert x.sharding.is_equivalent_to(sharding, x.ndim), (path, x.sharding)
 
 
-@every_kind
-@pytest.mark.parametrize('name', MADE | WRAPPED)
+@pytest.mark.parametrize('name, kind', grid.cover(MADE | WRAPPED, KINDS, of=2))
 def test_is_where_eager_init_puts_the_state(name, kind):
   tx, mesh = (MADE | WRAPPED)[name](), _mesh(kind)
   shardings = so.state_sharding(tx, _shapes(mesh))
@@ -105,7 +105,6 @@ def test_is_where_eager_init_puts_the_state(name, kind):
       assert x.ndim == 0 and sharding.spec == P()
 
 
-KINDS = [AxisType.Auto, AxisType.Explicit]
 # All of them for every optimizer: eager `init`, above.
 PATHS = [('w', 'layers', 'bias'), ('experts', 'tall', 'bias')]
 

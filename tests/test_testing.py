@@ -70,14 +70,15 @@ def test_thirty_lines_are_enough(rule):
 
 @pytest.mark.parametrize(
   'projector',
-  [dct_columns(2), random_of_one_matrix(2), random_of_one_matrix(2, True)],
-  ids=['dct_columns', 'random', 'random in turns'],
+  [dct_columns(2), random_of_one_matrix(2, stagger=True)],
+  ids=['dct_columns', 'random in turns'],
 )
 def test_projectors_from_outside(projector):
   so.testing.check_projector(projector)
 
 
-@pytest.mark.parametrize('name', ['svd', 'gaussian', 'online_pca', 'switch'])
+# The docstrings of `so.testing` check `svd`, `fira` and `first`.
+@pytest.mark.parametrize('name', ['gaussian', 'online_pca', 'switch'])
 def test_projectors_of_ours(name):
   so.testing.check_projector(grid.PROJECTORS[name](False))
 
@@ -85,7 +86,7 @@ def test_projectors_of_ours(name):
 # One of each kind of state: none, two sorts of norms, arrays like the leaf and
 # like its outputs. All rules: tests/test_grid.py, test_residuals_composed.py.
 @pytest.mark.parametrize(
-  'name', ['fira', 'apollo_mini', 'error_feedback', 'normuon', 'from outside']
+  'name', ['apollo_mini', 'error_feedback', 'normuon', 'from outside']
 )
 def test_residuals(name):
   rules = grid.RESIDUALS | {'from outside': gradient_descent(0.1)}
@@ -94,10 +95,7 @@ def test_residuals(name):
 
 @pytest.mark.parametrize(
   'transport',
-  [
-    *(shrunk(0.5), so.transports.first(), so.transports.both(0.9, 0.999)),
-    *(so.transports.keep(), 'reset'),
-  ],
+  [shrunk(0.5), so.transports.both(0.9, 0.999), 'reset'],
   ids=lambda x: getattr(x, 'name', 'by name'),
 )
 def test_transports(transport):

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import cases
+import grid
 
 LAYERS, D, H, K, F, V = 4, 64, 4, 16, 128, 256
 
@@ -210,8 +211,9 @@ def bytes_of_adam(trainer):
   return bytes_of(optax.adamw(1e-3), trainer)[0]
 
 
-@pytest.mark.parametrize('trainer', TRAINERS)
-@pytest.mark.parametrize('name', cases.READY_MADE)
+@pytest.mark.parametrize(
+  'name, trainer', grid.cover(cases.READY_MADE, TRAINERS, of=3)
+)
 def test_state_is_sharded_as_that_of_adam(trainer, name):
   own, share = bytes_of(cases.ready_made(name, rank=8)(1e-3), trainer)
   assert own <= bytes_of_adam(trainer)
