@@ -105,8 +105,10 @@ def tokens_of_adamw(search: dict, adamws: list[dict]) -> str:
   if len(same) < 2 or search['method'] == 'adamw':
     return '-'
   same.sort(key=lambda x: x['multiple'])
-  logs = [math.log(x['multiple']) for x in same]
-  found = np.interp(-mean(search), [-mean(x) for x in same], logs)
+  logs, means = [math.log(x['multiple']) for x in same], [*map(mean, same)]
+  if sorted(means, reverse=True) != means:
+    return '-'  # longer runs are no better
+  found = np.interp(-mean(search), [-x for x in means], logs)
   times = math.exp(found) / search['multiple']
   bound = {logs[0]: '< ', logs[-1]: '> '}.get(float(found), '')
   return f'{bound}{times:.2f} x'

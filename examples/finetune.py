@@ -49,7 +49,7 @@ import train_step
 
 # Of a few rates at the default settings, the best; those of adafactor, muon,
 # normuon, dion, trion and scale are guesses. See `Config.scale`. Optimizers in
-# 8 bits have the same.
+# 8 bits have the same, but for `muon8bit`, whose steps are longer.
 LEARNING_RATES = {
   'galore': 2e-3,
   'golore': 2e-3,

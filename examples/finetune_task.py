@@ -92,8 +92,11 @@ def load_task(c: Any) -> Task:
   path = pathlib.Path(c.checkpoint or pretrained(c, parts[0].texts))
   model = format_of(path).read_config(path)
   check_length(model, path, c.seq)
+  closing = labelled.closing(path, model.vocab)
   train, validation = (
-    labelled.rows(labelled.tokens(path, model.vocab, p.texts), p.labels, c.seq)
+    labelled.rows(
+      labelled.tokens(path, model.vocab, p.texts), p.labels, c.seq, closing
+    )
     for p in parts
   )
   return Task(path, train, validation, labels, labelled.sha256(*parts))

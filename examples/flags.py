@@ -65,11 +65,12 @@ def parser(kind: type, doc: str, presets: Presets) -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  about = made.add_argument_group(
-    'presets', 'set defaults, which other flags override'
-  )
-  lines = '; '.join(f'{name}: {_flags(x)}' for name, x in presets.items())
-  about.add_argument('--preset', choices=tuple(presets), help=lines)
+  if presets:
+    about = made.add_argument_group(
+      'presets', 'set defaults, which other flags override'
+    )
+    lines = '; '.join(f'{name}: {_flags(x)}' for name, x in presets.items())
+    about.add_argument('--preset', choices=tuple(presets), help=lines)
   groups = {}
   for field in dataclasses.fields(kind):
     name = settings.about(kind, field.name)['group']
@@ -98,7 +99,7 @@ def parse(
   chosen, _ = first.parse_known_args(argv)
   made.set_defaults(**presets.get(chosen.preset, {}))
   values = vars(made.parse_args(argv))
-  values.pop('preset')
+  values.pop('preset', None)
   return kind(**values | {'data': tuple(values['data'])})
 
 
@@ -109,10 +110,15 @@ _OURS = (
 
 
 def _is_of_users(error: Exception) -> bool:
-  """Whether we raised it ourselves, in words for users."""
-  *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-  path = pathlib.Path(frame.f_code.co_filename).resolve()
-  return isinstance(error, OSError) or any(x in path.parents for x in _OURS)
+  """Whether we raised it ourselves, in words for users.
+
+  A builtin that raises has no frame: the last line is then no `raise`.
+  """
+  last = traceback.extract_tb(error.__traceback__)[-1]
+  parents = pathlib.Path(last.filename).resolve().parents
+  ours = any(x in parents for x in _OURS)
+  raised = (last.line or '').startswith('raise')
+  return isinstance(error, OSError) or (ours and raised)
 
 
 def run(

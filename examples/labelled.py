@@ -96,6 +96,14 @@ def tokenizer(folder: pathlib.Path, vocab: int):
   return made
 
 
+def closing(folder: pathlib.Path, vocab: int) -> int | None:
+  """The token that ends every text, as RoBERTa's; None if there is none."""
+  if not (folder / 'tokenizer.json').exists():
+    return None
+  ids = tokenizer(folder, vocab).encode('').ids
+  return ids[-1] if len(ids) > 1 else None  # one alone begins the text
+
+
 def check_vocabulary(tokenizer, vocab: int, path: pathlib.Path):
   """Raises if a tokenizer makes tokens that the model does not know."""
   if tokenizer.get_vocab_size() > vocab:
@@ -104,11 +112,18 @@ def check_vocabulary(tokenizer, vocab: int, path: pathlib.Path):
     )
 
 
-def rows(ids: list[list[int]], labels: np.ndarray, seq: int) -> np.ndarray:
-  """(N, seq + 2) int32: the first tokens, the place of the last, the label."""
+def rows(
+  ids: list[list[int]], labels: np.ndarray, seq: int, closing: int | None = None
+) -> np.ndarray:
+  """(N, seq + 2) int32: the first tokens, the place of the last, the label.
+
+  `closing` is the last token of a text that is cut, if there is such a token.
+  """
   table = np.zeros((len(ids), seq + 2), np.int32)
   for row, tokens_of_one in zip(table, ids, strict=True):
     kept = tokens_of_one[:seq]
+    if len(tokens_of_one) > seq and closing is not None:
+      kept = [*kept[:-1], closing]
     row[: len(kept)], row[seq] = kept, len(kept) - 1
   table[:, -1] = labels
   return table

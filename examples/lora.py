@@ -46,8 +46,9 @@ def init(
     path: _factors(k, w, rank)
     for k, (path, w) in zip(keys, chosen.items(), strict=True)
   }
-  frozen = dict(params)
-  head = {'lm_head': frozen.pop('lm_head')} if train_head else {}
+  heads = [name for name in params if 'head' in name] if train_head else []
+  frozen = {k: x for k, x in params.items() if k not in heads}
+  head = {name: params[name] for name in heads}
   tree = lambda i: traverse_util.unflatten_dict(
     {path: pair[i] for path, pair in pairs.items()}
   )
@@ -66,7 +67,8 @@ def merge(params: Mapping, scale: float) -> dict[str, Any]:
   a, b = by_path(params['a']), by_path(params['b'])
   merged = {path: frozen[path] + scale * (a[path] @ b[path]) for path in a}
   tree = traverse_util.unflatten_dict(frozen | merged)
-  return tree | {k: params[k] for k in ('lm_head',) if k in params}
+  heads = params.keys() - {'frozen', 'a', 'b'}
+  return tree | {name: params[name] for name in sorted(heads)}
 
 
 def make(c) -> optax.GradientTransformation:

@@ -41,4 +41,4 @@ def main(folder: str = '', steps: int = 40) -> tuple[float, float]:
 
 
 if __name__ == '__main__':
-  main(''.join(sys.argv[1:]))
+  main(sys.argv[1] if sys.argv[1:] else '')

@@ -132,7 +132,7 @@ class Metrics:
     rows = [row for row in read_rows(path) if row['step'] <= step]
     write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))
     self._file = open(os.devnull if console.quiet else path, 'a')
-    self._trackers = [] if console.quiet else trackers.make(c)
+    self._trackers = [] if console.quiet else trackers.make(c, step)
 
   def __enter__(self):
     return self

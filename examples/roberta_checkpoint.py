@@ -1,7 +1,7 @@
 """RoBERTa checkpoints in the format of Hugging Face, to label texts.
 
-What `roberta-base` and the like hold for other uses, a language model's head
-and a pooler, is left out; a head for labels is read if it is there.
+Heads and a pooler, as `roberta-base` and the like hold for other uses, are left
+out: a new head is trained for the labels at hand.
 """
 
 from collections.abc import Mapping, Sequence

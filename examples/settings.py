@@ -156,10 +156,10 @@ FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
 
 def about(kind: type, name: str) -> Mapping[str, Any]:
   """What the nearest class that describes an option says of it."""
-  for base in kind.__mro__:
-    field = vars(base).get('__dataclass_fields__', {}).get(name)
-    if field is not None and field.metadata:
-      return field.metadata
+  for base in filter(dataclasses.is_dataclass, kind.__mro__):
+    for field in dataclasses.fields(base):
+      if field.name == name and field.metadata:
+        return field.metadata
   raise ValueError(f'{kind.__name__}.{name} is not made by `option`')
 
 
@@ -205,8 +205,9 @@ def check(c: Config):
     raise ValueError(
       f'accumulation={c.accumulation} does not divide batch={c.batch}'
     )
+  fields = {field.name: field for field in dataclasses.fields(c)}
   for name in optimizers(c):
-    check_value(type(c), type(c).__dataclass_fields__['optimizer'], name)
+    check_value(type(c), fields['optimizer'], name)
   if getattr(c, 'layerwise', False):
     check_layerwise(c)
   trackers.check(c)

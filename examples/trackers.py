@@ -27,9 +27,12 @@ def check(c: Any):
 class TensorBoard:
   """Event files in a folder beside the run's others."""
 
-  def __init__(self, c: Any):
+  def __init__(self, c: Any, start: int):
     folder = pathlib.Path(c.out, 'tensorboard')
-    self._writer = _module('tensorboard').SummaryWriter(str(folder))
+    # What came behind the checkpoint that a run goes on from is left out.
+    self._writer = _module('tensorboard').SummaryWriter(
+      str(folder), purge_step=start + 1
+    )
 
   def write(self, step: int, numbers: dict[str, float]):
     for name, value in numbers.items():
@@ -42,7 +45,8 @@ class TensorBoard:
 class WandB:
   """A run of the project subspace_optax, which a resumed run goes on with."""
 
-  def __init__(self, c: Any):
+  def __init__(self, c: Any, start: int):
+    del start  # it takes no step twice
     path = pathlib.Path(c.out, 'wandb_id')
     self._run = _module('wandb').init(
       project='subspace_optax',
@@ -61,7 +65,7 @@ class WandB:
     self._run.finish()
 
 
-def make(c: Any) -> list[Any]:
-  """Those that the configuration asks for."""
+def make(c: Any, start: int) -> list[Any]:
+  """Those that the configuration asks for, to go on from a step."""
   kinds = {'tensorboard': TensorBoard, 'wandb': WandB}
-  return [kind(c) for name, kind in kinds.items() if getattr(c, name)]
+  return [kind(c, start) for name, kind in kinds.items() if getattr(c, name)]

@@ -40,11 +40,11 @@ def check_projector(projector: projectors.Projector) -> None:
   """Checks that a projector can be trusted with a training run.
 
   It keeps structure, shapes and dtypes of its state through jitted steps
-  without a second compilation; the same steps come out of `jax.lax.scan`;
-  bases stay finite, and orthonormal where the projector says so, whatever
-  gradients are zero, NaN or bfloat16; every matrix of a stack gets one; and
-  none that a rule draws is refused for not being orthonormal. Compiling takes
-  most of a minute.
+  without a second compilation; the same steps come out of `jax.lax.scan` in
+  float32; bases stay finite, and orthonormal where the projector says so,
+  whatever gradients are zero, NaN or bfloat16; every matrix of a stack gets
+  one; and none that a rule draws is refused for not being orthonormal.
+  Compiling takes most of a minute.
 
   Args:
     projector: from `subspace_optax.projectors.periodic`, say.

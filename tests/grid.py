@@ -180,11 +180,14 @@ def cover(*factors: Iterable[Any], of: int) -> list[Any]:
   factors of at least `of` values each, every pair of values; of two factors,
   every value with its share of the other's.
   """
-  points = []
-  for point in itertools.product(*map(enumerate, factors)):
-    indices, values = zip(*point, strict=True)
-    marks = pytest.mark.full if sum(indices) % of else ()
-    points.append(pytest.param(*values, marks=marks))
+  values = [*map(list, factors)]
+  points, kept = [], set()
+  for point in itertools.product(*map(enumerate, values)):
+    indices, chosen = zip(*point, strict=True)
+    runs = sum(indices) % of == 0
+    kept |= set(enumerate(indices)) if runs else set()
+    points.append(pytest.param(*chosen, marks=() if runs else pytest.mark.full))
+  assert len(kept) == sum(map(len, values)), 'a value is in no point that runs'
   return points
 
 

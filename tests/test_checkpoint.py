@@ -45,8 +45,21 @@ def trained(tx, params=PARAMS, steps=3):
   return params, state
 
 
+def filled(state):
+  """Returns the state with random numbers for its floats."""
+  leaves, treedef = jax.tree.flatten(state)
+  draw = lambda i, x: jax.random.normal(jax.random.key(i), x.shape, x.dtype)
+  return treedef.unflatten(
+    jax.device_put(draw(i, x), x.sharding)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+    else x
+    for i, x in enumerate(leaves)
+  )
+
+
 def saved(folder, tx, params=PARAMS, steps=3):
   params, state = trained(tx, params, steps)
+  state = state if steps else filled(state)
   so.checkpoint.save(folder / 'run', tx, params, state, step=steps)
   return params, state
 
@@ -92,9 +105,11 @@ MAKE = {
 
 @pytest.mark.parametrize('name', MAKE)
 def test_the_same_optimizer_gets_every_bit(name, tmp_path):
-  tx = MAKE[name](4)
-  params, state = saved(tmp_path, tx)
-  run = restored(tmp_path, MAKE[name](4))
+  tx, first = MAKE[name](4), dict(PARAMS)
+  if name in ('apollo', 'coded', 'adam'):
+    del first['empty']  # which no checkpoint has, so that the state is made
+  params, state = saved(tmp_path, tx, first)
+  run = restored(tmp_path, MAKE[name](4), first)
   assert run.step == 3 and not run.changes
   assert_same((run.params, run.state), (params, state))
 
@@ -390,3 +405,66 @@ def test_what_is_no_checkpoint_or_no_state_of_tx(tmp_path):
   ocp.save(tmp_path / 'run', {'params': params, 'opt_state': state})
   with errors.raises(ValueError, 'was not written by', 'run'):
     restored(tmp_path, tx, params)
+
+
+NOISE = lambda matrix, basis, period: jax.random.normal(
+  matrix.key(period), basis.shape
+)
+
+
+@pytest.mark.parametrize(
+  ('old', 'new'),
+  [
+    (
+      projectors.switch({0: projectors.stiefel(2), 2: projectors.gaussian(2)}),
+      projectors.switch({0: projectors.stiefel(2), 2: projectors.stiefel(50)}),
+    ),
+    (
+      projectors.periodic('noise', NOISE, 2, orthonormal=False),
+      projectors.periodic('noise', NOISE, 2),
+    ),
+  ],
+  ids=['switch', 'periodic'],
+)
+def test_bases_that_are_not_orthonormal_start_anew(old, new, tmp_path):
+  make = lambda rule: so.subspace(SPEC(4), rule, optax.scale_by_adam())
+  saved(tmp_path, make(old))
+  run = restored(tmp_path, make(new))
+  assert any('basis and moments anew' in change for change in run.changes)
+  first = measure.bases(make(new).init(PARAMS))['up']
+  np.testing.assert_array_equal(measure.bases(run.state)['up'], first)
+
+
+def test_all_that_an_inner_optimizer_keeps_of_coordinates_starts_anew(tmp_path):
+  """Factored moments are of no shape that coordinates have; plain ones stay."""
+  params = {'w': PARAMS['up'], 'head': {'w': PARAMS['up']}}
+  spec = so.SubspaceSpec(4, include='^w$')
+  make = lambda rule: so.subspace(
+    spec,
+    rule,
+    optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+    params='coordinates',
+  )
+  _, state = saved(tmp_path, make(projectors.gaussian(2)), params)
+  tx = make(projectors.stiefel(2))
+  run = restored(tmp_path, tx, params)
+  got, old, first = (x[1].inner for x in (run.state, state, tx.init(params)))
+  for name in ('v_row', 'v_col'):
+    mine, saved_one, fresh = (getattr(x, name) for x in (got, old, first))
+    np.testing.assert_array_equal(mine['w'], fresh['w'])
+    np.testing.assert_array_equal(mine['head']['w'], saved_one['head']['w'])
+    assert np.any(np.asarray(saved_one['w']) != np.asarray(fresh['w']))
+
+
+def test_what_orbax_or_restore_could_not_keep_is_refused(tmp_path):
+  tx = optax.chain(so.golore(0.1, spec=SPEC(4)), optax.add_noise(0.1, 0.5, 0))
+  state = tx.init(PARAMS)
+  if not jnp.issubdtype(state[1].rng_key.dtype, jax.dtypes.prng_key):
+    state = (state[0], state[1]._replace(rng_key=jax.random.key(0)))
+  with pytest.raises(ValueError, match="1/rng_key' is random keys"):
+    so.checkpoint.save(tmp_path / 'run', tx, PARAMS, state)
+  adam = optax.adam(0.1)
+  state = adam.init(PARAMS)
+  state = (state[0]._replace(count=3), *state[1:])
+  with pytest.raises(ValueError, match="0/count' is 3"):
+    so.checkpoint.save(tmp_path / 'run', adam, PARAMS, state)

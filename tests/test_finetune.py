@@ -496,6 +496,8 @@ def test_equal_texts_are_kept_once_and_split_by_the_seed(tmp_path):
 def test_rows_hold_tokens_last_place_and_label():
   got = labelled.rows([[5, 6], [7, 8, 9, 10]], np.array([1, 0]), 3)
   np.testing.assert_array_equal(got, [[5, 6, 0, 1, 1], [7, 8, 9, 2, 0]])
+  closed = labelled.rows([[5, 6, 7, 8, 2], [5, 2]], np.array([1, 0]), 3, 2)
+  np.testing.assert_array_equal(closed, [[5, 6, 2, 2, 1], [5, 2, 0, 1, 0]])
 
 
 def test_every_epoch_goes_through_all_rows():

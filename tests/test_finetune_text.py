@@ -421,7 +421,7 @@ def test_layerwise_steps_are_the_ordinary_ones(checkpoint, pairs):
 
 
 @pytest.mark.parametrize(
-  'name', test_pretrain.in_full(finetune_text.OPTIMIZERS)
+  'name', test_pretrain.without_alike(finetune_text.OPTIMIZERS)
 )
 def test_every_optimizer_can_be_set_up(checkpoint, pairs, name):
   c = finetune_text.for_optimizer(config(checkpoint, pairs, ''), name)

@@ -18,6 +18,7 @@ import pytest
 import checkpoint
 import flags
 import interrupt
+import labelled
 import mesh
 import pretrain
 import recipes
@@ -59,7 +60,7 @@ def finished(tiny, tmp_path_factory):
   return config, summary
 
 
-def in_full(names):
+def without_alike(names):
   """Of those in 8 bits only what we recommend: the others are built alike."""
   return [
     x for x in names if not x.endswith('8bit') or x in recipes.RECOMMENDED
@@ -477,6 +478,9 @@ def test_errors_that_we_did_not_raise_have_a_traceback():
     flags.run(bug, pretrain.Config, '', {}, [])
   with pytest.raises(ValueError, match='invalid literal'):
     flags.run(lambda c: int('x'), pretrain.Config, '', {}, [])
+  ours = lambda c: labelled.rows([[1]], np.array([1, 0]), 3)
+  with pytest.raises(ValueError, match='broadcast'):
+    flags.run(ours, pretrain.Config, '', {}, [])
 
 
 # --- What a run shows and logs -----------------------------------------------
@@ -545,7 +549,10 @@ def test_trackers_that_are_not_installed(name, module, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
   ('optimizer', 'scan_layers'),
-  [(name, name != 'contrib_galore') for name in in_full(recipes.OPTIMIZERS)]
+  [
+    (name, name != 'contrib_galore')
+    for name in without_alike(recipes.OPTIMIZERS)
+  ]
   + [(name, False) for name in ('galore', 'online_subspace_descent', 'muon')],
 )
 def test_every_optimizer_keeps_its_state_structure(

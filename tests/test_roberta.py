@@ -207,15 +207,17 @@ def texts(tmp_path_factory):
   return folder
 
 
-def test_galore_teaches_it_labels_and_what_is_saved_is_read(texts, tmp_path):
+@pytest.mark.parametrize('optimizer', ['galore', 'lora'])
+def test_it_learns_labels_and_what_is_saved_is_read(optimizer, texts, tmp_path):
   config = finetune.Config(
     checkpoint=str(write(tmp_path / 'base', body())),
     data=(str(texts),),
+    optimizer=optimizer,
     rank=4,
     batch=8,
     seq=8,
     steps=40,
-    lr=4e-3,
+    lr=4e-3 if optimizer == 'galore' else 3e-2,
     eval_every=40,
     out=str(tmp_path / 'run'),
   )

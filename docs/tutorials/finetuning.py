@@ -87,7 +87,7 @@ c = finetune_text.Config(
   lr=None if SMOLLM2 else 1e-2,
   lr_rest=None if SMOLLM2 else 1e-2,
 )
-rows = text_rows.load(c.data, base.tokenizer, c.seq, c.seed)
+rows = text_rows.load(c.data, base.tokenizer, c.seq, c.seed, base.marks)
 print(rows.summary.removeprefix(f'{pairs}: '))
 tokens, counts = rows.train[0]
 base.tokenizer.decode(tokens[counts == 1])
@@ -117,7 +117,7 @@ def train(name):
   program = finetune_text.Program(chosen, base.model, method)
   batches = finetune_text.batches(chosen, rows.train, 0)
   first = next(batches)
-  step, state = program.compile(first), method.state
+  step, state = program.compile(first), method.init()
   state, _ = step(state, first)
   for batch in batches:
     state, _ = step(state, batch)
@@ -145,7 +145,9 @@ tuned = train('galore')
 # %%
 def answer(params, prompt, length=18):
   logits = jax.jit(text_model.make_logits(base.model))
-  row = text_rows.instruction(base.tokenizer, prompt, '', c.seq)[None]
+  row = text_rows.instruction(base.tokenizer, prompt, '', c.seq, base.marks)[
+    None
+  ]
   start = np.argmax(row[0, 1])  # of the response
   for i in range(start, start + length):
     row[0, 0, i] = np.argmax(logits(params, row)[0, i - 1])

@@ -175,4 +175,4 @@ print(metrics.loss)
 #   [memory](../memory.md) has this and every other remedy with its price.
 # - [Layer by layer](../layerwise.md), and what clipping becomes there.
 # - With `examples/` it is `python examples/pretrain.py --model llama_7b
-#   --layerwise`.
+#   --preset one_card --rank 1024 --batch 1 --seq 2048`.

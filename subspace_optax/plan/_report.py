@@ -27,14 +27,14 @@ def assumed(s: _planner.Settings) -> str:
   flags = {
     'param-dtype': s.param_dtype,
     'dtype': s.dtype or s.param_dtype,
-    'moment-dtype': s.moment_dtype or '(of the optimizer)',
-    'basis-dtype': s.basis_dtype or '(of the optimizer)',
+    'moment-dtype': s.moment_dtype,
+    'basis-dtype': s.basis_dtype,
     'rounding': s.rounding,
     'attention-chunk': s.attention_chunk,
-    'regenerate': s.regenerate,
   }
-  text = ' '.join(f'--{name} {value}' for name, value in flags.items())
-  lines = textwrap.wrap(text, 78, break_on_hyphens=False)
+  given = [f'--{name} {value}' for name, value in flags.items() if value]
+  text = ' '.join([*given, *(['--regenerate'] if s.regenerate else [])])
+  lines = textwrap.wrap(text, 84, break_on_hyphens=False)
   return 'assumed:\n' + textwrap.indent('\n'.join(lines), '  ')
 
 

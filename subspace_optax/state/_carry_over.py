@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 import math
+import re
 from typing import Any
 
 import jax
@@ -132,24 +133,22 @@ class Plan:
       if is_it(state):
         self._compare(_tree.path_str(path), _projection.paths(state))
 
-  def _compare(self, root: str, leaves: Iterable[str]) -> None:
+  def _compare(self, root: str, leaves: tuple[str, ...]) -> None:
     moved = [path for path in leaves if self._has_another_rule(path)]
     own, basis = f'{root}/projector', f'{root}/subspaces/basis'
     both = (self._saved, self._wanted.state)
     if moved and (_differ(own, both) or _differ(own, self._classes)):
       self._roots_anew.add(own)
     stored = all(_within(basis, x) for x in both)
-    for path in moved:
-      needs = self._new[path]['orthonormal']
-      if not stored or (needs and not self._old[path]['orthonormal']):
+    for path in leaves:
+      old, new = (x[path]['orthonormal'] for x in (self._old, self._new))
+      if (new and not old) or (path in moved and not stored):
         self._coords_anew.add(path)
         self._roots_anew.add('/'.join(filter(None, (basis, path))))
 
   def _has_another_rule(self, path: str) -> bool:
-    old, new = (x[path]['projector'] for x in (self._old, self._new))
-    remade = 'regenerate=True'
-    rule = old.split('(')[0] != new.split('(')[0]
-    return rule or (remade in old) != (remade in new)
+    of = lambda leaves: re.sub(r'[\d.]+', '', leaves[path]['projector'])
+    return of(self._old) != of(self._new)  # whatever gaps and rates are
 
   def _check_classes(self) -> None:
     old, new = self._classes

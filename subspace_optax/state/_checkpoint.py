@@ -56,8 +56,9 @@ def save(where: Where, tx: Any, params: Any, state: Any, step: int = 0) -> None:
     step: how many steps were taken.
 
   Raises:
-    ValueError: `state` is of another structure than `tx.init(params)`; the
-      folder exists.
+    ValueError: `state` is of another structure than `tx.init(params)`, or holds
+      random keys of a key dtype or numbers that are no arrays; the folder
+      exists.
 
   Example:
     >>> import pathlib, tempfile
@@ -73,6 +74,7 @@ def save(where: Where, tx: Any, params: Any, state: Any, step: int = 0) -> None:
   """
   tree = {'params': _tree.unbox(params), 'opt_state': _tree.unbox(state)}
   _check_structure(tx, params, tree['opt_state'])
+  _check_arrays(tree)
   notes = {
     'step': int(step),
     'classes': dict(_profile.classes({'opt_state': tree['opt_state']})),
@@ -193,8 +195,16 @@ def _absolute(where: Any) -> str:
   return path if '://' in path else os.path.abspath(path)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-  return {_tree.path_str(p): x for p, x in jax.tree.leaves_with_path(tree)}
+def _check_arrays(tree: Any) -> None:
+  for path, x in _profile.by_path(tree).items():
+    what = '' if hasattr(x, 'shape') else repr(x)
+    if not what and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      what = f'random keys of dtype {x.dtype}'
+    if what:
+      raise ValueError(
+        f'{path!r} is {what}, and only arrays of numbers are kept: leave it '
+        'out of the optimizer, or save such a state by Orbax itself.'
+      )
 
 
 def _check_structure(tx: Any, params: Any, state: Any) -> None:

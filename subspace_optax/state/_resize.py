@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 import optax
 
 from subspace_optax._chain import _describe
+from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _projection
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
@@ -104,7 +105,11 @@ def carry_over(
   old, new = map(_coded_state.all_decoded, (state, start))
   pairs = list(_pairs(_tree.unbox(old), _tree.unbox(new)))
   leaves = _projected_leaves(pairs, new, layouts, anew)
-  arrays = [_resized(path, old, new, leaves) for path, old, new in pairs]
+  fresh = _fresh_paths(pairs, new, params, leaves)
+  arrays = [
+    new if path in fresh else _resized(path, old, new, leaves)
+    for path, old, new in pairs
+  ]
   wide = jax.tree.structure(new).unflatten(jax.tree.leaves(arrays))
   return _coded_state.all_encoded(wide, start)
 
@@ -184,6 +189,35 @@ def _projected_leaves(
   return leaves
 
 
+def _fresh_paths(
+  pairs: list[Any], start: Any, params: Any, leaves: dict[str, _Leaf]
+) -> set[str]:
+  """Returns the paths of arrays that are of coordinates which start anew.
+
+  All that an inner optimizer keeps of such a leaf, and elsewhere what has the
+  shape of coordinates, as sums of them have.
+  """
+  is_it = lambda x: isinstance(x, _in_subspace.InSubspaceState)
+  nodes = jax.tree.leaves_with_path(start, is_leaf=is_it)
+  roots = [_tree.path_str(path) + '/' for path, x in nodes if is_it(x)]
+  # `w` is the end of `head/w`, too: the longest path is whose array it is.
+  every = sorted((k for k, _ in _tree.flatten(params)[0]), key=len)[::-1]
+  fresh = set()
+  for path, _, new in pairs:
+    owner = next((k for k in every if _ends_with(path, k)), None)
+    leaf = leaves.get(owner) if owner is not None else None
+    if leaf is None or not leaf.anew or not hasattr(new, 'shape'):
+      continue
+    inside = any(path.startswith(root) for root in roots)
+    if inside or _is_in_subspace(new.shape, leaf.layout):
+      fresh.add(path)
+  return fresh
+
+
+def _ends_with(path: str, leaf: str) -> bool:
+  return not leaf or path == leaf or path.endswith('/' + leaf)
+
+
 def _resized(path: str, old: Any, new: Any, leaves: dict[str, _Leaf]) -> Any:
   """Returns one array of the state, or one basis."""
   if isinstance(new, _projected.QuantizedBasis):
@@ -192,10 +226,8 @@ def _resized(path: str, old: Any, new: Any, leaves: dict[str, _Leaf]) -> Any:
   found = [
     of
     for leaf, of in sorted(leaves.items(), key=lambda x: -len(x[0]))
-    if not leaf or path == leaf or path.endswith('/' + leaf)
+    if _ends_with(path, leaf)
   ]
-  if found and found[0].anew and _is_in_subspace(new.shape, found[0].layout):
-    return new
   if old.shape == new.shape:
     return _put(old, new)
   for of in found:

@@ -188,6 +188,8 @@ def layerwise(
   bare = lambda tx: _boxes.without_boxes(optax.with_extra_args_support(tx))
   stack_tx, rest_tx = bare(tx), bare(tx if rest is None else rest)
   keys = stack.split('/')
+  # What was made for a whole tree; an optimizer of the rest alone is as meant.
+  leniently = _notices.lenient if rest is None else contextlib.nullcontext
 
   def parted(params):
     blocks, others = _stacks.take(params, keys)
@@ -198,7 +200,7 @@ def layerwise(
     (blocks, _), (others, _) = parted(params)
     with _note_of_trees(stack):
       own = _stacked_states.init(stack_tx, _stacks.nest(blocks, keys))
-      with _notices.lenient():
+      with leniently():
         of_rest = rest_tx.init(others)
     state = LayerwiseState(own, of_rest, jnp.zeros((), jnp.float32))
     return _sharding.on_mesh_of(jax.tree.leaves(params), state)
@@ -208,7 +210,7 @@ def layerwise(
     states = _stacked_states.with_layers(
       stack_tx, _stacks.nest(blocks, keys), state.blocks
     )
-    with _notices.lenient():
+    with leniently():
       _stacked_states.check_rest(rest_tx, others, state.rest)
     model = _layers.Model(
       embed,
@@ -248,7 +250,7 @@ def layerwise(
       model, step, blocks, states, inputs, top.gx
     )
     gradient, more = clipped(of_rest(gx))
-    with _notices.lenient():
+    with leniently():
       updates, rest = update_with(rest_tx, gradient, state.rest, others)
     others = optax.apply_updates(others, updates)
     params = _stacks.put(
