@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import hf_checkpoint
+import hf_files
 import labelled
 import pretrain
 import report
@@ -55,7 +56,7 @@ def pretrained(c: Any, texts: list[str]) -> pathlib.Path:
 
 def format_of(folder: pathlib.Path) -> Any:
   """The module that reads and writes checkpoints of this model's kind."""
-  raw = hf_checkpoint.read_json(folder / 'config.json')
+  raw = hf_files.read_json(folder / 'config.json')
   is_roberta = raw.get('model_type') == 'roberta'
   return roberta_checkpoint if is_roberta else hf_checkpoint
 

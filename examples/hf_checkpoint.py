@@ -1,29 +1,21 @@
 """LLaMA, Mistral and Qwen 2 checkpoints in the format of Hugging Face.
 
-A folder with config.json and model.safetensors, or with several such files and
-model.safetensors.index.json. Kernels are (outputs, inputs) there and (inputs,
-outputs) here; the head is the `lm_head` of a language model or the `score` of
-a classifier, here `lm_head` in both.
+The head is the `lm_head` of a language model or the `score` of a classifier,
+here `lm_head` in both.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 from flax import nnx
-from flax import traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+import hf_files
+from hf_files import Folder
 import llama
-
-Folder = str | pathlib.Path
-Tensors = Iterable[tuple[str, np.ndarray]]  # by name
 
 _EMBEDDING, _HEAD = ('embed', 'embedding'), ('lm_head', 'kernel')
 _OUTER = {
@@ -66,21 +58,6 @@ _SCALING = (
 
 
 # --- config.json -------------------------------------------------------------
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The contents of a file; a ValueError names one that can't be read."""
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise ValueError(f'{path} cannot be read: {error}') from error
-
-
-def number(raw: Mapping, name: str, path: pathlib.Path) -> int:
-  """An entry of the configuration at `path` that must be an int."""
-  if not isinstance(raw.get(name), int):
-    raise ValueError(f'{path}: {name}={raw.get(name)!r}, expected an int')
-  return raw[name]
 
 
 def _rope(
@@ -131,8 +108,8 @@ def _outputs(raw: Mapping) -> int | None:
 def read_config(folder: Folder) -> llama.LlamaConfig:
   """The sizes of a checkpoint."""
   path = pathlib.Path(folder, 'config.json')
-  raw = read_json(path)
-  size = lambda name: number(raw, name, path)
+  raw = hf_files.read_json(path)
+  size = lambda name: hf_files.number(raw, name, path)
   base, scaling = _rope(raw, path)
   c = llama.LlamaConfig(
     width=size('hidden_size'),
@@ -149,14 +126,6 @@ def read_config(folder: Folder) -> llama.LlamaConfig:
   )
   _check(raw, c, path)
   return c
-
-
-def labels_json(labels: Sequence[str]) -> dict[str, Any]:
-  """What a configuration says of a classifier's labels."""
-  return {
-    'id2label': {str(i): label for i, label in enumerate(labels)},
-    'label2id': {label: i for i, label in enumerate(labels)},
-  }
 
 
 def _scaling_json(scaling: llama.RopeScaling) -> dict[str, Any]:
@@ -186,7 +155,7 @@ def _config_json(
     'tie_word_embeddings': tied,
     'torch_dtype': c.param_dtype,
     **(_scaling_json(c.rope_scaling) if c.rope_scaling else {}),
-    **(labels_json(labels) if labels else {}),
+    **(hf_files.labels_json(labels) if labels else {}),
   }
 
 
@@ -204,56 +173,14 @@ def _name(path: tuple, c: llama.LlamaConfig) -> str:
   return f'model.layers.{layer}.{_BLOCK[tuple(rest)]}.{kind}'
 
 
-def _turn(path: tuple, x: np.ndarray) -> np.ndarray:
-  """From one format's orientation to the other's."""
-  return x.T if path[-1] == 'kernel' else x
-
-
-def by_path(tree: Mapping) -> dict[tuple, Any]:
-  """The leaves of a tree of mappings by their paths."""
-  return dict(traverse_util.flatten_dict(tree))
-
-
 def _parameters(c: llama.LlamaConfig) -> dict[tuple, Any]:
   """The abstract parameters of the model with unstacked layers, by path."""
   c = dataclasses.replace(c, scan_layers=False)
   model = nnx.eval_shape(lambda: llama.Llama(c, nnx.Rngs(0)))
-  return by_path(nnx.to_pure_dict(nnx.state(model)))
-
-
-def _stack(params: Mapping) -> dict[str, Any]:
-  blocks = [params['blocks'][i] for i in range(len(params['blocks']))]
-  return {**params, 'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks)}
-
-
-def unstack(params: Mapping, layers: int) -> dict[str, Any]:
-  """The tree with a mapping of blocks in place of stacked ones."""
-  layer = lambda i: jax.tree.map(lambda x: x[i], params['blocks'])
-  return {**params, 'blocks': {i: layer(i) for i in range(layers)}}
+  return hf_files.by_path(nnx.to_pure_dict(nnx.state(model)))
 
 
 # --- Reading -----------------------------------------------------------------
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  index = folder / 'model.safetensors.index.json'
-  if not index.exists():
-    return [folder / 'model.safetensors']
-  return [
-    folder / f for f in sorted({*read_json(index)['weight_map'].values()})
-  ]
-
-
-def read_tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor of every file, one at a time."""
-  for path in _files(folder):
-    try:
-      file = safetensors.safe_open(str(path), framework='numpy')
-    except (OSError, safetensors.SafetensorError) as error:
-      raise ValueError(f'{path} cannot be read: {error}') from error
-    with file:
-      for name in file.keys():
-        yield name, file.get_tensor(name)
 
 
 def _is_ignored(name: str, tied: bool) -> bool:
@@ -262,45 +189,8 @@ def _is_ignored(name: str, tied: bool) -> bool:
   return copy or name.endswith('rotary_emb.inv_freq')
 
 
-def _fit(name: str, x: np.ndarray, path: tuple, like: Any) -> np.ndarray:
-  """A tensor as a parameter; raises if its shape or its type is wrong."""
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(f'tensor {name!r} holds {x.dtype}, expected floats')
-  want = like.shape[::-1] if path[-1] == 'kernel' else like.shape
-  if x.shape != want:
-    raise ValueError(f'tensor {name!r} has shape {x.shape}, expected {want}')
-  return _turn(path, x).astype(like.dtype)
-
-
-def take(
-  tensors: Tensors, wanted: dict[str, tuple[tuple, Any]], source: Folder
-) -> dict[tuple, np.ndarray]:
-  """The parameters by path.
-
-  Args:
-    tensors: of a checkpoint.
-    wanted: (path, abstract parameter) of each by the name of its tensor.
-    source: what errors name.
-  """
-  wanted, found = dict(wanted), {}
-  for name, x in tensors:
-    if name not in wanted:
-      raise ValueError(f'{source}: unexpected tensor {name!r}')
-    path, like = wanted.pop(name)
-    found[path] = _fit(name, x, path, like)
-  if wanted:
-    raise ValueError(f'{source}: missing tensors {sorted(wanted)}')
-  return found
-
-
-def as_tree(found: Mapping[tuple, np.ndarray], stacked: bool) -> dict[str, Any]:
-  """The tree of parameters by path, the blocks one or a stack."""
-  params = traverse_util.unflatten_dict(dict(found))
-  return _stack(params) if stacked else params
-
-
 def assemble(
-  tensors: Tensors, c: llama.LlamaConfig, tied: bool, source: Folder
+  tensors: hf_files.Tensors, c: llama.LlamaConfig, tied: bool, source: Folder
 ) -> dict[str, Any]:
   """Puts tensors with names of this format into the tree of the model.
 
@@ -310,10 +200,10 @@ def assemble(
   if tied:
     wanted.pop('lm_head.weight', None)
   own = ((name, x) for name, x in tensors if not _is_ignored(name, tied))
-  found = take(own, wanted, source)
+  found = hf_files.take(own, wanted, source)
   if tied:
     found[_HEAD] = found[_EMBEDDING].T
-  return as_tree(found, c.scan_layers)
+  return hf_files.as_tree(found, c.scan_layers)
 
 
 def first_head(c: llama.LlamaConfig, key: jax.Array) -> dict[str, Any]:
@@ -325,7 +215,7 @@ def first_head(c: llama.LlamaConfig, key: jax.Array) -> dict[str, Any]:
 
 def is_tied(params: Mapping) -> bool:
   """Whether the head of a model equals its embedding."""
-  flat = by_path(params)
+  flat = hf_files.by_path(params)
   return np.array_equal(flat[_HEAD].T, flat[_EMBEDDING])
 
 
@@ -346,20 +236,22 @@ def load(folder: Folder, **changes) -> tuple[llama.LlamaConfig, dict]:
   """
   folder = pathlib.Path(folder)
   c = dataclasses.replace(read_config(folder), **changes)
-  raw = read_json(folder / 'config.json')
+  raw = hf_files.read_json(folder / 'config.json')
   tied = bool(raw.get('tie_word_embeddings')) and c.outputs is None
-  return c, assemble(read_tensors(folder), c, tied, folder)
+  return c, assemble(hf_files.read_tensors(folder), c, tied, folder)
 
 
 def marks(folder: Folder) -> tuple[int | None, str]:
   """(token that ends a text, chat template) of a checkpoint."""
   folder = pathlib.Path(folder)
-  end: Any = read_json(folder / 'config.json').get('eos_token_id')
+  end: Any = hf_files.read_json(folder / 'config.json').get('eos_token_id')
   end = end[0] if isinstance(end, list) and end else end
   if (path := folder / _TEMPLATE).exists():
     return end, path.read_text()
   path = folder / 'tokenizer_config.json'  # where older versions have it
-  template = read_json(path).get('chat_template') if path.exists() else ''
+  template = (
+    hf_files.read_json(path).get('chat_template') if path.exists() else ''
+  )
   return end, template if isinstance(template, str) else ''
 
 
@@ -390,29 +282,12 @@ def save(
   """
   if len(labels) != (c.outputs or 0):
     raise ValueError(f'labels={labels!r} do not fit outputs={c.outputs}')
-  params = unstack(params, c.layers) if c.scan_layers else params
-  flat = by_path(jax.tree.map(np.asarray, dict(params)))
+  params = hf_files.unstack(params, c.layers) if c.scan_layers else params
+  flat = hf_files.by_path(jax.tree.map(np.asarray, dict(params)))
   if tied and not np.array_equal(flat.pop(_HEAD).T, flat[_EMBEDDING]):
     raise ValueError('tied=True, but the head differs from the embedding')
   named = {_name(p, c): (p, x) for p, x in flat.items()}
   end, template = marks
-  write(folder, named, _config_json(c, labels, tied, end))
+  hf_files.write(folder, named, _config_json(c, labels, tied, end))
   if template:
     pathlib.Path(folder, _TEMPLATE).write_text(template)
-
-
-def write(
-  folder: Folder, named: Mapping[str, tuple[tuple, np.ndarray]], config: Mapping
-):
-  """Writes a configuration and tensors: by name, path and parameter."""
-  # A transposed view would be written in the order of its memory.
-  tensors = {
-    name: np.ascontiguousarray(_turn(*one)) for name, one in named.items()
-  }
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(
-    tensors, folder / 'model.safetensors', metadata={'format': 'pt'}
-  )
-  text = json.dumps(config, indent=2)
-  (folder / 'config.json').write_text(text + '\n')

@@ -13,8 +13,8 @@ from flax import nnx
 import jax
 import numpy as np
 
-import hf_checkpoint
-from hf_checkpoint import Folder
+import hf_files
+from hf_files import Folder
 import roberta
 
 _OUTER = {
@@ -49,11 +49,11 @@ _OTHER_USES = ('lm_head.', 'roberta.pooler.')
 def read_config(folder: Folder) -> roberta.RobertaConfig:
   """The sizes of a checkpoint."""
   path = pathlib.Path(folder, 'config.json')
-  raw = hf_checkpoint.read_json(path)
+  raw = hf_files.read_json(path)
   for name, value in _EXPECTED.items():
     if (given := raw.get(name, value)) != value:
       raise ValueError(f'{path}: {name}={given!r}, expected {value!r}')
-  size = lambda name: hf_checkpoint.number(raw, name, path)
+  size = lambda name: hf_files.number(raw, name, path)
   return roberta.RobertaConfig(
     width=size('hidden_size'),
     mlp_width=size('intermediate_size'),
@@ -84,7 +84,7 @@ def _config_json(
     'type_vocab_size': c.types,
     'layer_norm_eps': c.norm_epsilon,
     'torch_dtype': c.param_dtype,
-    **hf_checkpoint.labels_json(labels),
+    **hf_files.labels_json(labels),
   }
 
 
@@ -104,7 +104,7 @@ def _wanted(c: roberta.RobertaConfig) -> dict[str, tuple[tuple, Any]]:
   """(path, abstract parameter) by the name of the tensor."""
   c = dataclasses.replace(c, scan_layers=False)
   model = nnx.eval_shape(lambda: roberta.Roberta(c, nnx.Rngs(0)))
-  flat = hf_checkpoint.by_path(nnx.to_pure_dict(nnx.state(model)))
+  flat = hf_files.by_path(nnx.to_pure_dict(nnx.state(model)))
   return {_name(path): (path, x) for path, x in flat.items()}
 
 
@@ -127,12 +127,12 @@ def load(folder: Folder, **changes) -> tuple[roberta.RobertaConfig, dict]:
   wanted = {k: v for k, v in _wanted(c).items() if v[0][0] != 'head'}
   tensors = (
     (name, x)
-    for name, x in hf_checkpoint.read_tensors(folder)
+    for name, x in hf_files.read_tensors(folder)
     if not name.startswith((*_OTHER_USES, 'classifier.'))
     and not name.endswith('.position_ids')
   )
-  found = hf_checkpoint.take(tensors, wanted, folder)
-  return c, hf_checkpoint.as_tree(found, c.scan_layers)
+  found = hf_files.take(tensors, wanted, folder)
+  return c, hf_files.as_tree(found, c.scan_layers)
 
 
 def first_head(c: roberta.RobertaConfig, key: jax.Array) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def save(
   if len(labels) != c.outputs:
     raise ValueError(f'labels={labels!r} do not fit outputs={c.outputs}')
   if c.scan_layers:
-    params = hf_checkpoint.unstack(params, c.layers)
-  flat = hf_checkpoint.by_path(jax.tree.map(np.asarray, dict(params)))
+    params = hf_files.unstack(params, c.layers)
+  flat = hf_files.by_path(jax.tree.map(np.asarray, dict(params)))
   named = {_name(path): (path, x) for path, x in flat.items()}
-  hf_checkpoint.write(folder, named, _config_json(c, labels))
+  hf_files.write(folder, named, _config_json(c, labels))
