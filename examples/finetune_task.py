@@ -93,11 +93,8 @@ def load_task(c: Any) -> Task:
   path = pathlib.Path(c.checkpoint or pretrained(c, parts[0].texts))
   model = format_of(path).read_config(path)
   check_length(model, path, c.seq)
-  closing = labelled.closing(path, model.vocab)
+  read = lambda texts: labelled.tokens(path, model.vocab, texts, c.seq)
   train, validation = (
-    labelled.rows(
-      labelled.tokens(path, model.vocab, p.texts), p.labels, c.seq, closing
-    )
-    for p in parts
+    labelled.rows(read(p.texts), p.labels, c.seq) for p in parts
   )
   return Task(path, train, validation, labels, labelled.sha256(*parts))

@@ -117,7 +117,7 @@ def _is_of_users(error: Exception) -> bool:
   last = traceback.extract_tb(error.__traceback__)[-1]
   parents = pathlib.Path(last.filename).resolve().parents
   ours = any(x in parents for x in _OURS)
-  raised = (last.line or '').startswith('raise')
+  raised = not last.line or last.line.startswith('raise')
   return isinstance(error, OSError) or (ours and raised)
 
 

@@ -77,15 +77,18 @@ def _rope(
     raise ValueError(f'{path}: {error} is missing of the scaling') from error
 
 
-def _check(raw: Mapping, c: llama.LlamaConfig, path: pathlib.Path):
-  """Raises what llama.py can't do."""
+def _check_family(raw: Mapping, path: pathlib.Path):
+  """Raises if a checkpoint is not of a model that is a LLaMA, or nearly."""
   if (kind := raw.get('model_type')) not in _FAMILIES:
     raise ValueError(
       f'{path}: model_type={kind!r}, expected one of {sorted(_FAMILIES)}'
     )
-  for name, value in _EXPECTED.items():
-    if (given := raw.get(name, value)) != value:
-      raise ValueError(f'{path}: {name}={given!r}, expected {value!r}')
+  hf_files.check_expected(raw, _EXPECTED, path)
+
+
+def _check(raw: Mapping, c: llama.LlamaConfig, path: pathlib.Path):
+  """Raises what llama.py can't do."""
+  kind = raw['model_type']
   window = raw.get('sliding_window')
   if window and raw.get('use_sliding_window', kind == 'mistral'):
     raise ValueError(f'{path}: sliding_window={window!r} is not supported')
@@ -109,6 +112,7 @@ def read_config(folder: Folder) -> llama.LlamaConfig:
   """The sizes of a checkpoint."""
   path = pathlib.Path(folder, 'config.json')
   raw = hf_files.read_json(path)
+  _check_family(raw, path)
   size = lambda name: hf_files.number(raw, name, path)
   base, scaling = _rope(raw, path)
   c = llama.LlamaConfig(

@@ -37,6 +37,13 @@ def number(raw: Mapping, name: str, path: pathlib.Path) -> int:
   return raw[name]
 
 
+def check_expected(raw: Mapping, expected: Mapping, path: pathlib.Path):
+  """Raises if an entry is there, and has another value than a model can do."""
+  for name, value in expected.items():
+    if (given := raw.get(name, value)) != value:
+      raise ValueError(f'{path}: {name}={given!r}, expected {value!r}')
+
+
 def labels_json(labels: Sequence[str]) -> dict[str, Any]:
   """What a configuration says of a classifier's labels."""
   return {

@@ -72,14 +72,19 @@ def sha256(*parts: Texts) -> str:
   return whole.hexdigest()
 
 
-def tokens(folder: pathlib.Path, vocab: int, texts: list[str]):
-  """The tokens of each text by the checkpoint's tokenizer, or its bytes."""
+def tokens(folder: pathlib.Path, vocab: int, texts: list[str], seq: int):
+  """The tokens of each text by the checkpoint's tokenizer, or its bytes.
+
+  A text that is cut to `seq` ends as the tokenizer ends all, as RoBERTa's do.
+  """
   path = folder / 'tokenizer.json'
   if not path.exists():
     if vocab != 256:
       raise ValueError(f'{folder} has {vocab} tokens, but no tokenizer.json')
-    return [list(text.encode()) for text in texts]
-  return [e.ids for e in tokenizer(folder, vocab).encode_batch(texts)]
+    return [list(text.encode()[:seq]) for text in texts]
+  made = tokenizer(folder, vocab)
+  made.enable_truncation(seq)
+  return [e.ids for e in made.encode_batch(texts)]
 
 
 def tokenizer(folder: pathlib.Path, vocab: int):
@@ -96,14 +101,6 @@ def tokenizer(folder: pathlib.Path, vocab: int):
   return made
 
 
-def closing(folder: pathlib.Path, vocab: int) -> int | None:
-  """The token that ends every text, as RoBERTa's; None if there is none."""
-  if not (folder / 'tokenizer.json').exists():
-    return None
-  ids = tokenizer(folder, vocab).encode('').ids
-  return ids[-1] if len(ids) > 1 else None  # one alone begins the text
-
-
 def check_vocabulary(tokenizer, vocab: int, path: pathlib.Path):
   """Raises if a tokenizer makes tokens that the model does not know."""
   if tokenizer.get_vocab_size() > vocab:
@@ -112,18 +109,11 @@ def check_vocabulary(tokenizer, vocab: int, path: pathlib.Path):
     )
 
 
-def rows(
-  ids: list[list[int]], labels: np.ndarray, seq: int, closing: int | None = None
-) -> np.ndarray:
-  """(N, seq + 2) int32: the first tokens, the place of the last, the label.
-
-  `closing` is the last token of a text that is cut, if there is such a token.
-  """
+def rows(ids: list[list[int]], labels: np.ndarray, seq: int) -> np.ndarray:
+  """(N, seq + 2) int32: the first tokens, the place of the last, the label."""
   table = np.zeros((len(ids), seq + 2), np.int32)
   for row, tokens_of_one in zip(table, ids, strict=True):
     kept = tokens_of_one[:seq]
-    if len(tokens_of_one) > seq and closing is not None:
-      kept = [*kept[:-1], closing]
     row[: len(kept)], row[seq] = kept, len(kept) - 1
   table[:, -1] = labels
   return table

@@ -1,5 +1,8 @@
 """A LLaMA in Flax nnx: RMSNorm, rotary positions, causal attention, SwiGLU.
 
+Touvron et al., LLaMA: Open and Efficient Foundation Language Models, 2023,
+https://arxiv.org/abs/2302.13971.
+
 Axes are named in the suffix of each array: B batch, T time, D width, F width of
 the MLP, H heads, K width of a head, V vocabulary.
 """

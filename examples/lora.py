@@ -12,11 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hf_files import by_path
 import recipes
-
-
-def by_path(tree: Mapping) -> dict[tuple, Any]:
-  return dict(traverse_util.flatten_dict(tree))
 
 
 def matrices(params: Mapping) -> dict[tuple, jax.Array]:
@@ -46,7 +43,7 @@ def init(
     path: _factors(k, w, rank)
     for k, (path, w) in zip(keys, chosen.items(), strict=True)
   }
-  heads = [name for name in params if 'head' in name] if train_head else []
+  heads = [k for k in params if train_head and recipes.is_head(k)]
   frozen = {k: x for k, x in params.items() if k not in heads}
   head = {name: params[name] for name in heads}
   tree = lambda i: traverse_util.unflatten_dict(

@@ -46,7 +46,12 @@ RECOMMENDED = (
 def is_matrix(path) -> bool:
   """Attention and MLP kernels: what every method here projects."""
   name = jax.tree_util.keystr(path, simple=True, separator='/')
-  return name.endswith('kernel') and 'head' not in name
+  return name.endswith('kernel') and not is_head(name)
+
+
+def is_head(name: str) -> bool:
+  """Whether a name is that of a model's head, or of a part of it."""
+  return 'head' in name
 
 
 def matrix_mask(params):

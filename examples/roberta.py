@@ -1,5 +1,8 @@
 """A RoBERTa in Flax nnx that labels texts: norms behind, GELU, a tanh head.
 
+Liu et al., RoBERTa: A Robustly Optimized BERT Pretraining Approach, 2019,
+https://arxiv.org/abs/1907.11692.
+
 Axes are named in the suffix of each array: B batch, T time, D width, F width of
 the MLP, H heads, K width of a head, C labels.
 """

@@ -50,9 +50,7 @@ def read_config(folder: Folder) -> roberta.RobertaConfig:
   """The sizes of a checkpoint."""
   path = pathlib.Path(folder, 'config.json')
   raw = hf_files.read_json(path)
-  for name, value in _EXPECTED.items():
-    if (given := raw.get(name, value)) != value:
-      raise ValueError(f'{path}: {name}={given!r}, expected {value!r}')
+  hf_files.check_expected(raw, _EXPECTED, path)
   size = lambda name: hf_files.number(raw, name, path)
   return roberta.RobertaConfig(
     width=size('hidden_size'),

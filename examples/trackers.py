@@ -45,8 +45,7 @@ class TensorBoard:
 class WandB:
   """A run of the project subspace_optax, which a resumed run goes on with."""
 
-  def __init__(self, c: Any, start: int):
-    del start  # it takes no step twice
+  def __init__(self, c: Any):
     path = pathlib.Path(c.out, 'wandb_id')
     self._run = _module('wandb').init(
       project='subspace_optax',
@@ -67,5 +66,5 @@ class WandB:
 
 def make(c: Any, start: int) -> list[Any]:
   """Those that the configuration asks for, to go on from a step."""
-  kinds = {'tensorboard': TensorBoard, 'wandb': WandB}
-  return [kind(c, start) for name, kind in kinds.items() if getattr(c, name)]
+  kinds = {'tensorboard': lambda c: TensorBoard(c, start), 'wandb': WandB}
+  return [kind(c) for name, kind in kinds.items() if getattr(c, name)]

@@ -468,3 +468,34 @@ def test_what_orbax_or_restore_could_not_keep_is_refused(tmp_path):
   state = (state[0]._replace(count=3), *state[1:])
   with pytest.raises(ValueError, match="0/count' is 3"):
     so.checkpoint.save(tmp_path / 'run', adam, PARAMS, state)
+
+
+@pytest.mark.parametrize(
+  'params', [PARAMS['up'], {'count': PARAMS['up']}], ids=['bare', 'count']
+)
+def test_a_counter_goes_on_whatever_leaves_are_called(params, tmp_path):
+  make = lambda rule: so.subspace(
+    so.SubspaceSpec(4, exclude=None), rule, optax.scale_by_adam()
+  )
+  saved(tmp_path, make(projectors.gaussian(2)), params)
+  run = restored(tmp_path, make(projectors.stiefel(2)), params)
+  inner = run.state[1].inner
+  assert int(inner.count) == 3
+  assert not np.any(jax.tree.leaves(inner.mu)[0])
+
+
+def test_rules_whose_names_have_numbers_are_not_one(tmp_path):
+  """Bases that are made again at every step are of another kind then."""
+  make = lambda name, gap: so.subspace(
+    SPEC(4),
+    projectors.stiefel(gap, regenerate=True)._replace(
+      name=f'{name}(update_proj_gap={gap}, regenerate=True)'
+    ),
+    optax.scale_by_adam(),
+  )
+  saved(tmp_path, make('sketch1', 2))
+  same = restored(tmp_path, make('sketch1', 50))
+  assert not any('anew' in change for change in same.changes)
+  other = restored(tmp_path, make('sketch2', 2))
+  assert any('basis and moments anew' in change for change in other.changes)
+  assert not np.any(other.state[1].inner.mu['up'])

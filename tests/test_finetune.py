@@ -18,6 +18,7 @@ import optax
 import pytest
 import safetensors
 from safetensors import numpy as safetensors_numpy
+import tokenizers
 
 import finetune
 import finetune_task
@@ -496,8 +497,18 @@ def test_equal_texts_are_kept_once_and_split_by_the_seed(tmp_path):
 def test_rows_hold_tokens_last_place_and_label():
   got = labelled.rows([[5, 6], [7, 8, 9, 10]], np.array([1, 0]), 3)
   np.testing.assert_array_equal(got, [[5, 6, 0, 1, 1], [7, 8, 9, 2, 0]])
-  closed = labelled.rows([[5, 6, 7, 8, 2], [5, 2]], np.array([1, 0]), 3, 2)
-  np.testing.assert_array_equal(closed, [[5, 6, 2, 2, 1], [5, 2, 0, 1, 0]])
+
+
+def test_a_text_that_is_cut_ends_as_all_do(tmp_path):
+  words = {'<s>': 0, '</s>': 1, 'a': 2, 'b': 3, 'c': 4}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='a'))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  made.post_processor = tokenizers.processors.TemplateProcessing(
+    single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)]
+  )
+  made.save(str(tmp_path / 'tokenizer.json'))
+  got = labelled.tokens(tmp_path, 5, ['a b c c', 'b'], 4)
+  assert got == [[0, 2, 3, 1], [0, 3, 1]]
 
 
 def test_every_epoch_goes_through_all_rows():
@@ -515,7 +526,7 @@ def test_texts_that_are_not_there(tmp_path):
   with pytest.raises(ValueError, match='has 0 folders'):
     labelled.read(tmp_path)
   with pytest.raises(ValueError, match='300 tokens, but no tokenizer.json'):
-    labelled.tokens(tmp_path, 300, ['text'])
+    labelled.tokens(tmp_path, 300, ['text'], 9)
 
 
 # --- Whole runs --------------------------------------------------------------
@@ -563,7 +574,7 @@ def saved_model(config, out):
   model, params = hf_checkpoint.load(out / 'model')
   texts, _ = labelled.read(pathlib.Path(config.data[0]))
   _, held = labelled.split(texts, config.seed)
-  ids = labelled.tokens(out / 'model', model.vocab, held.texts)
+  ids = labelled.tokens(out / 'model', model.vocab, held.texts, config.seq)
   return params, labelled.rows(ids, held.labels, config.seq)
 
 

@@ -524,6 +524,8 @@ def test_the_rest_needs_nothing_to_project():
     for empty in (False, True)
   )
   assert_close(found, wanted)
+  with pytest.raises(ValueError, match='matches no leaf'):
+    layers(optax.adam(1.0), rest=make(spec)).init(params)
   nowhere = make(dataclasses.replace(spec, include='nowhere'))
   with pytest.raises(ValueError, match='matches no leaf'):
     layers(nowhere).init(params)

@@ -111,6 +111,8 @@ def test_tokens_of_adamw_are_interpolated_by_their_logarithm():
   assert tokens(GOOD) == f'{16 ** (9 / 20):.2f} x'
   assert tokens(SMALL) == '< 1.00 x'
   assert tokens(search('muon', [1.2], 1, multiple=4.0)) == '> 4.00 x'
+  worse = search('adamw', [1.60], 2**20, multiple=16.0)
+  assert pareto_report.tokens_of_adamw(GOOD, [ADAMW, worse]) == '-'
   assert tokens(ADAMW) == pareto_report.tokens_of_adamw(GOOD, [ADAMW]) == '-'
 
 

@@ -25,6 +25,7 @@ import recipes
 import report
 import run_folder
 import settings
+import trackers
 import train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -533,6 +534,17 @@ def test_weights_and_biases(tmp_path, monkeypatch):
   assert [how['id'] for how in fake.started] == [None, 'new']
   assert fake.started[0]['config']['rank'] == 4 and fake.ended == 2
   assert fake.started[0]['project'] == 'subspace_optax'
+
+
+def test_tensorboard_drops_what_came_behind_the_checkpoint(
+  tmp_path, monkeypatch
+):
+  made = []
+  writer = lambda folder, purge_step: made.append((folder, purge_step))
+  fake = types.SimpleNamespace(SummaryWriter=writer)
+  monkeypatch.setitem(sys.modules, 'tensorboardX', fake)
+  trackers.make(pretrain.Config(out=str(tmp_path), tensorboard=True), 20)
+  assert made == [(str(tmp_path / 'tensorboard'), 21)]
 
 
 @pytest.mark.parametrize(

@@ -497,3 +497,24 @@ def test_moments_in_8_bits_are_read_in_their_own_blocks(shape, old, new):
     after[:, :r], before[:, :r], rtol=0, atol=half_a_gap * (1 + 1e-5)
   )
   np.testing.assert_array_equal(after[:, r:], 0)
+
+
+def test_factored_moments_start_anew_with_bases_that_are_not_stored():
+  make = lambda rank: so.subspace(
+    so.SubspaceSpec(rank),
+    so.projectors.gaussian(2, regenerate=True),
+    optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+    params='coordinates',
+  )
+  params = {'w': jax.random.normal(jax.random.key(0), (12, 20))}
+  tx = make(4)
+  state = tx.init(params)
+  for _ in range(2):
+    _, state = jax.jit(tx.update)(params, state, params)
+  got = so.resize_rank(make(6), state, params)[1].inner
+  first = make(6).init(params)[1].inner
+  for name in ('v_row', 'v_col'):
+    np.testing.assert_array_equal(
+      getattr(got, name)['w'], getattr(first, name)['w']
+    )
+  assert int(got.count) == 2

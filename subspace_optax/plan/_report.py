@@ -32,9 +32,11 @@ def assumed(s: _planner.Settings) -> str:
     'rounding': s.rounding,
     'attention-chunk': s.attention_chunk,
   }
-  given = [f'--{name} {value}' for name, value in flags.items() if value]
+  given = [
+    f'--{name} {value}' for name, value in flags.items() if value is not None
+  ]
   text = ' '.join([*given, *(['--regenerate'] if s.regenerate else [])])
-  lines = textwrap.wrap(text, 84, break_on_hyphens=False)
+  lines = textwrap.wrap(text, 78, break_on_hyphens=False)
   return 'assumed:\n' + textwrap.indent('\n'.join(lines), '  ')
 
 

@@ -147,8 +147,11 @@ class Plan:
         self._roots_anew.add('/'.join(filter(None, (basis, path))))
 
   def _has_another_rule(self, path: str) -> bool:
-    of = lambda leaves: re.sub(r'[\d.]+', '', leaves[path]['projector'])
-    return of(self._old) != of(self._new)  # whatever gaps and rates are
+    # Whatever gaps and rates are, and the steps at which `switch` does.
+    of = lambda leaves: re.sub(
+      r'(?<==)[\d.e+-]+|\d+(?=: )', '', leaves[path]['projector']
+    )
+    return of(self._old) != of(self._new)
 
   def _check_classes(self) -> None:
     old, new = self._classes

@@ -56,9 +56,9 @@ def save(where: Where, tx: Any, params: Any, state: Any, step: int = 0) -> None:
     step: how many steps were taken.
 
   Raises:
-    ValueError: `state` is of another structure than `tx.init(params)`, or holds
-      random keys of a key dtype or numbers that are no arrays; the folder
-      exists.
+    ValueError: `state` is of another structure than `tx.init(params)`; it or
+      `params` hold random keys of a key dtype, or numbers that are no arrays;
+      the folder exists.
 
   Example:
     >>> import pathlib, tempfile
@@ -102,7 +102,8 @@ def restore(
     rule moves it from there; a state of its own that is unlike the old one's
     starts anew. If one of the two stores no bases (`regenerate=True`, `dct`),
     or only the new one's are orthonormal, bases and moments in the subspace
-    start anew, those of other leaves stay, and Adam's counter goes on.
+    start anew, those of other leaves stay, and so does Adam's counter, unless
+    each matrix has one of its own (`per_matrix`, 'reset').
   - Dtypes of moments and bases between floats, and of moments between int8 and
     int4: they are rounded.
 
@@ -202,8 +203,8 @@ def _check_arrays(tree: Any) -> None:
       what = f'random keys of dtype {x.dtype}'
     if what:
       raise ValueError(
-        f'{path!r} is {what}, and only arrays of numbers are kept: leave it '
-        'out of the optimizer, or save such a state by Orbax itself.'
+        f'{path!r} is {what}, and only arrays of numbers are kept: save what '
+        'has others by Orbax itself.'
       )
 
 

@@ -148,6 +148,14 @@ def read_leaf(
   shape: tuple[int, ...],
   gap: int,
 ) -> Leaf:
+  """Returns what is kept of a leaf, whose layout there is if it is projected.
+
+  Args:
+    source: where it comes from.
+    layouts: of the leaves that are projected, by path.
+    shape: of the moments of the leaf.
+    gap: the steps between refreshes, which must be those of the state.
+  """
   layout = layouts.get(source.path)
   for key, kept in source.parts:
     if ('projector' in kept) != (layout is not None):

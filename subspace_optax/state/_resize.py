@@ -105,7 +105,7 @@ def carry_over(
   old, new = map(_coded_state.all_decoded, (state, start))
   pairs = list(_pairs(_tree.unbox(old), _tree.unbox(new)))
   leaves = _projected_leaves(pairs, new, layouts, anew)
-  fresh = _fresh_paths(pairs, new, params, leaves)
+  fresh = _fresh_paths(pairs, _tree.unbox(new), params, leaves)
   arrays = [
     new if path in fresh else _resized(path, old, new, leaves)
     for path, old, new in pairs
@@ -195,23 +195,50 @@ def _fresh_paths(
   """Returns the paths of arrays that are of coordinates which start anew.
 
   All that an inner optimizer keeps of such a leaf, and elsewhere what has the
-  shape of coordinates, as sums of them have.
+  shape of coordinates, as sums of them have. A leaf whose basis is not stored
+  is one of these where its rank is another one.
   """
   is_it = lambda x: isinstance(x, _in_subspace.InSubspaceState)
   nodes = jax.tree.leaves_with_path(start, is_leaf=is_it)
   roots = [_tree.path_str(path) + '/' for path, x in nodes if is_it(x)]
-  # `w` is the end of `head/w`, too: the longest path is whose array it is.
-  every = sorted((k for k, _ in _tree.flatten(params)[0]), key=len)[::-1]
+  owners = _owners(start, params)
+  changed = {
+    owners.get(path) for path, old, new in pairs if _shape(old) != _shape(new)
+  }
   fresh = set()
   for path, _, new in pairs:
-    owner = next((k for k in every if _ends_with(path, k)), None)
-    leaf = leaves.get(owner) if owner is not None else None
-    if leaf is None or not leaf.anew or not hasattr(new, 'shape'):
+    leaf = leaves.get(owners.get(path, ''))
+    if leaf is None or _shape(new) is None:
       continue
-    inside = any(path.startswith(root) for root in roots)
+    if not leaf.anew and (leaf.old_rank or owners[path] not in changed):
+      continue
+    inside = owners[path] and any(path.startswith(root) for root in roots)
     if inside or _is_in_subspace(new.shape, leaf.layout):
       fresh.add(path)
   return fresh
+
+
+def _owners(state: Any, params: Any) -> dict[str, str]:
+  """Returns the leaf of each array of a state, by their paths.
+
+  An array is of the leaf whose keys its own end with: a parameter called
+  `count` is a key of a mapping, and a counter's `count` is a field. Of a tree
+  that is one array all arrays are.
+  """
+  every = [path for path, _ in jax.tree.leaves_with_path(_tree.unbox(params))]
+  every.sort(key=len, reverse=True)
+  found = {}
+  for path, _ in jax.tree.leaves_with_path(state):
+    own = (leaf for leaf in every if leaf == path[len(path) - len(leaf) :])
+    leaf = next(own, None)
+    if leaf is not None:
+      found[_tree.path_str(path)] = _tree.path_str(leaf)
+  return found
+
+
+def _shape(x: Any) -> tuple[int, ...] | None:
+  """Returns an array's shape; None for a basis in integers."""
+  return None if isinstance(x, _projected.QuantizedBasis) else x.shape
 
 
 def _ends_with(path: str, leaf: str) -> bool:
