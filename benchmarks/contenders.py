@@ -218,10 +218,12 @@ FORMS = {
 CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}
 # At other ranks.
 CONTENDERS |= {
-  'subspace_muon, rank 0.5': _of_ours(ours('subspace_muon', rank=0.5), 2.5e-3),
-  'subspace_muon_8bit, rank 0.5': _of_ours(
-    ours('subspace_muon', rank=0.5, moment_bits=8), 2.5e-3, bits=8
-  ),
+  'subspace_muon, rank 0.5': _of_ours(ours('subspace_muon', rank=0.5), 2.5e-3)
+} | {
+  f'subspace_muon_8bit, rank {rank}': _of_ours(
+    ours('subspace_muon', rank=rank, moment_bits=8), 2.5e-3, bits=8
+  )
+  for rank in (0.5, 0.75)
 }
 # Forms of Muon.
 CONTENDERS |= {
