@@ -55,7 +55,7 @@ evidence: $(VENV)/.stamp-examples
 	$(BIN) -m benchmarks.claims $(ARGS)
 
 docs: $(VENV)/.stamp-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build -q -d build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build
 
 check: $(VENV)/.stamp-dev
 	$(BIN) -m ruff check .

@@ -1,7 +1,8 @@
 """Docstrings and signatures as the site shows them.
 
-Links are reStructuredText, as optax's are, and become Markdown. Defaults that
-the library marks, to see whether they were passed, are shown as they are.
+Links are reStructuredText, as optax's are, and become Markdown. Blocks of
+"Example:" get the plural, by which griffe knows doctests. Defaults that the
+library marks, to see whether they were passed, are shown as they are.
 """
 
 import re
@@ -9,8 +10,7 @@ import re
 import griffe
 
 _LINK = re.compile(r'`([^`<]+?)\s*<(https?://[^>]+)>`_', re.DOTALL)
-
-
+_EXAMPLE = re.compile(r'^Example:$', re.MULTILINE)
 _MARKED = re.compile(r'_default\((.+)\)')
 
 
@@ -21,7 +21,8 @@ class Shown(griffe.Extension):
     """Is called by griffe for each of them."""
     del kwargs
     if obj.docstring:
-      obj.docstring.value = _LINK.sub(_markdown, obj.docstring.value)
+      text = _LINK.sub(_markdown, obj.docstring.value)
+      obj.docstring.value = _EXAMPLE.sub('Examples:', text)
     for parameter in obj.parameters if obj.is_function else ():
       marked = _MARKED.fullmatch(str(parameter.default))
       if marked:

@@ -23,6 +23,20 @@ class _Parser(argparse.ArgumentParser):
     self.exit(2, f'{self.prog}: {message}\n')
 
 
+def _one_of(allowed: Sequence[str]) -> Callable[[str], str]:
+  """What takes a value that is one of these."""
+
+  def check(value: str) -> str:
+    if value not in allowed:
+      near = settings.did_you_mean(value, allowed)
+      raise argparse.ArgumentTypeError(
+        f'{value!r} is unknown{near}; choose from {", ".join(allowed)}'
+      )
+    return value
+
+  return check
+
+
 def _number(kind: Any) -> type:
   """int of `int | None`, float likewise; str of all else."""
   inner = typing.get_args(kind) or (kind,)
@@ -38,7 +52,7 @@ def _add(group: Any, kind: type, field: dataclasses.Field):
   if field.type is bool:
     how['action'] = argparse.BooleanOptionalAction
   elif allowed := settings.choices(kind, field):
-    how |= {'choices': allowed, 'metavar': field.name.upper()}
+    how |= {'type': _one_of(allowed), 'metavar': field.name.upper()}
     how['help'] = f'{text} {{{", ".join(allowed)}}}'.strip()
   elif typing.get_origin(field.type) is tuple:
     how |= {'nargs': '*', 'metavar': 'PATH'}
@@ -70,7 +84,10 @@ def parser(kind: type, doc: str, presets: Presets) -> argparse.ArgumentParser:
       'presets', 'set defaults, which other flags override'
     )
     lines = '; '.join(f'{name}: {_flags(x)}' for name, x in presets.items())
-    about.add_argument('--preset', choices=tuple(presets), help=lines)
+    names = tuple(presets)
+    about.add_argument(
+      '--preset', type=_one_of(names), choices=names, help=lines
+    )
   groups = {}
   for field in dataclasses.fields(kind):
     name = settings.about(kind, field.name)['group']

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 import dataclasses
+import difflib
 import math
 import pathlib
 import typing
@@ -170,6 +171,12 @@ def choices(kind: type, field: dataclasses.Field) -> tuple[str, ...]:
   return about(kind, field.name)['choices']
 
 
+def did_you_mean(value: Any, allowed: Iterable[str]) -> str:
+  """What an error adds for a value that is nearly one of these."""
+  near = difflib.get_close_matches(str(value).lower(), allowed, 1)
+  return f' (did you mean {near[0]!r}?)' if near else ''
+
+
 _POSITIVE = """rank update_proj_gap lr lr_rest batch accumulation seq steps
     log_every eval_every eval_batches final_eval_batches save_every""".split()
 _NOT_NEGATIVE = 'vocab seed clip weight_decay attention_chunk'.split()
@@ -179,7 +186,8 @@ def check_value(kind: type, field: dataclasses.Field, value: Any):
   if allowed := choices(kind, field):
     if value not in allowed:
       raise ValueError(
-        f'{field.name}={value!r} is unknown; choose from {sorted(allowed)}'
+        f'{field.name}={value!r} is unknown{did_you_mean(value, allowed)}; '
+        f'choose from {sorted(allowed)}'
       )
     return
   wanted: Any = field.type

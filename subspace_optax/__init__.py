@@ -27,6 +27,8 @@ need more than gradients: `layerwise`, `data_parallel_step`, `rso`; all are
 `TrainStep`s, as is the plain `train_step`.
 """
 
+from importlib import metadata as _metadata
+
 from subspace_optax import checkpoint
 from subspace_optax import projectors
 from subspace_optax import residuals
@@ -80,7 +82,10 @@ from subspace_optax.transports._moments import register_moments
 from subspace_optax.whole import scale_by_muon8bit
 from subspace_optax.whole import scale_by_normuon
 
-__version__ = '0.1.0'
+try:
+  __version__ = _metadata.version('subspace-optax')
+except _metadata.PackageNotFoundError:  # a source tree that is not installed
+  __version__ = '0.0.0+unknown'
 
 __all__ = [
   'DimensionNumbers',

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -69,3 +71,30 @@ def test_every_folder_has_its_layer_and_there_are_at_most_seven():
   }
   assert len([layer for layer in layers if folders & set(layer)]) <= 7
   assert folders <= {name for layer in layers for name in layer}
+
+
+@pytest.mark.parametrize('version', ['1.2.3', None])
+def test_the_version_is_the_installed_one_or_the_fallback(version):
+  program = f"""
+from importlib import metadata
+found = metadata.version
+def version(name):
+  if name != 'subspace-optax':
+    return found(name)
+  if {version!r} is None:
+    raise metadata.PackageNotFoundError(name)
+  return {version!r}
+metadata.version = version
+import subspace_optax
+print(subspace_optax.__version__)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', program],
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  pyproject = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+  fallback = pyproject['tool']['hatch']['version']['fallback-version']
+  assert done.stdout.strip() == (version or fallback)

@@ -24,6 +24,7 @@ def test_state_is_counted_exactly_and_by_formula(name):
   assert report.adam == _nbytes(optax.adam(1.0).init(params))
   assert report.state == _nbytes(measure.small(name).init()[1])
   assert report.state == cases.state_bytes(name, cases.SMALL)
+  assert report.state == sum(report[4:]) and min(report) >= 0
   # The tree of every layout, and of bfloat16.
   tx = cases.CASES[name].make(cases.LEAVES)
   shapes = jax.eval_shape(lambda: cases.tree(cases.LEAVES))
@@ -98,3 +99,111 @@ def test_gradients_of_coordinates():
   assert report.gradients == of_coords
   # B and two moments of each matrix, counters and seeds.
   assert report.state - 3 * 4 * 2 * 24 - 2 * 4 * 24 < 32
+
+
+PARAMS = {
+  'embed': jnp.zeros((100, 64)),
+  'mlp': {'up': jnp.zeros((3, 64, 96)), 'bias': jnp.zeros((3, 96))},
+}
+UP, REST = ['up'], ['embed', 'bias']
+
+
+def _of(tree, names):
+  """Bytes of the arrays of a tree like the parameters that have these names."""
+  pairs = jax.tree.leaves_with_path(tree)
+  last = lambda path: getattr(path[-1], 'key', None)  # no field of a state
+  return sum(x.nbytes for path, x in pairs if last(path) in names)
+
+
+def _galore8bit(state):
+  (project, inner, *_), *_ = state
+  assert project.subspaces.basis['mlp']['up'].shape == (3, 96, 8)
+  coded = inner.inner
+  trees = [coded.coded.mu, coded.coded.nu, *coded.scales.values()]
+  return {
+    'bases': _nbytes((project.subspaces.basis, project.projector)),
+    'moments': sum(_of(tree, UP) for tree in trees),
+    'residual': 0,
+    'plain': sum(_of(tree, REST) for tree in trees),
+  }
+
+
+def _subspace_muon(state):
+  (project, inner, left), *_ = state
+  both = inner.inner
+  assert project.subspaces.basis == ()  # drawn at every step
+  return {
+    'bases': _nbytes(project.projector),
+    'moments': _of(both.projected, UP),
+    'residual': _nbytes(left.residual),
+    'plain': _of(both.plain, REST),
+  }
+
+
+def _fira(state):
+  (project, inner, left), *_ = state
+  adam = inner.inner
+  return {
+    'bases': _nbytes((project.subspaces.basis, project.projector)),
+    'moments': _of((adam.mu, adam.nu), UP),
+    'residual': _nbytes(left.residual),
+    'plain': _of((adam.mu, adam.nu), REST),
+  }
+
+
+@pytest.mark.parametrize(
+  'tx, count',
+  [
+    (so.galore(1e-3, rank=8, moment_bits=8), _galore8bit),
+    (so.subspace_muon(1e-3, rank=8), _subspace_muon),
+    (so.fira_adamw(1e-3, rank=8), _fira),
+  ],
+  ids=['galore8bit', 'subspace_muon', 'fira'],
+)
+def test_each_part_is_that_of_its_fields(tx, count):
+  state = tx.init(PARAMS)
+  wanted = count(state)
+  report = so.memory_report(tx, PARAMS)
+  found = report._asdict()
+  assert {name: found[name] for name in wanted} == wanted
+  assert wanted['moments'] > 1000 and wanted['plain'] > 10_000
+  assert report.counters == _nbytes(state) - sum(wanted.values())
+  # Four numbers for each of the three matrices, and counters of steps.
+  assert 0 < report.counters <= 4 * (4 * 3 + 8)
+  lines = {line.split()[0]: line for line in str(report).splitlines()}
+  for name, size in wanted.items():
+    assert (name in lines) == bool(size)
+  assert max(map(len, lines.values())) < 80
+
+
+def test_parts_of_whole_optimizers_steps_and_sums():
+  part = lambda tx: so.memory_report(tx, PARAMS)._asdict()
+  adam = part(optax.adam(1e-3))
+  assert adam['plain'] == 2 * _nbytes(PARAMS) and adam['counters'] == 4
+  rso = part(
+    so.rso.subproblems(so.SubspaceSpec(8, side='in'), optax.adam(1e-3))
+  )
+  coords = 3 * 4 * 3 * 8 * 96  # B and two moments
+  assert rso['moments'] == coords and rso['bases'] == 0
+  assert rso['plain'] == 2 * _of(PARAMS, REST)
+  one, many = (part(so.galore(1e-3, rank=8, every_k=k)) for k in (1, 4))
+  assert many['moments'] * 2 == one['moments'] * 3
+  assert many['plain'] * 2 == one['plain'] * 3
+
+
+def test_parts_of_a_layerwise_step():
+  params = {
+    'blocks': {'w': jnp.zeros((4, 32, 64)), 'bias': jnp.zeros((4, 64))},
+    'embed': jnp.zeros((50, 32)),
+  }
+  tx = so.golore(1e-3, rank=4)
+  step = so.layerwise(
+    tx,
+    embed=lambda rest, x: rest['embed'][x],
+    block=lambda layer, x, _: x,
+    head=lambda rest, x, _: jnp.mean(x),
+  )
+  one, other = (so.memory_report(x, params)._asdict() for x in (tx, step))
+  for name in ('moments', 'plain'):
+    assert other[name] == one[name] > 0
+  assert other['state'] == sum([*other.values()][4:])

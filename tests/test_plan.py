@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import subprocess
 import sys
 
 from flax import linen
@@ -617,6 +618,42 @@ def test_errors_name_the_argument(flags, words, capsys):
   error = capsys.readouterr().err
   for word in words:
     assert word in error
+
+
+@pytest.mark.parametrize(
+  'flags, near',
+  [
+    (['--model', 'llama7b'], 'llama_7b'),
+    (['--model', 'LLaMA-70B'], 'llama_70b'),
+    (['--optimizer', 'galroe'], 'galore'),
+    (['--compare', 'adamw,subspace_moun'], 'subspace_muon'),
+    (['--card', 'RTX 4090'], 'rtx4090'),
+    (['--rounding', 'stochastik'], 'stochastic'),
+    (['--moment-dtype', 'bflaot16'], 'bfloat16'),
+    (['--mesh', 'fdsp=4'], 'fsdp'),
+  ],
+)
+@pytest.mark.usefixtures('untraced')
+def test_what_is_nearly_a_name(flags, near, capsys):
+  assert __main__.main([*FLAGS, *flags]) == 2
+  out, error = capsys.readouterr()
+  assert not out and error.count('\n') == 1
+  assert f'(did you mean {near!r}?)' in error
+
+
+def test_the_program_ends_with_a_line_and_no_traceback():
+  command = [sys.executable, '-m', 'subspace_optax.plan', '--model', 'llama7b']
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 2 and not done.stdout
+  assert done.stderr.startswith("model='llama7b' is unknown (did you mean ")
+  assert done.stderr.count('\n') == 1
+
+
+def test_what_is_nearly_no_name(capsys):
+  assert __main__.main([*FLAGS, '--optimizer', 'xyz']) == 2
+  error = capsys.readouterr().err
+  assert 'did you mean' not in error
+  assert all(repr(name) in error for name in _methods.METHODS)
 
 
 def test_rso_has_a_step_of_its_own():

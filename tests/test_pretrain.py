@@ -451,12 +451,13 @@ def test_help_has_groups_choices_and_presets(capsys):
 @pytest.mark.parametrize(
   ('argv', 'words'),
   [
-    (['--optimizer', 'adamwx'], ('--optimizer', "'adamwx'", 'adamw8bit')),
+    (['--optimizer', 'adamwx'], ('--optimizer', "'adamwx'", "mean 'adamw'")),
     (['--model', 'gpt'], ('--model', "'gpt'", 'llama_60m')),
     (['--preset', 'phone'], ('--preset', "'phone'", 'one_card')),
+    (['--preset', 'one-card'], ('--preset', "mean 'one_card'?", 'pod')),
     (['--ranks', '3'], ('--ranks',)),
     (['--rank', '2.5'], ('--rank', "'2.5'")),
-    (['--compare', 'galore,adm'], ("optimizer='adm' is unknown", 'adamw')),
+    (['--compare', 'galore,adm'], ("optimizer='adm' is unknown", "mean 'adam")),
     (['--batch', '0'], ('batch=0: expected more than 0',)),
     (['--data', '/nowhere'], ("data='/nowhere'",)),
     (['--layerwise', '--optimizer', 'rso'], ('layerwise=True', 'rso')),

@@ -124,6 +124,24 @@ def map_entries(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   return replace_entries(tree, entries)
 
 
+def owners(state: Any, params: Any) -> dict[str, str]:
+  """Returns the leaf of each array of a state, by their paths.
+
+  An array is of the leaf whose keys its own end with: a parameter called
+  `count` is a key of a mapping, and a counter's `count` is a field. Of a tree
+  that is one array all arrays are.
+  """
+  every = {path for path, _ in jax.tree.leaves_with_path(unbox(params))}
+  lengths = sorted({len(path) for path in every}, reverse=True)
+  found = {}
+  for path, _ in jax.tree.leaves_with_path(state):
+    ends = (path[len(path) - n :] for n in lengths if n <= len(path))
+    leaf = next((end for end in ends if end in every), None)
+    if leaf is not None:
+      found[path_str(path)] = path_str(leaf)
+  return found
+
+
 def check_pattern(name: str, pattern: Any) -> None:
   """Raises for an argument that is no regular expression of paths, nor None."""
   if pattern is None:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from subspace_optax._matrix import _names
 from subspace_optax._matrix import _tree
+from subspace_optax.plan import _nearest
 from subspace_optax.state import _memory
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -32,9 +33,11 @@ def sizes(mesh: str | Mapping[str, int]) -> dict[str, int]:
       k.strip(): int(v) if v.strip().isdigit() else 0 for k, _, v in parts
     }
   if any(k not in AXES or v < 1 for k, v in mesh.items()):
+    unknown = (k for k in mesh if k not in AXES)
+    near = ''.join(_nearest.did_you_mean(k, AXES) for k in unknown)
     raise ValueError(
-      f'mesh={dict(mesh)!r}: expected positive sizes of some of {AXES}, as '
-      'fsdp=4,tensor=2.'
+      f'mesh={dict(mesh)!r}{near}: expected positive sizes of some of {AXES}, '
+      'as fsdp=4,tensor=2.'
     )
   return {name: mesh.get(name, 1) for name in AXES}
 

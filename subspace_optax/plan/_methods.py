@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import subspace_optax as so
+from subspace_optax.plan import _nearest
 
 
 class Settings(NamedTuple):
@@ -172,8 +173,9 @@ METHODS |= {
 def named(name: str) -> Method:
   """Returns the method called `name`."""
   if name not in METHODS:
+    near = _nearest.did_you_mean(name, METHODS)
     raise ValueError(
-      f'optimizer={name!r} is unknown; choose from {sorted(METHODS)}.'
+      f'optimizer={name!r} is unknown{near}; choose from {sorted(METHODS)}.'
     )
   return METHODS[name]
 

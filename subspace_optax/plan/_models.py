@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax.plan import _nearest
+
 
 class Model(NamedTuple):
   """What `plan` needs to know of a model.
@@ -100,8 +102,9 @@ def named(
     attention_chunk: queries whose scores are there at a time; 0 for all.
   """
   if name not in NAMED:
+    near = _nearest.did_you_mean(name, NAMED)
     raise ValueError(
-      f'model={name!r} is unknown; choose from {sorted(NAMED)}, or give '
+      f'model={name!r} is unknown{near}; choose from {sorted(NAMED)}, or give '
       'package.module:callable.'
     )
   sizes, dtype = NAMED[name], jnp.dtype(dtype or param_dtype)

@@ -15,11 +15,13 @@ from subspace_optax.plan import _cut
 from subspace_optax.plan import _flax
 from subspace_optax.plan import _methods
 from subspace_optax.plan import _models
+from subspace_optax.plan import _nearest
 from subspace_optax.plan import _step
 from subspace_optax.state import _memory
 from subspace_optax.steps import _layerwise
 from subspace_optax.steps import _stacks
 
+_DTYPES = ('float32', 'bfloat16', 'float16')
 ROUNDING = ('nearest', 'compensated', 'stochastic')
 
 # Bytes, of what the makers call 24 GB and so on.
@@ -111,8 +113,9 @@ def card_bytes(card: str | float) -> float:
   except ValueError:
     size = 0.0
   if not 0 < size < float('inf'):
+    near = _nearest.did_you_mean(card, CARDS)
     raise ValueError(
-      f'card={card!r} is unknown; choose from {sorted(CARDS)}, or give a '
+      f'card={card!r} is unknown{near}; choose from {sorted(CARDS)}, or give a '
       'positive number of GB.'
     )
   return size * 1e9
@@ -178,14 +181,19 @@ def checked(settings: Mapping[str, Any]) -> Settings:
   """Returns settings, or names the one that is wrong."""
   unknown = set(settings) - set(Settings._fields)
   if unknown:
+    name = sorted(unknown)[0]
+    near = _nearest.did_you_mean(name, Settings._fields)
     raise ValueError(
-      f'{sorted(unknown)[0]}: no such setting; choose from {Settings._fields}.'
+      f'{name}: no such setting{near}; choose from {Settings._fields}.'
     )
   s = Settings(**settings)
   for name in ('param_dtype', 'dtype', 'moment_dtype'):
     _check_dtype(name, getattr(s, name))
   if s.rounding not in ROUNDING:
-    raise ValueError(f'rounding={s.rounding!r}: choose from {ROUNDING}.')
+    near = _nearest.did_you_mean(s.rounding, ROUNDING)
+    raise ValueError(
+      f'rounding={s.rounding!r} is unknown{near}; choose from {ROUNDING}.'
+    )
   if s.basis_dtype is not None:  # its own error
     _spec.SubspaceSpec(1, basis_dtype=s.basis_dtype)
   if s.attention_chunk < 0:
@@ -203,8 +211,9 @@ def _check_dtype(name: str, dtype: Any) -> None:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
       raise TypeError
   except TypeError:
+    near = _nearest.did_you_mean(dtype, _DTYPES)
     raise ValueError(
-      f'{name}={dtype!r}: choose from float32, bfloat16 and float16.'
+      f'{name}={dtype!r} is no float{near}; choose from {_DTYPES}.'
     ) from None
 
 

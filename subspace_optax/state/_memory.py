@@ -1,14 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an optimizer holds, counted from the pytrees themselves."""
 
+from collections.abc import Iterator
 import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from subspace_optax._chain import _dtypes
+from subspace_optax._chain import _every_k
+from subspace_optax._chain import _in_subspace
+from subspace_optax._chain import _projection
+from subspace_optax._chain import _unproject
 from subspace_optax._matrix import _notices
+from subspace_optax._matrix import _tree
+from subspace_optax.projectors import _base
+from subspace_optax.steps import _subproblems
+
+# The parts of a state, and what a table says of them.
+_PARTS = {
+  'bases': 'of the subspaces, and what moves them',
+  'moments': 'of coordinates, inside the subspaces',
+  'residual': 'what the residual rule keeps',
+  'plain': 'moments of whole leaves, not projected',
+  'counters': 'counters, seeds and metrics',
+}
+
+# Parts with states of any optimizer, whose counters no field here names.
+_OF_OPTIMIZERS = ('moments', 'plain')
+
+# From fields of states to the part that they are.
+_FIELDS: dict[type, dict[str, str]] = {
+  _projection.ProjectState: {
+    'count': 'counters',
+    'seed': 'seeds',
+    'subspaces': 'counters',
+    'projector': 'bases',
+  },
+  _base.Subspaces: {'basis': 'bases'},
+  _in_subspace.InSubspaceState: {'inner': 'moments'},
+  _every_k.EveryKState: {'mean': 'moments'},
+  _subproblems.SubproblemState: {
+    'seed': 'seeds',
+    'coords': 'moments',
+    'inner': 'moments',
+  },
+  _unproject.ResidualState: {'count': 'counters', 'residual': 'residual'},
+}
 
 
 class MemoryReport(NamedTuple):
@@ -17,25 +57,46 @@ class MemoryReport(NamedTuple):
   Attributes:
     params: bytes of the parameters.
     gradients: bytes of a gradient in the parameters' dtypes.
-    state: bytes of the optimizer's state.
+    state: bytes of the optimizer's state, the sum of the last five.
     adam: bytes of `optax.adam`'s state on the same parameters.
+    bases: bases that are stored, and what their rule keeps to move them, such
+      as the moments of `online_pca`'s optimizer.
+    moments: what the inner optimizer keeps of coordinates, in the subspaces,
+      with the scales of moments in codes, and sums of coordinates.
+    residual: what the residual rule keeps.
+    plain: moments and all else of whole leaves: of those that are not
+      projected, and of optimizers without a subspace.
+    counters: counters, seeds and metrics.
   """
 
   params: int
   gradients: int
   state: int
   adam: int
+  bases: int = 0
+  moments: int = 0
+  residual: int = 0
+  plain: int = 0
+  counters: int = 0
 
   def __str__(self) -> str:
-    rows = [(name, _readable(size)) for name, size in self._asdict().items()]
-    rows[-1] = ('adam instead', rows[-1][1])
-    lines = [f'{name:<14}{size:>12}' for name, size in rows]
+    row = lambda name, size: f'{name:<14}{_readable(size):>12}'
+    parts = [(k, getattr(self, k), text) for k, text in _PARTS.items()]
     ratio = self.state / self.adam if self.adam else math.nan
-    return '\n'.join([*lines, f'{"state / adam":<14}{ratio:>12.3f}'])
+    return '\n'.join(
+      [
+        row('params', self.params),
+        row('gradients', self.gradients),
+        row('state', self.state),
+        *(f'{row(f"  {k}", size)}  {text}' for k, size, text in parts if size),
+        row('adam instead', self.adam),
+        f'{"state / adam":<14}{ratio:>12.3f}',
+      ]
+    )
 
 
 def memory_report(tx: Any, params: Any) -> MemoryReport:
-  """Counts the bytes of an optimizer's state beside Adam's.
+  """Counts the bytes of an optimizer's state, by kind, beside Adam's.
 
   Args:
     tx: any optax optimizer, a `TrainStep` or `rso.subproblems`. For
@@ -45,7 +106,8 @@ def memory_report(tx: Any, params: Any) -> MemoryReport:
       allocated.
 
   Returns:
-    Exact bytes over all devices, as if nothing were replicated.
+    Exact bytes over all devices, as if nothing were replicated. Printed, it is
+    a table that leaves out kinds without bytes.
 
   Example:
     >>> import jax, jax.numpy as jnp, subspace_optax as so
@@ -54,6 +116,9 @@ def memory_report(tx: Any, params: Any) -> MemoryReport:
     params          172.00 MiB
     gradients       172.00 MiB
     state            12.75 MiB
+      bases           2.00 MiB  of the subspaces, and what moves them
+      moments        10.75 MiB  of coordinates, inside the subspaces
+      counters         24.00 B  counters, seeds and metrics
     adam instead    344.00 MiB
     state / adam         0.037
   """
@@ -62,7 +127,47 @@ def memory_report(tx: Any, params: Any) -> MemoryReport:
   adam = jax.eval_shape(optax.adam(1.0).init, params)
   alive = getattr(tx, 'gradients', None)
   gradients = params if alive is None else alive(params, state)
-  return MemoryReport(*map(tree_bytes, (params, gradients, state, adam)))
+  totals = map(tree_bytes, (params, gradients, state, adam))
+  return MemoryReport(*totals, **_parts_of(_tree.unbox(state), params))
+
+
+def _parts_of(state: Any, params: Any) -> dict[str, int]:
+  """Returns the bytes of each part of a state."""
+  owners = _tree.owners(state, params)
+  arrays = list(_sorted_arrays(state))
+  projected = {owners.get(path) for path, kind, _ in arrays if kind == 'seeds'}
+  sizes = dict.fromkeys(_PARTS, 0)
+  for path, kind, x in arrays:
+    owner = owners.get(path)
+    counts = kind in _OF_OPTIMIZERS and _is_counter(x, owner)
+    if counts or kind == 'seeds':
+      kind = 'counters'
+    elif kind == 'moments' and owner not in projected:
+      kind = 'plain'
+    sizes[kind] += tree_bytes(x)
+  return sizes
+
+
+def _sorted_arrays(
+  node: Any, kind: str = 'plain', path: tuple[Any, ...] = ()
+) -> Iterator[tuple[str, str, Any]]:
+  """Yields the path of each array, what its field says it is, and itself."""
+  if jax.tree_util.all_leaves([node]):
+    yield _tree.path_str(path), kind, node
+    return
+  fields = _FIELDS.get(type(node), {})
+  children, _ = jax.tree.flatten_with_path(
+    node, is_leaf=lambda x: x is not node
+  )
+  for key, child in children:
+    of_child = fields.get(_tree.path_str(key), kind)
+    yield from _sorted_arrays(child, of_child, (*path, *key))
+
+
+def _is_counter(x: Any, owner: str | None) -> bool:
+  """Whether an array of an optimizer is neither moments nor their codes."""
+  wide = jnp.issubdtype(x.dtype, jnp.integer) and _dtypes.bits(x.dtype) >= 32
+  return wide or (owner is None and x.ndim == 0)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -201,7 +201,7 @@ def _fresh_paths(
   is_it = lambda x: isinstance(x, _in_subspace.InSubspaceState)
   nodes = jax.tree.leaves_with_path(start, is_leaf=is_it)
   roots = [_tree.path_str(path) + '/' for path, x in nodes if is_it(x)]
-  owners = _owners(start, params)
+  owners = _tree.owners(start, params)
   changed = {
     owners.get(path) for path, old, new in pairs if _shape(old) != _shape(new)
   }
@@ -216,24 +216,6 @@ def _fresh_paths(
     if inside or _is_in_subspace(new.shape, leaf.layout):
       fresh.add(path)
   return fresh
-
-
-def _owners(state: Any, params: Any) -> dict[str, str]:
-  """Returns the leaf of each array of a state, by their paths.
-
-  An array is of the leaf whose keys its own end with: a parameter called
-  `count` is a key of a mapping, and a counter's `count` is a field. Of a tree
-  that is one array all arrays are.
-  """
-  every = [path for path, _ in jax.tree.leaves_with_path(_tree.unbox(params))]
-  every.sort(key=len, reverse=True)
-  found = {}
-  for path, _ in jax.tree.leaves_with_path(state):
-    own = (leaf for leaf in every if leaf == path[len(path) - len(leaf) :])
-    leaf = next(own, None)
-    if leaf is not None:
-      found[_tree.path_str(path)] = _tree.path_str(leaf)
-  return found
 
 
 def _shape(x: Any) -> tuple[int, ...] | None:
