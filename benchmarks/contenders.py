@@ -14,6 +14,7 @@ import jax
 import optax
 import optax.contrib
 
+from benchmarks import peers
 import recipes
 import subspace_optax as so
 
@@ -140,6 +141,12 @@ CONTENDERS: dict[str, Contender] = {
   ),
   'galore': Contender(
     ours('galore', base_optimizer=optax.scale_by_adam(b2=B2)), 4e-3
+  ),
+  'contrib_galore': Contender(
+    functools.partial(peers.contrib_galore, b2=B2), 8e-3
+  ),
+  'lora': Contender(
+    lambda lr, decay: peers.factors(_stepping(adam)(lr, decay)), 8e-3
   ),
   'dct_adamw': _of_ours(_dct_adamw, 4e-3),
   'scale': _of_ours(
