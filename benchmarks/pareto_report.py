@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import math
+import re
 import statistics
 from typing import Any
 
@@ -74,6 +75,11 @@ def z_score(one: dict, other: dict, spread: float | None) -> float | None:
   counts = [len(losses(x)) for x in (one, other)]
   error = spread * sum(1 / n for n in counts) ** 0.5
   return (mean(one) - mean(other)) / error
+
+
+def is_ready_made(search: dict) -> bool:
+  """Whether it is an optimizer at any rank, and no form that was only tried."""
+  return ', ' not in re.sub(r', rank [\d.]+$', '', search['method'])
 
 
 def front(searches: list[dict]) -> list[dict]:
@@ -190,8 +196,8 @@ def markdown(results: dict[str, Any]) -> str:
     spread = sigma(searches)
     base = adamw(searches)
     rows = [cells(search, base, spread, adamws) for search in searches]
-    ready = [x for x in searches if ', ' not in x['method']]
-    text += f'\n### {name}\n\n{sentence(ready)}\n'
+    ready = filter(is_ready_made, searches)
+    text += f'\n### {name}\n\n{sentence([*ready])}\n'
     text += f'\nSigma is {spread:.4f}.\n' if spread else ''
     text += f'\n{harness.table(HEAD, rows)}\n'
   return text
@@ -202,7 +208,7 @@ def summary(results: dict[str, Any]) -> str:
   by_corpus: dict[str, dict[str, dict]] = {}
   for search in sorted(results['searches'], key=mean):
     first = (search['size'], search['multiple']) == ('0.1M', 1)
-    if first and ', ' not in search['method']:
+    if first and is_ready_made(search):
       found = by_corpus.setdefault(search['corpus'], {})
       found[search['method']] = search
   first, second = corpora.CORPORA
@@ -288,7 +294,7 @@ def _write_names(axes: Any, names: list[tuple]) -> None:
 def picture(results: dict, path: Any) -> None:
   """A panel for each group, without the forms that were only tried."""
   found = {
-    name: [s for s in searches if ', ' not in s['method']]
+    name: [*filter(is_ready_made, searches)]
     for name, searches in groups(results).items()
   }
   found = {name: x for name, x in found.items() if len(x) > 2}

@@ -104,6 +104,13 @@ def test_the_front_is_what_nothing_smaller_beats():
   assert '| adamw |' in text and '| +0.00 % | - | 100 % | - | - |' in text
 
 
+def test_a_rank_is_a_choice_and_a_form_was_only_tried():
+  ready = lambda name: pareto_report.is_ready_made(search(name, [1.0], 1))
+  assert ready('muon') and ready('subspace_muon_8bit, rank 0.5')
+  assert not ready('muon, b 0.9')
+  assert not ready('subspace_muon, b 0.95, rank 0.5')
+
+
 def test_tokens_of_adamw_are_interpolated_by_their_logarithm():
   longer = search('adamw', [1.31], 2**20, multiple=16.0)
   tokens = lambda x: pareto_report.tokens_of_adamw(x, [longer, ADAMW])
