@@ -192,8 +192,11 @@ class Program:
     self._like = method.like
     self.bytes: int | None = None  # of arguments and temporaries
 
+  def lower(self, example: np.ndarray):
+    return self._step.lower(self._like, example)
+
   def compile(self, example: np.ndarray):
-    compiled = self._step.lower(self._like, example).compile()
+    compiled = self.lower(example).compile()
     if plan := compiled.memory_analysis():  # which some devices do not have
       self.bytes = plan.argument_size_in_bytes + plan.temp_size_in_bytes
     return compiled
