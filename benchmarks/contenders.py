@@ -93,7 +93,7 @@ def ours(name: str, **options: Any) -> Callable[[Any, Any], Any]:
   takes = inspect.signature(make).parameters
   if 'b2' in takes and 'muon' not in name:
     options.setdefault('b2', B2)
-  if 'rank' in takes:
+  if 'rank' in takes and 'spec' not in options:
     options.setdefault('rank', 0.25)
   with_decay = 'weight_decay' in takes
 
@@ -223,12 +223,18 @@ FORMS = {
   'b 0.95, b2 0.95': _form(0.95, b2=0.95),
 }
 CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}
-# At other ranks.
+# At other ranks. Coordinates alone are kept, so that none is too large.
 CONTENDERS |= {
   'subspace_muon, rank 0.5': _of_ours(ours('subspace_muon', rank=0.5), 2.5e-3)
 } | {
   f'subspace_muon_8bit, rank {rank}': _of_ours(
-    ours('subspace_muon', rank=rank, moment_bits=8), 2.5e-3, bits=8
+    ours(
+      'subspace_muon',
+      spec=so.SubspaceSpec(rank, only_if_smaller=False),
+      moment_bits=8,
+    ),
+    2.5e-3,
+    bits=8,
   )
   for rank in (0.5, 0.75)
 }

@@ -312,6 +312,8 @@ def report(task: Task, store: pareto.Store) -> None:
     (summary(rows, args) for rows in found if rows),
     key=lambda row: row['loss'],
   )
+  if not methods:
+    raise SystemExit(f'no run of these settings and this code in {args.runs}')
   results = {
     'machine': harness.describe_machine(),
     'text': task.rows.summary,

@@ -150,20 +150,6 @@ def test_matrices_that_stay_plain_are_named():
   _init(params, exclude='thin')
 
 
-@pytest.mark.parametrize(
-  'make', [so.subspace_adamw, so.subspace_muon, so.apollo_adamw, so.trion]
-)
-def test_without_a_stored_basis_any_smaller_rank_is_smaller(make):
-  params = {'w': jnp.ones((16, 16))}
-  tx = make(1e-3, rank=14)
-  with warnings.catch_warnings():
-    warnings.simplefilter('error')
-    tx.init(params)
-  report = so.memory_report(tx, params)
-  assert report.state < report.adam
-  assert ' 14 ' in so.describe(tx, params)
-
-
 def test_what_is_assumed_and_stays_plain_is_named_once():
   params = {'w': jnp.ones((64, 64)), 'x': jnp.ones((4, 5, 6))}
   with _warns('x: rank 5 of 5 x 6', 'exclude') as found:
