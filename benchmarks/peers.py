@@ -1,6 +1,7 @@
 """Two optimizers of the Pareto benchmark that are not to be had for stacks.
 
-Both take a quarter of the short side as rank.
+`factors` take a quarter of each short side as rank, and `contrib_galore` a
+quarter of the least.
 """
 
 from typing import Any, NamedTuple

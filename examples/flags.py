@@ -85,8 +85,9 @@ def parser(kind: type, doc: str, presets: Presets) -> argparse.ArgumentParser:
     )
     lines = '; '.join(f'{name}: {_flags(x)}' for name, x in presets.items())
     names = tuple(presets)
+    shown = f'{{{",".join(names)}}}'
     about.add_argument(
-      '--preset', type=_one_of(names), choices=names, help=lines
+      '--preset', type=_one_of(names), metavar=shown, help=lines
     )
   groups = {}
   for field in dataclasses.fields(kind):
@@ -134,7 +135,7 @@ def _is_of_users(error: Exception) -> bool:
   last = traceback.extract_tb(error.__traceback__)[-1]
   parents = pathlib.Path(last.filename).resolve().parents
   ours = any(x in parents for x in _OURS)
-  raised = not last.line or last.line.startswith('raise')
+  raised = (last.line or '').startswith('raise')
   return isinstance(error, OSError) or (ours and raised)
 
 

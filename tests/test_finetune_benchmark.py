@@ -55,6 +55,8 @@ def test_means_are_of_the_best_rate_and_of_the_other_half():
   assert (found['loss'], found['seeds'], found['factor']) == (6.0, 2, 2.0)
   np.testing.assert_allclose(found['std'], math.sqrt(2))
   assert found['lacks'] == 1  # half the rate
+  few = finetune.Args(seeds=2, most=2)
+  assert finetune.summary(rows, few)['lacks'] == 1  # nor is that forgotten
 
 
 @pytest.fixture
@@ -89,8 +91,13 @@ def test_runs_once_and_goes_on_from_what_is_reported(args, tmp_path):
 
   elsewhere = dataclasses.replace(args, runs=str(tmp_path / 'others'))
   task, store = finetune.Task(elsewhere), pareto.Store(elsewhere.runs)
-  finetune.restore(store, args.out)
+  finetune.restore(task, store)
   assert finetune.following(task, store) is None
+  one = dataclasses.replace(args, methods=('lora',))
+  finetune.report(finetune.Task(one), store)  # the other one stays
+  assert json.loads((tmp_path / 'finetune.json').read_text()) == results
+  with pytest.raises(SystemExit, match='holds steps=3, not 4'):
+    finetune.main(dataclasses.replace(args, steps=4))
   # Another program is another run.
   task.settings['lora']['program'] = 'changed'
   method, point, _ = finetune.following(task, store)

@@ -128,7 +128,8 @@ def owners(state: Any, params: Any) -> dict[str, str]:
   """Returns the leaf of each array of a state, by their paths.
 
   An array is of the leaf whose keys its own end with: a parameter called
-  `count` is a key of a mapping, and a counter's `count` is a field. Of a tree
+  `count` is a key of a mapping, and a counter's `count` is a field. (Fields of
+  parameters that are a NamedTuple are not told from a counter's.) Of a tree
   that is one array all arrays are.
   """
   every = {path for path, _ in jax.tree.leaves_with_path(unbox(params))}

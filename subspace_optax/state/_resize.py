@@ -212,7 +212,9 @@ def _fresh_paths(
       continue
     if not leaf.anew and (leaf.old_rank or owners[path] not in changed):
       continue
-    inside = owners[path] and any(path.startswith(root) for root in roots)
+    # Of a tree that is one array, counters are its arrays, too.
+    kept = owners[path] or new.ndim > 0
+    inside = kept and any(path.startswith(root) for root in roots)
     if inside or _is_in_subspace(new.shape, leaf.layout):
       fresh.add(path)
   return fresh
