@@ -227,19 +227,30 @@ CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}
 CONTENDERS |= {
   'subspace_muon, rank 0.5': _of_ours(ours('subspace_muon', rank=0.5), 2.5e-3)
 } | {
-  f'subspace_muon_8bit, rank {rank}': _of_ours(
+  f'subspace_muon_{bits}bit, rank {rank}': _of_ours(
     ours(
       'subspace_muon',
       spec=so.SubspaceSpec(rank, only_if_smaller=False),
-      moment_bits=8,
+      moment_bits=bits,
     ),
     2.5e-3,
     bits=8,
   )
-  for rank in (0.5, 0.75)
+  for bits, rank in (
+    (8, 0.5),
+    (8, 0.75),
+    (8, 0.9),
+    (4, 0.5),
+    (4, 0.75),
+    (4, 1.0),
+  )
 }
 # Forms of Muon.
 CONTENDERS |= {
+  'normuon_4bit': _of_ours(ours('normuon', moment_bits=4), 1.25e-3, bits=8),
+  'normuon, 4 bits, b 0.9': _of_ours(
+    ours('normuon', moment_bits=4, b=0.9), 1.25e-3, bits=8
+  ),
   'muon, b 0.9': Contender(_stepping(_muon(32, 0.9)), 1e-2),
   'muon, 3 steps': Contender(_stepping(_muon(32, steps=3)), 1e-2),
   'muon, 4 bits, 3 steps': Contender(_stepping(_muon(4, steps=3)), 1e-2, 8),

@@ -49,7 +49,7 @@ TABLE = {
     '-',
     'plain',
     'two axes',
-    'rank 3 of 3 x 12 would take as much state as Adam',
+    'rank 3 of 3 x 12 saves nothing with a basis and 2 moments',
   ),
   'empty': ('(0,12)', '-', '-', 'plain', 'two axes', 'has no elements'),
   'scalar': ('()', '-', '-', 'plain', '-', 'has fewer than two axes'),

@@ -125,7 +125,8 @@ class SubspaceSpec:
       4. The leaf's name and sizes tell ('name'), as of query, key and out.
       5. The last two axes are taken ('assumed'), and `init` warns.
     only_if_smaller: keep leaves plain whose basis and two moments would take
-      no fewer bytes than Adam's two moments.
+      no fewer bytes than Adam's two moments, also where an optimizer stores no
+      basis or one moment: False projects those too.
     allow_empty: accept trees in which no leaf is matched.
     seed: what all randomness is derived from, folded with each leaf's path.
     key_group: a function from a leaf's path to a name that replaces the path in
@@ -251,7 +252,7 @@ class SubspaceSpec:
       return plain(selected=False, reason='has no elements')
     if self.only_if_smaller and not self._is_smaller(layout, leaf.dtype):
       r, m, n = layout.rank, layout.m, layout.n
-      reason = f'rank {r} of {m} x {n} would take as much state as Adam'
+      reason = f'rank {r} of {m} x {n} saves nothing with a basis and 2 moments'
       return plain(selected=min(m, n) > 1, reason=reason)
     wrong = 'in_out' if self.outputs_first else 'out_in'
     return Match(
