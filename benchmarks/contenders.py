@@ -18,7 +18,7 @@ from benchmarks import peers
 import recipes
 import subspace_optax as so
 
-B2 = 0.99  # of every Adam
+B2 = 0.99  # of every Adam, but where a name says otherwise
 
 
 class Contender(NamedTuple):
@@ -30,19 +30,23 @@ class Contender(NamedTuple):
     bits: of the moments of the rest.
     ours: whether this library is where it comes from.
     whole: whether it takes all leaves, embedding, head and norms included.
+    loop: whether `make` is (peak rate, that of the rest, schedule) -> `rso`'s
+      subproblems, which have no weight decay.
   """
 
-  make: Callable[[Any, Any], optax.GradientTransformation]
+  make: Callable[..., Any]
   lr: float
   bits: int = 32
   ours: bool = False
   whole: bool = False
+  loop: bool = False
 
 
-def adam(bits: int = 32) -> optax.GradientTransformation:
-  if bits == 32:
-    return optax.scale_by_adam(b2=B2)
-  return so.quantize_moments(optax.scale_by_adam(b2=B2), 8)
+def adam(
+  bits: int = 32, b1: float = 0.9, b2: float = B2
+) -> optax.GradientTransformation:
+  direction = optax.scale_by_adam(b1, b2)
+  return direction if bits == 32 else so.quantize_moments(direction, 8)
 
 
 def _stepping(direction: Callable[[], Any]) -> Callable[[Any, Any], Any]:
@@ -117,6 +121,22 @@ def _dct_adamw(lr: Any, decay: Any) -> optax.GradientTransformation:
   )
 
 
+def _rso(transport: str) -> Callable[..., so.rso.Subproblems]:
+  """Subproblems of a quarter of the inputs, by Adam."""
+
+  def make(lr: Any, lr_rest: Any, schedule: Any) -> so.rso.Subproblems:
+    by_adam = lambda rate: optax.chain(adam(), optax.scale(-rate))
+    return so.rso.subproblems(
+      so.SubspaceSpec(0.25, side='in'),
+      by_adam(lr),
+      plain=by_adam(lr_rest),
+      transport=transport,
+      schedule=schedule,
+    )
+
+  return make
+
+
 _of_ours = functools.partial(Contender, ours=True)
 
 CONTENDERS: dict[str, Contender] = {
@@ -142,6 +162,12 @@ CONTENDERS: dict[str, Contender] = {
   'galore': Contender(
     ours('galore', base_optimizer=optax.scale_by_adam(b2=B2)), 4e-3
   ),
+  'golore': _of_ours(ours('golore', inner=adam()), 8e-3),
+  'online_subspace_descent': _of_ours(
+    ours('online_subspace_descent', inner=adam()), 8e-3
+  ),
+  'rso': _of_ours(_rso('reset'), 4e-3, loop=True),
+  'rso, first moments kept': _of_ours(_rso('first'), 4e-3, loop=True),
   'contrib_galore': Contender(
     functools.partial(peers.contrib_galore, b2=B2), 8e-3
   ),
@@ -255,4 +281,18 @@ CONTENDERS |= {
   'muon, 3 steps': Contender(_stepping(_muon(32, steps=3)), 1e-2),
   'muon, 4 bits, 3 steps': Contender(_stepping(_muon(4, steps=3)), 1e-2, 8),
   'muon, 4 bits, b 0.9': Contender(_stepping(_muon(4, 0.9)), 1e-2, 8),
+}
+# Other decay rates of what is compared most, beside those above.
+CONTENDERS |= {
+  f'adamw, b1 {b1}, b2 {b2}': Contender(
+    _stepping(functools.partial(adam, b1=b1, b2=b2)), 4e-3
+  )
+  for b1, b2 in ((0.9, 0.95), (0.9, 0.98), (0.9, 0.999), (0.95, 0.99))
+}
+CONTENDERS |= {
+  f'{name}_8bit, b {b}': _of_ours(
+    ours(name, b=b, moment_bits=8), CONTENDERS[name].lr, bits=8
+  )
+  for name in ('normuon', 'subspace_muon')
+  for b in (0.9, 0.98)
 }

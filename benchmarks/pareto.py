@@ -83,11 +83,10 @@ def jobs(args: Args) -> Iterator[pareto_run.Job]:
 def neighbours(point: Point) -> list[Point]:
   """The points that must be worse before one counts as the best."""
   lr, decay = point.lr, point.decay
-  return [
-    Point.near(lr * LR_FACTOR, decay),
-    Point.near(lr / LR_FACTOR, decay),
-    Point.near(lr, decay * DECAY_FACTOR),
-    Point.near(lr, decay / DECAY_FACTOR),
+  rates = [lr * LR_FACTOR, lr / LR_FACTOR]
+  decays = [decay * DECAY_FACTOR, decay / DECAY_FACTOR] if decay else []
+  return [Point.near(x, decay) for x in rates] + [
+    Point.near(lr, x) for x in decays
   ]
 
 
@@ -194,7 +193,8 @@ class Worker:
     nearest = [row for row in rows if alike(row) == most]
     if any(row['seed'] == 0 for row in nearest):
       return best(nearest)
-    return Point.near(contenders.CONTENDERS[job.method].lr, FIRST_DECAY)
+    how = contenders.CONTENDERS[job.method]
+    return Point.near(how.lr, 0.0 if how.loop else FIRST_DECAY)
 
   def next(self) -> tuple[pareto_run.Job, Point, pathlib.Path] | None:
     """The first run that nobody has done or claimed."""

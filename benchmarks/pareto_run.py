@@ -87,19 +87,22 @@ class Trainer:
     self.job, self.how = job, contenders.CONTENDERS[job.method]
     self.loss = train_step.make_loss(self._model(0)[0])
     self.validate = jax.jit(self._validate)
-    self.init = jax.jit(lambda p: self._optimizer(1.0, 0.0).init(p))
+    self.init = jax.jit(lambda p: self._method(1.0, 0.0).init(p))
 
   def _model(self, seed: int) -> tuple[Any, Any]:
     model = llama.Llama(self.job.config, nnx.Rngs(seed))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 
-  def _optimizer(self, lr: Any, decay: Any) -> optax.GradientTransformation:
-    """The optimizer; `decay` is the share of a matrix lost in a step at peak.
+  def _method(self, lr: Any, decay: Any) -> train_step.Method:
+    """What trains; `decay` is the share of a matrix lost in a step at peak.
 
     So a decay means as much whatever the learning rate that suits a method.
     """
     factor = shape(self.job.steps)
+    if self.how.loop:
+      loop = self.how.make(lr, self.job.lr_rest, factor)
+      return train_step.method(loop, clip=self.job.clip)
     own = self.how.make(lambda count: lr * factor(count), decay / lr)
     if not self.how.whole:
       rest = optax.chain(
@@ -108,10 +111,11 @@ class Trainer:
       )
       parts: dict[Hashable, Any] = {True: own, False: rest}
       own = optax.partition(parts, recipes.matrix_mask)
-    return optax.chain(optax.clip_by_global_norm(self.job.clip), own)
+    clip = optax.clip_by_global_norm(self.job.clip)
+    return train_step.method(optax.chain(clip, own))
 
   def _steps(self, state: Any, lr: Any, decay: Any, batches: Any) -> Any:
-    step = train_step.make_step(self.loss, self._optimizer(lr, decay))
+    step = train_step.make_step(self.loss, self._method(lr, decay))
 
     def one(state, batch):
       state, metrics = step(state, batch)
@@ -161,10 +165,10 @@ class Trainer:
       curve.append(finite(loss))
       if curve[-1] is None:
         break
-    half = len(held) // 2
+    half, trained = len(held) // 2, self._method(1.0, 0.0).merged(**state)
     evaluate = lambda text: finite(
       self.validate(
-        state['params'],
+        trained,
         jnp.asarray(data.validation_batches(text, job.batch, job.seq, 64)),
       )
     )
