@@ -180,6 +180,10 @@ CONTENDERS: dict[str, Contender] = {
   ),
   'normuon': _of_ours(ours('normuon'), 1.25e-3),
   'normuon_8bit': _of_ours(ours('normuon', moment_bits=8), 1.25e-3, bits=8),
+  # Shorter, as errors of half a byte add up for as long as momentum lasts.
+  'normuon_4bit': _of_ours(
+    ours('normuon', moment_bits=4, b=0.9), 1.25e-3, bits=8
+  ),
   'trion': _of_ours(ours('trion'), 1.25e-3),
   'dion': _of_ours(ours('dion'), 1.25e-3),
 }
@@ -250,32 +254,29 @@ FORMS = {
 }
 CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}
 # At other ranks. Coordinates alone are kept, so that none is too large.
+
+
+def _at_rank(rank: float, bits: int) -> Contender:
+  spec = so.SubspaceSpec(rank, only_if_smaller=False)
+  make = ours('subspace_muon', spec=spec, moment_bits=bits)
+  return _of_ours(make, 2.5e-3, bits=8)
+
+
 CONTENDERS |= {
   'subspace_muon, rank 0.5': _of_ours(ours('subspace_muon', rank=0.5), 2.5e-3)
-} | {
-  f'subspace_muon_{bits}bit, rank {rank}': _of_ours(
-    ours(
-      'subspace_muon',
-      spec=so.SubspaceSpec(rank, only_if_smaller=False),
-      moment_bits=bits,
-    ),
-    2.5e-3,
-    bits=8,
-  )
-  for bits, rank in (
-    (8, 0.5),
-    (8, 0.75),
-    (8, 0.9),
-    (4, 0.5),
-    (4, 0.75),
-    (4, 1.0),
-  )
+}
+CONTENDERS |= {
+  f'subspace_muon_8bit, rank {rank}': _at_rank(rank, 8)
+  for rank in (0.5, 0.75, 0.9)
+}
+CONTENDERS |= {
+  f'subspace_muon, 4 bits, rank {rank}': _at_rank(rank, 4)
+  for rank in (0.5, 0.75, 1.0)
 }
 # Forms of Muon.
 CONTENDERS |= {
-  'normuon_4bit': _of_ours(ours('normuon', moment_bits=4), 1.25e-3, bits=8),
-  'normuon, 4 bits, b 0.9': _of_ours(
-    ours('normuon', moment_bits=4, b=0.9), 1.25e-3, bits=8
+  'normuon, 4 bits, b 0.95': _of_ours(
+    ours('normuon', moment_bits=4), 1.25e-3, bits=8
   ),
   'muon, b 0.9': Contender(_stepping(_muon(32, 0.9)), 1e-2),
   'muon, 3 steps': Contender(_stepping(_muon(32, steps=3)), 1e-2),
@@ -290,7 +291,7 @@ CONTENDERS |= {
   for b1, b2 in ((0.9, 0.95), (0.9, 0.98), (0.9, 0.999), (0.95, 0.99))
 }
 CONTENDERS |= {
-  f'{name}_8bit, b {b}': _of_ours(
+  f'{name}, 8 bits, b {b}': _of_ours(
     ours(name, b=b, moment_bits=8), CONTENDERS[name].lr, bits=8
   )
   for name in ('normuon', 'subspace_muon')

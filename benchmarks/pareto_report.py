@@ -204,7 +204,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> str:
-  """The ready-made ones on both corpora, the best on the first corpus first."""
+  """The ready-made ones on both corpora, the best on the first corpus first.
+
+  At other ranks than their defaults only what is on the front.
+  """
   by_corpus: dict[str, dict[str, dict]] = {}
   for search in sorted(results['searches'], key=mean):
     first = (search['size'], search['multiple']) == ('0.1M', 1)
@@ -212,9 +215,12 @@ def summary(results: dict[str, Any]) -> str:
       found = by_corpus.setdefault(search['corpus'], {})
       found[search['method']] = search
   first, second = corpora.CORPORA
+  best = [search['method'] for search in front([*by_corpus[first].values()])]
   base = by_corpus[first]['adamw']['memory']['optimizer_bytes']
   rows = []
   for name, search in by_corpus[first].items():
+    if ', rank' in name and name not in best:
+      continue
     other = by_corpus.get(second, {}).get(name)
     size = search['memory']['optimizer_bytes']
     rows.append(

@@ -24,7 +24,8 @@ PROJECTORS, PARETO, PLAN = QUOTED = tuple(
   harness.RESULTS / f'{name}.json' for name in ('projectors', 'pareto', 'plan')
 )
 # What several scripts share.
-HELPERS = [HERE / f'{name}.py' for name in ('counter', 'theorems', 'training')]
+_SHARED = ('counter', 'theorems', 'training', 'tuned')
+HELPERS = [HERE / f'{name}.py' for name in _SHARED]
 HELPERS += [
   HERE.parent / f'{name}.py'
   for name in ('programs', 'plan_check', 'pareto_report')

@@ -5,7 +5,6 @@ here; full-rank training is repeated here; rows of the Pareto benchmark, with
 tuned rates and all seeds that both have, are quoted from results/pareto.json.
 """
 
-import json
 from typing import Any
 
 import jax
@@ -14,10 +13,10 @@ import numpy as np
 import optax
 
 from benchmarks import harness
-from benchmarks import pareto_report
 from benchmarks import programs
 from benchmarks.claims import claim
 from benchmarks.claims import training
+from benchmarks.claims import tuned
 import llama
 import subspace_optax as so
 
@@ -67,17 +66,6 @@ def bytes_per_moment() -> float:
   return so.memory_report(so.scale_by_adam8bit(), shapes).state / (2 * count)
 
 
-def quote() -> dict[str, dict[str, list[float]]]:
-  """Test losses of the seeds at the best of every method, by corpus."""
-  found: dict[str, dict[str, list[float]]] = {}
-  for search in json.loads(claim.PARETO.read_text())['searches']:
-    first = search['size'] == '0.1M' and search['multiple'] == 1
-    if first and search['method'] in (*PAIRS, *PAIRS.values()):
-      losses = pareto_report.losses(search)
-      found.setdefault(search['corpus'], {})[search['method']] = losses
-  return found
-
-
 def train(inner: Any) -> float:
   """The loss of an Adam at its better rate."""
   make = lambda schedule: optax.chain(
@@ -107,7 +95,7 @@ def run() -> claim.Found:
   table: claim.Table = [('', 'float32', '8 bits', 'ratio')]
   line = lambda *values: tuple(f'{x:.4f}' for x in values)
   table.append(('Adam, here', *line(wide, narrow, narrow / wide)))
-  for corpus, found in quote().items():
+  for corpus, found in tuned.losses([*PAIRS, *PAIRS.values()]).items():
     for name, coded in PAIRS.items():
       what = f'{name}, Pareto benchmark, {corpus}'
       ratio, noise = claim.ratio_of_means(found[coded], found[name])

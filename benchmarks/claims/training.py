@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import harness
 from benchmarks import programs
 import data
 import llama
@@ -128,23 +127,6 @@ def best(found: dict[str, list[float]]) -> tuple[str, list[float]]:
   """The rate whose mean over seeds is lowest, and its perplexities."""
   mean = lambda item: math.inf if np.isnan(item[1]).any() else np.mean(item[1])
   return min(found.items(), key=mean)
-
-
-def compare(
-  methods: dict[str, Callable], seeds: int, rates: tuple[float, ...]
-) -> tuple[dict[str, dict], dict[str, float], float]:
-  """Trains all methods at every rate.
-
-  Returns each one's best rate and perplexities, their means, and how far a seed
-  lies from its mean at the most.
-  """
-  found = {}
-  for name in harness.track(methods, 'perplexity'):
-    rate, values = best(perplexities(methods[name], seeds, rates))
-    found[name] = {'rate': rate, 'values': values}
-  mean = {name: float(np.mean(row['values'])) for name, row in found.items()}
-  spread = max(np.ptp(row['values']) / 2 for row in found.values())
-  return found, mean, spread
 
 
 def adafactor() -> optax.GradientTransformation:
