@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import cases
+import subspace_optax as so
 from subspace_optax._chain import _projection
 from subspace_optax._chain import _unproject
 
@@ -63,6 +64,22 @@ def types(tree: Any) -> Any:
   """Returns the structure and the type of every leaf, weak types included."""
   leaves = [jax.typeof(x) for x in jax.tree.leaves(tree)]
   return jax.tree.structure(tree), leaves, [x.weak_type for x in leaves]
+
+
+def filled(tx: Any, params: Any) -> Any:
+  """Returns a state of `tx` as after 3 steps, but of random numbers."""
+  rng = np.random.default_rng(0)
+
+  def draw(x):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      return rng.uniform(0.1, 1.0, x.shape).astype(x.dtype)
+    if x.ndim and x.dtype != bool:
+      return rng.integers(1, 100, x.shape).astype(x.dtype)
+    return np.full(x.shape, 3, x.dtype)
+
+  shapes, treedef = jax.tree.flatten(jax.eval_shape(tx.init, params))
+  shardings = jax.tree.leaves(so.state_sharding(tx, params))
+  return treedef.unflatten(map(jax.device_put, map(draw, shapes), shardings))
 
 
 class Run(NamedTuple):

@@ -1,5 +1,6 @@
 """Stacked layers whose moments are codes: one of them is decoded at a time."""
 
+import functools
 from typing import Any
 
 import jax
@@ -18,10 +19,8 @@ import subspace_optax as so
 from subspace_optax.low_precision import _by_layer
 
 LAYERS = 24
-STACKS = {
-  'up': jnp.full((LAYERS, 256, 256), 0.02),
-  'down': jnp.full((LAYERS, 256, 256), 0.02),
-}
+STACK = jax.ShapeDtypeStruct((LAYERS, 256, 256), jnp.float32)
+STACKS = {'up': STACK, 'down': STACK}
 INNERS = {'adam': optax.scale_by_adam(), 'lion': optax.scale_by_lion()}
 
 
@@ -41,7 +40,7 @@ def temporaries(inner: optax.GradientTransformation) -> int:
     updates, state = tx.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 
-  arguments = STACKS, tx.init(STACKS), jnp.ones((8, 256))
+  arguments = STACKS, jax.eval_shape(tx.init, STACKS), jnp.ones((8, 256))
   program = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
   return program.memory_analysis().temp_size_in_bytes
 
@@ -56,19 +55,29 @@ def test_temporaries_are_those_of_float32(name, bits):
 @pytest.mark.parametrize('name, bits', grid.cover(INNERS, [4, 8], of=2))
 def test_steps_are_those_of_all_layers_at_once(name, bits, monkeypatch):
   tx = so.quantize_moments(INNERS[name], bits)
-  params = {path: x[:6] for path, x in STACKS.items()}
-  params |= {'bias': jnp.ones((6, 256)), 'w': jnp.ones((64, 64))}
-  # Layers along the second axis, taken in four turns.
-  params['middle'] = jnp.ones((256, 4, 256))
+  params = {
+    'up': jnp.ones((6, 256, 256)),
+    # Layers along the second axis, taken in four turns.
+    'middle': jnp.ones((256, 4, 256)),
+    'bias': jnp.ones((6, 256)),
+    'w': jnp.ones((64, 64)),
+  }
+  rng = np.random.default_rng(0)
+  draw = lambda x: rng.standard_normal((3, *x.shape), np.float32)
+  gradients = jax.tree.map(draw, params)
+
+  def run(params, gradients):
+    def step(carry, gradient):
+      updates, state = tx.update(gradient, carry[1])
+      return (updates, state), None
+
+    start = (params, tx.init(params))
+    return lax.scan(step, start, gradients)[0]
+
   found = []
   for least in (_by_layer._LEAST_SIZE, 2**40):
     monkeypatch.setattr(_by_layer, '_LEAST_SIZE', least)
-    state, update = tx.init(params), cases.jit(lambda g, s: tx.update(g, s))
-    for t in range(3):
-      rng = np.random.default_rng(t)
-      draw = lambda x, rng=rng: rng.standard_normal(x.shape, np.float32)
-      updates, state = update(jax.tree.map(draw, params), state)
-    found.append((updates, state))
+    found.append(cases.jit(lambda *x: run(*x))(params, gradients))
   (updates, state), (wanted, own) = found
   assert jax.tree.structure(state) == jax.tree.structure(own)
   assert int(state.count) == int(state.coded.count) == 3
@@ -83,16 +92,24 @@ def test_steps_are_those_of_all_layers_at_once(name, bits, monkeypatch):
   assert max(jax.tree.leaves(different)) < 2e-3
 
 
+@functools.cache
+def alone() -> Any:
+  """Returns layers and their updates on one device."""
+  params = {'up': jax.random.normal(jax.random.key(0), (4, 512, 512))}
+  tx = so.scale_by_adam8bit()
+  updates, _ = cases.jit(lambda g: tx.update(g, tx.init(g)))(params)
+  return params, updates
+
+
 @pytest.mark.parametrize('spec', [P('x', None, 'y'), P(None, 'x', 'y')])
 def test_layers_on_several_devices_are_not_taken_one_by_one(spec):
   """That would gather them; cut along other axes they are."""
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(AxisType.Explicit,) * 2)
-  params = {'up': jax.random.normal(jax.random.key(0), (4, 512, 512))}
+  params, wanted = alone()
   tx = so.scale_by_adam8bit()
-  wanted, _ = cases.jit(tx.update)(params, tx.init(params))
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, NamedSharding(mesh, spec))
-    state = tx.init(placed)
+    state = cases.jit(tx.init)(placed)
     program = cases.jit(tx.update).lower(placed, state).compile()
     found, _ = program(placed, state)
   text = program.as_text()
@@ -105,7 +122,8 @@ def test_optimizers_that_look_at_other_layers_see_them_all():
   """Clipping by a norm, whose state says nothing, goes before codes."""
   inner = optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9))
   tx = so.quantize_moments(inner)
-  updates, _ = tx.update(STACKS, tx.init(STACKS))
+  params = {'up': jnp.ones((6, 256, 256)), 'down': jnp.ones((6, 256, 256))}
+  updates, _ = cases.jit(lambda g: tx.update(g, tx.init(g)))(params)
   np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-5)
 
 

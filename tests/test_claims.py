@@ -118,7 +118,13 @@ def test_a_script_end_to_end(tmp_path, monkeypatch, capsys):
   assert '**fails**' not in text
 
 
-@pytest.mark.parametrize('name, rank', [('llama_60m', 128), ('llama_7b', 1024)])
+@pytest.mark.parametrize(
+  'name, rank',
+  [
+    ('llama_60m', 128),
+    pytest.param('llama_7b', 1024, marks=pytest.mark.full),
+  ],
+)
 def test_memory_is_the_formula(name, rank):
   row = galore_memory.measure(name, rank)
   matrices = 7 * galore_memory.llama.named(name).layers

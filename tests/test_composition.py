@@ -31,9 +31,14 @@ def _core(stagger=True, projector=None):
   )
 
 
+@functools.cache
+def _jitted(tx):
+  return cases.jit(tx.update)
+
+
 def _run(tx, gradients, params=PARAMS, **extra_args):
   """Returns the updates of every step, and the last state."""
-  state, update, history = tx.init(params), cases.jit(tx.update), []
+  state, update, history = tx.init(params), _jitted(tx), []
   for gradient in gradients:
     updates, state = update(gradient, state, params, **extra_args)
     history.append(updates)
@@ -49,7 +54,10 @@ def _alone():
 
 def test_clipping_before_is_clipping_of_the_gradients():
   clip = optax.clip_by_global_norm(1.0)
-  clipped = [clip.update(g, clip.init(PARAMS))[0] for g in _gradients(3.0)]
+  norm = lambda tree: np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(tree)))
+  clipped = [
+    jax.tree.map(lambda x, g=g: x / norm(g), g) for g in _gradients(3.0)
+  ]
   # Random bases: factorised ones magnify the rounding of the two programs.
   core = _core(projector=projectors.stiefel(2))
   got, _ = _run(optax.chain(clip, core), _gradients(3.0))
@@ -102,23 +110,22 @@ def test_schedule_free_outside():
 
 
 def test_partition_between_two_points_of_the_grid():
-  params = {'a': PARAMS['up'], 'b': PARAMS['up'] + 1.0}
-  gradients = [{'a': g['up'], 'b': 2.0 * g['up']} for g in _gradients()]
-  first = _core()
+  params = {'up': PARAMS['up'], 'b': PARAMS['up'] + 1.0}
+  gradients = [{'up': g['up'], 'b': 2.0 * g['up']} for g in _gradients()]
   second = so.subspace(
     SPEC,
     projectors.gaussian(2, regenerate=True),
     optax.contrib.scale_by_muon(),
     per_matrix=True,
   )
-  both = optax.partition({'x': first, 'y': second}, {'a': 'x', 'b': 'y'})
+  both = optax.partition({'x': _core(), 'y': second}, {'up': 'x', 'b': 'y'})
   got, state = _run(both, gradients, params)
-  for name, tx in (('a', first), ('b', second)):
-    alone = [{name: g[name]} for g in gradients]
-    wanted, _ = _run(tx, alone, {name: params[name]})
-    for one, other in zip(got, wanted, strict=True):
-      np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5)
-  assert set(so.subspace_metrics(state)) == {'a', 'b'}
+  alone = [{'b': g['b']} for g in gradients]
+  wanted, _ = _run(second, alone, {'b': params['b']})
+  for one, a, b in zip(got, _alone(), wanted, strict=True):
+    np.testing.assert_allclose(one['up'], a['up'], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(one['b'], b['b'], rtol=1e-4, atol=1e-5)
+  assert set(so.subspace_metrics(state)) == {'up', 'b'}
 
 
 def test_masked_leaves_what_is_hidden_alone():
@@ -175,12 +182,11 @@ def test_injected_hyperparameters_of_a_subspace_optimizer():
   np.testing.assert_allclose(two['up'], 2.0 * one['up'], rtol=1e-5)
 
 
-@pytest.mark.parametrize('rate', [0.5, 0.9])
-def test_injected_hyperparameters_of_the_inner_optimizer(rate):
+def test_injected_hyperparameters_of_the_inner_optimizer():
   inject = optax.inject_hyperparams(optax.scale_by_adam)
-  injected = so.subspace(SPEC, projectors.stiefel(2), inject(b1=rate))
+  injected = so.subspace(SPEC, projectors.stiefel(2), inject(b1=0.5))
   got, _ = _run(injected, _gradients())
-  fixed = so.subspace(SPEC, projectors.stiefel(2), optax.scale_by_adam(b1=rate))
+  fixed = so.subspace(SPEC, projectors.stiefel(2), optax.scale_by_adam(b1=0.5))
   wanted, _ = _run(fixed, _gradients())
   measure.assert_trees_close(got, wanted, rtol=1e-5, atol=1e-6)
 
@@ -228,9 +234,10 @@ def test_accumulation_keeps_dtypes_of_what_follows():
     every_k=2,
     after=optax.trace(0.9),
   )
-  _, state = _run(tx, _gradients(), params)
+  init = jax.eval_shape(tx.init, params)
+  _, state = jax.eval_shape(tx.update, _gradients()[0], init, params)
   types = lambda tree: [x.dtype for x in jax.tree.leaves(tree)]
-  assert types(state) == types(tx.init(params))
+  assert types(state) == types(init)
 
 
 @pytest.mark.parametrize('init', [lambda f: f, jax.jit])

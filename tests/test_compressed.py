@@ -5,6 +5,8 @@ import math
 import re
 from typing import Any
 
+from flax import linen as nn
+from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -60,8 +62,9 @@ def _inputs(t):
 
 
 def _run(step, tx, params, steps, inputs=_inputs):
-  step, state = cases.jit(step), tx.init(params)
-  values, first = [], measure.types((params, state))
+  """Takes steps of a jitted function; returns params, state and losses."""
+  state, values = tx.init(params), []
+  first = measure.types((params, state))
   for t in range(steps):
     params, state, value = step(params, state, inputs(t))
     values.append(value)
@@ -71,19 +74,21 @@ def _run(step, tx, params, steps, inputs=_inputs):
   return params, state, np.array(values)
 
 
-def _assert_same(problem, tx, steps=STEPS, rtol=1e-6, inputs=_inputs):
-  """Runs whole and compressed steps; returns the losses.
+def _steps(problem, tx):
+  """Returns the jitted steps, whole and compressed."""
+  return (
+    cases.jit(_whole_step(problem.plain, tx)),
+    cases.jit(rso.compressed_step(problem.lifted, tx)),
+  )
+
+
+def _assert_same(steps, tx, params, number=STEPS, rtol=1e-6, inputs=_inputs):
+  """Runs whole and compressed steps; returns the last parameters and losses.
 
   Bases are made in float32, whose rounding may differ from one program to
   another, whatever the dtype of the rest.
   """
-  whole, compressed = (
-    _run(step, tx, problem.params, steps, inputs)
-    for step in (
-      _whole_step(problem.plain, tx),
-      rso.compressed_step(problem.lifted, tx),
-    )
-  )
+  whole, compressed = (_run(step, tx, params, number, inputs) for step in steps)
   np.testing.assert_allclose(compressed[2], whole[2], rtol=rtol)
   found, want = models.flat(compressed[0]), models.flat(whole[0])
   assert found.keys() == want.keys()
@@ -101,97 +106,145 @@ def _assert_same(problem, tx, steps=STEPS, rtol=1e-6, inputs=_inputs):
       np.testing.assert_allclose(
         found, want, rtol=rtol, atol=rtol, err_msg=name
       )
-  return compressed[2]
+  return whole[0], compressed[2]
 
 
-@pytest.mark.parametrize(
-  ('make', 'stacked', 'remat'),
-  [(models.nnx_problem, True, True), (models.linen_problem, False, False)],
-)
-def test_golore_over_three_refreshes(make, stacked, remat):
+class _Query(nnx.Module):
+  """A layer with a kernel of three axes."""
+
+  def __init__(self, rngs):
+    width = (models.HEADS, models.WIDTH // models.HEADS)
+    self.query = nnx.LinearGeneral(
+      models.WIDTH, width, param_dtype=jnp.float64, rngs=rngs
+    )
+
+  def __call__(self, x):
+    return self.query(jnp.sin(x)).reshape(x.shape)
+
+
+def _nnx_problem():
+  """A stack of layers, made again in the backward pass."""
+  layers = nnx.vmap(_Query)(nnx.Rngs(0).split(models.LAYERS))
+  graphdef, params = nnx.split(layers, nnx.Param)
+
+  def loss(merge, params, x):
+    layer = jax.checkpoint(lambda x, layer: (layer(x), None))
+    return jnp.mean(lax.scan(layer, x, merge(graphdef, params))[0] ** 2)
+
+  return models.Problem(
+    nnx.to_pure_dict(params),
+    functools.partial(loss, nnx.merge),
+    functools.partial(loss, rso.nnx_merge),
+  )
+
+
+def _linen_problem():
+  """A layer with more inputs than outputs, which are projected."""
+  model = nn.Dense(models.WIDTH, param_dtype=jnp.float64)
+  of = lambda x: jnp.concatenate([jnp.sin(x), jnp.cos(x)], -1)
+  params = model.init(jax.random.key(0), of(models.inputs()))['params']
+  plain = lambda p, x: jnp.mean(model.apply({'params': p}, of(x)) ** 2)
+  lifted = lambda p, x: jnp.mean(
+    rso.linen_apply(model, {'params': p}, of(x)) ** 2
+  )
+  return models.Problem(params, plain, lifted)
+
+
+@pytest.mark.parametrize('make', [_nnx_problem, _linen_problem])
+def test_golore_over_three_refreshes(make):
   # Of 100 steps each: bases are drawn at steps 0, 100 and 200.
   tx = so.golore(
-    1e-3, update_proj_gap=100, weight_decay=0.1, spec=_spec(seed=3)
+    3e-3, update_proj_gap=100, weight_decay=0.1, spec=_spec(seed=3)
   )
-  losses = _assert_same(make(stacked, remat), tx, 300, rtol=1e-9)
+  problem = make()
+  _, losses = _assert_same(
+    _steps(problem, tx), tx, problem.params, 300, rtol=1e-9
+  )
   assert losses[-1] < 0.5 * losses[0]
 
 
-def _small_problem():
-  """Two stacks of kernels, the sides of one as the other's: soon compiled."""
+@functools.cache
+def _problem(*names):
+  """A stack of two layers, some of whose kernels are parameters."""
   rng = np.random.default_rng(0)
   width, hidden, layers = models.WIDTH, models.HIDDEN, models.LAYERS
   normal = lambda *shape: jnp.asarray(rng.standard_normal(shape) / 4)
-  params = {
+  kernels = {
     'up': normal(layers, width, hidden),
     'down': normal(layers, hidden, width),
-    'bias': normal(hidden),
   }
+  params = {'bias': normal(hidden)} | {name: kernels[name] for name in names}
 
   def loss(params, x):
-    def layer(x, kernels):
-      h = jnp.tanh(rso.dot(x, kernels['up']) + params['bias'][None, None])
-      return x + rso.dot(h, kernels['down']), None
+    def layer(x, at):
+      h = jnp.tanh(rso.dot(x, at['up']) + params['bias'][None, None])
+      return x + rso.dot(h, at['down']), None
 
-    kernels = {name: params[name] for name in ('up', 'down')}
-    return jnp.mean(jax.lax.scan(layer, x, kernels)[0] ** 2)
+    stacks = kernels | {name: params[name] for name in names}
+    return jnp.mean(lax.scan(layer, x, stacks)[0] ** 2)
 
   return models.Problem(params, loss, loss)
 
 
-def test_bases_of_svds_take_whole_gradients_at_refreshes():
-  tx = so.galore(1e-3, update_proj_gap=4, spec=_spec())
-  _assert_same(models.nnx_problem(True, False), tx)
-
-
-@pytest.mark.parametrize(
-  'tx',
-  [
-    so.golore(
-      1e-3,
-      update_proj_gap=3,
-      random_from=5,
-      stagger=True,
-      spec=_spec(seed=1, side='in'),
-    ),
-    _subspace(
-      so.projectors.svd(4, stagger=True),
-      transport=so.transports.both(0.9, 0.999),
-    ),
+# Their bases need no gradient.
+_RANDOM = {
+  'regenerate': (
+    ('down',),
     _subspace(so.projectors.stiefel(2, regenerate=True), transport='reset'),
-    _subspace(so.projectors.gaussian(2), every_k=2),
-    optax.masked(
-      _subspace(so.projectors.stiefel(3)),
-      lambda p: jax.tree_util.tree_map_with_path(
-        lambda path, _: 'up' not in jax.tree_util.keystr(path), p
-      ),
+  ),
+  'every_k': (('up',), _subspace(so.projectors.stiefel(2), every_k=2)),
+  'partition': (
+    ('up', 'down'),
+    optax.partition(
+      {
+        'some': so.golore(1e-3, update_proj_gap=3, spec=_spec()),
+        'others': _subspace(
+          so.projectors.grassmann_walk(2),
+          transport=so.transports.both(0.9, 0.999),
+        ),
+      },
+      {'up': 'some', 'down': 'others', 'bias': 'some'},
     ),
-  ],
-  ids=['switch', 'svd', 'regenerate', 'every_k', 'masked'],
-)
-def test_any_chain_around_project(tx):
-  _assert_same(_small_problem(), tx)
+  ),
+}
+_CHAINS = _RANDOM | {
+  'masked': (
+    ('up', 'down'),
+    optax.masked(
+      _subspace(
+        so.projectors.svd(4, stagger=True),
+        transport=so.transports.both(0.9, 0.999),
+      ),
+      {'up': False, 'down': True, 'bias': True},
+    ),
+  ),
+}
 
 
-@pytest.mark.parametrize('rule', ['stiefel', 'svd'])
-def test_a_bad_batch_changes_what_it_always_changes(rule):
+@functools.cache
+def _steps_of(name):
+  names, tx = _CHAINS[name]
+  return _steps(_problem(*names), tx)
+
+
+@pytest.mark.parametrize('name', _CHAINS)
+def test_any_chain_around_project(name):
+  names, tx = _CHAINS[name]
+  _assert_same(_steps_of(name), tx, _problem(*names).params)
+
+
+def test_bad_batches_change_what_they_always_change():
+  """At the second refresh of bases of SVDs, and at that of random ones."""
+  rules = {0: so.projectors.svd(2), 3: so.projectors.stiefel(2)}
   inner = optax.apply_if_finite(optax.scale_by_adam(), 2)
   tx = optax.chain(
-    so.subspace(_spec(), getattr(so.projectors, rule)(3), inner),
+    so.subspace(_spec(side='in'), so.projectors.switch(rules), inner),
     optax.scale_by_learning_rate(0.01),
   )
-  bad = lambda t: _inputs(t) * (np.inf if t == 3 else 1.0)
-  problem = _small_problem()
-  params = [
-    _run(step, tx, problem.params, 6, bad)[0]
-    for step in (
-      _whole_step(problem.plain, tx),
-      rso.compressed_step(problem.lifted, tx),
-    )
-  ]
-  for found, want in zip(*map(jax.tree.leaves, params), strict=True):
-    assert np.isfinite(want).all()
-    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+  bad = lambda t: _inputs(t) * (np.inf if t in (2, 6) else 1.0)
+  problem = _problem('up')
+  params, _ = _assert_same(_steps(problem, tx), tx, problem.params, inputs=bad)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
 def _matrix_loss(params, x):
@@ -233,23 +286,8 @@ def _sizes(text, operation):
   return [math.prod(map(int, s.split(','))) if s else 1 for s in shapes]
 
 
-def _program(problem, make, tx, params, x):
-  step = cases.jit(make(problem.lifted, tx))
+def _text(step, tx, params, x):
   return step.lower(params, tx.init(params), x).compile().as_text()
-
-
-def test_no_gradient_has_the_size_of_a_kernel():
-  problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
-  of_kernels = lambda make: [
-    size
-    for size in _sizes(
-      _program(problem, make, tx, problem.params, models.inputs()), 'dot'
-    )
-    if size in models.KERNELS
-  ]
-  # Updates are as large as kernels; they are made of stacks of two.
-  assert len(of_kernels(_whole_step)) == 6
-  assert not of_kernels(rso.compressed_step)
 
 
 def _work(text):
@@ -257,40 +295,26 @@ def _work(text):
   return len(re.findall(r' conditional\(', text)), text.count('potrf')
 
 
-_TWO_PARTS = {
-  'some': so.golore(1e-3, update_proj_gap=3, spec=_spec()),
-  'others': _subspace(
-    so.projectors.gaussian(3), transport=so.transports.both(0.9, 0.999)
-  ),
-}
-
-
-@pytest.mark.parametrize(
-  'tx',
-  [
-    _subspace(so.projectors.stiefel(5), every_k=2),
-    optax.partition(
-      _TWO_PARTS, {'up': 'some', 'down': 'others', 'bias': 'some'}
-    ),
-  ],
-  ids=['every_k', 'partition'],
-)
-def test_bases_are_refreshed_once(tx):
-  problem = _small_problem()
+@pytest.mark.parametrize('name', _RANDOM)
+def test_random_bases_are_refreshed_once_and_need_no_gradient(name):
+  names, tx = _CHAINS[name]
+  params = _problem(*names).params
   whole, compressed = (
-    _work(_program(problem, make, tx, problem.params, _inputs(0)))
-    for make in (_whole_step, rso.compressed_step)
+    _text(step, tx, params, _inputs(0)) for step in _steps_of(name)
   )
-  assert whole[0] and whole[1]
-  assert compressed == whole
-
-
-def test_a_random_walk_looks_at_no_gradient():
-  _assert_same(_small_problem(), _subspace(so.projectors.grassmann_walk(3)))
+  branches, factorisations = _work(whole)
+  assert branches and factorisations
+  assert _work(compressed) == _work(whole)
+  of_kernels = lambda text: [
+    size for size in _sizes(text, 'dot') if size in models.KERNELS
+  ]
+  # Updates are as large as kernels; they are made of stacks of two.
+  assert len(of_kernels(whole)) == len(names)
+  assert not of_kernels(compressed)
 
 
 def test_data_parallelism_moves_coordinates_only():
-  problem = _small_problem()
+  problem = _problem('up')
   # Cosines are the same to the bit in any program; Haar samples, which take a
   # float32 factorisation, are not.
   tx = so.golore(1e-3, regenerate=True, spec=_spec())
@@ -300,16 +324,15 @@ def test_data_parallelism_moves_coordinates_only():
   params = jax.device_put(problem.params, NamedSharding(mesh, P()))
   parts = jax.device_put(x, NamedSharding(mesh, P('data')))
 
-  def largest(make):
-    sizes = _sizes(_program(problem, make, tx, params, parts), 'all-reduce')
-    return max(sizes)
-
+  whole, step = _steps(problem, tx)
+  largest = lambda step: max(
+    _sizes(_text(step, tx, params, parts), 'all-reduce')
+  )
   stack = models.LAYERS * max(models.KERNELS)
-  assert largest(_whole_step) >= max(models.KERNELS)
-  # 3 / 8 of the largest stack of kernels, at rank 3 of 8.
-  assert largest(rso.compressed_step) <= stack * 3 / 8
+  assert largest(whole) >= max(models.KERNELS)
+  # 3 / 8 of the stack of kernels, at rank 3 of 8.
+  assert largest(step) <= stack * 3 / 8
 
-  step = rso.compressed_step(problem.lifted, tx)
   alone, many = (
     _run(step, tx, p, 3, lambda _, z=z: z)[0]
     for p, z in ((problem.params, x), (params, parts))
@@ -333,8 +356,11 @@ def _of_two_matrices():
   normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
   start = {'up': normal(16, 24), 'down': normal(24, 16)}
   x = normal(4, 24)
-  tx = so.golore(0.01, update_proj_gap=2, spec=so.SubspaceSpec(4))
-  step = rso.compressed_step(_two_matrices_loss, tx)
+  tx = optax.chain(
+    so.subspace(so.SubspaceSpec(4), so.projectors.stiefel(2), optax.trace(0.9)),
+    optax.scale_by_learning_rate(0.01),
+  )
+  step = cases.jit(rso.compressed_step(_two_matrices_loss, tx))
   return start, x, tx, step, _run(step, tx, start, 5, lambda _: x)[0]
 
 
@@ -369,12 +395,13 @@ def test_backward_keeps_no_more_than_it_must(side):
 
   loss = lambda params, x: jnp.sum(rso.dot(x, params['w']))
   step = rso.compressed_step(loss, tx, value_and_grad=value_and_grad)
-  after, _, _ = step(params, tx.init(params), x)
+  state = tx.init(params)
+  after, _, _ = cases.jit(step)(params, state, x)
   # x P in the place of x, if P is of the inputs.
   assert ((5, 2) in kept, (5, 6) in kept) == (side == 'in', side == 'out')
   g = np.asarray(x).T @ np.ones((5, 9))
   change = np.asarray(after['w'] - params['w'])
-  [p] = measure.bases(tx.init(params)).values()
+  [p] = measure.bases(state).values()
   # Of its own first draw, not of that of init; projected once.
   u, s, vt = np.linalg.svd(change)
   assert (s > 1e-9).sum() == 1 and p.shape == (
@@ -387,7 +414,8 @@ def test_backward_keeps_no_more_than_it_must(side):
 
 
 def test_microbatches():
-  problem, tx = _small_problem(), so.golore(1e-3, spec=_spec())
+  names, tx = _CHAINS['regenerate']
+  problem = _problem(*names)
 
   def in_two(f):
     def run(at, x):
@@ -397,8 +425,8 @@ def test_microbatches():
     return run
 
   step = rso.compressed_step(problem.lifted, tx, value_and_grad=in_two)
-  found = _run(step, tx, problem.params, 3)
-  want = _run(rso.compressed_step(problem.lifted, tx), tx, problem.params, 3)
+  found = _run(cases.jit(step), tx, problem.params, 3)
+  want = _run(_steps_of('regenerate')[1], tx, problem.params, 3)
   np.testing.assert_allclose(found[2], want[2], rtol=1e-9)
 
 
@@ -413,7 +441,7 @@ def test_bfloat16_parameters_learn_and_keep_their_types():
 
   tx = so.golore(0.1, 8, update_proj_gap=5)
   params = {'w': jnp.zeros((16, 24), jnp.bfloat16)}
-  step = rso.compressed_step(loss, tx)
+  step = cases.jit(rso.compressed_step(loss, tx))
   _, _, losses = _run(step, tx, params, 100, lambda _: x)
   assert losses[-1] < 0.2 * losses[0]
 
@@ -425,18 +453,23 @@ def _gradient_penalty(params, x):
 
 def test_second_derivatives_are_refused_and_constants_are_not():
   params = {'w': models.inputs()[0] @ jnp.ones((models.WIDTH, 12))}
-  x, tx = jnp.ones((3, models.TIME)), so.golore(0.1, spec=_spec(2))
+  x = jnp.ones((3, models.TIME))
+  tx = so.subspace(
+    _spec(2), so.projectors.stiefel(5), optax.identity(), scale=-0.1
+  )
   step = rso.compressed_step(_gradient_penalty, tx)
   with errors.raises(ValueError, "'w'", 'stop_gradient', 'exclude'):
-    step(params, tx.init(params), x)
+    jax.eval_shape(step, params, jax.eval_shape(tx.init, params), x)
 
   def at_an_attacked_input(params, x):
     change = jax.grad(_matrix_loss, argnums=1)(lax.stop_gradient(params), x)
     return _matrix_loss(params, x + jnp.sign(change))
 
   whole, compressed = (
-    _run(make(at_an_attacked_input, tx), tx, params, 3, lambda _: x)[0]
-    for make in (_whole_step, rso.compressed_step)
+    _run(step, tx, params, 3, lambda _: x)[0]
+    for step in _steps(
+      models.Problem(params, at_an_attacked_input, at_an_attacked_input), tx
+    )
   )
   np.testing.assert_allclose(compressed['w'], whole['w'], rtol=1e-6)
 
@@ -451,7 +484,7 @@ def test_second_derivatives_are_refused_and_constants_are_not():
   ids=['online_pca', 'residual', 'plain'],
 )
 def test_what_cannot_be_compressed_is_named(tx, words):
-  problem = _small_problem()
+  problem = _problem('up')
   step = rso.compressed_step(problem.lifted, tx)
   state = jax.eval_shape(tx.init, problem.params)
   with errors.raises(ValueError, *words):
@@ -466,9 +499,10 @@ def test_a_gap_that_is_injected_is_named():
   )
   tx = make(static)
   with errors.raises(ValueError, 'update_proj_gap', 'static_args'):
-    rso.compressed_step(_matrix_loss, tx)(params, tx.init(params), x)
+    step = rso.compressed_step(_matrix_loss, tx)
+    jax.eval_shape(step, params, jax.eval_shape(tx.init, params), x)
   tx = make((*static, 'update_proj_gap'))
-  step = rso.compressed_step(_matrix_loss, tx)
+  step = cases.jit(rso.compressed_step(_matrix_loss, tx))
   after, _, _ = _run(step, tx, params, 4, lambda _: x)
   assert (after['w'] != params['w']).all()
 
@@ -478,12 +512,13 @@ def test_wrappers_that_hide_what_they_wrap_are_named():
   params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
   tx: Any = optax.MultiSteps(so.golore(1e-3, spec=_spec(1)), 2)
   step = rso.compressed_step(_matrix_loss, tx)
+  state = jax.eval_shape(tx.init, params)
   with errors.raises(ValueError, 'extra arguments', 'every_k'):
-    step(params, tx.init(params), x)
+    jax.eval_shape(step, params, state, x)
   tx = tx.gradient_transformation()
   step = rso.compressed_step(_matrix_loss, tx)
   with errors.raises(ValueError, 'extra arguments', 'every_k') as error:
-    step(params, tx.init(params), x)
+    jax.eval_shape(step, params, state, x)
   assert 'gradient_transformation' not in str(error.value)
 
 
@@ -491,10 +526,15 @@ def test_a_part_without_parameters():
   parts: dict = {'some': so.golore(0.01, spec=_spec()), 'none': so.galore(0.01)}
   tx = optax.partition(parts, lambda p: jax.tree.map(lambda _: 'some', p))
   params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
-  step = rso.compressed_step(_matrix_loss, tx)
-  after, _, _ = step(params, tx.init(params), x)
-  want, _, _ = rso.compressed_step(_matrix_loss, parts['some'])(
-    params, parts['some'].init(params), x
+  after, want = (
+    _run(
+      cases.jit(rso.compressed_step(_matrix_loss, tx)),
+      tx,
+      params,
+      1,
+      lambda _: x,
+    )[0]
+    for tx in (tx, parts['some'])
   )
   np.testing.assert_allclose(after['w'], want['w'])
 
@@ -517,16 +557,17 @@ def test_a_switch_of_random_bases_has_no_step_of_whole_gradients():
 def test_no_tracer_leaks():
   params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
   tx = so.galore(1e-3, spec=_spec())
-  state, step = tx.init(params), rso.compressed_step(_matrix_loss, tx)
+  step = rso.compressed_step(_matrix_loss, tx)
+  state = jax.eval_shape(tx.init, params)
   with jax.checking_leaks():
     jax.eval_shape(step, params, state, x)
 
 
 def test_a_state_of_other_parameters_is_named():
-  problem, tx = models.nnx_problem(True, False), so.golore(1e-3, spec=_spec())
+  problem, tx = _nnx_problem(), so.golore(1e-3, spec=_spec())
   step = rso.compressed_step(problem.lifted, tx)
   other = tx.init({'w': jnp.zeros((8, 16))})
-  with errors.raises(ValueError, 'state', 'up/kernel', 'init'):
+  with errors.raises(ValueError, 'state', 'query/kernel', 'init'):
     step(problem.params, other, models.inputs())
 
 
