@@ -203,10 +203,14 @@ def markdown(results: dict[str, Any]) -> str:
   return text
 
 
+_TWINS = ('contrib_galore', 'dion')  # of galore and trion
+
+
 def summary(results: dict[str, Any]) -> str:
   """The ready-made ones on both corpora, the best on the first corpus first.
 
-  At other ranks than their defaults only what is on the front.
+  At other ranks than their defaults only what is on the front; and one of two
+  that are the same within noise.
   """
   by_corpus: dict[str, dict[str, dict]] = {}
   for search in sorted(results['searches'], key=mean):
@@ -219,7 +223,7 @@ def summary(results: dict[str, Any]) -> str:
   base = by_corpus[first]['adamw']['memory']['optimizer_bytes']
   rows = []
   for name, search in by_corpus[first].items():
-    if ', rank' in name and name not in best:
+    if name in _TWINS or (', rank' in name and name not in best):
       continue
     other = by_corpus.get(second, {}).get(name)
     size = search['memory']['optimizer_bytes']
