@@ -203,29 +203,35 @@ def markdown(results: dict[str, Any]) -> str:
   return text
 
 
-_TWINS = ('contrib_galore', 'dion')  # of galore and trion
+# One seed each, beside `galore` and `trion`, which they are kin to.
+_LEFT_OUT = ('contrib_galore', 'dion')
+
+
+def select_shown(searches: list[dict]) -> list[dict]:
+  """The ready-made ones; at other ranks only what is on the front."""
+  ready = [*filter(is_ready_made, searches)]
+  best = [search['method'] for search in front(ready)]
+  return [
+    search
+    for search in ready
+    if (name := search['method']) not in _LEFT_OUT
+    and (', rank' not in name or name in best)
+  ]
 
 
 def summary(results: dict[str, Any]) -> str:
-  """The ready-made ones on both corpora, the best on the first corpus first.
-
-  At other ranks than their defaults only what is on the front; and one of two
-  that are the same within noise.
-  """
-  by_corpus: dict[str, dict[str, dict]] = {}
-  for search in sorted(results['searches'], key=mean):
-    first = (search['size'], search['multiple']) == ('0.1M', 1)
-    if first and is_ready_made(search):
-      found = by_corpus.setdefault(search['corpus'], {})
-      found[search['method']] = search
+  """What is shown on both corpora, the best on the first corpus first."""
+  by_corpus = {}
+  for corpus in corpora.CORPORA:
+    key = (corpus, '0.1M', 1)
+    found = [x for x in results['searches'] if _place(x) == key]
+    shown = select_shown(sorted(found, key=mean))
+    by_corpus[corpus] = {search['method']: search for search in shown}
   first, second = corpora.CORPORA
-  best = [search['method'] for search in front([*by_corpus[first].values()])]
   base = by_corpus[first]['adamw']['memory']['optimizer_bytes']
   rows = []
   for name, search in by_corpus[first].items():
-    if name in _TWINS or (', rank' in name and name not in best):
-      continue
-    other = by_corpus.get(second, {}).get(name)
+    other = by_corpus[second].get(name)
     size = search['memory']['optimizer_bytes']
     rows.append(
       [
@@ -238,6 +244,10 @@ def summary(results: dict[str, Any]) -> str:
     )
   head = ('', first, second, 'state, MiB', "of AdamW's")
   return harness.table(head, rows)
+
+
+def _place(search: dict) -> tuple:
+  return search['corpus'], search['size'], search['multiple']
 
 
 def _with_spread(values: list[float]) -> str:
@@ -302,10 +312,9 @@ def _write_names(axes: Any, names: list[tuple]) -> None:
 
 
 def picture(results: dict, path: Any) -> None:
-  """A panel for each group, without the forms that were only tried."""
+  """A panel for each group of what is shown."""
   found = {
-    name: [*filter(is_ready_made, searches)]
-    for name, searches in groups(results).items()
+    name: select_shown(searches) for name, searches in groups(results).items()
   }
   found = {name: x for name, x in found.items() if len(x) > 2}
   if not found:
