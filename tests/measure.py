@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 from flax.core import meta
@@ -67,15 +68,17 @@ def types(tree: Any) -> Any:
 
 
 def filled(tx: Any, params: Any) -> Any:
-  """Returns a state of `tx` as after 3 steps, but of random numbers."""
-  rng = np.random.default_rng(0)
+  """Returns a state of `tx` of random numbers; no two counters are alike."""
+  rng, counters = np.random.default_rng(0), itertools.count(3)
 
   def draw(x):
     if jnp.issubdtype(x.dtype, jnp.floating):
       return rng.uniform(0.1, 1.0, x.shape).astype(x.dtype)
-    if x.ndim and x.dtype != bool:
+    if x.dtype == bool:
+      return rng.integers(0, 2, x.shape).astype(bool)
+    if x.ndim:
       return rng.integers(1, 100, x.shape).astype(x.dtype)
-    return np.full(x.shape, 3, x.dtype)
+    return np.full(x.shape, next(counters), x.dtype)
 
   shapes, treedef = jax.tree.flatten(jax.eval_shape(tx.init, params))
   shardings = jax.tree.leaves(so.state_sharding(tx, params))

@@ -19,7 +19,7 @@ def test_pieces_go_on_where_they_were(tmp_path):
     names=('so.scale',),
     steps=2,
     large='llama_test',
-    large_method='lion',
+    large_method='golore8bit',
     large_rank=4,
     large_steps=2,
     seq=8,
