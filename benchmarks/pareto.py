@@ -2,11 +2,11 @@
 
 A LLaMA over bytes; model, data, batch and their order are the same for all.
 For each method, peak learning rate (by factors of 2) and weight decay (by
-factors of 3) are searched from a start until the best has both neighbours of
-both behind it, by the validation loss of seed 0; further seeds run at the best,
-and what is reported is the loss on a third text. A search starts from the best
-of the one most like it, of another corpus, length or size. Schedules end at 0;
-nothing is stopped early.
+factors of 3), if it has one, are searched from a start until the best has both
+neighbours of both behind it, by the validation loss of seed 0; further seeds
+run at the best, and what is reported is the loss on a third text. A search
+starts from the best of the one most like it, of another corpus, length or size.
+Schedules end at 0; nothing is stopped early.
 
 Every run is a file in runs/pareto, named by a hash of its settings and of its
 whole program, so that an interrupted benchmark goes on where it was, and a run
@@ -37,6 +37,7 @@ RUNS = harness.ROOT / 'runs' / 'pareto'
 LR_FACTOR = 2.0
 DECAY_FACTOR = 3.0
 FIRST_DECAY = 3e-3
+ALL = tuple(contenders.CONTENDERS)
 JOB = tuple(field.name for field in dataclasses.fields(pareto_run.Job))
 
 
@@ -49,7 +50,8 @@ class Args:
   batch: int = 8
   seq: int = 128
   corpora: tuple[str, ...] = tuple(corpora.CORPORA)
-  methods: tuple[str, ...] = tuple(contenders.CONTENDERS)
+  # Those that are no form of another one, by default.
+  methods: tuple[str, ...] = tuple(filter(pareto_report.is_ready_made, ALL))
   seeds: int = 3
   most: int = 14  # points of a search
   seconds: float = math.inf  # begins no run later than this
@@ -100,18 +102,24 @@ def best(rows: Sequence[dict]) -> Point:
   return Point(row['lr'], row['decay'])
 
 
-def wanted(start: Point, rows: Sequence[dict], args: Args) -> list[Point]:
-  """The runs that a search lacks as it stands, the most urgent first."""
+def lacking(
+  rows: Sequence[dict], seeds: int
+) -> tuple[list[Point], list[Point]]:
+  """The neighbours of the best, and the seeds at it, that have not run."""
   known = {Point(row['lr'], row['decay'], row['seed']) for row in rows}
-  tuned = [point for point in known if point.seed == 0]
+  at = best(rows)
+  missing = lambda points: [point for point in points if point not in known]
+  others = [at._replace(seed=seed) for seed in range(1, seeds)]
+  return missing(neighbours(at)), missing(others)
+
+
+def wanted(start: Point, rows: Sequence[dict], args: Args) -> list[Point]:
+  """The runs that come next, the most urgent first."""
+  tuned = [row for row in rows if row['seed'] == 0]
   if not tuned:
     return [start]
-  at = best(rows)
-  missing = [point for point in neighbours(at) if point not in known]
-  if missing and len(tuned) < args.most:
-    return missing
-  seeds = [at._replace(seed=seed) for seed in range(1, args.seeds)]
-  return [point for point in seeds if point not in known]
+  around, seeds = lacking(rows, args.seeds)
+  return around if around and len(tuned) < args.most else seeds
 
 
 class Store:
@@ -259,7 +267,7 @@ def _search(job: pareto_run.Job, rows: list[dict], args: Args) -> dict:
     'steps': job.steps,
     'program': rows[0]['program'],
     'best': {'lr': at.lr, 'decay': at.decay},
-    'lacks': len(wanted(at, rows, args)),
+    'lacks': sum(map(len, lacking(rows, args.seeds))),
     'memory': rows[0]['memory'],
     'runs': [{name: row[name] for name in kept} for row in rows],
   }

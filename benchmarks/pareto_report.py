@@ -25,10 +25,13 @@ Decay is what a weight loses in a step at the peak rate: weight_decay times lr.
 Loss is that of a text that chose nothing, in nats per byte: the mean over the
 seeds at the rate and decay that the validation text chose for seed 0. Seeds
 change weights and data. Embedding, head and norms are Adam's at one rate in all
-rows but those of whole models; their states count. A search that is not done
-says what it lacks. Sigma is the spread of one seed, pooled over all methods of
-a table; z is the difference to AdamW over its standard error, and beyond 3.1 no
-accident. What is on the front has less loss than all with no more state.
+rows but those of whole models; their states count, and so do `lora`'s factors
+and `rso`'s B. Momentum decays by 0.95, in `normuon_4bit` by 0.9; `galore`
+projects the long side, as optax's does. A search lacks the neighbours of its
+best and the seeds at it that have not run. Sigma is the spread of one seed,
+pooled over all methods of a table; z is the difference to AdamW over its
+standard error, and beyond 3.1 no accident. What is on the front has less loss
+than all with no more state.
 
 All MiB are those of state, weights and what a step adds to them. "AdamW needs"
 is how many times as many tokens AdamW takes to the same loss, between lengths
@@ -77,9 +80,13 @@ def z_score(one: dict, other: dict, spread: float | None) -> float | None:
   return (mean(one) - mean(other)) / error
 
 
-def is_ready_made(search: dict) -> bool:
+def is_ready_made(method: str) -> bool:
   """Whether it is an optimizer at any rank, and no form that was only tried."""
-  return ', ' not in re.sub(r', rank [\d.]+$', '', search['method'])
+  return ', ' not in re.sub(r', rank [\d.]+$', '', method)
+
+
+def select_ready(searches: list[dict]) -> list[dict]:
+  return [search for search in searches if is_ready_made(search['method'])]
 
 
 def front(searches: list[dict]) -> list[dict]:
@@ -196,20 +203,19 @@ def markdown(results: dict[str, Any]) -> str:
     spread = sigma(searches)
     base = adamw(searches)
     rows = [cells(search, base, spread, adamws) for search in searches]
-    ready = filter(is_ready_made, searches)
-    text += f'\n### {name}\n\n{sentence([*ready])}\n'
+    text += f'\n### {name}\n\n{sentence(select_ready(searches))}\n'
     text += f'\nSigma is {spread:.4f}.\n' if spread else ''
     text += f'\n{harness.table(HEAD, rows)}\n'
   return text
 
 
-# One seed each, beside `galore` and `trion`, which they are kin to.
+# Kin of `galore` and of `trion`, with one seed; the page of all rows has them.
 _LEFT_OUT = ('contrib_galore', 'dion')
 
 
 def select_shown(searches: list[dict]) -> list[dict]:
   """The ready-made ones; at other ranks only what is on the front."""
-  ready = [*filter(is_ready_made, searches)]
+  ready = select_ready(searches)
   best = [search['method'] for search in front(ready)]
   return [
     search
@@ -220,18 +226,16 @@ def select_shown(searches: list[dict]) -> list[dict]:
 
 
 def summary(results: dict[str, Any]) -> str:
-  """What is shown on both corpora, the best on the first corpus first."""
-  by_corpus = {}
-  for corpus in corpora.CORPORA:
-    key = (corpus, '0.1M', 1)
-    found = [x for x in results['searches'] if _place(x) == key]
-    shown = select_shown(sorted(found, key=mean))
-    by_corpus[corpus] = {search['method']: search for search in shown}
-  first, second = corpora.CORPORA
-  base = by_corpus[first]['adamw']['memory']['optimizer_bytes']
+  """What is shown of the first corpus, the best first, and its other losses."""
+  first, second = (
+    {search['method']: search for search in _first_searches(results, corpus)}
+    for corpus in corpora.CORPORA
+  )
+  base = first['adamw']['memory']['optimizer_bytes']
   rows = []
-  for name, search in by_corpus[first].items():
-    other = by_corpus[second].get(name)
+  for search in select_shown(sorted(first.values(), key=mean)):
+    name = search['method']
+    other = second.get(name)
     size = search['memory']['optimizer_bytes']
     rows.append(
       [
@@ -242,12 +246,14 @@ def summary(results: dict[str, Any]) -> str:
         f'{100 * size / base:.0f} %',
       ]
     )
-  head = ('', first, second, 'state, MiB', "of AdamW's")
+  head = ('', *corpora.CORPORA, 'state, MiB', "of AdamW's")
   return harness.table(head, rows)
 
 
-def _place(search: dict) -> tuple:
-  return search['corpus'], search['size'], search['multiple']
+def _first_searches(results: dict[str, Any], corpus: str) -> list[dict]:
+  """Those of the smallest size and length."""
+  place = lambda x: (x['corpus'], x['size'], x['multiple'])
+  return [x for x in results['searches'] if place(x) == (corpus, '0.1M', 1)]
 
 
 def _with_spread(values: list[float]) -> str:

@@ -4,10 +4,14 @@ import math
 
 import numpy as np
 
+from benchmarks import corpora
 from benchmarks import harness
 from benchmarks import pareto
 from benchmarks import pareto_report
 from benchmarks import pareto_run
+from benchmarks.claims import claim
+from benchmarks.claims import tuned
+import errors
 
 
 def search(method, losses, size, lr=0.01, multiple=1.0):
@@ -105,7 +109,7 @@ def test_the_front_is_what_nothing_smaller_beats():
 
 
 def test_a_rank_is_a_choice_and_a_form_was_only_tried():
-  ready = lambda name: pareto_report.is_ready_made(search(name, [1.0], 1))
+  ready = pareto_report.is_ready_made
   assert ready('muon') and ready('subspace_muon_8bit, rank 0.5')
   assert not ready('muon, b 0.9')
   assert not ready('subspace_muon, b 0.95, rank 0.5')
@@ -141,3 +145,51 @@ def test_the_committed_page_is_of_the_committed_results():
   results = harness.load_results(harness.RESULTS / 'pareto.json')
   page = (harness.RESULTS / 'pareto.md').read_text()
   assert page == pareto_report.markdown(results)
+
+
+def test_other_ranks_are_shown_on_the_front_and_on_all_corpora():
+  rank = search('muon_8bit, rank 0.9', [1.41], 2**18)
+  worse = search('muon_8bit, rank 0.5', [1.70], 2**17)
+  shown = pareto_report.select_shown([*ALL, rank, worse])
+  assert shown == [*ALL, rank]
+  first, second = corpora.CORPORA
+  place = {'size': '0.1M', 'multiple': 1}
+  there = [x | place | {'corpus': first} for x in [*ALL, rank]]
+  # Off the second corpus's front, and still a loss there.
+  off = rank | {'runs': search('', [1.90], 1)['runs']}
+  here = [x | place | {'corpus': second} for x in [*ALL, off]]
+  text = pareto_report.summary({'searches': there + here})
+  assert '| `muon_8bit, rank 0.9` | 1.410 | 1.900 | 0.25 | 25 % |' in text
+
+
+def test_the_readme_holds_the_committed_results():
+  results = harness.load_results(harness.RESULTS / 'pareto.json')
+  page = (harness.ROOT / 'README.md').read_text()
+  assert pareto_report.summary(results) in page
+
+
+def test_what_has_no_decay_searches_none(tmp_path):
+  worker = pareto.Worker(
+    pareto.Args(runs=str(tmp_path / 'runs'), out=str(tmp_path / 'none.json'))
+  )
+  start = worker.start(pareto_run.Job('rso', 'code', '0.1M', 1.0, 8, 128))
+  assert start.decay == 0
+  around = pareto.neighbours(start)
+  assert {p.lr for p in around} == {2 * start.lr, start.lr / 2}
+  assert {p.decay for p in around} == {0.0}
+
+
+def test_what_a_search_lacks_counts_neighbours_and_seeds():
+  rows = [row(pareto.Point.near(0.01, 0.003), 1.0)]
+  around, seeds = pareto.lacking(rows, 3)
+  assert len(around) == 4 and [x.seed for x in seeds] == [1, 2]
+  args = pareto.Args(most=1)
+  assert pareto.wanted(pareto.best(rows), rows, args) == seeds
+
+
+def test_a_claim_without_rows_says_what_to_run(tmp_path, monkeypatch):
+  path = tmp_path / 'pareto.json'
+  harness.save_results(path, {'searches': []})
+  monkeypatch.setattr(claim, 'PARETO', path)
+  with errors.raises(LookupError, 'rso', "'galore, short side'"):
+    tuned.perplexities({'RSO': 'rso', 'GaLore': 'galore, short side'})

@@ -28,7 +28,7 @@ _SHARED = ('counter', 'theorems', 'training', 'tuned')
 HELPERS = [HERE / f'{name}.py' for name in _SHARED]
 HELPERS += [
   HERE.parent / f'{name}.py'
-  for name in ('programs', 'plan_check', 'pareto_report')
+  for name in ('programs', 'plan_check', 'pareto_report', 'corpora')
 ]
 
 

@@ -15,10 +15,10 @@ PRINTED = {
 }
 METHODS = {
   'Adam': 'adamw',
-  'GaLore': 'galore',
+  'GaLore': 'galore, short side',
   'GoLore': 'golore',
   'RSO': 'rso',
-  'RSO, first moment transported': 'rso, first moments kept',
+  'RSO, first moment transported': 'rso, first moments transported',
 }
 
 

@@ -89,22 +89,19 @@ def schedule(peak: Any) -> Callable:
 def program(make: Callable[[Any], Any]) -> Callable:
   """(peak rate, key, batches) -> validation loss of the trained model.
 
-  `make` takes a schedule to an optimizer, or to subproblems of RSO.
+  `make` takes a schedule to an optimizer.
   """
   loss, init = model()
 
   @jax.jit
   def run(peak, key, batches_SxBxT1, held_out):
-    made = make(schedule(peak))
-    if not isinstance(made, so.rso.Subproblems):  # clipping as in the papers
-      made = optax.chain(optax.clip_by_global_norm(1.0), made)
-    how = train_step.method(made, clip=1.0)
-    step = train_step.make_step(loss, how)
+    clip = optax.clip_by_global_norm(1.0)  # as in the papers
+    tx = optax.chain(clip, make(schedule(peak)))
+    step = train_step.make_step(loss, tx)
     one = lambda state, batch: (step(state, batch[None])[0], ())
     params = init(key)
-    state = {'params': params, 'opt_state': how.init(params)}
-    state, _ = lax.scan(one, state, batches_SxBxT1)
-    trained = how.model(**state)
+    state = {'params': params, 'opt_state': tx.init(params)}
+    trained = lax.scan(one, state, batches_SxBxT1)[0]['params']
     return jnp.mean(lax.map(lambda batch: loss(trained, batch), held_out))
 
   return run

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import json
 import math
+import shlex
 import statistics
 from typing import Any
 
@@ -31,7 +32,7 @@ def perplexities(methods: dict[str, str]) -> dict[str, list[float]]:
   if missing:
     raise LookupError(
       f'{claim.PARETO.name} has no rows of {missing}; run '
-      f'python -m benchmarks.pareto --methods {" ".join(missing)}'
+      f'python -m benchmarks.pareto --methods {shlex.join(missing)}'
     )
   return {
     title: [math.exp(x) for x in found[name]] for title, name in methods.items()

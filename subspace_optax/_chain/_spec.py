@@ -125,8 +125,8 @@ class SubspaceSpec:
       4. The leaf's name and sizes tell ('name'), as of query, key and out.
       5. The last two axes are taken ('assumed'), and `init` warns.
     only_if_smaller: keep leaves plain whose basis and two moments would take
-      no fewer bytes than Adam's two moments, also where an optimizer stores no
-      basis or one moment: False projects those too.
+      no fewer bytes than Adam's two moments. The rule counts these even if an
+      optimizer stores fewer; pass False to project such leaves.
     allow_empty: accept trees in which no leaf is matched.
     seed: what all randomness is derived from, folded with each leaf's path.
     key_group: a function from a leaf's path to a name that replaces the path in
