@@ -1,6 +1,7 @@
 """Optimizers on meshes of mixed axis types, and inside of `jax.shard_map`."""
 
 import functools
+import itertools
 
 import jax
 from jax import lax
@@ -32,14 +33,18 @@ def ready_made(name, **kwargs):
 MADE = {name: functools.partial(ready_made, name) for name in cases.READY_MADE}
 # Each other place with a branch or a loop.
 PIECES = {
-  'both': lambda: so.subspace(
+  'both, rotated': lambda: so.subspace(
     SPEC,
-    projectors.svd(2),
+    projectors.svd(2, 'randomized'),
     optax.scale_by_adam(),
     transport=so.transports.both(0.9, 0.999),
   ),
-  'reset': lambda: so.subspace(
-    SPEC, projectors.gaussian(2), optax.scale_by_adam(), transport='reset'
+  'reset, every_k': lambda: so.subspace(
+    SPEC,
+    projectors.gaussian(1),
+    optax.scale_by_adam(),
+    transport='reset',
+    every_k=2,
   ),
   'error_feedback': lambda: so.subspace(
     SPEC,
@@ -52,25 +57,26 @@ PIECES = {
     projectors.svd(2, stagger=True),
     so.scale_by_adam8bit(),
   ),
-  'tracking': lambda: so.subspace(
-    SPEC, projectors.grassmann_tracking(2), optax.scale_by_adam()
-  ),
-  'rotated': lambda: so.subspace(
-    SPEC, projectors.svd(2, 'randomized'), optax.scale_by_adam()
-  ),
   'online_pca': lambda: so.subspace(
     SPEC,
     projectors.online_pca(optax.sgd(0.1), init='svd', update_every=2),
     optax.scale_by_adam(),
   ),
-  'every_k': lambda: so.golore(0.1, 2, update_proj_gap=1, every_k=2),
-  'lion8bit': lambda: so.subspace(
-    SPEC, projectors.svd(2), so.scale_by_lion8bit(), plain=optax.scale_by_lion()
+  'tracking, lion8bit': lambda: so.subspace(
+    SPEC,
+    projectors.grassmann_tracking(2),
+    so.scale_by_lion8bit(),
+    plain=optax.scale_by_lion(),
   ),
   'compensated': lambda: optax.chain(
     MADE['golore'](), so.round_updates('compensated')
   ),
 }
+# Of others' parts: `fira_adamw`'s bases, `ldadamw`'s residual, and `golore`,
+# whose updates of float32 pass.
+ALIKE = ('galore', 'error_feedback', 'compensated')
+# On meshes of one type too, where the steps are compiled again.
+SHARDED = ('golore', 'ldadamw', 'subspace_muon')
 
 
 def normal(seed, *shape):
@@ -97,16 +103,39 @@ def steps(tx, params, state, seed):
   return lax.scan(one, (params, state), ts)[0]
 
 
-@pytest.mark.parametrize('name', MADE | PIECES)
-def test_every_device_has_a_state_of_its_own(name):
-  """Two replicas that differ take the steps that each would take alone.
+SEEDS = jnp.array([1.0, 2.0])
 
-  Ready-made optimizers have a stack and a matrix, pieces the stack.
-  """
-  tx = (MADE | PIECES)[name]()
+
+def starts_of(name):
+  """One optimizer has a stack and a matrix, others the stack."""
   starts = [parameters(0), parameters(7)]
-  if name in PIECES:
-    starts = [{'stack': start['stack']} for start in starts]
+  if name == 'golore':
+    return starts
+  return [{'stack': start['stack']} for start in starts]
+
+
+@functools.cache
+def ends_alone(name):
+  """Returns what is left of each replica after the steps."""
+  tx = (MADE | PIECES)[name]()
+
+  @cases.jit
+  def alone(params, seed):
+    return steps(tx, params, tx.init(params), seed)
+
+  return [*map(alone, starts_of(name), SEEDS)]
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(x, marks=pytest.mark.full if x in ALIKE else ())
+    for x in MADE | PIECES
+  ],
+)
+def test_every_device_has_a_state_of_its_own(name):
+  """Two replicas that differ take the steps that each would take alone."""
+  tx, starts = (MADE | PIECES)[name](), starts_of(name)
   mesh = jax.make_mesh((2,), ('replica',), axis_types=(AxisType.Auto,))
   both = jax.tree.map(lambda *x: jnp.stack(x), *starts)
 
@@ -122,15 +151,8 @@ def test_every_device_has_a_state_of_its_own(name):
     left = steps(tx, params, tx.init(params), seeds[0])
     return jax.tree.map(lambda x: x[None], left)
 
-  seeds = jnp.array([1.0, 2.0])
-  found = replicas(both, seeds)
-
-  @cases.jit
-  def alone(params, seed):
-    return steps(tx, params, tx.init(params), seed)
-
-  for i, start in enumerate(starts):
-    wanted = alone(start, seeds[i])
+  found = replicas(both, SEEDS)
+  for i, wanted in enumerate(ends_alone(name)):
     for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
       close = np.testing.assert_allclose
       if jnp.issubdtype(x.dtype, jnp.integer):
@@ -185,31 +207,9 @@ def test_state_that_has_lost_its_explicit_axes():
     jax.eval_shape(tx.update, params, state, params)
 
 
-@functools.cache
-def ends_alone(name):
-  """Returns where each replica's parameters are after the steps."""
-  tx, ends = MADE[name](), []
-
-  @cases.jit
-  def update(params, state):
-    updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
-    return optax.apply_updates(params, updates), state
-
-  for params in (parameters(0), parameters(7)):
-    state = tx.init(params)
-    for _ in range(STEPS):
-      params, state = update(params, state)
-    ends.append(params)
-  return ends
-
-
 @pytest.mark.parametrize(
   'name, kind',
-  grid.cover(
-    ['golore', 'ldadamw', 'subspace_muon'],
-    [AxisType.Auto, AxisType.Explicit],
-    of=2,
-  ),
+  grid.cover(SHARDED, [AxisType.Auto, AxisType.Explicit], of=2),
 )
 def test_replicas_whose_parameters_are_sharded(name, kind):
   """One axis is manual, the other one is left to the compiler or explicit."""
@@ -222,32 +222,31 @@ def test_replicas_whose_parameters_are_sharded(name, kind):
       'norm': P('replica', None, None),
     },
   }
-  both = jax.tree.map(lambda *x: jnp.stack(x), parameters(0), parameters(7))
+  both = jax.tree.map(lambda *x: jnp.stack(x), *starts_of(name))
   replicas = functools.partial(
     jax.shard_map, out_specs=P('replica'), axis_names={'replica'}
   )
 
-  def update(params, state):
-    params, state = jax.tree.map(lambda x: jnp.squeeze(x, 0), (params, state))
-    gradients = jax.tree.map(jnp.sin, params)
-    updates, state = tx.update(gradients, state, params)
-    params = optax.apply_updates(params, updates)
-    return jax.tree.map(lambda x: x[None], (params, state))
+  squeeze = lambda tree: jax.tree.map(lambda x: jnp.squeeze(x, 0), tree)
+
+  def update(params, state, seeds):
+    left = steps(tx, *squeeze((params, state, seeds)))
+    return jax.tree.map(lambda x: x[None], left[0])
 
   def init(params):
-    state = tx.init(jax.tree.map(lambda x: jnp.squeeze(x, 0), params))
-    return jax.tree.map(lambda x: x[None], state)
+    return jax.tree.map(lambda x: x[None], tx.init(squeeze(params)))
 
   with jax.set_mesh(mesh):
     params = jax.tree.map(
-      lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), both, specs
+      lambda x, s: jax.device_put(x, NamedSharding(mesh, s)),
+      both,
+      {key: specs[key] for key in both},
     )
     state = cases.jit(replicas(init, in_specs=P('replica')))(params)
+    seeds = jax.device_put(SEEDS, NamedSharding(mesh, P('replica')))
     step = cases.jit(replicas(update, in_specs=P('replica')))
-    for _ in range(STEPS):
-      params, state = step(params, state)
-    found = jax.device_get(params)
-  for i, wanted in enumerate(ends_alone(name)):
+    found = jax.device_get(step(params, state, seeds))
+  for i, (wanted, _) in enumerate(ends_alone(name)):
     for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
       np.testing.assert_allclose(x[i], y, rtol=1e-4, atol=1e-4)
 
@@ -274,14 +273,15 @@ def train(name, kinds, spec):
   mesh = jax.make_mesh((4 // len(kinds),) * len(kinds), names, axis_types=kinds)
   tx, found = MADE[name](), []
   with jax.set_mesh(mesh):
-    places = {
+    leaves = {
       k: NamedSharding(mesh, s) for k, s in {'w': spec, 'bias': P(None)}.items()
     }
     put = functools.partial(jax.tree.map, jax.device_put)
-    params, update = put(stacked(9), places), cases.jit(tx.update)
-    state = tx.init(params)
+    params, update = put(stacked(9), leaves), cases.jit(tx.update)
+    places = so.state_sharding(tx, params)
+    state = cases.jit(tx.init, out_shardings=places)(params)
     for t in range(STEPS):
-      updates, state = update(put(stacked(t), places), state, params)
+      updates, state = update(put(stacked(t), leaves), state, params)
       found.append(jax.device_get(updates['w']))
   return found, update._cache_size()
 
@@ -292,8 +292,28 @@ def wanted(name):
   return train(name, (E,), P(None, None, 'x'))[0]
 
 
-# Every optimizer on one mesh, one or two optimizers on every mesh.
-@pytest.mark.parametrize('name, mixed', grid.cover(MADE, MIXED, of=7))
+# One optimizer on every mesh: those that see whole matrices, and others' bases.
+# All of them on meshes of one type: tests/test_sharding.py.
+ON_MIXED = {
+  'galore': 'layers',
+  'golore': 'auto rows beside explicit layers',
+  'online_subspace_descent': 'explicit rows beside auto',
+  'fira_adamw': 'explicit columns beside auto',
+  'apollo_adamw': 'explicit layers beside auto',
+  'ldadamw': 'layers over both',
+  'subspace_muon': 'layers and rows',
+}
+
+
+@pytest.mark.parametrize(
+  'name, mixed',
+  [
+    pytest.param(
+      *point, marks=() if point in ON_MIXED.items() else pytest.mark.full
+    )
+    for point in itertools.product(MADE, MIXED)
+  ],
+)
 def test_steps_on_meshes_of_mixed_types(name, mixed):
   """Steps are those on another mesh, and the state's types stay."""
   found, programs = train(name, *MIXED[mixed])

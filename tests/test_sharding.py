@@ -210,9 +210,22 @@ class Point(NamedTuple):
 WHOLE = ('subspace_muon', 'subspace_normuon', 'dion', 'trion', 'ldadamw')
 
 
-# `exact`, `warm` and `galore`, `int8`, `stiefel`, `dct` are like them, and have
-# the same products on the mesh.
-ALIKE = ('gram', 'randomized', 'lazy', 'regenerated', 'dct_l2')
+# Others are like them, and have the same products on the mesh: `exact`; `warm`,
+# `galore` and `int8`; `golore` and `walk`; `ldadamw` and `dion`; `trion`;
+# `subspace_muon` and tests/test_spread.py.
+ALIKE = (
+  'gram',
+  'importance',
+  'randomized',
+  'lazy',
+  'stiefel',
+  'regenerated',
+  'power',
+  'lagged_power',
+  'dct',
+  'dct_l2',
+  'subspace_normuon',
+)
 
 
 def _points(full):
@@ -223,8 +236,10 @@ def _points(full):
     # Neighbours are relatives, and differ in kind and layout.
     ks = (i // 2, i + 1) if name in WHOLE else (i // 2,)
     some = {stacks[k % 4]: None for k in ks}
+    # All leaves for the one whose collectives depend on the layout most.
+    every = full or name == 'subspace_muon'
     for kind in AXES if full else [list(AXES)[i % 2]]:
-      yield Point(name, kind, tuple(LEAVES) if full else (*some, 'bias'))
+      yield Point(name, kind, tuple(LEAVES) if every else (*some, 'bias'))
 
 
 def pytest_generate_tests(metafunc):

@@ -197,7 +197,11 @@ def losses_alone():
 
 @pytest.mark.parametrize(
   ('place', 'kind'),
-  [('both', 'Auto'), ('rows', 'Explicit')],
+  [
+    ('both', 'Auto'),
+    # Explicit axes with rules for sharded gradients: tests/test_sharding.py.
+    pytest.param('rows', 'Explicit', marks=pytest.mark.full),
+  ],
 )
 def test_the_same_losses_on_any_mesh(place, kind):
   """Over three refreshes, with `auto` where `randomized` runs on one device."""

@@ -63,6 +63,10 @@ def random_of_one_matrix(update_proj_gap, stagger=False):
   )
 
 
+def full(x):
+  return pytest.param(x, marks=pytest.mark.full)
+
+
 @pytest.mark.parametrize('rule', [dct_columns, gradient_descent, shrunk])
 def test_thirty_lines_are_enough(rule):
   assert len(inspect.getsource(rule).splitlines()) <= 30
@@ -77,16 +81,20 @@ def test_projectors_from_outside(projector):
   so.testing.check_projector(projector)
 
 
-# The docstrings of `so.testing` check `svd`, `fira` and `first`.
-@pytest.mark.parametrize('name', ['gaussian', 'online_pca', 'switch'])
+# The docstrings of `so.testing` check `svd`, `fira` and `first`; bases that are
+# not orthonormal, as `gaussian` has them, are passed below.
+@pytest.mark.parametrize(
+  'name', [full('gaussian'), 'online_pca', full('switch')]
+)
 def test_projectors_of_ours(name):
   so.testing.check_projector(grid.PROJECTORS[name](False))
 
 
-# One of each kind of state: none, two sorts of norms, arrays like the leaf and
-# like its outputs. All rules: tests/test_grid.py, test_residuals_composed.py.
+# One of each kind of state: none, norms, arrays like the leaf and like its
+# outputs. All rules: tests/test_grid.py, test_residuals_composed.py.
 @pytest.mark.parametrize(
-  'name', ['apollo_mini', 'error_feedback', 'normuon', 'from outside']
+  'name',
+  [full('apollo_mini'), full('error_feedback'), 'normuon', 'from outside'],
 )
 def test_residuals(name):
   rules = grid.RESIDUALS | {'from outside': gradient_descent(0.1)}
@@ -95,7 +103,7 @@ def test_residuals(name):
 
 @pytest.mark.parametrize(
   'transport',
-  [shrunk(0.5), so.transports.both(0.9, 0.999), 'reset'],
+  [shrunk(0.5), full(so.transports.both(0.9, 0.999)), 'reset'],
   ids=lambda x: getattr(x, 'name', 'by name'),
 )
 def test_transports(transport):
@@ -168,8 +176,14 @@ def test_moments_are_shorter():
   np.testing.assert_allclose(found[0], 0.25 * found[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('rule', [dct_columns, random_of_one_matrix])
+@pytest.mark.parametrize(
+  'rule, kind',
+  grid.cover(
+    [random_of_one_matrix, dct_columns],
+    [AxisType.Auto, AxisType.Explicit],
+    of=2,
+  ),
+)
 def test_a_rule_for_one_matrix_on_a_mesh(rule, kind):
   """Steps are those on one device, and the state keeps its sharding."""
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(kind,) * 2)
