@@ -22,7 +22,14 @@ import subspace_optax as so
 every_case = pytest.mark.parametrize('name', cases.CASES)
 # The ready-made optimizers.
 READY = ('galore', 'golore', 'golore_late', 'online')
-every_ready = pytest.mark.parametrize('name', READY)
+# Both GoLores have one factory, and the late one runs all of it.
+every_ready = pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(x, marks=pytest.mark.full if x == 'golore' else ())
+    for x in READY
+  ],
+)
 
 _READY_MADE = {  # factory, arguments, static ones for inject_hyperparams
   'galore': (so.galore, dict(rank=3, update_proj_gap=2), ('rank',)),
