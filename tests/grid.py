@@ -152,6 +152,7 @@ FACTORS: dict[str, tuple] = {
   'basis_dtype': (jnp.float32, jnp.bfloat16),
   'every_k': (1, 2),
   'residual': (None, *RESIDUALS),
+  'leaf': ('stack', 'plain'),
 }
 
 
@@ -166,11 +167,12 @@ class Point(NamedTuple):
   basis_dtype: Any
   every_k: int
   residual: str | None
+  leaf: str
 
   def __str__(self) -> str:
     flags = ['stagger'] * self.stagger + [f'every_{self.every_k}']
     dtype = jnp.dtype(self.basis_dtype).name
-    return '-'.join([*self[:4], *flags, dtype, str(self.residual)])
+    return '-'.join([*self[:4], *flags, dtype, str(self.residual), self.leaf])
 
 
 def cover(*factors: Iterable[Any], of: int) -> list[Any]:

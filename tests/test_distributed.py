@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,22 +28,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Far more than any process takes, however busy the machine: a guard only.
 SECONDS = 900
 
-# Says which rows it reads; process 1 dies by SIGKILL at a step or at a save.
+# Notes the state at a step and which rows it has read; process 1 dies by
+# SIGKILL in the save of another.
 # What Python prints goes to a file of its own: native libraries write to the
 # same stdout, in the middle of lines.
 CHILD = """
 import json, os, pathlib, signal, sys, threading
 
-step, when = int(sys.argv.pop(1)), sys.argv.pop(1)
+noted, fatal = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 sys.stdout = open(sys.argv.pop(1), 'w', buffering=1)
-import checkpoint, data, jax, pretrain, report, flags, settings
+import checkpoint, data, jax, pretrain, flags, settings
 
-save, reader, advance = checkpoint.save, data.reader, report.LiveLine.advance
+save, reader = checkpoint.save, data.reader
 rows = set()
-
-def die(now, done):
-  if (now, done, jax.process_index()) == (when, step, 1):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 def new_reader(*args):
   read = reader(*args)
@@ -55,25 +54,20 @@ def die_at_half(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def new_save(checkpointer, done, state, **notes):
-  if (when, done, jax.process_index()) == ('saving', step, 1):
+  if (done, jax.process_index()) == (fatal, 1):
     # Dies at the first call, in any thread, that finds a folder half written:
     # process 0 cannot end what process 1 has no part in.
     threading.setprofile(die_at_half)
     sys.setprofile(die_at_half)
   save(checkpointer, done, state, **notes)
-  if when != 'saving':
+  if done != fatal:
     checkpointer.wait()
-  if done == step:
+  if done == noted:
     found = {'rows': sorted(rows), 'state': pretrain.digest(state)}
     name = f'process{jax.process_index()}.json'
     pathlib.Path(config.out, name).write_text(json.dumps(found))
 
-def new_advance(line, done):
-  advance(line, done)
-  die('running', done)
-
 checkpoint.save, data.reader = new_save, new_reader
-report.LiveLine.advance = new_advance
 config = flags.parse(pretrain.Config, '', settings.PRETRAINING)
 pretrain.main(config)
 """
@@ -89,13 +83,13 @@ def fast_compilation(compile_once):
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
-  """Six steps on one device; matrix products only, no LAPACK."""
+  """Four steps on one device; matrix products only, no LAPACK."""
   text = tmp_path_factory.mktemp('text') / 'a.txt'
   words = np.random.default_rng(0).choice('the cat sat on a mat'.split(), 2000)
   text.write_text(' '.join(words))
   return pretrain.Config(
-    model='llama_test', data=(str(text),), rank=4, batch=4, seq=16, steps=6,
-    log_every=1, eval_every=6, save_every=2, eval_batches=2,
+    model='llama_test', data=(str(text),), rank=4, batch=4, seq=16, steps=4,
+    log_every=1, eval_every=2, save_every=2, eval_batches=2,
     final_eval_batches=4, out=str(tmp_path_factory.mktemp('runs') / 'one'),
   )  # fmt: skip
 
@@ -103,7 +97,7 @@ def config(tmp_path_factory):
 def losses(config) -> list[float]:
   rows = report.read_rows(pathlib.Path(config.out, 'metrics.jsonl'))
   found = [row for row in rows if 'loss' in row]
-  assert [row['step'] for row in found] == [1, 2, 3, 4, 5, 6]
+  assert [row['step'] for row in found] == [1, 2, 3, 4]
   return [row['loss'] for row in found]
 
 
@@ -163,9 +157,10 @@ def logs(config) -> list[str]:
   return [file_of(config, i, 'log').read_text() for i in range(2)]
 
 
-def start(config, compiled_folder, process, port, step, when, launcher, *more):
+def start(config, compiled_folder, process, port, noted, fatal, launcher, more):
   said = str(file_of(config, process, 'txt'))
-  command = [sys.executable, '-c', CHILD, str(step), when, said, *flags(config)]
+  command = [sys.executable, '-c', CHILD, str(noted), str(fatal), said]
+  command += flags(config)
   environment = {
     'PATH': '', 'PYTHONPATH': f'{ROOT}:{ROOT / "examples"}',
     'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2',
@@ -184,10 +179,10 @@ def start(config, compiled_folder, process, port, step, when, launcher, *more):
     )
 
 
-def start_two(config, compiled_folder, step, when, *more, launcher=False):
+def start_two(config, compiled_folder, noted, fatal, *more, launcher=False):
   port = free_port()
   begin = lambda i: start(
-    config, compiled_folder, i, port, step, when, launcher, *more
+    config, compiled_folder, i, port, noted, fatal, launcher, more
   )
   return [begin(0), begin(1)]
 
@@ -218,88 +213,94 @@ def checkpoints(config) -> set[str]:
   return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
+def notes(config) -> list[dict]:
+  """What the processes have noted of the rows that they read and the state."""
+  names = [f'process{i}.json' for i in range(2)]
+  return [json.loads(pathlib.Path(config.out, x).read_text()) for x in names]
+
+
+def copied(config, folder, **changes):
+  """The same run in a folder of its own."""
+  shutil.copytree(config.out, folder)
+  return in_folder(config, folder, **changes)
+
+
 @pytest.fixture(scope='module')
-def together(config, compiled_folder, tmp_path_factory):
-  """The run of two processes of two devices each, and what they noted."""
+def killed(config, compiled_folder, tmp_path_factory):
+  """A run of two processes of two devices each, killed in its last save."""
   folder = tmp_path_factory.mktemp('runs') / 'two'
   two = in_folder(config, folder, mesh='fsdp=2,tensor=2')
-  processes = start_two(two, compiled_folder, 6, '-')
-  finish(processes)
-  assert [p.returncode for p in processes] == [0, 0], logs(two)
-  notes = [
-    json.loads((folder / f'process{i}.json').read_text()) for i in range(2)
-  ]
-  return two, notes
+  finish_killed(two, start_two(two, compiled_folder, 2, 4, launcher=True))
+  return two
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(alone, together):
-  np.testing.assert_allclose(losses(together[0]), alone, rtol=1e-5)
+def test_two_processes_have_the_losses_of_one(alone, killed):
+  np.testing.assert_allclose(losses(killed), alone, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_each_process_reads_its_own_rows(together):
-  assert [note['rows'] for note in together[1]] == [[[0, 2]], [[2, 4]]]
+def test_each_process_reads_its_own_rows(killed):
+  assert [x['rows'] for x in notes(killed)] == [[[0, 2]], [[2, 4]]]
 
 
 @pytest.mark.slow
-def test_one_process_prints_and_writes(together):
-  two, _ = together
-  said = printed(two)
-  assert 'everything is in' in said[0] and 'loss' in said[0]
-  assert said[1] == ''
-  saved = json.loads(pathlib.Path(two.out, 'config.json').read_text())
+def test_one_process_prints_and_writes(killed):
+  said = printed(killed)
+  assert 'loss' in said[0] and said[1] == ''
+  saved = json.loads(pathlib.Path(killed.out, 'config.json').read_text())
   assert saved['process'] == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('text', ['', 'data=2,tensor=2', 'fsdp=4'])
-def test_restored_bit_by_bit_on_other_meshes(together, text):
+@pytest.mark.parametrize(
+  'text',
+  ['', 'fsdp=4', pytest.param('data=2,tensor=2', marks=pytest.mark.full)],
+)
+def test_restored_bit_by_bit_on_other_meshes(killed, text, tmp_path):
   """State and parameters, in one process with one device or four."""
-  two, notes = together
-  run = pretrain.plan(pretrain.for_optimizer(two, two.optimizer), 256,
+  saved_in = pathlib.Path(copied(killed, tmp_path / 'run').out, 'checkpoints')
+  run = pretrain.plan(pretrain.for_optimizer(killed, killed.optimizer), 256,
                       mesh.make(text))  # fmt: skip
-  with checkpoint.open_folder(pathlib.Path(two.out, 'checkpoints')) as saved:
+  with checkpoint.open_folder(saved_in) as saved:
     step, state = checkpoint.restore(saved, run.like)
-  assert step == 6
+  assert step == 2
   assert mesh.shardings(state) == mesh.shardings(run.like)
-  assert [pretrain.digest(state)] * 2 == [note['state'] for note in notes]
+  assert [pretrain.digest(state)] * 2 == [x['state'] for x in notes(killed)]
 
 
 @pytest.mark.slow
-def test_killed_in_mid_run_and_in_mid_save(
-  config, compiled_folder, alone, tmp_path
-):
-  """The third start goes on in one process, on another mesh, to the end."""
-  run = in_folder(config, tmp_path / 'run', mesh='fsdp=2,tensor=2')
-  victims = start_two(run, compiled_folder, 3, 'running')
-  finish_killed(run, victims)
-  assert checkpoints(run) == {'2'}
-
-  again = start_two(
-    run, compiled_folder, 4, 'saving', '--resume', launcher=True
-  )
-  finish_killed(run, again)
-  assert 'going on after step 2' in printed(run)[0]
-  half = checkpoints(run) - {'2'}
-  assert len(half) == 1 and not half & {'4', '6'}
-
-  one = dataclasses.replace(run, mesh='data=2,tensor=2', resume=True)
+def test_killed_in_mid_save_one_process_goes_on(killed, alone, tmp_path):
+  """On four devices of another mesh."""
+  half = checkpoints(killed) - {'2'}
+  assert len(half) == 1 and '4' not in half
+  mesh = 'data=2,fsdp=-1'
+  one = copied(killed, tmp_path / 'run', mesh=mesh, resume=True)
   pretrain.main(one)
-  assert checkpoints(run) == {'4', '6'}
+  assert checkpoints(one) == {'2', '4'}
   np.testing.assert_allclose(losses(one), alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_in_mid_save_two_processes_go_on(
+  killed, compiled_folder, alone, tmp_path
+):
+  """Joined by flags this time, to the end."""
+  two = copied(killed, tmp_path / 'run')
+  processes = start_two(two, compiled_folder, 4, 0, '--resume')
+  finish(processes)
+  assert [p.returncode for p in processes] == [0, 0], logs(two)
+  said = printed(two)
+  assert 'going on after step 2' in said[0] and 'everything is in' in said[0]
+  assert said[1] == ''
+  assert checkpoints(two) == {'2', '4'}
+  np.testing.assert_allclose(losses(two), alone, rtol=1e-5)
 
 
 # --- One process -------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_four_devices_have_the_losses_of_one(config, alone, tmp_path):
-  four = in_folder(config, tmp_path / 'run', mesh='data=2,fsdp=-1')
-  pretrain.main(four)
-  np.testing.assert_allclose(losses(four), alone, rtol=1e-5)
-
-
+@functools.cache
 def sharding(text, optimizer='online_subspace_descent'):
   """The plan of a run on a mesh of four devices, by path."""
   config = pretrain.Config(model='llama_test', optimizer=optimizer, rank=4)

@@ -17,11 +17,10 @@ import subspace_optax as so
 
 STEPS = 6
 
-# A stack along the middle axis, a plain matrix, a vector.
-LEAVES = {
-  'blocks/up': cases.Leaf((8, 3, 12), jnp.float32, (0,), (2,)),
-  'down': cases.Leaf((12, 8), jnp.bfloat16, (0,), (1,)),
-  'bias': cases.Leaf((12,), jnp.float32),
+# What a point has beside a vector. Half the matrices make half the program.
+MATRICES = {
+  'stack': cases.Leaf((8, 3, 12), jnp.float32, (0,), (2,)),  # along the middle
+  'plain': cases.Leaf((12, 8), jnp.bfloat16, (0,), (1,)),
 }
 
 
@@ -32,23 +31,27 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize('point', points, ids=str)
 
 
+def _leaves(point):
+  bias = cases.Leaf((12,), jnp.float32)
+  return {'matrix': MATRICES[point.leaf], 'bias': bias}
+
+
 def _make(point):
   return grid.make(
     point,
-    weight_dimension_numbers=cases.dimension_numbers(LEAVES),
+    weight_dimension_numbers=cases.dimension_numbers(_leaves(point)),
     only_if_smaller=False,
   )
 
 
-def _gradients():
-  """A signal with some noise at every step; one matrix rests once."""
-  signal = cases.tree(LEAVES, 1)
+def _gradients(leaves):
+  """A signal and noise at every step; one matrix of a stack rests once."""
+  signal = cases.tree(leaves, 1)
   for t in range(STEPS):
-    noise = cases.tree(LEAVES, 100 + t, 0.3)
+    noise = cases.tree(leaves, 100 + t, 0.3)
     gradient = jax.tree.map(jnp.add, signal, noise)
-    if t == 2:
-      up = gradient['blocks']['up']
-      gradient['blocks']['up'] = up.at[:, 1].set(0.0)
+    if t == 2 and gradient['matrix'].ndim == 3:
+      gradient['matrix'] = gradient['matrix'].at[:, 1].set(0.0)
     yield gradient
 
 
@@ -73,34 +76,31 @@ def _check_rank(u, dtype, residual, rests):
 
 
 def test_point(point):
-  tx = _make(point)
-  params = cases.tree(LEAVES, 0)
+  tx, leaves = _make(point), _leaves(point)
+  params = cases.tree(leaves, 0)
   state = tx.init(params)
   assert all(x.size for x in jax.tree.leaves(state))
   before = _avals(state), jax.tree.structure(state)
   update = cases.jit(tx.update)
   total = jax.tree.map(jnp.zeros_like, params)
-  for gradient in _gradients():
+  for gradient in _gradients(leaves):
     updates, state = update(gradient, state, params)
     assert (_avals(state), jax.tree.structure(state)) == before
     assert _avals(updates) == _avals(params)
-    for leaf, g in (
-      (updates['blocks']['up'], gradient['blocks']['up']),
-      (updates['down'], gradient['down']),
+    leaf, g = updates['matrix'], gradient['matrix']
+    for u, rests in zip(
+      _matrices(leaf), ~_matrices(g).any((1, 2)), strict=True
     ):
-      for u, rests in zip(
-        _matrices(leaf), ~_matrices(g).any((1, 2)), strict=True
-      ):
-        assert np.isfinite(u).all()
-        _check_rank(u, leaf.dtype, point.residual, rests)
+      assert np.isfinite(u).all()
+      _check_rank(u, leaf.dtype, point.residual, rests)
     total = jax.tree.map(jnp.add, total, updates)
   assert update._cache_size() == 1
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(_float(state)))
   if point.projector.startswith(('online_pca', 'lagged_power')):
     if point.inner == 'multi_steps' and point.transport == 'reset':
       return  # bases move, and states restart, before a window is full
-  signal = cases.flat(cases.tree(LEAVES, 1))
-  for path, leaf in cases.flat(total).items():
+  signal = cases.tree(leaves, 1)
+  for path, leaf in total.items():
     assert np.vdot(np.float64(leaf), np.float64(signal[path])) < 0, path
 
 
@@ -139,10 +139,10 @@ def test_cover_holds_every_pair():
 @pytest.mark.parametrize('transport', ['first', 'both'])
 def test_moments_that_are_not_known_are_refused(transport):
   point = grid.Point(
-    'svd', 'adafactor', transport, 'short', False, jnp.float32, 1, None
+    'svd', 'adafactor', transport, 'short', False, jnp.float32, 1, None, 'stack'
   )
   with pytest.raises(ValueError, match='FactoredState.*register_moments'):
-    _make(point).init(cases.tree(LEAVES))
+    _make(point).init(cases.tree(_leaves(point)))
 
 
 def test_every_residual_is_in_the_grid():
