@@ -261,11 +261,12 @@ FORMS = {
   'b 0.95, b2 0.95': _form(0.95, b2=0.95),
 }
 CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}
-# At other ranks. Coordinates alone are kept, so that none is too large.
+# At other ranks.
 
 
 def _at_rank(rank: float, bits: int) -> Contender:
-  spec = so.SubspaceSpec(rank, only_if_smaller=False)
+  # At the full rank nothing is smaller.
+  spec = so.SubspaceSpec(rank, only_if_smaller=rank < 1 and 'moments')
   make = ours('subspace_muon', spec=spec, moment_bits=bits)
   return _of_ours(make, 2.5e-3, bits=8)
 

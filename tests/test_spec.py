@@ -141,6 +141,37 @@ def test_leaves_that_would_save_nothing_stay_plain():
 
 
 @pytest.mark.parametrize(
+  'make, regenerate',
+  [
+    (so.apollo_adamw, {}),
+    (so.golore, {'regenerate': True}),
+    (so.subspace_adamw, {}),
+    (so.subspace_muon, {}),
+    (so.trion, {}),
+  ],
+)
+def test_optimizers_that_store_no_bases_count_none(make, regenerate):
+  """2 n r < 2 m n, and a vector with an axis of 1 stays plain."""
+  params = _shapes({'w': (8, 8), 'column': (64, 1)})
+  tx = make(1e-3, rank=7, **regenerate)
+  shapes = {x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params))}
+  assert (8, 8) not in shapes or make is so.trion
+  assert (64, 1) in shapes
+  described = so.describe(tx, params)
+  assert '8 x 8' in described and '64 x 1' not in described
+  with errors.raises(ValueError, 'rank 8 of 8 x 8 saves nothing', '2 moments'):
+    make(1e-3, rank=8, **regenerate).init({'w': jnp.ones((8, 8))})
+
+
+def test_what_stores_bases_counts_them():
+  params = {'w': jnp.ones((8, 8))}
+  with errors.raises(ValueError, 'rank 7 of 8 x 8', 'a basis and 2 moments'):
+    so.golore(1e-3, rank=7).init(params)
+  with errors.raises(ValueError, 'only_if_smaller', "'basis'"):
+    so.SubspaceSpec(7, only_if_smaller='basis')
+
+
+@pytest.mark.parametrize(
   'path, shape, basis',
   [
     ('query', (12, 2, 6), (12, 3)),
@@ -271,7 +302,7 @@ _names = st.sampled_from(
   shapes=st.dictionaries(_names, _dims, max_size=5),
   rank=st.one_of(st.integers(1, 7), st.floats(0.01, 1.0)),
   side=st.sampled_from(['short', 'long', 'in', 'out']),
-  only_if_smaller=st.booleans(),
+  only_if_smaller=st.sampled_from([True, False, 'moments']),
 )
 @hypothesis.settings(max_examples=30)
 @pytest.mark.filterwarnings('ignore::UserWarning')  # nothing tells their axes
@@ -305,7 +336,7 @@ def test_any_tree_gives_bases_updates_and_a_state_that_saves(
   updates, after = jax.eval_shape(tx.update, params, state, params)
   assert measure.types(updates) == measure.types(params)
   assert measure.types(after) == measure.types(state)
-  if only_if_smaller:
+  if only_if_smaller is True:
     sizes = [
       x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim
     ]

@@ -125,8 +125,8 @@ class SubspaceSpec:
       4. The leaf's name and sizes tell ('name'), as of query, key and out.
       5. The last two axes are taken ('assumed'), and `init` warns.
     only_if_smaller: keep leaves plain whose basis and two moments would take
-      no fewer bytes than Adam's two moments. The rule counts these even if an
-      optimizer stores fewer; pass False to project such leaves.
+      no fewer bytes than Adam's two moments. 'moments' counts no basis, which
+      is the rule of ready-made optimizers that store none; False projects all.
     allow_empty: accept trees in which no leaf is matched.
     seed: what all randomness is derived from, folded with each leaf's path.
     key_group: a function from a leaf's path to a name that replaces the path in
@@ -150,7 +150,7 @@ class SubspaceSpec:
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an
-      unknown side, another dtype of bases or moments.
+      unknown side, another rule or dtype of bases or moments.
     TypeError: a rank that is no number; a pattern that is no string.
 
   Example:
@@ -168,7 +168,7 @@ class SubspaceSpec:
   exclude: str | None = AUTO
   side: str = 'short'
   weight_dimension_numbers: Any = None
-  only_if_smaller: bool = True
+  only_if_smaller: bool | str = True
   allow_empty: bool = False
   seed: int = 0
   key_group: Callable[[str], str] | None = None
@@ -181,6 +181,11 @@ class SubspaceSpec:
       _spec_checks.check_rank(self.rank, '')
     if self.side not in SIDES:
       raise ValueError(f'side must be one of {SIDES}, got {self.side!r}.')
+    if self.only_if_smaller not in (True, False, 'moments'):
+      raise ValueError(
+        "only_if_smaller must be True, 'moments' or False, got "
+        f'{self.only_if_smaller!r}.'
+      )
     _dtypes.check_dtype('basis_dtype', self.basis_dtype, _dtypes.BASIS_DTYPES)
     if self.moment_dtype not in (None, 'parameter'):
       hint = '; scale_by_adam8bit keeps moments in 8 bits'
@@ -252,7 +257,8 @@ class SubspaceSpec:
       return plain(selected=False, reason='has no elements')
     if self.only_if_smaller and not self._is_smaller(layout, leaf.dtype):
       r, m, n = layout.rank, layout.m, layout.n
-      reason = f'rank {r} of {m} x {n} saves nothing with a basis and 2 moments'
+      counted = '' if self.only_if_smaller == 'moments' else 'a basis and '
+      reason = f'rank {r} of {m} x {n} saves nothing with {counted}2 moments'
       return plain(selected=min(m, n) > 1, reason=reason)
     wrong = 'in_out' if self.outputs_first else 'out_in'
     return Match(
@@ -276,9 +282,11 @@ class SubspaceSpec:
     return jnp.dtype(self.moment_dtype)
 
   def _is_smaller(self, layout: _layout.Layout, dtype: Any) -> bool:
-    """Whether a basis and two moments of it take fewer bytes than Adam's."""
+    """Whether what the rule counts takes fewer bytes than Adam's moments."""
     r, m, n = layout.rank, layout.m, layout.n
     basis = m * r * _dtypes.bits(self.basis_dtype) // 8
+    if self.only_if_smaller == 'moments':
+      basis = 0
     moments = 2 * n * r * self.dtype_of_moments(dtype).itemsize
     return basis + moments < 2 * m * n * self.dtype_of_moments(dtype).itemsize
 
