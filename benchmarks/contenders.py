@@ -25,21 +25,22 @@ class Contender(NamedTuple):
   """An optimizer, and where its search starts.
 
   Attributes:
-    make: (schedule, weight decay) -> optimizer of the matrices.
+    make: (schedule, weight decay) -> optimizer of the matrices; None of what
+      owns its loop.
     lr: first peak learning rate of the search.
     bits: of the moments of the rest.
     ours: whether this library is where it comes from.
     whole: whether it takes all leaves, embedding, head and norms included.
-    loop: whether `make` is (peak rate, that of the rest, schedule) -> `rso`'s
-      subproblems, which have no weight decay.
+    loop: (peak rate, that of the rest, schedule) -> `rso`'s subproblems, which
+      have no weight decay; else None.
   """
 
-  make: Callable[..., Any]
+  make: Callable[[Any, Any], optax.GradientTransformation] | None
   lr: float
   bits: int = 32
   ours: bool = False
   whole: bool = False
-  loop: bool = False
+  loop: Callable[[Any, Any, optax.Schedule], so.rso.Subproblems] | None = None
 
 
 def adam(bits: int = 32) -> optax.GradientTransformation:
@@ -120,7 +121,9 @@ def _dct_adamw(lr: Any, decay: Any) -> optax.GradientTransformation:
   )
 
 
-def _rso(transport: str) -> Callable[..., so.rso.Subproblems]:
+def _rso(
+  transport: str,
+) -> Callable[[Any, Any, optax.Schedule], so.rso.Subproblems]:
   """Subproblems of a quarter of the inputs, by Adam."""
 
   def make(lr: Any, lr_rest: Any, schedule: Any) -> so.rso.Subproblems:
@@ -165,8 +168,8 @@ CONTENDERS: dict[str, Contender] = {
   'online_subspace_descent': _of_ours(
     ours('online_subspace_descent', inner=adam()), 8e-3
   ),
-  'rso': _of_ours(_rso('reset'), 4e-3, loop=True),
-  'rso, first moments transported': _of_ours(_rso('first'), 4e-3, loop=True),
+  'rso': _of_ours(None, 4e-3, loop=_rso('reset')),
+  'rso, first moments transported': _of_ours(None, 4e-3, loop=_rso('first')),
   # Of the authors' code, and of all others here.
   'galore, short side': Contender(
     ours(

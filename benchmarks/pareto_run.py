@@ -100,9 +100,10 @@ class Trainer:
     So a decay means as much whatever the learning rate that suits a method.
     """
     factor = shape(self.job.steps)
-    if self.how.loop:
-      loop = self.how.make(lr, self.job.lr_rest, factor)
+    if self.how.loop is not None:
+      loop = self.how.loop(lr, self.job.lr_rest, factor)
       return train_step.method(loop, clip=self.job.clip)
+    assert self.how.make is not None
     own = self.how.make(lambda count: lr * factor(count), decay / lr)
     if not self.how.whole:
       rest = optax.chain(
