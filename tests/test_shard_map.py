@@ -72,9 +72,16 @@ PIECES = {
     MADE['golore'](), so.round_updates('compensated')
   ),
 }
-# Of others' parts: `fira_adamw`'s bases, `ldadamw`'s residual, and `golore`,
-# whose updates of float32 pass.
-ALIKE = ('galore', 'error_feedback', 'compensated')
+# Of others' parts: `fira_adamw`'s bases, `ldadamw`'s residual, `golore`, whose
+# updates of float32 pass, `subspace_muon`'s columns and `fira_adamw`'s residual,
+# `online_pca`.
+ALIKE = (
+  'galore',
+  'error_feedback',
+  'compensated',
+  'subspace_adamw',
+  'online_subspace_descent',
+)
 # On meshes of one type too, where the steps are compiled again.
 SHARDED = ('golore', 'ldadamw', 'subspace_muon')
 
