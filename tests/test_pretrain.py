@@ -1,10 +1,10 @@
 """The example trainer: what a run leaves, how it goes on, what it refuses."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +25,18 @@ import recipes
 import report
 import run_folder
 import settings
+import small_llama
 import trackers
 import train_step
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = 'the cat sat on a mat and so did two dogs near one old log'.split()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_programs():
+  with small_llama.installed():
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -46,9 +53,9 @@ def text(tmp_path_factory):
 def tiny(text):
   """A configuration that trains in a second, once it is compiled."""
   return pretrain.Config(
-    model='llama_test', data=(str(text),), rank=4, batch=4, seq=16, steps=6,
-    accumulation=2, update_proj_gap=2, log_every=2, eval_every=3, save_every=2,
-    eval_batches=2, final_eval_batches=4,
+    model='llama_test', data=(str(text),), rank=small_llama.RANK, batch=4,
+    seq=16, steps=6, accumulation=2, update_proj_gap=2, log_every=2,
+    eval_every=3, save_every=2, eval_batches=2, final_eval_batches=4,
   )  # fmt: skip
 
 
@@ -136,23 +143,26 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_compare_draws_every_optimizer(tiny, tmp_path, capsys, monkeypatch):
   """contrib_galore has empty arrays in its state and needs unstacked layers."""
+  small_llama.install_in(monkeypatch, layers=1)
+  kernel = lambda path: 'wq' in jax.tree_util.keystr(path)
+  monkeypatch.setattr(recipes, 'is_matrix', kernel)
   pictures, close = [], report.plt.close
   monkeypatch.setattr(
     report.plt, 'close', lambda f: (pictures.append(f), close(f))
   )
   config = dataclasses.replace(
-    tiny, compare='galore, contrib_galore', out=str(tmp_path / 'c'), steps=2,
+    tiny, compare='adamw, contrib_galore', out=str(tmp_path / 'c'), steps=2,
     tensorboard=True,
   )  # fmt: skip
   summaries = pretrain.main(config)
-  assert [s['optimizer'] for s in summaries] == ['galore', 'contrib_galore']
+  assert [s['optimizer'] for s in summaries] == ['adamw', 'contrib_galore']
   said = capsys.readouterr().out
   assert 'the layers are not stacked in this run' in said
   assert (tmp_path / 'c' / 'curves.png').exists()
-  assert list((tmp_path / 'c' / 'galore' / 'tensorboard').iterdir())
+  assert list((tmp_path / 'c' / 'adamw' / 'tensorboard').iterdir())
   axes, _ = pictures[-1].axes
   assert axes.get_ylabel() == 'loss in nats per token'
-  rows = report.read_rows(tmp_path / 'c' / 'galore' / 'metrics.jsonl')
+  rows = report.read_rows(tmp_path / 'c' / 'adamw' / 'metrics.jsonl')
   drawn = [y for line in axes.lines for y in np.atleast_1d(line.get_ydata())]
   assert {row['loss'] for row in rows if 'loss' in row} <= set(drawn)
   bar = summaries[0]['trigram_bits_per_byte'] * np.log(2)
@@ -176,21 +186,34 @@ def stop_at(monkeypatch, step, number):
   monkeypatch.setattr(report.LiveLine, 'advance', advance_and_signal)
 
 
-def test_stopped_and_resumed_equals_uninterrupted(
-  finished, tmp_path, monkeypatch, capsys
-):
-  whole, summary = finished
-  config = dataclasses.replace(whole, out=str(tmp_path / 'run'))
-  with monkeypatch.context() as patch:
+@pytest.fixture(scope='module')
+def stopped(finished, tmp_path_factory):
+  """The same run, of which Ctrl-C left three steps."""
+  out = tmp_path_factory.mktemp('runs') / 'stopped'
+  config = dataclasses.replace(finished[0], out=str(out))
+  with pytest.MonkeyPatch.context() as patch:
+    said: list[str] = []
+    patch.setattr(report, 'say', said.append)
     stop_at(patch, 3, signal.SIGINT)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as ended:
       pretrain.main(config)
-  assert stopped.value.code == 130
-  assert 'saved after step 3 of 6' in capsys.readouterr().out
-  assert (tmp_path / 'run' / 'checkpoints' / '3').exists()
-  (resumed,) = pretrain.main(dataclasses.replace(config, resume=True))
-  assert resumed['params_sha256'] == summary['params_sha256']
-  assert resumed['validation_loss'] == summary['validation_loss']
+  assert ended.value.code == 130
+  assert 'saved after step 3 of 6' in said[-1]
+  assert (out / 'checkpoints' / '3').exists()
+  return out
+
+
+@pytest.fixture
+def going_on(tiny, stopped, tmp_path):
+  """The configuration that goes on with a copy of it."""
+  shutil.copytree(stopped, tmp_path / 'run')
+  return dataclasses.replace(tiny, out=str(tmp_path / 'run'), resume=True)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(finished, going_on):
+  (resumed,) = pretrain.main(going_on)
+  assert resumed['params_sha256'] == finished[1]['params_sha256']
+  assert resumed['validation_loss'] == finished[1]['validation_loss']
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -210,16 +233,14 @@ def test_resume_after_the_end_changes_nothing(finished):
 
 CHILD = """
 import os, signal, sys
-import checkpoint, pretrain
+import checkpoint, pretrain, small_llama
 
-step, when = int(sys.argv.pop(1)), sys.argv.pop(1)
-save = checkpoint.save
+small_llama.install()
+step, save = int(sys.argv.pop(1)), checkpoint.save
 
 def save_and_die(checkpointer, done, state, **notes):
   save(checkpointer, done, state, **notes)
   if done == step:
-    if when == 'after':
-      checkpointer.wait()
     os.kill(os.getpid(), signal.SIGKILL)
 
 checkpoint.save = save_and_die
@@ -227,52 +248,41 @@ sys.exit(pretrain.cli())
 """
 
 
-@pytest.fixture
-def start_child(tiny, compiled_folder):
-  return functools.partial(_start_child, compiled_folder, tiny)
-
-
-def _start_child(compiled_folder, tiny, out, step, when, *flags):
-  """Trains in another process, which kills itself at the save of `step`."""
-  command = [sys.executable, '-c', CHILD, str(step), when, '--out', str(out)]
-  command += ['--data', *tiny.data, *flags]
-  for field in dataclasses.fields(tiny):
-    value = getattr(tiny, field.name)
-    if type(value) in (int, str) and field.name != 'out':
+def killed_at(step, config, compiled_folder):
+  """What a process says that kills itself while it writes a checkpoint."""
+  command = [sys.executable, '-c', CHILD, str(step), '--resume']
+  command += ['--data', *config.data]
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if type(value) in (int, str):
       command += [f'--{field.name.replace("_", "-")}', str(value)]
+  paths = (ROOT, ROOT / 'examples', ROOT / 'tests')
   environment = {
-    'PATH': '', 'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': f'{ROOT}:{ROOT / "examples"}',
+    'PATH': '', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': ':'.join(map(str, paths)),
     # To compile fast, and once for all of them.
     'XLA_FLAGS': os.environ['XLA_FLAGS'],
     'JAX_COMPILATION_CACHE_DIR': str(compiled_folder),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }  # fmt: skip
-  return subprocess.Popen(
-    command, env=environment, text=True,
+  child = subprocess.run(
+    command, env=environment, text=True, check=False,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
   )  # fmt: skip
-
-
-def finish(child):
-  """(exit status, output) of a process."""
-  output, _ = child.communicate()
-  return child.returncode, output
+  assert child.returncode == -signal.SIGKILL, child.stdout
+  return child.stdout
 
 
 @pytest.mark.slow
-def test_killed_twice_and_resumed_equals_uninterrupted(
-  finished, start_child, tmp_path
+def test_killed_and_resumed_equals_uninterrupted(
+  finished, going_on, compiled_folder, capsys
 ):
-  killed = tmp_path / 'killed'
-  status, _ = finish(start_child(killed, 2, 'after'))
-  assert status == -signal.SIGKILL
-  status, output = finish(start_child(killed, 4, 'during', '--resume'))
-  assert status == -signal.SIGKILL and 'going on after step 2' in output
-  config = dataclasses.replace(finished[0], out=str(killed), resume=True)
-  (summary,) = pretrain.main(config)
+  said = killed_at(6, going_on, compiled_folder)
+  assert 'going on after step 3' in said
+  (summary,) = pretrain.main(going_on)
+  # What a run writes in the background is there before it writes more.
+  assert 'going on after step 3' not in capsys.readouterr().out
   assert summary['params_sha256'] == finished[1]['params_sha256']
-  rows = report.read_rows(killed / 'metrics.jsonl')
+  rows = report.read_rows(pathlib.Path(going_on.out, 'metrics.jsonl'))
   assert [row['step'] for row in rows if 'loss' in row] == [2, 4, 6]
 
 
@@ -319,38 +329,37 @@ def test_a_checkpoint_of_another_config(finished, change, message):
     pretrain.main(config)
 
 
-@pytest.mark.parametrize('name', ['galore', 'adamw'])
-def test_resume_at_another_rank(tiny, tmp_path, monkeypatch, capsys, name):
-  out = str(tmp_path / 'run')
-  config = dataclasses.replace(tiny, optimizer=name, out=out)
-  with monkeypatch.context() as patch:
-    stop_at(patch, 4, signal.SIGINT)
-    with pytest.raises(SystemExit):
-      pretrain.main(config)
-  changed = dataclasses.replace(config, resume=True, rank=6)
+def test_resume_at_another_rank(going_on, capsys):
+  changed = dataclasses.replace(going_on, rank=10)
   (found,) = pretrain.main(changed)
   assert np.isfinite(found['validation_loss'])
-  said = 'from rank 4 to rank 6 after step 4' in ' '.join(
-    capsys.readouterr().out.split()
-  )
-  assert said
-  # The newest checkpoint is of rank 6 now, whoever asks.
+  said = ' '.join(capsys.readouterr().out.split())
+  assert 'from rank 8 to rank 10 after step 3' in said
+  # The newest checkpoint is of rank 10 now, whoever asks.
   (again,) = pretrain.main(changed)
   assert again['params_sha256'] == found['params_sha256']
 
 
-def test_layerwise_steps_keep_their_rank(tiny, tmp_path, monkeypatch):
-  out = str(tmp_path / 'run')
-  options = {'optimizer': 'subspace_adamw', 'layerwise': True}
+def test_resume_at_another_rank_of_what_has_none(tiny, tmp_path, capsys):
+  config = dataclasses.replace(tiny, optimizer='adamw', out=str(tmp_path))
+  _, _, state = pretrain.build(pretrain.for_optimizer(config, 'adamw'), 256)
+  with checkpoint.open_folder(tmp_path / 'checkpoints') as saved:
+    checkpoint.save(saved, 6, state, rank=8)
+  (found,) = pretrain.main(dataclasses.replace(config, resume=True, rank=10))
+  assert found['params_sha256'] == pretrain.digest(state['params'])
+  said = ' '.join(capsys.readouterr().out.split())
+  assert 'from rank 8 to rank 10 after step 6' in said
+
+
+def test_layerwise_steps_keep_their_rank(tiny, tmp_path):
   config = dataclasses.replace(
-    tiny, **options, accumulation=1, accumulate_in_subspace=False, out=out
-  )
-  with monkeypatch.context() as patch:
-    stop_at(patch, 2, signal.SIGINT)
-    with pytest.raises(SystemExit):
-      pretrain.main(config)
-  with pytest.raises(ValueError, match='rank=6, but .* of rank 4: only ordin'):
-    pretrain.main(dataclasses.replace(config, resume=True, rank=6))
+    tiny, optimizer='subspace_adamw', layerwise=True, accumulation=1,
+    out=str(tmp_path), resume=True, rank=10,
+  )  # fmt: skip
+  with checkpoint.open_folder(tmp_path / 'checkpoints') as saved:
+    checkpoint.save(saved, 2, {'a': jnp.ones(3)}, rank=8)
+  with pytest.raises(ValueError, match='rank=10, but .* of rank 8: only ordin'):
+    pretrain.main(config)
 
 
 def test_a_checkpoint_of_another_text(finished, tmp_path):
@@ -560,17 +569,29 @@ def test_trackers_that_are_not_installed(name, module, monkeypatch, capsys):
 # --- The step ----------------------------------------------------------------
 
 
+# Each as it is with 8 bits or stacked layers.
+ALIKE = (
+  ('normuon', True),
+  ('subspace_muon', True),
+  ('online_subspace_descent', False),
+)
+
+
 @pytest.mark.parametrize(
   ('optimizer', 'scan_layers'),
   [
-    (name, name != 'contrib_galore')
-    for name in without_alike(recipes.OPTIMIZERS)
-  ]
-  + [(name, False) for name in ('galore', 'online_subspace_descent', 'muon')],
+    pytest.param(*point, marks=pytest.mark.full if point in ALIKE else ())
+    for point in [
+      *((x, x != 'contrib_galore') for x in without_alike(recipes.OPTIMIZERS)),
+      *((x, False) for x in ('galore', 'online_subspace_descent', 'muon')),
+    ]
+  ],
 )
 def test_every_optimizer_keeps_its_state_structure(
-  tiny, optimizer, scan_layers
+  tiny, optimizer, scan_layers, monkeypatch
 ):
+  if not scan_layers:
+    small_llama.install_in(monkeypatch, layers=1)
   config = dataclasses.replace(
     tiny, optimizer=optimizer, scan_layers=scan_layers
   )
@@ -583,7 +604,9 @@ def test_every_optimizer_keeps_its_state_structure(
   assert metrics['loss'].dtype == jnp.float32
 
 
-def test_galore_and_contrib_galore_project_the_same_matrices(tiny):
+def test_galore_and_contrib_galore_project_the_same_matrices(tiny, monkeypatch):
+  small_llama.install_in(monkeypatch, layers=1)
+
   def sizes(optimizer):
     config = dataclasses.replace(tiny, scan_layers=False, optimizer=optimizer)
     _, state, _ = shapes(config)
