@@ -65,9 +65,18 @@ def _make(name, **axis_name):
   )
 
 
+def _start(tx):
+  """Returns the first state where a step leaves it: on every device.
+
+  Elsewhere the first step would be a program of its own.
+  """
+  return jax.device_put(
+    tx.init(cases.tree(LEAVES)), jax.NamedSharding(_mesh(), P())
+  )
+
+
 def _run(update, tx, steps=STEPS):
-  params = cases.tree(LEAVES)
-  state, found = tx.init(params), []
+  state, found = _start(tx), []
   for t in range(steps):
     updates, state = update(_gradients(t), state)
     found.append(updates)
