@@ -248,7 +248,7 @@ def test_leaves_that_are_not_coded_are_optax_s():
   assert coded['norm']['scale'].dtype == jnp.int8
 
 
-SPEC = so.SubspaceSpec(64, only_if_smaller=False, exclude='norm')
+SPEC = so.SubspaceSpec(32, only_if_smaller=False, exclude='norm')
 WITHIN = {
   'whole': lambda inner: inner,
   'keep': lambda inner: so.subspace(SPEC, so.projectors.stiefel(9), inner),
@@ -263,7 +263,7 @@ WITHIN = {
     SPEC, so.projectors.stiefel(9), inner, transport='reset'
   ),
   'fira': lambda inner: so.subspace(
-    SPEC, so.projectors.stiefel(9, regenerate=True), inner,
+    SPEC, so.projectors.stiefel(9), inner,
     transport='first', residual=so.residuals.fira(),
   ),
 }  # fmt: skip
