@@ -61,9 +61,16 @@ def _inputs(t):
   return jnp.asarray(np.random.default_rng(t).standard_normal(shape))
 
 
-def _run(step, tx, params, steps, inputs=_inputs):
+def _start(tx, params):
+  """Returns the first state, from one program."""
+  on_mesh = len(jax.tree.leaves(params)[0].devices()) > 1
+  placed = so.state_sharding(tx, params) if on_mesh else None
+  return cases.jit(tx.init, out_shardings=placed)(params)
+
+
+def _run(step, params, state, steps, inputs=_inputs):
   """Takes steps of a jitted function; returns params, state and losses."""
-  state, values = tx.init(params), []
+  values = []
   first = measure.types((params, state))
   for t in range(steps):
     params, state, value = step(params, state, inputs(t))
@@ -88,7 +95,10 @@ def _assert_same(steps, tx, params, number=STEPS, rtol=1e-6, inputs=_inputs):
   Bases are made in float32, whose rounding may differ from one program to
   another, whatever the dtype of the rest.
   """
-  whole, compressed = (_run(step, tx, params, number, inputs) for step in steps)
+  state = _start(tx, params)
+  whole, compressed = (
+    _run(step, params, state, number, inputs) for step in steps
+  )
   np.testing.assert_allclose(compressed[2], whole[2], rtol=rtol)
   found, want = models.flat(compressed[0]), models.flat(whole[0])
   assert found.keys() == want.keys()
@@ -109,6 +119,14 @@ def _assert_same(steps, tx, params, number=STEPS, rtol=1e-6, inputs=_inputs):
   return whole[0], compressed[2]
 
 
+def _drawn(shapes):
+  """Returns random arrays, which take no program."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), shapes
+  )
+
+
 class _Query(nnx.Module):
   """A layer with a kernel of three axes."""
 
@@ -124,15 +142,15 @@ class _Query(nnx.Module):
 
 def _nnx_problem():
   """A stack of layers, made again in the backward pass."""
-  layers = nnx.vmap(_Query)(nnx.Rngs(0).split(models.LAYERS))
-  graphdef, params = nnx.split(layers, nnx.Param)
+  make = lambda: nnx.vmap(_Query)(nnx.Rngs(0).split(models.LAYERS))
+  graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)
 
   def loss(merge, params, x):
     layer = jax.checkpoint(lambda x, layer: (layer(x), None))
     return jnp.mean(lax.scan(layer, x, merge(graphdef, params))[0] ** 2)
 
   return models.Problem(
-    nnx.to_pure_dict(params),
+    _drawn(nnx.to_pure_dict(params)),
     functools.partial(loss, nnx.merge),
     functools.partial(loss, rso.nnx_merge),
   )
@@ -140,9 +158,10 @@ def _nnx_problem():
 
 def _linen_problem():
   """A layer with more inputs than outputs, which are projected."""
-  model = nn.Dense(models.WIDTH, param_dtype=jnp.float64)
+  model: Any = nn.Dense(models.WIDTH, param_dtype=jnp.float64)
   of = lambda x: jnp.concatenate([jnp.sin(x), jnp.cos(x)], -1)
-  params = model.init(jax.random.key(0), of(models.inputs()))['params']
+  shapes = jax.eval_shape(model.init, jax.random.key(0), of(_inputs(0)))
+  params = _drawn(shapes['params'])
   plain = lambda p, x: jnp.mean(model.apply({'params': p}, of(x)) ** 2)
   lifted = lambda p, x: jnp.mean(
     rso.linen_apply(model, {'params': p}, of(x)) ** 2
@@ -150,13 +169,23 @@ def _linen_problem():
   return models.Problem(params, plain, lifted)
 
 
-@pytest.mark.parametrize('make', [_nnx_problem, _linen_problem])
-def test_golore_over_three_refreshes(make):
+def test_golore_over_three_refreshes():
+  """Of layers of nnx and of linen, in one model."""
   # Of 100 steps each: bases are drawn at steps 0, 100 and 200.
   tx = so.golore(
     3e-3, update_proj_gap=100, weight_decay=0.1, spec=_spec(seed=3)
   )
-  problem = make()
+  parts = {'nnx': _nnx_problem(), 'linen': _linen_problem()}
+  total = lambda kind: (
+    lambda params, x: sum(
+      getattr(part, kind)(params[k], x) for k, part in parts.items()
+    )
+  )
+  problem = models.Problem(
+    {k: part.params for k, part in parts.items()},
+    total('plain'),
+    total('lifted'),
+  )
   _, losses = _assert_same(
     _steps(problem, tx), tx, problem.params, 300, rtol=1e-9
   )
@@ -186,37 +215,29 @@ def _problem(*names):
   return models.Problem(params, loss, loss)
 
 
-# Their bases need no gradient.
-_RANDOM = {
-  'regenerate': (
-    ('down',),
-    _subspace(so.projectors.stiefel(2, regenerate=True), transport='reset'),
-  ),
-  'every_k': (
-    ('up',),
-    _subspace(so.projectors.gaussian(2, stagger=True), every_k=2),
-  ),
+_CHAINS = {
+  # Their bases need no gradient.
   'partition': (
     ('up', 'down'),
     optax.partition(
       {
-        'some': so.golore(1e-3, update_proj_gap=3, spec=_spec()),
+        'some': _subspace(so.projectors.gaussian(2, stagger=True), every_k=2),
         'others': _subspace(
-          so.projectors.grassmann_walk(2),
-          transport=so.transports.both(0.9, 0.999),
+          so.projectors.stiefel(2, regenerate=True), transport='reset'
         ),
       },
       {'up': 'some', 'down': 'others', 'bias': 'some'},
     ),
   ),
-}
-_CHAINS = _RANDOM | {
   'masked': (
     ('up', 'down'),
     optax.masked(
-      _subspace(
+      so.subspace(
+        _spec(),
         so.projectors.svd(4, stagger=True),
-        transport=so.transports.both(0.9, 0.999),
+        optax.trace(0.9),
+        transport='first',
+        after=optax.scale(-0.01),
       ),
       {'up': False, 'down': True, 'bias': True},
     ),
@@ -239,10 +260,15 @@ def test_any_chain_around_project(name):
 def test_bad_batches_change_what_they_always_change():
   """At the second refresh of bases of SVDs, and at that of random ones."""
   # The refresh that is owed after step 2 comes before the other rule does.
-  rules = {0: so.projectors.svd(2), 4: so.projectors.stiefel(2)}
+  rules = {0: so.projectors.svd(2), 4: so.projectors.grassmann_walk(2)}
   inner = optax.apply_if_finite(optax.scale_by_adam(), 2)
   tx = optax.chain(
-    so.subspace(_spec(side='in'), so.projectors.switch(rules), inner),
+    so.subspace(
+      _spec(side='in'),
+      so.projectors.switch(rules),
+      inner,
+      transport=so.transports.both(0.9, 0.999),
+    ),
     optax.scale_by_learning_rate(0.01),
   )
   bad = lambda t: _inputs(t) * (np.inf if t in (2, 6) else 1.0)
@@ -263,7 +289,7 @@ def _matrix_program(m, n, r, b, compress, side='in'):
   params = {'w': jnp.zeros((m, n), jnp.float32)}
   x = jnp.zeros((b, m), jnp.float32)
   step = jax.jit(make(_matrix_loss, tx))
-  return step.lower(params, tx.init(params), x).compile()
+  return step.lower(params, jax.eval_shape(tx.init, params), x).compile()
 
 
 @pytest.mark.parametrize('side', ['in', 'out'])
@@ -290,8 +316,8 @@ def _sizes(text, operation):
   return [math.prod(map(int, s.split(','))) if s else 1 for s in shapes]
 
 
-def _text(step, tx, params, x):
-  return step.lower(params, tx.init(params), x).compile().as_text()
+def _text(step, params, state, x):
+  return step.lower(params, state, x).compile().as_text()
 
 
 def _work(text):
@@ -299,12 +325,12 @@ def _work(text):
   return len(re.findall(r' conditional\(', text)), text.count('potrf')
 
 
-@pytest.mark.parametrize('name', _RANDOM)
-def test_random_bases_are_refreshed_once_and_need_no_gradient(name):
-  names, tx = _CHAINS[name]
+def test_random_bases_are_refreshed_once_and_need_no_gradient():
+  names, tx = _CHAINS['partition']
   params = _problem(*names).params
+  state = jax.eval_shape(tx.init, params)
   whole, compressed = (
-    _text(step, tx, params, _inputs(0)) for step in _steps_of(name)
+    _text(step, params, state, _inputs(0)) for step in _steps_of('partition')
   )
   branches, factorisations = _work(whole)
   assert branches and factorisations
@@ -321,7 +347,7 @@ def test_data_parallelism_moves_coordinates_only():
   problem = _problem('up')
   # Cosines are the same to the bit in any program; Haar samples, which take a
   # float32 factorisation, are not.
-  tx = so.golore(1e-3, regenerate=True, spec=_spec())
+  tx = so.golore(1e-3, regenerate=True, inner=optax.identity(), spec=_spec())
   mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.standard_normal((4, models.TIME, models.WIDTH)))
@@ -329,18 +355,19 @@ def test_data_parallelism_moves_coordinates_only():
   parts = jax.device_put(x, NamedSharding(mesh, P('data')))
 
   whole, step = _steps(problem, tx)
+  state = _start(tx, params)
   largest = lambda step: max(
-    _sizes(_text(step, tx, params, parts), 'all-reduce')
+    _sizes(_text(step, params, state, parts), 'all-reduce')
   )
   stack = models.LAYERS * max(models.KERNELS)
   assert largest(whole) >= max(models.KERNELS)
   # 3 / 8 of the stack of kernels, at rank 3 of 8.
   assert largest(step) <= stack * 3 / 8
 
-  alone, many = (
-    _run(step, tx, p, 3, lambda _, z=z: z)[0]
-    for p, z in ((problem.params, x), (params, parts))
-  )
+  alone = _run(
+    step, problem.params, _start(tx, problem.params), 3, lambda _: x
+  )[0]
+  many = _run(step, params, state, 3, lambda _: parts)[0]
   for a, b in zip(*map(jax.tree.leaves, (alone, many)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -361,11 +388,16 @@ def _of_two_matrices():
   start = {'up': normal(16, 24), 'down': normal(24, 16)}
   x = normal(4, 24)
   tx = optax.chain(
-    so.subspace(so.SubspaceSpec(4), so.projectors.stiefel(2), optax.trace(0.9)),
+    so.subspace(
+      so.SubspaceSpec(4),
+      so.projectors.gaussian(2, regenerate=False),
+      optax.trace(0.9),
+    ),
     optax.scale_by_learning_rate(0.01),
   )
   step = cases.jit(rso.compressed_step(_two_matrices_loss, tx))
-  return start, x, tx, step, _run(step, tx, start, 5, lambda _: x)[0]
+  alone = _run(step, start, _start(tx, start), 5, lambda _: x)[0]
+  return start, x, tx, step, alone
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
@@ -375,7 +407,7 @@ def test_on_a_mesh_it_is_the_same(kind):
   with jax.set_mesh(mesh):
     params = jax.device_put(start, NamedSharding(mesh, P('fsdp', 'tensor')))
     parts = jax.device_put(x, NamedSharding(mesh, P()))
-    many, _, _ = _run(step, tx, params, 5, lambda _: parts)
+    many = _run(step, params, _start(tx, params), 5, lambda _: parts)[0]
   for name, wanted in alone.items():
     np.testing.assert_allclose(many[name], wanted, rtol=1e-5, atol=1e-5)
     assert many[name].sharding.spec == P('fsdp', 'tensor')
@@ -399,14 +431,16 @@ def test_backward_keeps_no_more_than_it_must(side):
 
   loss = lambda params, x: jnp.sum(rso.dot(x, params['w']))
   step = rso.compressed_step(loss, tx, value_and_grad=value_and_grad)
-  state = tx.init(params)
+  state = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, params)
+  )
   after, _, _ = cases.jit(step)(params, state, x)
   # x P in the place of x, if P is of the inputs.
   assert ((5, 2) in kept, (5, 6) in kept) == (side == 'in', side == 'out')
   g = np.asarray(x).T @ np.ones((5, 9))
   change = np.asarray(after['w'] - params['w'])
   [p] = measure.bases(state).values()
-  # Of its own first draw, not of that of init; projected once.
+  # Of its own first draw, not of the bases given; projected once.
   u, s, vt = np.linalg.svd(change)
   assert (s > 1e-9).sum() == 1 and p.shape == (
     (6, 2) if side == 'in' else (9, 2)
@@ -417,9 +451,21 @@ def test_backward_keeps_no_more_than_it_must(side):
   )
 
 
+_GOLORE = so.golore(0.01, spec=_spec())
+
+
+@functools.cache
+def _golore_of_a_matrix():
+  """Returns params, state, a batch, and the end of two compressed steps."""
+  params = {'w': jnp.ones((8, 16))}
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8)))
+  step = cases.jit(rso.compressed_step(_matrix_loss, _GOLORE))
+  state = _start(_GOLORE, params)
+  return params, state, x, _run(step, params, state, 2, lambda _: x)
+
+
 def test_microbatches():
-  names, tx = _CHAINS['regenerate']
-  problem = _problem(*names)
+  params, state, x, want = _golore_of_a_matrix()
 
   def in_two(f):
     def run(at, x):
@@ -428,10 +474,9 @@ def test_microbatches():
 
     return run
 
-  step = rso.compressed_step(problem.lifted, tx, value_and_grad=in_two)
-  found = _run(cases.jit(step), tx, problem.params, 3)
-  want = _run(_steps_of('regenerate')[1], tx, problem.params, 3)
-  np.testing.assert_allclose(found[2], want[2], rtol=1e-9)
+  step = rso.compressed_step(_matrix_loss, _GOLORE, value_and_grad=in_two)
+  found = _run(cases.jit(step), params, state, 2, lambda _: x)
+  measure.assert_trees_close(found, want, rtol=1e-9, atol=1e-12)
 
 
 def test_bfloat16_parameters_learn_and_keep_their_types():
@@ -446,7 +491,7 @@ def test_bfloat16_parameters_learn_and_keep_their_types():
   tx = so.golore(0.1, 8, update_proj_gap=5)
   params = {'w': jnp.zeros((16, 24), jnp.bfloat16)}
   step = cases.jit(rso.compressed_step(loss, tx))
-  _, _, losses = _run(step, tx, params, 100, lambda _: x)
+  _, _, losses = _run(step, params, _start(tx, params), 100, lambda _: x)
   assert losses[-1] < 0.2 * losses[0]
 
 
@@ -459,7 +504,7 @@ def test_second_derivatives_are_refused_and_constants_are_not():
   params = {'w': models.inputs()[0] @ jnp.ones((models.WIDTH, 12))}
   x = jnp.ones((3, models.TIME))
   tx = so.subspace(
-    _spec(2), so.projectors.stiefel(5), optax.identity(), scale=-0.1
+    _spec(2), so.projectors.gaussian(5), optax.identity(), scale=-0.1
   )
   step = rso.compressed_step(_gradient_penalty, tx)
   with errors.raises(ValueError, "'w'", 'stop_gradient', 'exclude'):
@@ -469,8 +514,9 @@ def test_second_derivatives_are_refused_and_constants_are_not():
     change = jax.grad(_matrix_loss, argnums=1)(lax.stop_gradient(params), x)
     return _matrix_loss(params, x + jnp.sign(change))
 
+  state = _start(tx, params)
   whole, compressed = (
-    _run(step, tx, params, 3, lambda _: x)[0]
+    _run(step, params, state, 3, lambda _: x)[0]
     for step in _steps(
       models.Problem(params, at_an_attacked_input, at_an_attacked_input), tx
     )
@@ -507,7 +553,7 @@ def test_a_gap_that_is_injected_is_named():
     jax.eval_shape(step, params, jax.eval_shape(tx.init, params), x)
   tx = make((*static, 'update_proj_gap'))
   step = cases.jit(rso.compressed_step(_matrix_loss, tx))
-  after, _, _ = _run(step, tx, params, 4, lambda _: x)
+  after, _, _ = _run(step, params, _start(tx, params), 4, lambda _: x)
   assert (after['w'] != params['w']).all()
 
 
@@ -527,20 +573,13 @@ def test_wrappers_that_hide_what_they_wrap_are_named():
 
 
 def test_a_part_without_parameters():
-  parts: dict = {'some': so.golore(0.01, spec=_spec()), 'none': so.galore(0.01)}
+  parts: dict = {'some': _GOLORE, 'none': so.galore(0.01)}
   tx = optax.partition(parts, lambda p: jax.tree.map(lambda _: 'some', p))
-  params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
-  after, want = (
-    _run(
-      cases.jit(rso.compressed_step(_matrix_loss, one)),
-      one,
-      params,
-      1,
-      lambda _: x,
-    )[0]
-    for one in (tx, parts['some'])
-  )
-  np.testing.assert_allclose(after['w'], want['w'])
+  params, _, x, want = _golore_of_a_matrix()
+  step = cases.jit(rso.compressed_step(_matrix_loss, tx))
+  found, _, values = _run(step, params, _start(tx, params), 2, lambda _: x)
+  np.testing.assert_allclose(found['w'], want[0]['w'])
+  np.testing.assert_allclose(values, want[2])
 
 
 def test_a_switch_of_random_bases_has_no_step_of_whole_gradients():

@@ -4,6 +4,7 @@ import math
 
 from flax import nnx
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
@@ -15,6 +16,7 @@ import pytest
 
 import cases
 import llama
+import measure
 import subspace_optax as so
 from subspace_optax.low_precision import _blocks
 from subspace_optax.low_precision import _codes
@@ -150,7 +152,14 @@ def test_scales_of_any_size():
 
 
 @pytest.mark.parametrize(
-  'name', ['llama_60m', 'llama_350m', 'llama_1b', 'llama_7b']
+  'name',
+  [
+    'llama_60m',
+    'llama_7b',
+    # Between them.
+    pytest.param('llama_350m', marks=pytest.mark.full),
+    pytest.param('llama_1b', marks=pytest.mark.full),
+  ],
 )
 def test_bytes_of_a_moment(name):
   config = llama.named(name, param_dtype='bfloat16')
@@ -239,7 +248,7 @@ def test_leaves_that_are_not_coded_are_optax_s():
   assert coded['norm']['scale'].dtype == jnp.int8
 
 
-SPEC = so.SubspaceSpec(64, only_if_smaller=False, exclude='norm')
+SPEC = so.SubspaceSpec(32, only_if_smaller=False, exclude='norm')
 WITHIN = {
   'whole': lambda inner: inner,
   'keep': lambda inner: so.subspace(SPEC, so.projectors.stiefel(9), inner),
@@ -254,13 +263,20 @@ WITHIN = {
     SPEC, so.projectors.stiefel(9), inner, transport='reset'
   ),
   'fira': lambda inner: so.subspace(
-    SPEC, so.projectors.stiefel(9, regenerate=True), inner,
+    SPEC, so.projectors.stiefel(9), inner,
     transport='first', residual=so.residuals.fira(),
   ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', WITHIN)
+@pytest.mark.parametrize(
+  'name',
+  [
+    # Nobody reads the codes but the inner optimizer, as in 'whole'.
+    pytest.param(name, marks=pytest.mark.full) if name == 'keep' else name
+    for name in WITHIN
+  ],
+)
 def test_trains_as_in_float32(name):
   params, gradient, value = quadratic()
   found = []
@@ -291,10 +307,17 @@ def test_rounding_to_the_nearest_freezes_second_moments():
   kept = {}
   for rounding in ('nearest', 'stochastic'):
     tx = so.scale_by_adam8bit(rounding=rounding)
-    state, update = tx.init(x), jax.jit(tx.update)
-    _, state = update({'w': jnp.ones(SHAPE)}, state)
-    for _ in range(400):
-      _, state = update(x, state)
+    ones = {'w': jnp.ones(SHAPE)}
+
+    @jax.jit
+    def run(state, tx=tx, ones=ones):
+      gradient = lambda t: jax.tree.map(
+        lambda a, b: jnp.where(t, a, b), x, ones
+      )
+      step = lambda state, t: (tx.update(gradient(t > 0), state)[1], None)
+      return lax.scan(step, state, jnp.arange(401))[0]
+
+    state = run(tx.init(x))
     nu = _codes.decode(state.coded.nu['w'], state.scales['nu']['w'])
     kept[rounding] = float(jnp.mean(nu[1:]))
   exact = 0.01 * (1 - 0.999**400) + 0.999**400 * 0.001
@@ -335,7 +358,7 @@ def test_wrappers_and_params_of_any_dress():
   params = {'w': normal(0, *SHAPE).astype(jnp.bfloat16), 'b': jnp.ones(3)}
   tx = so.scale_by_adam8bit()
   state = tx.init(params)
-  updates, _ = tx.update(params, state, params)
+  updates, _ = jax.eval_shape(tx.update, params, state, params)
   assert updates['w'].dtype == jnp.bfloat16
   shapes = optax.tree.map_params(
     tx, lambda x, p: (x.ndim, p.ndim), state, params
@@ -350,9 +373,9 @@ def test_wrappers_and_params_of_any_dress():
     ),
     optax.apply_if_finite(tx, 3),
   ):
-    own = wrapped.init(params)
-    _, new = jax.jit(wrapped.update)(params, own, params)
-    assert jax.tree.structure(new) == jax.tree.structure(own)
+    own = jax.eval_shape(wrapped.init, params)
+    _, new = jax.eval_shape(wrapped.update, params, own, params)
+    assert measure.types(new) == measure.types(own)
   assert not jax.tree.leaves(tx.init({}).coded.mu)
   model = nnx.Linear(128, 96, rngs=nnx.Rngs(0))
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

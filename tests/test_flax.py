@@ -74,6 +74,14 @@ def model():
     yield jax.jit(lambda: Model(nnx.Rngs(0)))()
 
 
+def _linen_params(model, x):
+  """Returns random parameters, which take no program, in their boxes."""
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
+  draw = lambda x: 0.25 * rng.standard_normal(x.shape)
+  return jax.tree.map(lambda x: jnp.asarray(draw(x), x.dtype), shapes)
+
+
 @nnx.jit
 def _step(model, optimizer, x):
   loss, gradients = nnx.value_and_grad(_loss)(model, x)
@@ -123,16 +131,22 @@ def test_nnx_steps_equal_those_on_a_plain_tree():
   tx = so.online_subspace_descent(0.01, rank=3)
   optimizer = nnx.Optimizer(plain, tx, wrt=nnx.Param)
   pure = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
-  gradients = jax.tree.map(lambda x: jnp.sin(7.0 * x) + 0.1, pure)
+  gradients = jax.tree.map(
+    lambda x: jnp.asarray(np.sin(7.0 * np.asarray(x)) + 0.1), pure
+  )
   # The seeds come from paths, which are those of the plain tree.
   state = tx.init(pure)
-  update = jax.jit(tx.update)
+
+  @jax.jit
+  def update(gradients, state, params):
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
   nnx_update = nnx.jit(lambda optimizer, model, g: optimizer.update(model, g))
   boxed = jax.tree.map(lambda x: x, nnx.state(plain, nnx.Param))
   nnx.replace_by_pure_dict(boxed, gradients)
   for _ in range(3):
-    updates, state = update(gradients, state, pure)
-    pure = optax.apply_updates(pure, updates)
+    pure, state = update(gradients, state, pure)
     nnx_update(optimizer, plain, boxed)
   got = nnx.to_pure_dict(nnx.state(plain, nnx.Param))
   measure.assert_trees_close(got, pure, rtol=1e-5, atol=1e-6)
@@ -188,7 +202,7 @@ class _LinenBlock(nn.Module):
 def test_linen_train_state_with_boxed_axis_1_stacked_parameters():
   model = Linen()
   x = jax.random.normal(jax.random.key(1), (4, 16))
-  params = model.init(jax.random.key(0), x)['params']
+  params = _linen_params(model, x)
 
   def numbers(params):
     return {
@@ -242,7 +256,7 @@ def test_linen_train_state_with_boxed_axis_1_stacked_parameters():
 
 def test_linen_boxes_give_the_steps_of_bare_arrays():
   model = Linen()
-  boxed = model.init(jax.random.key(0), jnp.ones((1, 16)))['params']
+  boxed = _linen_params(model, jnp.ones((1, 16)))
   bare = nn.unbox(boxed)
   assert jax.tree.structure(boxed) != jax.tree.structure(bare)
   tx = so.golore(0.01, rank=4)
@@ -267,7 +281,7 @@ def test_axes_that_boxes_name_are_known_without_boxes(box):
   bases = measure.bases(state)
   assert bases['stacked'].shape == (3, 12, 2)
   assert bases['odd'].shape == (6, 2, 2)
-  updates, _ = tx.update(bare, state, bare)
+  updates, _ = jax.eval_shape(tx.update, bare, state, bare)
   assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, bare)
 
 
@@ -276,10 +290,11 @@ def test_boxes_of_another_init_decide_nothing():
   boxed = {'w': nn.Partitioned(bare['w'], ('heads', 'head_dim', 'embed'))}
   tx = so.golore(1e-3, rank=2)
   before, state = so.describe(tx, bare), tx.init(bare)
-  _, other = tx.update(bare, tx.init(boxed), bare)  # 48 x 24
+  other = tx.init(boxed)
+  _, other = jax.eval_shape(tx.update, bare, other, bare)  # 48 x 24
   assert measure.bases(other)['w'].shape == (24, 2)
   assert so.describe(tx, bare) == before
-  updates, state = tx.update(bare, state, bare)  # 3 x (16 x 24)
+  _, state = jax.eval_shape(tx.update, bare, state, bare)  # 3 x (16 x 24)
   assert measure.bases(state)['w'].shape == (3, 16, 2)
 
 
@@ -290,7 +305,7 @@ def test_boxes_that_are_only_described_decide_nothing(shape):
   tx = so.golore(1e-3, rank=2)
   so.describe(tx, boxed)
   state = tx.init(bare)
-  tx.update(bare, state, bare)
+  jax.eval_shape(tx.update, bare, state, bare)
 
 
 def test_names_of_axes_are_kept_however_many_trees_there_are(monkeypatch):
@@ -317,7 +332,7 @@ def test_one_init_in_boxes_whose_names_alone_tell():
   bare = {'w': jnp.ones((16, 16, 24))}
   boxed = {'w': nn.Partitioned(bare['w'], ('embed', 'layers', 'mlp'))}
   tx = so.golore(1e-3, rank=2)
-  _, state = tx.update(bare, tx.init(boxed), bare)
+  _, state = jax.eval_shape(tx.update, bare, tx.init(boxed), bare)
   assert measure.bases(state)['w'].shape == (16, 16, 2)
 
 
@@ -328,8 +343,9 @@ def test_two_models_whose_boxes_differ():
   stack = tx.init(box('layers', 'embed', 'mlp'))
   kernel = tx.init(box('embed', 'heads', 'kv'))
   for state, shape in [(kernel, (8, 2)), (stack, (8, 8, 2))]:
-    _, state = tx.update(bare, state, bare)
+    _, state = jax.eval_shape(tx.update, bare, state, bare)
     assert measure.bases(state)['w'].shape == shape
   tx.init(box('embed', 'layers', 'mlp'))  # bases of the same shape
   with errors.raises(ValueError, "'w'", 'weight_dimension_numbers'):
-    tx.update(bare, stack, bare)
+    # Traced once more: the trace that is known had other names.
+    jax.eval_shape(lambda *args: tx.update(*args), bare, stack, bare)

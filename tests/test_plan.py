@@ -5,6 +5,7 @@ import math
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 from flax import linen
 from flax import nnx
@@ -50,6 +51,31 @@ class Dense(linen.Module):
     return linen.Dense(64)(linen.Embed(64, 16)(tokens))
 
 
+def few(dtype='bfloat16'):
+  """A model in pieces of few leaves, each of another kind.
+
+  Every leaf costs a trace of the optimizer.
+  """
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+  return plan.Model(
+    'few',
+    {
+      'blocks': {'down': shape(4, 352, 128)},
+      'norm': shape(128),
+      'embed': shape(500, 128),
+    },
+    lambda batch, seq: shape(batch, seq, 128),
+    embed=lambda rest, x: x * rest['norm'][None, None],
+    block=lambda layer, x: jnp.tanh(x @ layer['down'].T) @ layer['down'],
+    head=lambda rest, x, batch: jnp.mean(
+      (x @ rest['embed'].T).astype(jnp.float32) ** 2
+    ),
+  )
+
+
+FEW: dict = {'model': few(), 'seq': 32, 'rank': 8}
+
+
 @pytest.mark.parametrize('name', ['llama_test', 'llama_1m', 'llama_60m'])
 def test_named_models_are_those_of_the_trainer(name):
   config = llama.named(name, param_dtype='bfloat16')
@@ -91,27 +117,13 @@ def test_the_models_loss_is_that_of_the_trainer():
   np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
-SLOW = (
-  'fira_adamw',
-  'ldadamw',
-  'apollo_adamw',
-  'galore8bit',
-  'gaussian8bit',
-  'subspace_adamw8bit',
-)
 EIGHT_BIT = [name for name in _methods.METHODS if '8bit' in name]
 
 
-@pytest.mark.parametrize(
-  'method',
-  [
-    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
-    for name in _methods.METHODS
-  ],
-)
+@pytest.mark.parametrize('method', _methods.METHODS)
 def test_weights_and_states_are_those_of_the_report(method):
-  made = plan.plan(method=method, **SMALL)
-  params = _models.named('llama_1m', 'bfloat16').params
+  made = plan.plan(method=method, **FEW)
+  params = FEW['model'].params
   report = so.memory_report(plan.optimizer(method, rank=8), params)
   assert made.weights == report.params
   assert made.states + made.bases == report.state
@@ -125,10 +137,10 @@ def untraced(monkeypatch):
   monkeypatch.setattr(_step, 'update_workspace', lambda *_: 0)
 
 
-def kept(method, **settings):
-  """States and bases."""
+def kept(method, model=None, **settings):
+  """States and bases, of llama_1m or of few leaves."""
   s = _planner.checked({'rank': 8} | settings)
-  model = _models.named('llama_1m', s.param_dtype)
+  model = model or _models.named('llama_1m', s.param_dtype)
   return _planner.optimizer(model, method, s)
 
 
@@ -137,7 +149,7 @@ def kept(method, **settings):
 def test_codes_take_a_byte_a_moment(method):
   name = 'golore' if method == 'gaussian8bit' else method
   name = name.removesuffix('8bit')
-  large = {'rank': 64, 'param_dtype': 'float32'}
+  large = {'rank': 64, 'model': few('float32')}
   narrow, wide = kept(method, **large), kept(name, **large)
   # A quarter of float32, and scales and codes of small matrices.
   assert 0.25 < narrow.states / wide.states < 0.2625
@@ -150,13 +162,13 @@ def test_codes_take_a_byte_a_moment(method):
 @pytest.mark.usefixtures('untraced')
 def test_bases_of_integers():
   wide, byte, half = (
-    kept('galore8bit', rank=64, basis_dtype=dtype).bases
+    kept('galore8bit', few(), rank=64, basis_dtype=dtype).bases
     for dtype in ('bfloat16', 'int8', 'int4')
   )
   assert 0.5 < byte / wide < 0.55  # with their scales
   assert 0.25 < half / wide < 0.32  # a scale for at most 64 rows
   with pytest.raises(ValueError, match="basis_dtype='int8'.*regenerate"):
-    kept('golore8bit', basis_dtype='int8')
+    kept('golore8bit', few(), basis_dtype='int8')
 
 
 @pytest.mark.usefixtures('untraced')
@@ -206,8 +218,7 @@ def test_recomputing_and_layerwise_updates_take_less():
 
 
 def test_a_layer_wise_step_keeps_its_own_state():
-  made = plan.plan(method='galore8bit', layerwise=True, **SMALL)
-  model = _models.named('llama_1m', 'bfloat16')
+  made, model = plan.plan(method='galore8bit', layerwise=True, **FEW), few()
   tx = plan.optimizer('galore8bit', rank=8)
   step = so.layerwise(tx, model.embed, model.block, model.head)
   wanted = jax.tree.leaves(jax.eval_shape(step.init, model.params))
@@ -218,10 +229,10 @@ def test_a_layer_wise_step_keeps_its_own_state():
   assert made.gradients == sum(2 * math.prod(x.shape) for x in alive)
 
 
-def layered(move):
-  """A plan of layers far larger than what goes through them."""
+def wide():
+  """A model whose layers are far larger than what goes through them."""
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
-  model = plan.Model(
+  return plan.Model(
     'wide',
     {'blocks': {'w': shape(5, 64, 64)}, 'out': shape(64)},
     lambda batch, seq: shape(batch, 64),
@@ -229,25 +240,28 @@ def layered(move):
     block=lambda layer, x: x @ layer['w'],
     head=lambda rest, x, batch: jnp.sum(x * rest['out'][None]),
   )
-  return plan.plan(model, move, layerwise=True)
 
 
 def test_a_turn_holds_a_layer_and_what_becomes_of_it():
   layer, between = 4 * 64 * 64, 4 * 64 * 5
-  plain, adam = layered(optax.sgd(0.1)), layered(optax.adam(0.1))
+  plain, adam = (
+    plan.plan(wide(), move, layerwise=True)
+    for move in (optax.sgd(0.1), optax.adam(0.1))
+  )
   # The gradient, the new kernel, and with Adam two new moments.
   for made, arrays in ((plain, 2), (adam, 4)):
     held = made.gradients + made.activations + made.workspace
     np.testing.assert_allclose(held, arrays * layer + between, atol=1500)
 
 
+@pytest.mark.usefixtures('untraced')
 def test_attention_in_chunks_holds_less():
   long = SMALL | {'seq': 1024, 'method': 'adamw'}
   whole = plan.plan(**long, attention_chunk=0)
-  chunks = plan.plan(**long, attention_chunk=128)
+  chunks = plan.plan(**long, attention_chunk=512)
   layer = 2 * 4 * 1024 * 1024  # bfloat16, four heads
   assert whole.activations - chunks.activations >= 4 * layer
-  assert plan.plan(**long) == plan.plan(**long, attention_chunk=512)
+  assert plan.plan(**long) == chunks
 
 
 def test_chunks_attend_to_what_the_whole_does():
@@ -285,10 +299,10 @@ def test_seven_billion_parameters_beside_xla():
 
 @pytest.mark.usefixtures('untraced')
 def test_a_mesh_divides():
-  one = plan.plan(method='galore', batch=4, **SMALL)
-  cut = plan.plan(method='galore', batch=4, mesh='fsdp=4', **SMALL)
-  copies = plan.plan(method='galore', batch=4, mesh={'data': 4}, **SMALL)
-  row = plan.plan(method='galore', batch=1, **SMALL)
+  one = plan.plan(method='galore', batch=4, **FEW)
+  cut = plan.plan(method='galore', batch=4, mesh='fsdp=4', **FEW)
+  copies = plan.plan(method='galore', batch=4, mesh={'data': 4}, **FEW)
+  row = plan.plan(method='galore', batch=1, **FEW)
   for part in ('weights', 'gradients', 'states', 'bases'):
     share = getattr(cut, part) / getattr(one, part)
     np.testing.assert_allclose(share, 0.25, atol=0.03)
@@ -298,6 +312,7 @@ def test_a_mesh_divides():
   assert copies.activations == row.activations
 
 
+@pytest.mark.usefixtures('untraced')
 def test_a_tensor_axis_cuts_what_layers_keep():
   long = SMALL | {'seq': 256}
   one = plan.plan(method='adamw', **long)
@@ -307,7 +322,7 @@ def test_a_tensor_axis_cuts_what_layers_keep():
 
 @pytest.mark.usefixtures('untraced')
 def test_largest_is_the_largest():
-  fixed = {'model': Tiny, 'method': 'golore', 'seq': 64}
+  fixed: dict[str, Any] = {'model': wide(), 'method': 'golore', 'seq': 64}
   fits = lambda **k: plan.plan(**fixed, **k).fits(card)
   card = plan.plan(**fixed, rank=5, batch=7).total / (1 - plan.RESERVE) / 1e9
   card += 1e-9
@@ -325,7 +340,7 @@ def test_largest_is_the_largest():
 
 @pytest.mark.usefixtures('untraced')
 def test_the_largest_rank_projects_something():
-  kind = {'model': 'llama_test', 'method': 'golore', 'seq': 8}
+  kind: dict = {'model': wide(), 'method': 'golore', 'seq': 8}
   rank = plan.largest(card=24, rank=8, **kind).rank
   assert rank is not None
   plan.plan(rank=rank, **kind)
@@ -489,24 +504,24 @@ class WithStep:
 
 
 def test_optimizers_of_others():
-  tx, wanted = so.golore(1e-3, rank=8), plan.plan(method='golore', **SMALL)
-  assert plan.plan(method=tx, **SMALL) == wanted
-  assert plan.plan(method=WithStep(tx), **SMALL) == wanted
+  tx, wanted = so.golore(1e-3, rank=8), plan.plan(method='golore', **FEW)
+  assert plan.plan(method=tx, **FEW) == wanted
+  assert plan.plan(method=WithStep(tx), **FEW) == wanted
 
 
 # --- The program -------------------------------------------------------------
 
-FLAGS = ['--model', 'llama_1m', '--seq', '32', '--rank', '8']
+FLAGS = ['--model', f'{__name__}:few', '--seq', '32', '--rank', '8']
 
 
 @pytest.mark.usefixtures('untraced')
 def test_it_prints_the_parts(capsys):
-  flags = ['--model', f'{__name__}:Tiny', '--seq', '8', '--rank', '8']
+  flags = ['--model', f'{__name__}:wide', '--seq', '8', '--rank', '8']
   assert (
     __main__.main([*flags, '--optimizer', 'golore', '--card', '0.001']) == 0
   )
   text = capsys.readouterr().out
-  kind = {'model': Tiny, 'method': 'golore', 'seq': 8, 'rank': 8}
+  kind: dict = {'model': wide, 'method': 'golore', 'seq': 8, 'rank': 8}
   made = plan.plan(**kind)
   for name, size in [*made._asdict().items(), ('total', made.total)]:
     assert f'{name:<12}{size / 1e9:>10.3f} GB' in text
@@ -522,7 +537,7 @@ def test_it_prints_the_parts(capsys):
 
 @pytest.mark.usefixtures('untraced')
 def test_layer_by_layer_it_prints_the_largest_rank(capsys):
-  flags = ['--model', 'llama_test', '--seq', '32', '--rank', '8', '--card', '1']
+  flags = ['--model', f'{__name__}:wide', '--rank', '8', '--card', '1']
   flags += ['--optimizer', 'golore', '--layerwise']
   assert __main__.main(flags) == 0
   assert 'largest rank at batch 1: ' in capsys.readouterr().out

@@ -34,30 +34,42 @@ PROJECTORS = {
 }
 
 
-def gradients(t):
+def gradients(t, views=VIEWS):
   """Norms that jump up and down, so that the limiter has work."""
   jump = (1.0, 3.0, 0.5, 2.0, 2.0, 8.0, 0.1, 1.0)[t]
-  return jax.tree.map(lambda x: jump * x, ref.like(VIEWS, t))
+  grads = jax.tree.map(lambda x: jump * x, ref.like(VIEWS, t))
+  return {k: grads[k] for k in views}
 
 
-def run(projector, residual, grads=None, **options):
-  """Returns gradients, updates and states, the first state from `init`."""
-  tx = so.subspace(
+def of_residual(projector, residual, **options):
+  return so.subspace(
     SPEC,
-    projector,
+    PROJECTORS[projector],
     optax.scale_by_adam(),
     residual=residual,
     scale=SCALE,
     **options,
   )
-  grads = grads or [gradients(t) for t in range(STEPS)]
-  update, updates, states = ref.jit(tx.update), [], [tx.init(grads[0])]
+
+
+@functools.cache
+def compiled(projector, rule, transport, shapes):
+  """Returns the optimizer of a rule by its name, and its update on a tree."""
+  del shapes
+  tx = of_residual(projector, ALL_RULES[rule][0], transport=transport)
+  return tx, ref.jit(tx.update)
+
+
+def run(projector, rule, grads, transport='keep'):
+  """Returns updates and states, the first state from `init`."""
+  tx, update = compiled(projector, rule, transport, tuple(grads[0]))
+  updates, states = [], [tx.init(grads[0])]
   for g in grads:
     u, state = update(g, states[-1])
     updates.append(u)
     states.append(state)
   assert update._cache_size() == 1
-  return grads, updates, states
+  return updates, states
 
 
 RULES = {
@@ -76,24 +88,48 @@ RULES = {
     functools.partial(rules.NorMuon, weight=1.5, b2=0.8),
   ),
 }
+ALL_RULES = RULES | {
+  'error_feedback': (residuals.error_feedback(0.9), None),
+}
 # The stack narrows, from 12 to 8; the query widens, from 9 to 3 x 4.
 WIDENING = {'stack': 8 / 12, 'query/kernel': 12 / 9}
 
 
-# Where P^T P matters, with bases that are not orthonormal, too.
-POINTS = [(rule, 'stiefel') for rule in RULES] + [
-  ('fira', 'gaussian'),
-  ('fira', 'online_pca'),
-  ('official', 'gaussian'),
-  ('sign', 'gaussian'),
+# Where P^T P matters, with bases that are not orthonormal, too. One view each:
+# a rule sees matrices alone, but those that look at which side is the output's.
+POINTS = [
+  ('fira', 'stiefel', 'stack'),
+  ('unlimited', 'stiefel', 'query/kernel'),
+  ('official', 'stiefel', 'stack'),
+  ('apollo', 'stiefel', 'query/kernel'),
+  ('apollo_mini', 'stiefel', 'stack'),
+  ('sign', 'stiefel', 'query/kernel'),
+  ('orthogonal', 'stiefel', 'both'),
+  ('normuon', 'stiefel', 'both'),
+  ('fira', 'gaussian', 'query/kernel'),
+  ('fira', 'online_pca', 'stack'),
+  ('official', 'gaussian', 'query/kernel'),
+  ('sign', 'gaussian', 'stack'),
 ]
 
 
-@pytest.mark.parametrize('rule, projector', POINTS)
-def test_equals_dense_loop(rule, projector):
-  residual, make = RULES[rule]
-  grads, updates, states = run(PROJECTORS[projector], residual)
-  for k, view in VIEWS.items():
+def views_of(which):
+  return VIEWS if which == 'both' else {which: VIEWS[which]}
+
+
+# Whose programs other tests take, too.
+AT_STIEFEL = {rule: of for rule, name, of in POINTS if name == 'stiefel'} | {
+  'error_feedback': 'query/kernel'
+}
+
+
+@pytest.mark.parametrize('rule, projector, of', POINTS)
+def test_equals_dense_loop(rule, projector, of):
+  make = RULES[rule][1]
+  views = views_of(of)
+  grads = [gradients(t, views) for t in range(STEPS)]
+  updates, states = run(projector, rule, grads)
+  for k, view in views.items():
     if rule in ('orthogonal', 'normuon'):
       make = functools.partial(make, widening=WIDENING[k])
     if rule == 'normuon':  # whose inputs the basis spans, if it is on the left
@@ -119,21 +155,21 @@ def test_equals_dense_loop(rule, projector):
 
 
 @pytest.mark.parametrize(
-  'projector, transport',
+  'projector, transport, of',
   [
-    ('stiefel', 'keep'),
-    ('stiefel', 'first'),
-    ('stiefel', 'reset'),
-    ('gaussian', 'first'),
-    ('online_pca', 'keep'),
+    ('stiefel', 'keep', 'query/kernel'),
+    ('stiefel', 'first', 'stack'),
+    ('stiefel', 'reset', 'query/kernel'),
+    ('gaussian', 'first', 'query/kernel'),
+    ('online_pca', 'keep', 'stack'),
   ],
 )
-def test_error_feedback_equals_dense_loop(projector, transport):
+def test_error_feedback_equals_dense_loop(projector, transport, of):
   tracked = projector == 'online_pca'
-  grads, updates, states = run(
-    PROJECTORS[projector], residuals.error_feedback(0.9), transport=transport
-  )
-  for k, view in VIEWS.items():
+  views = views_of(of)
+  grads = [gradients(t, views) for t in range(STEPS)]
+  updates, states = run(projector, 'error_feedback', grads, transport)
+  for k, view in views.items():
     dense = ref.InSubspace(view, ADAM, transport)
     dense.move(view.bases(ref.bases(states[0])[k]))
     error = np.zeros((view.count, view.m, view.n))
@@ -218,19 +254,17 @@ def test_norms_grow_by_one_percent_at_most(rule):
   'rule', ['fira', 'apollo', 'sign', 'error_feedback', 'normuon']
 )
 def test_nothing_is_remembered_of_bad_gradients(rule):
-  residual = dict(RULES, error_feedback=(residuals.error_feedback(),))[rule][0]
-  good = [ref.like(VIEWS, t) for t in range(2)]
+  views = views_of(AT_STIEFEL[rule])
+  good = [gradients(t, views) for t in range(2)]
   bad = jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), good[0])
   zero = jax.tree.map(jnp.zeros_like, good[0])
-  _, updates, states = run(
-    PROJECTORS['stiefel'], residual, [good[0], bad, zero, good[1]]
-  )
-  for k in VIEWS:
+  updates, states = run('stiefel', rule, [good[0], bad, zero, good[1]])
+  for k in views:
     assert np.isnan(updates[1][k]).any()  # as optax: it shows
-  if residual.init is None:
+  if rule == 'sign':  # which keeps nothing
     return
   kept = [ref.find(s, 'residual').residual for s in states]
-  for k in VIEWS:
+  for k in views:
     assert np.isfinite(kept[4][k]).all()
     np.testing.assert_array_equal(kept[2][k], kept[1][k])
     # Adam's direction is not zero where the gradient is.
@@ -247,7 +281,7 @@ def test_nothing_is_remembered_of_bad_gradients(rule):
   ],
 )
 def test_dtypes(rule, moment_dtype):
-  residual = dict(RULES, error_feedback=(residuals.error_feedback(),))[rule][0]
+  residual = ALL_RULES[rule][0]
   params = {'w': jnp.ones((2, 24, 32), jnp.bfloat16), 'b': jnp.ones((3,))}
   tx = so.subspace(
     so.SubspaceSpec(3, moment_dtype=moment_dtype),
@@ -277,13 +311,14 @@ def _pieces(residual, own=SPEC, **of_unproject):
 
 @pytest.mark.parametrize('rule', ['fira', 'sign'])
 def test_pieces_take_the_same_steps(rule):
-  residual = RULES[rule][0]
-  grads, updates, _ = run(PROJECTORS['stiefel'], residual)
-  tx = _pieces(residual)
+  views = views_of(AT_STIEFEL[rule])
+  grads = [gradients(t, views) for t in range(4)]
+  updates, _ = run('stiefel', rule, grads)
+  tx = _pieces(RULES[rule][0])
   state, update = tx.init(grads[0]), ref.jit(tx.update)
-  for g, wanted in zip(grads[:4], updates[:4], strict=True):
+  for g, wanted in zip(grads, updates, strict=True):
     u, state = update(g, state)
-    for k in VIEWS:
+    for k in views:
       np.testing.assert_allclose(u[k], wanted[k], rtol=1e-4, atol=1e-6)
 
 

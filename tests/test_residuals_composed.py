@@ -55,8 +55,11 @@ def _small(name):
   return measure.compiled(MADE[name]())
 
 
-def _gradients(steps=STEPS):
-  return [cases.tree(cases.SMALL, 40 + t) for t in range(steps)]
+def _gradients(steps=STEPS, seed=40):
+  """Multiples of 2^-10, whose sums and means are exact."""
+  round_off = lambda x: jnp.round(1024 * x) / 1024
+  trees = [cases.tree(cases.SMALL, seed + t) for t in range(steps)]
+  return jax.tree.map(round_off, trees)
 
 
 @functools.cache
@@ -64,8 +67,16 @@ def _alone(name):
   return _small(name).run(_gradients())
 
 
-@every_optimizer
-def test_inside_chain_partition_and_apply_if_finite(name):
+_RULES = ('fira_adamw', 'apollo_adamw', 'ldadamw', 'subspace_muon', 'dion')
+# The residual of the others is that of one of these, or keeps no state.
+WRAPPED = [
+  name if name in _RULES else pytest.param(name, marks=pytest.mark.full)
+  for name in MADE
+]
+
+
+@pytest.mark.parametrize('name', WRAPPED)
+def test_inside_multi_steps_apply_if_finite_chain_and_partition(name):
   labels = {'up': 'subspace', 'bias': 'plain'}
   parts = {'subspace': MADE[name](), 'plain': optax.sgd(0.5)}
   tx = optax.apply_if_finite(
@@ -77,34 +88,20 @@ def test_inside_chain_partition_and_apply_if_finite(name):
     ),
     3,
   )
-  small = measure.compiled(tx)
-  gradients = _gradients(4)
-  for t, (got, wanted) in enumerate(
-    zip(small.run(gradients), _alone(name), strict=False)
-  ):
-    np.testing.assert_allclose(
-      got[2]['up'], wanted[2]['up'], rtol=1e-4, atol=1e-6
-    )
-    np.testing.assert_allclose(got[2]['bias'], -0.5 * gradients[t]['bias'])
-  assert small.update._cache_size() == 1
-
-
-@every_optimizer
-def test_multi_steps_outside(name):
-  micro, means = [], _gradients(3)
+  small = measure.compiled(optax.MultiSteps(tx, 2))
+  means, noise = _gradients(4), _gradients(4, 60)
+  micro = [
+    jax.tree.map(f, mean, of_one)
+    for mean, of_one in zip(means, noise, strict=True)
+    for f in (jnp.add, jnp.subtract)
+  ]
+  history = small.run(micro)
   for t, mean in enumerate(means):
-    noise = cases.tree(cases.SMALL, 60 + t)
-    micro += [
-      jax.tree.map(jnp.add, mean, noise),
-      jax.tree.map(jnp.subtract, mean, noise),
-    ]
-  small = measure.compiled(optax.MultiSteps(MADE[name](), 2))
-  got = small.run(micro)
-  for t in range(3):
-    for x in jax.tree.leaves(got[2 * t][2]):
+    for x in jax.tree.leaves(history[2 * t][2]):
       np.testing.assert_array_equal(x, 0.0)
-    wanted = _alone(name)[t][2]
-    measure.assert_trees_close(got[2 * t + 1][2], wanted, rtol=2e-3, atol=1e-5)
+    got, wanted = history[2 * t + 1][2], _alone(name)[t][2]
+    np.testing.assert_allclose(got['up'], wanted['up'], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got['bias'], -0.5 * mean['bias'], rtol=1e-6)
   assert small.update._cache_size() == 1
 
 
@@ -119,13 +116,17 @@ def test_training_goes_on_to_the_bit_from_a_checkpoint(name, tmp_path):
   )
   got = ocp.load(tmp_path / 'state', abstract)
   measure.assert_trees_close(got, saved)
-  resumed = _small(name).run(_gradients()[3:], (got['params'], got['state']))
+  # The same program goes on, with what is the same to the bit.
+  assert measure.types(got) == measure.types(saved)
+  host = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), got)
+  resumed = _small(name).run(_gradients()[3:], (host['params'], host['state']))
   for one, other in zip(resumed, history[3:], strict=True):
     measure.assert_trees_close(one, other)
+  assert _small(name).update._cache_size() == 1
 
 
 @pytest.mark.parametrize(
-  'name, bad_step, bad', grid.cover(MADE, [0, 3], [np.nan, np.inf], of=2)
+  'name, bad_step, bad', grid.cover(MADE, [0, 3], [np.nan, np.inf], of=3)
 )
 def test_one_bad_matrix_touches_no_other_and_no_residual_state(
   name, bad_step, bad
@@ -156,7 +157,7 @@ DTYPES = [
 
 
 @pytest.mark.parametrize(
-  'name, dtypes', grid.cover(MADE, DTYPES, of=2), ids=str
+  'name, dtypes', grid.cover(MADE, DTYPES, of=4), ids=str
 )
 def test_any_dtypes_of_parameters_and_gradients(name, dtypes):
   of_params, of_gradients = dtypes
@@ -177,6 +178,6 @@ def test_any_dtypes_of_parameters_and_gradients(name, dtypes):
 @every_optimizer
 def test_map_params(name):
   tx = MADE[name]()
-  state = tx.init(cases.tree(cases.SMALL))
+  state = _alone(name)[0][1]
   marked = optax.tree.map_params(tx, lambda x: x + x, state)
   assert measure.types(marked) == measure.types(state)
