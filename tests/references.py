@@ -312,6 +312,24 @@ def bases(state):
   return find(state, 'subspaces').subspaces.basis
 
 
+def start(tx, params):
+  """Returns a state of `project` whose bases and seeds NumPy draws.
+
+  As good as that of `init` where the first step finds bases in gradients; those
+  of `init` cost a program for each leaf.
+  """
+  rng = np.random.default_rng(0)
+
+  def draw(x):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      return rng.normal(size=x.shape).astype(x.dtype)
+    if x.dtype == jnp.uint32:  # seeds
+      return rng.integers(0, 2**32, x.shape, x.dtype)
+    return np.zeros(x.shape, x.dtype)
+
+  return jax.tree.map(draw, jax.eval_shape(tx.init, params))
+
+
 def with_bases(state, basis):
   """Returns a state of `project` that holds other bases."""
   subspaces = state.subspaces._replace(basis=basis)
