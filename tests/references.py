@@ -312,22 +312,19 @@ def bases(state):
   return find(state, 'subspaces').subspaces.basis
 
 
-def start(tx, params):
-  """Returns a state of `project` whose bases and seeds NumPy draws.
+def start(tx, params, bases=None):
+  """Returns the first state of `project`, with given bases or NumPy's.
 
-  As good as that of `init` where the first step finds bases in gradients; those
-  of `init` cost a program for each leaf.
+  Those that `init` draws cost a program for each leaf, for nothing where the
+  first step finds others.
   """
-  rng = np.random.default_rng(0)
-
-  def draw(x):
-    if jnp.issubdtype(x.dtype, jnp.floating):
-      return rng.normal(size=x.shape).astype(x.dtype)
-    if x.dtype == jnp.uint32:  # seeds
-      return rng.integers(0, 2**32, x.shape, x.dtype)
-    return np.zeros(x.shape, x.dtype)
-
-  return jax.tree.map(draw, jax.eval_shape(tx.init, params))
+  without = lambda params: with_bases(tx.init(params), ())
+  if bases is None:
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(size=x.shape).astype(x.dtype)
+    shapes = jax.eval_shape(tx.init, params).subspaces.basis
+    bases = jax.tree.map(draw, shapes)
+  return with_bases(jit(without)(params), bases)
 
 
 def with_bases(state, basis):
