@@ -439,19 +439,19 @@ def test_on_a_mesh_it_is_the_same(kind, rounding):
     rounding=rounding,
   )
 
-  def run(params, x):
-    state = cases.jit(rso.init)(params)
+  def run(params, state, x):
     step = cases.jit(rso.step(loss))
     for _ in range(5):
       params, state, _ = step(params, state, x)
     return params, state
 
-  alone, _ = run(start, x)
+  alone, _ = run(start, cases.jit(rso.init)(start), x)
   mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(kind,) * 2)
   with jax.set_mesh(mesh):
     cut = NamedSharding(mesh, P('fsdp', 'tensor'))
     params = jax.device_put(start, cut)
-    many, state = run(params, jax.device_put(x, NamedSharding(mesh, P())))
+    x = jax.device_put(x, NamedSharding(mesh, P()))
+    many, state = run(params, rso.init(params), x)
     placed = so.state_sharding(rso, params)
   assert many['w'].sharding.spec == cut.spec
   assert state.coords['w'].sharding.spec == placed.coords['w'].spec
