@@ -138,22 +138,11 @@ def spec(views=VIEWS, **kwargs):
 
 def momentum_run(rule, steps, views=VIEWS, **kwargs):
   """Returns gradients, nodes, updates and states, the first from `init`."""
-  of = spec(views, **kwargs)
-  inner = so.in_subspace(optax.trace(0.9), of, transport='first')
-  stages = so.project(of, rule), inner, so.unproject()
-  tx = optax.chain(*stages)
-
-  @ref.jit
-  def step(updates, state):
-    found = []
-    for stage, own in zip(stages, state, strict=True):
-      updates, own = stage.update(updates, own)
-      found.append((updates, own))
-    outputs, states = zip(*found, strict=True)
-    return outputs[0], outputs[-1], states
-
+  init, step = ref.pieces(
+    spec(views, **kwargs), rule, optax.trace(0.9), 'first'
+  )
   grads = [ref.like(views, t) for t in range(steps)]
-  found, nodes, updates = [ref.jit(tx.init)(grads[0])], [], []
+  found, nodes, updates = [init(grads[0])], [], []
   for g in grads:
     node, update, state = step(g, found[-1])
     nodes.append(node)
