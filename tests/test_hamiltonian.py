@@ -170,13 +170,17 @@ def trajectories(projector):
       return optax.apply_updates(params, velocity), new
 
     now = hamiltonian(params, state)
-    coarse, fine = hamiltonian(*after(PROBE)), hamiltonian(*after(PROBE / 2))
+    # In a loop: what follows the step is compiled once.
+    dts = jnp.asarray([PROBE, PROBE / 2, DT])
+    news = lax.map(after, dts)
+    of = lambda i: jax.tree.map(lambda x: x[i], news)
+    coarse, fine = hamiltonian(*of(0)), hamiltonian(*of(1))
     # The two differences, extrapolated to dt = 0.
     measured = jax.tree.map(
       lambda h, c, f: (4 * (f - h) - (c - h)) / PROBE, now, coarse, fine
     )
     m, v = (ref.find(state, 'inner').inner[k] for k in 'mv')
-    new = after(DT)
+    new = of(2)
     g = ref.find(new[1], 'inner').inner['g']
     rate = {f: sum(x.values()) for f, x in per_flow('rate', g, m, v).items()}
     # By how much each basis moved, the one that moved least.
