@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import subspace_optax as so
+
 
 class View(NamedTuple):
   """A leaf's axes: what counts matrices, their rows and their columns."""
@@ -310,6 +312,44 @@ def find(state, field):
 def bases(state):
   """Returns the tree of bases inside an optimizer's state."""
   return find(state, 'subspaces').subspaces.basis
+
+
+def start(tx, params, bases=None):
+  """Returns the first state of `project`, with given bases or NumPy's.
+
+  Those that `init` draws cost a program for each leaf, for nothing where the
+  first step finds others.
+  """
+  without = lambda params: with_bases(tx.init(params), ())
+  if bases is None:
+    rng = np.random.default_rng(0)
+    draw = lambda x: rng.normal(size=x.shape).astype(x.dtype)
+    shapes = jax.eval_shape(tx.init, params).subspaces.basis
+    bases = jax.tree.map(draw, shapes)
+  return with_bases(jit(without)(params), bases)
+
+
+def pieces(spec, rule, inner, transport='keep'):
+  """Returns what `subspace` is made of: `init`, and a jitted `step`.
+
+  It returns the projected nodes, updates and states of the three stages.
+  """
+  stages = (
+    so.project(spec, rule),
+    so.in_subspace(inner, spec, transport=transport),
+    so.unproject(),
+  )
+
+  @jit
+  def step(updates, states):
+    found = []
+    for stage, state in zip(stages, states, strict=True):
+      updates, state = stage.update(updates, state)
+      found.append((updates, state))
+    outputs, states = zip(*found, strict=True)
+    return outputs[0], outputs[-1], states
+
+  return jit(optax.chain(*stages).init), step
 
 
 def with_bases(state, basis):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import grid
 import references as ref
 import subspace_optax as so
 
@@ -38,16 +39,22 @@ def bases(node, view):
   return view.bases(node.basis)
 
 
-def project(select, gap=GAP, rank=ref.RANK, **kwargs):
-  spec = so.SubspaceSpec(rank)
-  tx = so.project(spec, so.projectors.dct(gap, select, **kwargs))
-  return tx.init, ref.jit(tx.update)
+# Stacks of either side, and matrices of either side alone.
+STACKS = {'stack': ref.STACK, 'layers/out/kernel': ref.OUT}
+ALONE = {'tall': ref.TALL, 'query/kernel': ref.QUERY}
+VIEWS = {'l1': STACKS, 'l2': ALONE, 'random': STACKS}
+
+
+@functools.cache
+def project(select, rank=ref.RANK):
+  tx = so.project(so.SubspaceSpec(rank), so.projectors.dct(GAP, select))
+  return ref.jit(tx.init), ref.jit(tx.update)
 
 
 @functools.cache
 def run(select, steps=2 * GAP + 1):
   """Returns gradients, nodes and states of some steps."""
-  views = ref.KERNELS | ref.ATTENTION
+  views = VIEWS[select]
   init, update = project(select)
   state, found = init(ref.like(views)), []
   for t in range(steps):
@@ -111,10 +118,10 @@ def signed_columns(p, d):
 
 @pytest.mark.parametrize('m, rank', [(512, 128), (1000, 250), (40_000, 7)])
 def test_orthonormal_in_float32_at_any_length(m, rank):
-  params = {'w': jnp.ones((m, max(m // 4, rank)), jnp.bfloat16)}
-  spec = so.SubspaceSpec(rank, side='in')
+  params = {'w': jnp.ones((m, rank), jnp.bfloat16)}
+  spec = so.SubspaceSpec(rank, side='in', only_if_smaller=False)
   tx = so.project(spec, so.projectors.dct(1, 'random'))
-  nodes, _ = ref.jit(tx.update)(params, tx.init(params))
+  nodes, _ = ref.jit(tx.update)(params, ref.jit(tx.init)(params))
   p = np.asarray(nodes['w'].basis, np.float64)
   assert p.shape == (m, rank)
   np.testing.assert_allclose(p.T @ p, np.eye(rank), rtol=0, atol=1e-6)
@@ -136,25 +143,19 @@ def test_transition_is_the_dense_formula(select):
         assert select == 'random' or set(np.unique(c)) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize('select', ['l1', 'random'])
-@pytest.mark.parametrize('inner', ['adam', 'momentum'])
+@pytest.mark.parametrize(
+  'inner, select', grid.cover(['adam', 'momentum'], ['l1', 'random'], of=2)
+)
 def test_first_moments_are_carried_by_the_dense_formula(inner, select):
   tx, inner, _ = ref.INNER[inner]
-  views = {'stack': ref.STACK, **ref.ATTENTION}
-  whole = so.subspace(
-    so.SubspaceSpec(ref.RANK),
-    so.projectors.dct(GAP, select),
-    tx,
-    transport='first',
-  )
-  update, state = ref.jit(whole.update), whole.init(ref.like(views))
-  read = so.project(so.SubspaceSpec(ref.RANK), so.projectors.dct(GAP, select))
-  see, seen = ref.jit(read.update), read.init(ref.like(views))
+  views = STACKS
+  rule = so.projectors.dct(GAP, select)
+  init, step = ref.pieces(so.SubspaceSpec(ref.RANK), rule, tx, 'first')
+  state = init(ref.like(views))
   dense = {k: ref.InSubspace(v, inner, 'first') for k, v in views.items()}
   for t in range(2 * GAP + 1):
     grads = ref.like(views, t)
-    updates, state = update(grads, state)
-    nodes, seen = see(grads, seen)
+    nodes, updates, state = step(grads, state)
     for name, view in views.items():
       dense[name].move(bases(nodes[name], view))
       np.testing.assert_allclose(
@@ -199,7 +200,7 @@ def test_dct_adamw(feedback):
 
   LDAdam's rule is that for a partial permutation.
   """
-  b1, b2, views = DctAdam.b1, DctAdam.b2, ref.KERNELS | ref.ATTENTION
+  b1, b2, views = DctAdam.b1, DctAdam.b2, ALONE if feedback else STACKS
   tx = so.subspace(
     so.SubspaceSpec(ref.RANK),
     so.projectors.dct(GAP, 'l1'),
@@ -207,7 +208,7 @@ def test_dct_adamw(feedback):
     transport=so.transports.both(b1, b2),
     residual=so.residuals.error_feedback(b1=0.0) if feedback else None,
   )
-  update, state = ref.jit(tx.update), tx.init(ref.like(views))
+  update, state = ref.jit(tx.update), ref.jit(tx.init)(ref.like(views))
   dense = {
     k: [DctAdam(v.m, v.n, feedback) for _ in range(v.count)]
     for k, v in views.items()
@@ -255,7 +256,7 @@ def test_random_projections_are_unbiased():
 
 def test_a_random_choice_looks_at_no_gradient():
   init, update = project('random')
-  params = ref.like(ref.KERNELS)
+  params = ref.like(VIEWS['random'])
   one, _ = update(params, init(params))
   other, _ = update(jax.tree.map(lambda x: x * jnp.nan, params), init(params))
   for k in params:
@@ -265,19 +266,20 @@ def test_a_random_choice_looks_at_no_gradient():
 @pytest.mark.parametrize('bad', [0.0, np.nan, np.inf])
 @pytest.mark.parametrize('select', ['l1', 'l2'])
 def test_a_bad_gradient_leaves_the_basis_to_the_next(select, bad):
-  init, update = project(select, gap=3)
-  good = ref.like(ref.KERNELS, 1)
+  init, update = project(select)
+  views = VIEWS[select]
+  good = ref.like(views, 1)
   spoiled = jax.tree.map(lambda x: x.at[..., 0, 0].set(bad) * (bad != 0), good)
   _, first = update(good, init(good))
   before = columns(first)
   state = first
-  for _ in range(2):
-    _, state = update(ref.like(ref.KERNELS, 2), state)
+  for _ in range(GAP - 1):
+    _, state = update(ref.like(views, 2), state)
   _, state = update(spoiled, state)  # due here
   jax.tree.map(np.testing.assert_array_equal, columns(state), before)
-  last = ref.like(ref.KERNELS, 3)
+  last = ref.like(views, 3)
   _, state = update(last, state)
-  for name, view in ref.KERNELS.items():
+  for name, view in views.items():
     expected = [largest(g, ref.RANK, select) for g in view.matrices(last[name])]
     found = np.asarray(columns(state)[name]).reshape(len(expected), -1)
     np.testing.assert_array_equal(found, expected)
@@ -287,7 +289,7 @@ def test_the_rank_is_clipped_at_the_transform():
   spec = so.SubspaceSpec(100, only_if_smaller=False)
   tx = so.project(spec, so.projectors.dct())
   params = {'w': ref.normal(0, (6, 9))}
-  nodes, state = ref.jit(tx.update)(params, tx.init(params))
+  nodes, state = ref.jit(tx.update)(params, ref.jit(tx.init)(params))
   np.testing.assert_array_equal(columns(state)['w'], np.arange(6))
   np.testing.assert_allclose(
     nodes['w'].basis @ nodes['w'].coords, params['w'], rtol=0, atol=1e-5

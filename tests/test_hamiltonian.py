@@ -26,7 +26,18 @@ def float64():
     yield
 
 
-SPEC = so.SubspaceSpec(2, only_if_smaller=False, basis_dtype=jnp.float64)
+SHAPES = {'left': (6, 8), 'right': (6, 4), 'plain': (6,)}
+# Each leaf is a stack, with a matrix for each flow.
+SPEC = so.SubspaceSpec(
+  2,
+  only_if_smaller=False,
+  basis_dtype=jnp.float64,
+  weight_dimension_numbers={
+    'left': so.DimensionNumbers(1, 2),
+    'right': so.DimensionNumbers(1, 2),
+    'plain': None,
+  },
+)
 
 
 class Flow(NamedTuple):
@@ -103,14 +114,21 @@ MOVING = {
   'online_pca': so.projectors.online_pca(optax.sgd(0.1)),
 }
 DT, PROBE, FLOW_STEPS = 0.005, 1e-5, 1000
-SHAPES = {'left': (6, 8), 'right': (6, 4), 'plain': (6,)}
 
 
 def per_flow(field, *trees):
   """Returns, per flow, what `field` gives for all its leaves."""
   return {
-    k: jax.tree.map(getattr(flow, field), *(tree[k] for tree in trees))
-    for k, flow in FLOWS.items()
+    name: {
+      k: getattr(flow, field)(*(tree[k][i] for tree in trees)) for k in SHAPES
+    }
+    for i, (name, flow) in enumerate(FLOWS.items())
+  }
+
+
+def stacked(found):
+  return {
+    k: jnp.stack([leaves[k] for leaves in found.values()]) for k in SHAPES
   }
 
 
@@ -125,9 +143,12 @@ def euler(dt):
     del params
     m, v = state['m'], state['v']
     moments = per_flow('moments', g, m, v)
-    move = lambda x, i: jax.tree.map(lambda x, dx: x + dt * dx[i], x, moments)
+    part = lambda i: stacked(
+      {f: {k: x[i] for k, x in leaves.items()} for f, leaves in moments.items()}
+    )
+    move = lambda x, i: jax.tree.map(lambda x, dx: x + dt * dx, x, part(i))
     new = {'m': move(m, 0), 'v': move(v, 1), 'g': g}
-    return per_flow('velocity', g, m, v), new
+    return stacked(per_flow('velocity', g, m, v)), new
 
   return optax.GradientTransformation(init, update)
 
@@ -141,14 +162,13 @@ def trajectories(projector):
   rng = np.random.default_rng(1)
   mix = rng.normal(size=(6, 6))
   target = {k: rng.normal(size=s) for k, s in SHAPES.items()}
-  start = {f: {k: 2 * target[k][::-1] for k in SHAPES} for f in FLOWS}
-  start = jax.tree.map(jnp.asarray, start)
+  start = {k: jnp.stack([2 * x[::-1]] * len(FLOWS)) for k, x in target.items()}
 
   def losses(params):
     loss = lambda x, c: jnp.sum(log_cosh(mix @ x - c))
     return {
-      f: sum(loss(x, target[k]) for k, x in leaves.items())
-      for f, leaves in params.items()
+      f: sum(loss(x[i], target[k]) for k, x in params.items())
+      for i, f in enumerate(FLOWS)
     }
 
   def hamiltonian(params, state):
@@ -170,21 +190,28 @@ def trajectories(projector):
       return optax.apply_updates(params, velocity), new
 
     now = hamiltonian(params, state)
-    coarse, fine = hamiltonian(*after(PROBE)), hamiltonian(*after(PROBE / 2))
+    # In a loop: what follows the step is compiled once.
+    dts = jnp.asarray([PROBE, PROBE / 2, DT])
+    news = lax.map(after, dts)
+    of = lambda i: jax.tree.map(lambda x: x[i], news)
+    coarse, fine = hamiltonian(*of(0)), hamiltonian(*of(1))
     # The two differences, extrapolated to dt = 0.
     measured = jax.tree.map(
       lambda h, c, f: (4 * (f - h) - (c - h)) / PROBE, now, coarse, fine
     )
     m, v = (ref.find(state, 'inner').inner[k] for k in 'mv')
-    new = after(DT)
+    new = of(2)
     g = ref.find(new[1], 'inner').inner['g']
     rate = {f: sum(x.values()) for f, x in per_flow('rate', g, m, v).items()}
     # By how much each basis moved, the one that moved least.
     moved = jax.tree.map(
-      lambda p, q: jnp.linalg.norm(p - q), ref.bases(new[1]), ref.bases(state)
+      lambda p, q: jnp.linalg.norm(p - q, axis=(1, 2)),
+      ref.bases(new[1]),
+      ref.bases(state),
     )
-    moved = {f: jnp.minimum(x['left'], x['right']) for f, x in moved.items()}
-    assert [x.shape for x in g['gd'].values()] == [(2, 8), (6,), (6, 2)]
+    moved = jnp.minimum(moved['left'], moved['right'])
+    moved = {f: moved[i] for i, f in enumerate(FLOWS)}
+    assert [x.shape[1:] for x in g.values()] == [(2, 8), (6,), (6, 2)]
     return new, (now, measured, rate, moved)
 
   @ref.jit
@@ -192,7 +219,8 @@ def trajectories(projector):
     tx = so.subspace(SPEC, MOVING[projector], euler(DT))
     state = tx.init(params)
     if projector == 'online_pca':
-      skew = lambda p: p + 0.2 * jnp.cos(jnp.arange(p.size)).reshape(p.shape)
+      wave = 0.2 * jnp.cos(jnp.arange(12)).reshape(1, 6, 2)
+      skew = lambda p: p.at[:].add(wave[:, : p.shape[1]])
       bases = jax.tree.map(skew, ref.bases(state))
       state = (ref.with_bases(state[0], bases), *state[1:])
     return lax.scan(step, (params, state), length=FLOW_STEPS)[1]

@@ -9,7 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import references as ref
@@ -17,33 +16,46 @@ import subspace_optax as so
 
 N, M, R = 4000, 6, 2
 GAP = 3
-VIEW = ref.view((N, M, 8))
+# Of the rows, and of the columns.
+VIEWS = {'a': ref.view((N, M, 8)), 'b': ref.view((N, 8, M))}
+
+
+@functools.cache
+def update(gap):
+  return ref.jit(so.project(spec(), so.projectors.stiefel(gap)).update)
 
 
 def spec(seed=0):
   return so.SubspaceSpec(R, seed=seed)
 
 
-def refreshed(params, seed=0, gap=GAP):
-  """Returns what two periods make of gradients of ones."""
-  tx = so.project(spec(seed), so.projectors.stiefel(gap))
-  update = ref.jit(tx.update)
-  state = tx.init(params)
-  states = []
+def refreshed(grads, seed=0, gap=GAP):
+  """Returns nodes and states of two periods."""
+  state = ref.start(so.project(spec(seed), so.projectors.stiefel(gap)), grads)
+  nodes, states = [], []
   for _ in range(GAP + 1):
-    _, state = update(params, state)
+    # All that depends on the seed is in the state.
+    node, state = update(gap)(grads, state)
+    nodes.append(node)
     states.append(state)
-  return states
+  return nodes, states
+
+
+@functools.cache
+def drawn():
+  """Returns one gradient of each leaf, and nodes and states of two periods."""
+  one = {'a': ref.normal(0, (M, 8)), 'b': ref.normal(1, (8, M))}
+  grads = {k: jnp.broadcast_to(g, VIEWS[k].shape) for k, g in one.items()}
+  return one, *refreshed(grads)
 
 
 @functools.cache
 def sampled():
   """Returns (N, m, r) bases of two leaves in each of two periods."""
-  params = {k: jnp.ones(VIEW.shape) for k in ('a', 'b')}
-  states = refreshed(params)
+  _, _, states = drawn()
   return {
-    (k, period): VIEW.bases(ref.bases(states[period * GAP])[k])
-    for k in params
+    (k, period): view.bases(ref.bases(states[period * GAP])[k])
+    for k, view in VIEWS.items()
     for period in (0, 1)
   }
 
@@ -88,14 +100,14 @@ def test_uniform(key):
 
 def test_lemma_5_error():
   """E||P P^T G - G||^2 = (1 - r/m) ||G||^2, on either side."""
-  views = {'left': VIEW, 'right': ref.view((N, 8, M))}
-  one = {'left': ref.normal(0, (M, 8)), 'right': ref.normal(1, (8, M))}
-  grads = {k: jnp.broadcast_to(g, views[k].shape) for k, g in one.items()}
-  tx = so.subspace(spec(), so.projectors.stiefel(GAP), optax.identity())
-  updates, _ = ref.jit(tx.update)(grads, tx.init(grads))
-  for k in views:
-    error = np.asarray(updates[k] - grads[k], np.float64)
-    share = np.sum(error**2, (1, 2)) / np.linalg.norm(one[k]) ** 2
+  one, nodes, _ = drawn()
+  for k, view in VIEWS.items():
+    coords = view.coords(nodes[0][k].coords, R)
+    [g] = view._replace(shape=one[k].shape, rows=(0,), cols=(1,)).matrices(
+      one[k]
+    )
+    error = sampled()[k, 0] @ coords - g
+    share = np.sum(error**2, (1, 2)) / np.linalg.norm(g) ** 2
     sigma = share.std() / np.sqrt(N)
     np.testing.assert_allclose(share.mean(), 1 - R / M, rtol=0, atol=5 * sigma)
     assert sigma < 0.01
@@ -124,8 +136,9 @@ TREE = {'a': {'b': jnp.ones(SHAPE)}}
 
 
 @functools.cache
-def small(**kwargs):
-  return refreshed(TREE, **kwargs)
+def small():
+  _, states = refreshed(TREE)
+  return states
 
 
 def test_moves_every_gap_steps_only():
@@ -136,30 +149,26 @@ def test_moves_every_gap_steps_only():
 
 
 def test_depends_on_seed_path_place_and_period_alone():
-  # Other gradients, and another tree in which 'a/b' has neighbours.
+  # Other gradients and another gap, in a tree in which 'a/b' has neighbours.
   wider = {'a': {'a': ref.normal(1, SHAPE), 'b': ref.normal(0, SHAPE)}}
   runs = {
     'tree': small(),
-    'wider': refreshed(wider),
-    'gap': small(gap=1),
-    'seed': small(seed=1),
+    'wider': refreshed(wider, gap=1)[1],
+    'seed': refreshed(TREE, seed=1)[1],
   }
   runs = {k: [ref.bases(s)['a'] for s in v] for k, v in runs.items()}
   for t in 0, GAP:
-    found = runs['tree'][t]['b']
-    close = functools.partial(np.testing.assert_allclose, found, atol=1e-6)
-    close(runs['wider'][t]['b'])
-    close(runs['gap'][t // GAP]['b'])
+    found, wider = runs['tree'][t]['b'], runs['wider'][t // GAP]
+    np.testing.assert_allclose(found, wider['b'], atol=1e-6)
     assert (abs(runs['seed'][t]['b'] - found) > 1e-4).any((1, 2)).all()
-    assert (abs(runs['wider'][t]['a'] - found) > 1e-4).any((1, 2)).all()
+    assert (abs(wider['a'] - found) > 1e-4).any((1, 2)).all()
 
 
 def test_resumes_from_its_state():
   """The state holds all that the next period's sample depends on."""
   states = small()
   saved = jax.tree.map(np.asarray, states[GAP - 1])
-  tx = so.project(spec(), so.projectors.stiefel(GAP))
-  _, state = ref.jit(tx.update)(TREE, saved)
+  _, state = update(GAP)(TREE, saved)
   np.testing.assert_allclose(
     ref.bases(state)['a']['b'],
     ref.bases(states[GAP])['a']['b'],
