@@ -72,8 +72,8 @@ PIECES = {
     MADE['golore'](), so.round_updates('compensated')
   ),
 }
-# Of others' parts: `fira_adamw`'s bases, `ldadamw`'s residual, `golore`, whose
-# updates of float32 pass, `subspace_muon`'s columns and `fira_adamw`'s residual,
+# Of others' parts: `fira_adamw`'s bases and residual, `ldadamw`'s residual,
+# `golore`, whose updates of float32 pass, `subspace_muon`'s columns, and
 # `online_pca`.
 ALIKE = (
   'galore',
