@@ -134,7 +134,7 @@ def inputs() -> jax.Array:
 
 @functools.cache
 def nnx_problem(stacked: bool, remat: bool, pure: bool = True) -> Problem:
-  model = NnxModel(nnx.Rngs(0), stacked, remat)
+  model = nnx.jit(lambda: NnxModel(nnx.Rngs(0), stacked, remat))()
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
   def loss(merge, params, x):
@@ -151,7 +151,7 @@ def nnx_problem(stacked: bool, remat: bool, pure: bool = True) -> Problem:
 @functools.cache
 def linen_problem(stacked: bool, remat: bool, **kwargs) -> Problem:
   model = LinenModel(stacked, remat, **kwargs)
-  params = model.init(jax.random.key(0), inputs())['params']
+  params = jax.jit(model.init)(jax.random.key(0), inputs())['params']
   plain = lambda p, x: jnp.mean(model.apply({'params': p}, x) ** 2)
   lifted = lambda p, x: jnp.mean(rso.linen_apply(model, {'params': p}, x) ** 2)
   return Problem(params, plain, lifted)

@@ -12,6 +12,7 @@ import linen_train_state
 import nnx_layerwise
 import nnx_optimizer
 import plain_dict
+import small_llama
 import trigram
 
 DOCUMENTS = {f'file{i}': f'text {i} '.encode() * (i + 1) for i in range(30)}
@@ -226,7 +227,8 @@ def test_trigram_beats_bigram_and_unigram():
 @pytest.mark.parametrize(
   'example', [plain_dict, nnx_optimizer, nnx_layerwise, linen_train_state]
 )
-def test_short_example_lowers_the_loss(example, capsys):
+def test_short_example_lowers_the_loss(example, capsys, monkeypatch):
+  small_llama.install_in(monkeypatch, mlp_width=4, heads=4)
   first, last = example.main()
   assert last < 0.6 * first
   assert capsys.readouterr().out.startswith('loss ')

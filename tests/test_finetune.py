@@ -539,7 +539,7 @@ def tiny(folder, tmp_path_factory):
   return finetune.Config(
     checkpoint=str(folder), data=(str(texts),), rank=2, batch=8, seq=24,
     steps=40, update_proj_gap=10, lr=5e-3, log_every=20,
-    eval_every=20, save_every=20, compare='galore,lora',
+    eval_every=20, save_every=20, compare='adamw8bit,lora',
     out=str(tmp_path_factory.mktemp('runs')),
   )  # fmt: skip
 
@@ -560,8 +560,8 @@ def compared(tiny):
 
 
 @pytest.fixture(scope='module')
-def galore(compared):
-  return compared['galore']
+def whole(compared):
+  return compared['adamw8bit']
 
 
 @pytest.fixture(scope='module')
@@ -578,9 +578,9 @@ def saved_model(config, out):
   return params, labelled.rows(ids, held.labels, config.seq)
 
 
-def test_saved_model_has_the_accuracy_that_is_reported(tiny, galore):
+def test_saved_model_has_the_accuracy_that_is_reported(tiny, whole):
   """Scores every text alone, at its own length, by the formulas."""
-  out, summary = galore
+  out, summary = whole
   weights = safetensors_numpy.load_file(out / 'model' / 'model.safetensors')
   assert weights.keys() == tensors().keys() - {'lm_head.weight'} | {
     'score.weight'
@@ -599,8 +599,8 @@ def test_saved_model_has_the_accuracy_that_is_reported(tiny, galore):
   assert summary['guessing_accuracy'] < 0.7 < summary['validation_accuracy']
 
 
-def test_saved_model_names_its_labels(galore):
-  raw = json.loads((galore[0] / 'model' / 'config.json').read_text())
+def test_saved_model_names_its_labels(whole):
+  raw = json.loads((whole[0] / 'model' / 'config.json').read_text())
   assert raw['architectures'] == ['LlamaForSequenceClassification']
   assert raw['id2label'] == {'0': 'animals', '1': 'tools'}
 
@@ -621,13 +621,13 @@ def test_lora_learns_and_changes_matrices_by_its_rank_only(
       np.testing.assert_array_equal(after[path], w, err_msg=str(path))
 
 
-def test_memory_is_that_of_each_method(galore, with_lora):
-  galore, with_lora = galore[1], with_lora[1]
-  assert with_lora['trained_parameters'] < galore['trained_parameters'] / 4
-  assert galore['memory']['adam'] >= 8 * galore['trained_parameters']
-  assert with_lora['memory']['adam'] == galore['memory']['adam']
+def test_memory_is_that_of_each_method(whole, with_lora):
+  whole, with_lora = whole[1], with_lora[1]
+  assert with_lora['trained_parameters'] < whole['trained_parameters'] / 4
+  assert whole['memory']['adam'] >= 8 * whole['trained_parameters']
+  assert with_lora['memory']['adam'] == whole['memory']['adam']
   state = with_lora['memory']['state']
-  assert state < galore['memory']['state'] < galore['memory']['adam']
+  assert state < whole['memory']['state'] < whole['memory']['adam']
   assert state == pytest.approx(8 * with_lora['trained_parameters'], abs=64)
 
 
@@ -652,7 +652,7 @@ def test_comparison_leaves_numbers_and_a_picture(tiny, compared):
   out = pathlib.Path(tiny.out)
   saved = json.loads((out / 'summary.json').read_text())
   assert saved == {name: summary for name, (_, summary) in compared.items()}
-  assert list(saved) == ['galore', 'lora']
+  assert list(saved) == ['adamw8bit', 'lora']
   assert (out / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
 

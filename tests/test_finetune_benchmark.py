@@ -64,7 +64,7 @@ def args(checkpoint, pairs, tmp_path):  # noqa: F811
   page = tmp_path / 'page.md'
   page.write_text('<!-- finetune begins -->\n<!-- finetune ends -->\n')
   return finetune.Args(
-    methods=('lora', 'galore'),
+    methods=('lora', 'adamw8bit'),
     steps=3,
     seq=136,
     rank=2,

@@ -82,8 +82,8 @@ def test_second_derivatives(side):
   f = rso.value_and_grad(
     lambda at, x: penalty(at['w'], x), spec.match({'w': w})
   )
-  value, found = f({'w': w}, {'w': p}, {'w': b}, x)
-  want = jax.value_and_grad(dense)(b)
+  value, found = jax.jit(f)({'w': w}, {'w': p}, {'w': b}, x)
+  want = jax.jit(jax.value_and_grad(dense))(b)
   np.testing.assert_allclose(value, want[0], rtol=1e-12)
   np.testing.assert_allclose(found['w'], want[1], rtol=1e-10, atol=1e-12)
 
@@ -196,7 +196,7 @@ def _layers(dtype, precision=None, dot_general=None):
   )
   graphdef, state = nnx.split(linear)
   dense = nn.Dense(9, dot_general=dot_general, **kwargs)
-  variables = dense.init(jax.random.key(0), jnp.ones((1, 6), dtype))
+  variables = jax.jit(dense.init)(jax.random.key(0), jnp.ones((1, 6), dtype))
   return {
     'nnx': (
       nnx.to_pure_dict(state),
@@ -225,7 +225,7 @@ def test_products_in_the_dtype_of_the_layer(flax):
   assert re.findall(r':(\w+)\[\S* = dot_general', text) == ['bf16'] * 3
   loss = lambda p: jnp.sum(apply(p, x).astype(jnp.float32) ** 2)
   f = rso.value_and_grad(loss, spec)
-  gradient = f(params, bases, coords)[1]
+  gradient = jax.jit(f)(params, bases, coords)[1]
   dtypes = {k: g.dtype for k, g in gradient.items()}
   assert dtypes == {'kernel': jnp.float32, 'bias': jnp.float32}
   w = params['kernel'] + bases['kernel'] @ coords['kernel']

@@ -76,12 +76,18 @@ def first(name):
   return params
 
 
+@functools.cache
+def started(name):
+  """The step, its program, parameters, and the state to begin with."""
+  train, params = STEPS[name](), first(name)
+  return train, cases.jit(train.step), params, cases.jit(train.init)(params)
+
+
 @pytest.mark.parametrize('name', STEPS)
 def test_every_step_keeps_the_protocol(name):
   """init, step, params, gradients; the loss falls; nothing compiles twice."""
-  train, params = STEPS[name](), first(name)
+  train, step, params, state = started(name)
   assert isinstance(train, so.TrainStep)
-  state, step = train.init(params), cases.jit(train.step)
   kinds = lambda: [
     (x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves((params, state))
   ]
@@ -101,15 +107,10 @@ def test_every_step_keeps_the_protocol(name):
 
 
 def test_a_step_may_be_called():
-  train, params = STEPS['plain'](), parameters()
-  state = train.init(params)
-  for a, b in zip(
-    jax.tree.leaves(train(params, state, batch(0))),
-    jax.tree.leaves(train.step(params, state, batch(0))),
-    strict=True,
-  ):
-    np.testing.assert_array_equal(a, b)
-  jax.jit(train)(params, state, batch(0))
+  train, step, params, state = started('plain')
+  found = cases.jit(train)(params, state, batch(0))
+  wanted = step(params, state, batch(0))
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_subproblems_make_their_own_step():
@@ -119,8 +120,8 @@ def test_subproblems_make_their_own_step():
   state = made.init(params)
   gradients = jax.tree.map(jnp.ones_like, made.gradients(params, state))
   train = so.train_step(loss, made, value_and_grad=given)
-  found = train(params, state, batch(0))
-  wanted = made.step(loss, given)(params, state, batch(0))
+  found = jax.jit(train)(params, state, batch(0))
+  wanted = jax.jit(made.step(loss, given))(params, state, batch(0))
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
   drawn = train.bases(params, state)
   jax.tree.map(np.testing.assert_array_equal, drawn, made.bases(params, state))
@@ -134,14 +135,19 @@ def test_a_step_is_no_optimizer():
 
 
 def test_the_plain_step_is_optax():
-  train, params = STEPS['plain'](), parameters()
-  found, _, value = train(params, train.init(params), batch(0))
-  wanted, gradients = jax.value_and_grad(loss)(params, batch(0))
-  updates, _ = TX.update(gradients, TX.init(params), params)
-  np.testing.assert_array_equal(value, wanted)
-  jax.tree.map(
-    np.testing.assert_array_equal, found, optax.apply_updates(params, updates)
+  _, step, params, state = started('plain')
+
+  @cases.jit
+  def ordinary(params, state, x):
+    value, gradients = jax.value_and_grad(loss)(params, x)
+    updates, state = TX.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+  found, wanted = (
+    step(params, state, batch(0)),
+    ordinary(params, state, batch(0)),
   )
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize('name', STEPS)
@@ -168,8 +174,7 @@ def test_losses_of_all_ways_to_the_same_step():
 
   @functools.cache
   def values(name):
-    train, params = STEPS[name](), parameters()
-    state, step, found = train.init(params), cases.jit(train.step), []
+    (_, step, params, state), found = started(name), []
     for t in range(5):
       params, state, value = step(params, state, batch(t))
       found.append(value)
@@ -181,9 +186,9 @@ def test_losses_of_all_ways_to_the_same_step():
 
 def test_a_data_parallel_step_knows_its_mesh():
   """State placed from parameters on one device, or from their shapes."""
-  train, params = STEPS['data_parallel'](), parameters()
-  for given in (params, jax.eval_shape(lambda: params)):
-    places = train.state_sharding(given)
-    state = jax.jit(train.init, out_shardings=places)(params)
-    assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {4}
-    cases.jit(train.step)(params, state, batch(0))
+  train, _, params, _ = started('data_parallel')
+  places = train.state_sharding(params)
+  assert train.state_sharding(jax.eval_shape(lambda: params)) == places
+  state = jax.jit(train.init, out_shardings=places)(params)
+  assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {4}
+  cases.jit(train.step)(params, state, batch(0))
