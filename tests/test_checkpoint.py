@@ -17,6 +17,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import measure
 import subspace_optax as so
 from subspace_optax import projectors
@@ -224,8 +225,9 @@ def test_moments_of_8_bits_in_4(tmp_path):
   assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.98
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('rank', [4, 3])
+@pytest.mark.parametrize(
+  'kind, rank', grid.cover([AxisType.Auto, AxisType.Explicit], [3, 4], of=2)
+)
 def test_another_mesh_and_rank_in_one_call(rank, kind, tmp_path):
   params = {
     'w': jax.random.normal(jax.random.key(0), (16, 32)),

@@ -597,6 +597,26 @@ def test_a_switch_of_random_bases_has_no_step_of_whole_gradients():
   assert seen == [rso.Lifted]
 
 
+def test_one_rule_that_looks_at_gradients_makes_steps_of_whole_ones():
+  parts = {
+    'svd': _subspace(so.projectors.svd(2)),
+    'random': _subspace(so.projectors.stiefel(2)),
+  }
+  tx = optax.partition(parts, {'up': 'svd', 'down': 'random'})
+  seen = set()
+
+  def loss(params, x):
+    seen.add(tuple(isinstance(p, rso.Lifted) for p in params.values()))
+    return _two_matrices_loss(params, x)
+
+  params = {'up': jnp.ones((16, 24)), 'down': jnp.ones((24, 16))}
+  state = jax.eval_shape(tx.init, params)
+  jax.eval_shape(
+    rso.compressed_step(loss, tx), params, state, jnp.ones((4, 24))
+  )
+  assert seen == {(True, True), (False, False)}
+
+
 def test_no_tracer_leaks():
   params, x = {'w': jnp.ones((8, 16))}, jnp.ones((4, 8))
   tx = so.galore(1e-3, spec=_spec())

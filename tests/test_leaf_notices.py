@@ -229,7 +229,7 @@ def test_steps_with_outputs_first_are_those_of_the_transposed_kernels():
   def first_step(outputs_first, params):
     spec = so.SubspaceSpec(4, outputs_first=outputs_first)
     tx = so.subspace_muon(0.1, spec=spec)
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = cases.jit(tx.update)(params, tx.init(params), params)
     return updates['w']
 
   wanted = first_step(False, {'w': weight.T})

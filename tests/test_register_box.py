@@ -90,7 +90,14 @@ def test_names_of_axes_tell_the_matrix():
 OPTIMIZERS = ['golore', 'online_subspace_descent', 'ldadamw', 'subspace_muon']
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    # Whose state is a part of ldadamw's.
+    pytest.param(name, marks=pytest.mark.full) if name == 'golore' else name
+    for name in OPTIMIZERS
+  ],
+)
 def test_state_is_in_boxes_of_its_own(name):
   """Every box holds what its axes say; steps are those of bare arrays."""
   tx, params = getattr(so, name)(0.1, rank=2), model()
