@@ -12,18 +12,23 @@ import subspace_optax as so
 
 SPEC = so.SubspaceSpec(ref.RANK)
 P = so.projectors
-VIEWS = ref.KERNELS
+VIEWS = {'stack': ref.STACK}
+
+
+@functools.cache
+def compiled(make, *args):
+  tx = so.project(SPEC, make(*args))
+  return tx.init, ref.jit(tx.update)
 
 
 def run(projector, steps, bad=()):
   """Returns gradients and states, those before the first step included."""
-  tx = so.project(SPEC, projector)
-  update = ref.jit(tx.update)
+  init, update = compiled(*projector)
   grads = [
     {k: ref.decaying(t, v, 0.5) * (t not in bad) for k, v in VIEWS.items()}
     for t in range(steps)
   ]
-  states = [tx.init(grads[0])]
+  states = [init(grads[0])]
   for g in grads:
     states.append(update(g, states[-1])[1])
   return grads, states
@@ -31,7 +36,7 @@ def run(projector, steps, bad=()):
 
 @functools.cache
 def haar(gap):
-  return run(P.stiefel(gap), 13)[1]
+  return run((P.stiefel, gap), 13)[1]
 
 
 def assert_svd(grads, state):
@@ -53,10 +58,14 @@ def assert_same(state, other):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
+def svd_until(start, gap=3):
+  return P.switch({start: P.stiefel(gap), 0: P.svd(3, 'exact')})
+
+
 @pytest.mark.parametrize('start', [3, 4])
 def test_svd_then_stiefel(start):
   """The new rule acts at its first refresh in its time, here 3 or 6."""
-  grads, states = run(P.switch({0: P.svd(3), start: P.stiefel(3)}), 8)
+  grads, states = run((svd_until, start), 8)
   for t in range(8):
     last_refresh = t // 3 * 3
     if last_refresh < start:
@@ -67,7 +76,7 @@ def test_svd_then_stiefel(start):
 
 def test_rules_of_other_gaps():
   """Stiefel every 4 from step 5 on: SVDs at 0, 3 and samples at 8, 12."""
-  grads, states = run(P.switch({5: P.stiefel(4), 0: P.svd(3)}), 13)
+  grads, states = run((svd_until, 5, 4), 13)
   for t in range(13):
     if t < 8:
       assert_svd(grads[0 if t < 3 else 3], states[t + 1])
@@ -78,9 +87,9 @@ def test_rules_of_other_gaps():
 def test_online_pca_then_stiefel_then_online_pca():
   """Each optimizer on P rests, state and all, while another rule is active."""
   pca = lambda: P.online_pca(optax.adam(0.02))
-  rule = P.switch({0: pca(), 3: P.stiefel(2), 6: pca()})
-  _, alone = run(pca(), 3)
-  grads, states = run(rule, 8)
+  rule = lambda: P.switch({0: pca(), 3: P.stiefel(2), 6: pca()})
+  _, alone = run((pca,), 3)
+  grads, states = run((rule,), 8)
   for t in range(3):
     assert_same(states[t + 1], alone[t + 1])
   assert_same(states[4], states[3])  # No refresh is due at step 3.
@@ -104,8 +113,7 @@ def test_online_pca_then_stiefel_then_online_pca():
 
 def test_a_refresh_owed_before_the_switch_is_not_made_up_after_it():
   """Nor does the resting rule's debt ever move a basis."""
-  rule = P.switch({0: P.svd(3), 4: P.stiefel(3)})
-  grads, states = run(rule, 7, bad=(3,))
+  grads, states = run((svd_until, 4), 7, bad=(3,))
   for t in range(6):
     assert_svd(grads[0], states[t + 1])
   assert_same(states[7], haar(3)[7])
@@ -113,7 +121,7 @@ def test_a_refresh_owed_before_the_switch_is_not_made_up_after_it():
 
 def test_moments_move_along():
   """transport='first' through SVD, switch and Haar, as in a dense loop."""
-  rule = P.switch({0: P.svd(2), 3: P.stiefel(2)})
+  rule = P.switch({0: P.svd(2, 'exact'), 3: P.stiefel(2)})
   tx = so.subspace(SPEC, rule, optax.trace(0.9), transport='first')
   update = ref.jit(tx.update)
   state = tx.init(ref.like(VIEWS))
