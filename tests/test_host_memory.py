@@ -64,14 +64,17 @@ def assert_on_host(state):
   assert HOST in kinds_of(state)
 
 
-def run(tx, params, memory_kind=None, steps=5, mesh_kind=None):
+def run(tx, params, memory_kind=None, steps=5, state=None):
   """Steps of `train_step`, params and state donated; the final ones."""
   scale = 1 + normal(3, 64) ** 2
   loss = lambda p: sum(jnp.mean(jnp.cos(x) * scale[0]) for x in p.values())
   train = so.train_step(loss, tx)
   params = jax.device_put(jax.tree.map(jnp.copy, params), jax.devices()[0])
   place = train.state_sharding(params, memory_kind=memory_kind)
-  state = cases.jit(train.init, out_shardings=place)(params)
+  if state is None:
+    state = cases.jit(train.init, out_shardings=place)(params)
+  else:
+    state = jax.device_put(jax.tree.map(jnp.copy, state), place)
   where = jax.tree.map(lambda x: x.sharding, params)
   step = cases.jit(
     train.step,
@@ -90,11 +93,18 @@ def run(tx, params, memory_kind=None, steps=5, mesh_kind=None):
 
 
 @functools.cache
-def run_once(name, memory_kind=None):
-  """One matrix is enough where none knows of the others."""
+def start(name):
+  """An optimizer, parameters and its state; a stack if none sees the others."""
+  tx = OPTIMIZERS[name]()
   together = name in ('adamw', 'coupled', 'MultiSteps', 'subspace_adamw')
   params = make_params() if together else make_stack()
-  return run(OPTIMIZERS[name](), params, memory_kind)
+  return tx, params, cases.jit(tx.init)(params)
+
+
+@functools.cache
+def run_once(name, memory_kind=None):
+  tx, params, state = start(name)
+  return run(tx, params, memory_kind, state=state)
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -222,7 +232,7 @@ def test_cut_states_on_a_mesh(kind):
 
 
 def test_moments_on_the_host_and_bases_on_the_device():
-  tx, params = OPTIMIZERS['galore'](), make_stack()
+  tx, params, state = start('galore')
   far = lambda path: HOST if '/inner/' in path else None
   place = so.state_sharding(tx, params, memory_kind=far)
   found = {
@@ -231,12 +241,12 @@ def test_moments_on_the_host_and_bases_on_the_device():
   }
   assert {kind for path, kind in found.items() if '/inner/' in path} == {HOST}
   assert {kind for path, kind in found.items() if 'basis' in path} == {DEVICE}
-  got = run(tx, params, far)
+  got = run(tx, params, far, state=state)
   test_layerwise.assert_close(got[0], run_once('galore')[0])
 
 
 def test_a_checkpoint_comes_back_to_the_host(tmp_path):
-  tx, params = OPTIMIZERS['subspace_adamw'](), make_params()
+  tx, params, _ = start('subspace_adamw')
   place = so.state_sharding(tx, params, memory_kind=HOST)
   state = run_once('subspace_adamw', HOST)[1]
   ocp.save(tmp_path / 'state', state)

@@ -256,9 +256,10 @@ def test_a_norm_that_is_not_finite_is_forgotten():
   step, run = clipping('previous')
   state = step.init(params)
   wanted, _, _ = run(params, state, BATCH)
-  nothing = jnp.full_like(state.norm, jnp.nan)
-  got, _, _ = run(params, state._replace(norm=nothing), BATCH)
-  jax.tree.map(np.testing.assert_array_equal, got, wanted)
+  for nothing in (jnp.nan, jnp.inf):
+    norm = jnp.full_like(state.norm, nothing)
+    got, _, _ = run(params, state._replace(norm=norm), BATCH)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 # Programs.
