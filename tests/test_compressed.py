@@ -158,7 +158,7 @@ def _nnx_problem():
 
 def _linen_problem():
   """A layer with more inputs than outputs, which are projected."""
-  model: Any = nn.Dense(models.WIDTH, param_dtype=jnp.float64)
+  model = nn.Dense(models.WIDTH, param_dtype=jnp.float64)
   of = lambda x: jnp.concatenate([jnp.sin(x), jnp.cos(x)], -1)
   shapes = jax.eval_shape(model.init, jax.random.key(0), of(_inputs(0)))
   params = _drawn(shapes['params'])

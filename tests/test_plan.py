@@ -5,7 +5,6 @@ import math
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
 from flax import linen
 from flax import nnx
@@ -73,7 +72,7 @@ def few(dtype='bfloat16'):
   )
 
 
-FEW: dict = {'model': few(), 'seq': 32, 'rank': 8}
+FEW = {'model': few(), 'seq': 32, 'rank': 8}
 
 
 @pytest.mark.parametrize('name', ['llama_test', 'llama_1m', 'llama_60m'])
@@ -322,7 +321,7 @@ def test_a_tensor_axis_cuts_what_layers_keep():
 
 @pytest.mark.usefixtures('untraced')
 def test_largest_is_the_largest():
-  fixed: dict[str, Any] = {'model': wide(), 'method': 'golore', 'seq': 64}
+  fixed = {'model': wide(), 'method': 'golore', 'seq': 64}
   fits = lambda **k: plan.plan(**fixed, **k).fits(card)
   card = plan.plan(**fixed, rank=5, batch=7).total / (1 - plan.RESERVE) / 1e9
   card += 1e-9
@@ -340,7 +339,7 @@ def test_largest_is_the_largest():
 
 @pytest.mark.usefixtures('untraced')
 def test_the_largest_rank_projects_something():
-  kind: dict = {'model': wide(), 'method': 'golore', 'seq': 8}
+  kind = {'model': wide(), 'method': 'golore', 'seq': 8}
   rank = plan.largest(card=24, rank=8, **kind).rank
   assert rank is not None
   plan.plan(rank=rank, **kind)
@@ -521,7 +520,7 @@ def test_it_prints_the_parts(capsys):
     __main__.main([*flags, '--optimizer', 'golore', '--card', '0.001']) == 0
   )
   text = capsys.readouterr().out
-  kind: dict = {'model': wide, 'method': 'golore', 'seq': 8, 'rank': 8}
+  kind = {'model': wide, 'method': 'golore', 'seq': 8, 'rank': 8}
   made = plan.plan(**kind)
   for name, size in [*made._asdict().items(), ('total', made.total)]:
     assert f'{name:<12}{size / 1e9:>10.3f} GB' in text
