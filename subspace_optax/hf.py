@@ -72,12 +72,13 @@ def from_hf(
     `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024
 
   Example:
-    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
     >>> tx = so.from_hf(
     ...   1e-3, 'galore_adamw', 'rank=4, scale=0.5', ['attn', 'mlp']
     ... )
     >>> params = {'mlp': {'up': {'kernel': jnp.ones((16, 32))}}}
-    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> update = jax.jit(tx.update)
+    >>> updates, state = update(params, tx.init(params), params)
     >>> so.subspace_metrics(state).keys()
     dict_keys(['mlp/up/kernel'])
   """

@@ -217,11 +217,11 @@ def galore(
     Projection <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2
 
   Example:
-    >>> import jax.numpy as jnp, optax, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
     >>> tx = so.galore(learning_rate=0.01, rank=16)
     >>> params = {'w': jnp.ones((100, 100)), 'b': jnp.ones((100,))}
     >>> state = tx.init(params)
-    >>> updates, state = tx.update(params, state, params)
+    >>> updates, state = jax.jit(tx.update)(params, state, params)
     >>> so.memory_report(tx, params).state < so.memory_report(tx, params).adam
     True
   """

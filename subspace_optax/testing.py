@@ -105,7 +105,7 @@ def check_transport(transport: transports.Transport) -> None:
 
   Example:
     >>> import subspace_optax as so
-    >>> so.testing.check_transport(so.transports.first())
+    >>> so.testing.check_transport(so.transports.reset())
   """
   transport = _rules.as_transport(transport)
 

@@ -60,7 +60,7 @@ def project(
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Eq. (9)
 
   Example:
-    >>> import jax.numpy as jnp, optax, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, optax, subspace_optax as so
     >>> spec = so.SubspaceSpec(rank=2)
     >>> tx = optax.chain(
     ...   so.project(spec, so.projectors.svd(200)),
@@ -69,7 +69,8 @@ def project(
     ...   optax.scale_by_learning_rate(1e-3),
     ... )
     >>> params = {'w': jnp.ones((8, 16)), 'bias': jnp.ones(16)}
-    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> update = jax.jit(tx.update)
+    >>> updates, state = update(params, tx.init(params), params)
     >>> print(updates['w'].shape, state[0].subspaces.basis['w'].shape)
     (8, 16) (8, 2)
   """

@@ -66,12 +66,12 @@ def round_updates(
     <https://arxiv.org/abs/2010.06192>`_, 2020, of both in general
 
   Example:
-    >>> import jax.numpy as jnp, optax, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, optax, subspace_optax as so
     >>> tx = optax.chain(optax.sgd(1e-3), so.round_updates('compensated'))
     >>> params = {'w': jnp.ones(2, jnp.bfloat16)}
-    >>> state = tx.init(params)
+    >>> state, update = tx.init(params), jax.jit(tx.update)
     >>> for _ in range(100):  # none of which would move a bfloat16 of 1
-    ...   updates, state = tx.update({'w': jnp.ones(2)}, state, params)
+    ...   updates, state = update({'w': jnp.ones(2)}, state, params)
     ...   params = optax.apply_updates(params, updates)
     >>> print(params['w'])
     [0.898438 0.898438]

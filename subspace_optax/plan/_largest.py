@@ -44,8 +44,8 @@ def largest(
 
   Example:
     >>> import subspace_optax.plan
-    >>> found = subspace_optax.plan.largest('llama_test', 'adamw', 'v5e')
-    >>> found.rank is None, found.batch > 10
+    >>> found = subspace_optax.plan.largest('llama_test', 'adamw', 1.0)
+    >>> found.rank is None, found.batch > 0
     (True, True)
   """
   s, size = _planner.checked(settings), _planner.usable_bytes(card, reserve)

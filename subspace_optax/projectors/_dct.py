@@ -85,10 +85,10 @@ def dct(
     <https://arxiv.org/abs/2505.17967>`_, 2025
 
   Example:
-    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
     >>> tx = so.project(so.SubspaceSpec(rank=1), so.projectors.dct())
     >>> params = {'w': jnp.ones((8, 16))}
-    >>> _, state = tx.update(params, tx.init(params))
+    >>> _, state = jax.jit(tx.update)(params, tx.init(params))
     >>> print(state.projector.columns['w'])  # a constant is column 0
     [0]
 

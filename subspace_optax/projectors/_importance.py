@@ -54,10 +54,10 @@ def importance_svd(
     <https://arxiv.org/abs/1903.06059>`_, 2019
 
   Example:
-    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
     >>> tx = so.project(so.SubspaceSpec(rank=1), so.projectors.importance_svd())
     >>> params = {'w': jnp.eye(3, 8).at[2, 2].set(0.0)}
-    >>> projected, _ = tx.update(params, tx.init(params))
+    >>> projected, _ = jax.jit(tx.update)(params, tx.init(params))
     >>> print(abs(projected['w'].basis[2]).round(3))  # never the null direction
     [0.]
   """

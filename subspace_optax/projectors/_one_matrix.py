@@ -116,19 +116,24 @@ def periodic(
       a factorisation that failed.
 
   Returns:
-    A projector for `project` and `subspace`.
+    A projector for `project` and `subspace`; `testing.check_projector` tries it
+    out.
 
   Raises:
     ValueError: a gap below 1.
     TypeError: a gap that is no int.
 
   Example:
-    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
     >>> def draw(matrix, basis, period):
     ...   q, _ = jnp.linalg.qr(matrix.image(matrix.coordinates(basis)))
     ...   return q
     >>> rule = so.projectors.periodic('power', draw, update_proj_gap=10)
-    >>> so.testing.check_projector(rule)
+    >>> tx = so.project(so.SubspaceSpec(rank=1), rule)
+    >>> gradients = {'w': jnp.outer(jnp.array([3.0, 4.0]), jnp.ones(8))}
+    >>> projected, _ = jax.jit(tx.update)(gradients, tx.init(gradients))
+    >>> print(abs(projected['w'].basis.ravel()).round(3))
+    [0.6 0.8]
   """
 
   def draw_all(

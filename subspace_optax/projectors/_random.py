@@ -50,10 +50,10 @@ def stiefel(
     He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
 
   Example:
-    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
     >>> tx = so.project(so.SubspaceSpec(rank=2), so.projectors.stiefel(200))
     >>> params = {'w': jnp.ones((8, 16))}
-    >>> projected, _ = tx.update(params, tx.init(params))
+    >>> projected, _ = jax.jit(tx.update)(params, tx.init(params))
     >>> p = projected['w'].basis
     >>> print(jnp.allclose(p.T @ p, jnp.eye(2), atol=1e-5))
     True

@@ -79,12 +79,11 @@ def svd(
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2
 
   Example:
-    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
     >>> tx = so.project(so.SubspaceSpec(rank=1), so.projectors.svd(200))
     >>> params = {'w': jnp.outer(jnp.array([3.0, 4.0]), jnp.ones(8))}
-    >>> projected, _ = tx.update(
-    ...   params, tx.init(params)
-    ... )  # the gradient: params
+    >>> gradients = params
+    >>> projected, _ = jax.jit(tx.update)(gradients, tx.init(params))
     >>> print(abs(projected['w'].basis.ravel()).round(3))
     [0.6 0.8]
   """

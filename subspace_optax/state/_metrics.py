@@ -29,10 +29,10 @@ def subspace_metrics(state: Any) -> dict[str, dict[str, jax.Array]]:
     ValueError: the state holds none of `project`.
 
   Example:
-    >>> import jax.numpy as jnp, subspace_optax as so
+    >>> import jax, jax.numpy as jnp, subspace_optax as so
     >>> tx = so.galore(1e-3, rank=2)
     >>> params = {'w': jnp.outer(jnp.arange(8.0), jnp.arange(4.0))}
-    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> _, state = jax.jit(tx.update)(params, tx.init(params), params)
     >>> print(so.subspace_metrics(state)['w']['captured_energy'].round(3))
     1.0
   """
