@@ -328,12 +328,7 @@ def golore(
     svd = projectors.svd(update_proj_gap, stagger=stagger)
     rule = projectors.switch({0: svd, operator.index(random_from): rule})
   return _assemble(
-    _choose_spec(
-      spec,
-      rank=rank,
-      seed=seed,
-      only_if_smaller='moments' if regenerate else True,
-    ),
+    _choose_spec(spec, rank=rank, seed=seed),
     rule,
     inner,
     'inner',
@@ -568,7 +563,7 @@ def apollo_adamw(
     ... )
   """
   tx = _assemble(
-    _choose_spec(spec, rank=rank, seed=seed, only_if_smaller='moments'),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.gaussian(update_proj_gap, stagger=stagger, regenerate=True),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     residual=residuals.apollo(granularity, limiter),
@@ -724,7 +719,7 @@ def subspace_adamw(
     >>> tx = so.subspace_adamw(5e-3)
   """
   tx = _assemble(
-    _choose_spec(spec, rank=rank, seed=seed, only_if_smaller='moments'),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.dct(update_proj_gap, 'random', stagger=stagger),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport='first',
@@ -814,7 +809,7 @@ def subspace_muon(
   """
   _gap.check_decay(b, 'b')
   tx = _assemble(
-    _choose_spec(spec, rank=rank, seed=seed, only_if_smaller='moments'),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.dct(update_proj_gap, 'random', stagger=stagger),
     optax.trace(b, nesterov=True),
     transport='first',
@@ -1034,7 +1029,7 @@ def trion(
     >>> tx = so.trion(2e-3)
   """
   return _assemble_momentum(
-    _choose_spec(spec, rank=rank, seed=seed, only_if_smaller='moments'),
+    _choose_spec(spec, rank=rank, seed=seed),
     projectors.dct(1, 'l1'),
     'orthogonal',
     b=b,

@@ -183,13 +183,16 @@ def cover(*factors: Iterable[Any], of: int) -> list[Any]:
   every value with its share of the other's.
   """
   values = [*map(list, factors)]
-  points, kept = [], set()
+  together = 1 if len(values) < 3 else 2
+  parts = lambda point: set(itertools.combinations(enumerate(point), together))
+  points, kept, wanted = [], set(), set()
   for point in itertools.product(*map(enumerate, values)):
     indices, chosen = zip(*point, strict=True)
     runs = sum(indices) % of == 0
-    kept |= set(enumerate(indices)) if runs else set()
+    wanted |= parts(indices)
+    kept |= parts(indices) if runs else set()
     points.append(pytest.param(*chosen, marks=() if runs else pytest.mark.full))
-  assert len(kept) == sum(map(len, values)), 'a value is in no point that runs'
+  assert kept == wanted, 'no point that runs has what is missing'
   return points
 
 

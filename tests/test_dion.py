@@ -168,7 +168,7 @@ PROJECTORS = {
 
 @pytest.mark.parametrize(
   'projector, inner, form',
-  grid.cover(PROJECTORS, ['sgd', 'momentum'], ['orthogonal', 'rows'], of=3),
+  grid.cover(PROJECTORS, ['sgd', 'momentum'], ['orthogonal', 'rows'], of=2),
 )
 def test_any_projector_and_inner_optimizer(projector, inner, form):
   """M <- B - (1 - mu) P (P^T P)^-1 R, and N of what the inner one returns."""

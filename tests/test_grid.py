@@ -1,7 +1,7 @@
 """What every point of the grid keeps, on a cover of the pairs of choices.
 
 `pytest tests/test_grid.py --full` takes every projector with every transport
-and every inner optimizer instead (`make test-full`).
+and every inner optimizer, too (`make test-full`).
 """
 
 import itertools
@@ -26,8 +26,9 @@ MATRICES = {
 
 def pytest_generate_tests(metafunc):
   if 'point' in metafunc.fixturenames:
-    full = metafunc.config.getoption('full')
-    points = grid.product() if full else grid.pairwise()
+    points = grid.pairwise()
+    if metafunc.config.getoption('full'):
+      points = [*dict.fromkeys(points + grid.product())]
     metafunc.parametrize('point', points, ids=str)
 
 

@@ -220,7 +220,7 @@ def trajectories(projector):
     state = tx.init(params)
     if projector == 'online_pca':
       wave = 0.2 * jnp.cos(jnp.arange(12)).reshape(1, 6, 2)
-      skew = lambda p: p.at[:].add(wave[:, : p.shape[1]])
+      skew = lambda p: p + wave[:, : p.shape[1]]
       bases = jax.tree.map(skew, ref.bases(state))
       state = (ref.with_bases(state[0], bases), *state[1:])
     return lax.scan(step, (params, state), length=FLOW_STEPS)[1]

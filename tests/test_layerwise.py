@@ -34,8 +34,8 @@ def normal(seed, *shape, scale=1.0):
 def make_params(layers=LAYERS, tied=True):
   """A stack of residual MLPs; `embed` is both embedding and head.
 
-  So is each `up` the MLP's second matrix, for one projected leaf to compile, if
-  they are not `tied`.
+  If they are `tied`, each `up` is the MLP's second matrix, too, so that one
+  projected leaf compiles.
   """
   blocks = {
     'up': normal(0, layers, WIDTH, HIDDEN, scale=WIDTH**-0.5),
@@ -139,6 +139,7 @@ OPTIMIZERS = {
     weight_decay=0.1,
   ),
   'subspace_adamw': so.subspace_adamw(0.01, 4, update_proj_gap=5),
+  'subspace_muon': so.subspace_muon(0.01, 4, update_proj_gap=5),
   'reset': chain(
     so.subspace(
       SPEC, so.projectors.gaussian(6, regenerate=True), optax.scale_by_adam(),

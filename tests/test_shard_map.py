@@ -299,8 +299,8 @@ def wanted(name):
   return train(name, (E,), P(None, None, 'x'))[0]
 
 
-# One optimizer on every mesh: those that see whole matrices, and others' bases.
-# All of them on meshes of one type: tests/test_sharding.py.
+# One optimizer on every mesh: bases of any kind, and three that see whole
+# matrices. All of them on meshes of one type: tests/test_sharding.py.
 ON_MIXED = {
   'galore': 'layers',
   'golore': 'auto rows beside explicit layers',

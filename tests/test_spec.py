@@ -1,5 +1,6 @@
 """`SubspaceSpec`: which leaves, as which matrices, at which rank and side."""
 
+import functools
 import math
 import re
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import cases
 import errors
 import measure
 import subspace_optax as so
+from subspace_optax import plan
 from subspace_optax import projectors
 
 
@@ -140,33 +142,74 @@ def test_leaves_that_would_save_nothing_stay_plain():
     assert _bases(so.SubspaceSpec(rank=5), params) == {'w': (8, 5)}
 
 
+def _composed(learning_rate, rank):
+  spec = so.SubspaceSpec(rank)
+  rule = projectors.gaussian(5, regenerate=True)
+  after = optax.scale(-learning_rate)
+  return so.subspace(spec, rule, optax.scale_by_adam(), after=after)
+
+
+def _given_a_spec(learning_rate, rank):
+  return so.subspace_adamw(learning_rate, spec=so.SubspaceSpec(rank))
+
+
+def _planned(name, **settings):
+  return lambda learning_rate, rank: plan.optimizer(name, rank=rank, **settings)
+
+
 @pytest.mark.parametrize(
-  'make, regenerate',
+  'make',
   [
-    (so.apollo_adamw, {}),
-    (so.golore, {'regenerate': True}),
-    (so.subspace_adamw, {}),
-    (so.subspace_muon, {}),
-    (so.trion, {}),
+    so.apollo_adamw,
+    functools.partial(so.golore, regenerate=True),
+    so.subspace_adamw,
+    so.subspace_muon,
+    so.trion,
+    _composed,
+    _given_a_spec,
+    _planned('subspace_muon'),
+    _planned('subspace_adamw8bit'),
+    _planned('golore', regenerate=True),
+    _planned('golore8bit'),
+    _planned('gaussian8bit'),
   ],
 )
-def test_optimizers_that_store_no_bases_count_none(make, regenerate):
+@pytest.mark.filterwarnings('ignore::UserWarning')  # of the planner's spec
+def test_optimizers_that_store_no_bases_count_none(make):
   """2 n r < 2 m n, and a vector with an axis of 1 stays plain."""
   params = _shapes({'w': (8, 8), 'column': (64, 1)})
-  tx = make(1e-3, rank=7, **regenerate)
+  tx = make(1e-3, rank=7)
   shapes = {x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params))}
   assert (8, 8) not in shapes or make is so.trion
   assert (64, 1) in shapes
   described = so.describe(tx, params)
   assert '8 x 8' in described and '64 x 1' not in described
   with errors.raises(ValueError, 'rank 8 of 8 x 8 saves nothing', '2 moments'):
-    make(1e-3, rank=8, **regenerate).init({'w': jnp.ones((8, 8))})
+    make(1e-3, rank=8).init({'w': jnp.ones((8, 8))})
 
 
-def test_what_stores_bases_counts_them():
-  params = {'w': jnp.ones((8, 8))}
-  with errors.raises(ValueError, 'rank 7 of 8 x 8', 'a basis and 2 moments'):
-    so.golore(1e-3, rank=7).init(params)
+@pytest.mark.parametrize(
+  'make',
+  [
+    so.dion,
+    so.fira_adamw,
+    so.golore,
+    functools.partial(so.golore, random_from=5),
+    so.ldadamw,
+    so.online_subspace_descent,
+    _planned('galore'),
+    _planned('golore'),
+  ],
+)
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_optimizers_that_store_bases_count_them(make):
+  params = _shapes({'w': (8, 8), 'other': (8, 16)})
+  described = so.describe(make(1e-3, rank=6), params)
+  assert '8 x 16' in described and 'rank 6 of 8 x 8' in described
+  assert 'a basis and 2 moments' in described
+
+
+def test_a_rule_of_what_is_counted_has_a_known_name():
   with errors.raises(ValueError, 'only_if_smaller', "'basis'"):
     so.SubspaceSpec(7, only_if_smaller='basis')
 
@@ -336,13 +379,14 @@ def test_any_tree_gives_bases_updates_and_a_state_that_saves(
   updates, after = jax.eval_shape(tx.update, params, state, params)
   assert measure.types(updates) == measure.types(params)
   assert measure.types(after) == measure.types(state)
-  if only_if_smaller is True:
-    sizes = [
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim
-    ]
+  if only_if_smaller:
+    size = lambda tree: sum(
+      x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.ndim
+    )
+    own = measure.bases(state) if only_if_smaller == 'moments' else ()
     seeds = jax.tree.leaves(measure.project_state(state).seed)
-    # Beside the basis and two moments a matrix has a seed, three metrics and a
-    # flag; of a single matrix these are scalars.
+    # Beside its basis, which 'moments' does not count, and two moments, a
+    # matrix has a seed, three metrics and a flag; of a single one, scalars.
     more = sum(17 * x.size for x in seeds if x.ndim)
     adam = 8 * sum(math.prod(shape) for shape in shapes.values())
-    assert sum(sizes) - more <= adam
+    assert size(state) - size(own) - more <= adam

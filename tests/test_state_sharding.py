@@ -96,8 +96,9 @@ def test_is_where_eager_init_puts_the_state(name, kind):
   paths = ('w', 'tall') if name in WRAPPED else PAIRS[i // 2 % 2]
   with jax.set_mesh(mesh):
     params = _params(mesh, (*paths, 'bias'))
-    shardings = so.state_sharding(tx, params)
     state = tx.init(params)
+  shapes = {name: _shapes(mesh)[name] for name in params}
+  shardings = so.state_sharding(tx, shapes)
   own = [x for x in jax.tree.leaves(state) if x.ndim or name in MADE]
   assert len(own) > len(params)
   for x, sharding in zip(

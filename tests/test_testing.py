@@ -81,7 +81,7 @@ def test_projectors_from_outside(projector):
   so.testing.check_projector(projector)
 
 
-# The docstrings of `so.testing` check `svd`, `fira` and `first`; bases that are
+# The docstrings of `so.testing` check `svd`, `fira` and `reset`; bases that are
 # not orthonormal, as `gaussian` has them, are passed below.
 @pytest.mark.parametrize(
   'name', [full('gaussian'), 'online_pca', full('switch')]
@@ -103,7 +103,7 @@ def test_residuals(name):
 
 @pytest.mark.parametrize(
   'transport',
-  [shrunk(0.5), full(so.transports.both(0.9, 0.999)), 'reset'],
+  [shrunk(0.5), full(so.transports.both(0.9, 0.999)), 'first'],
   ids=lambda x: getattr(x, 'name', 'by name'),
 )
 def test_transports(transport):

@@ -126,7 +126,8 @@ class SubspaceSpec:
       5. The last two axes are taken ('assumed'), and `init` warns.
     only_if_smaller: keep leaves plain whose basis and two moments would take
       no fewer bytes than Adam's two moments. 'moments' counts no basis, which
-      is the rule of ready-made optimizers that store none; False projects all.
+      `subspace`, and so any ready-made optimizer, does by itself if its
+      projector stores none; False projects all.
     allow_empty: accept trees in which no leaf is matched.
     seed: what all randomness is derived from, folded with each leaf's path.
     key_group: a function from a leaf's path to a name that replaces the path in

@@ -2,6 +2,7 @@
 """The front door: the three pieces in a row."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import optax
@@ -41,7 +42,9 @@ def subspace(
   step left over to the next gradient, before `project`.
 
   Args:
-    spec: which leaves, as which matrices, at which rank.
+    spec: which leaves, as which matrices, at which rank. Where its
+      `only_if_smaller` is True and the projector stores no basis, none is
+      counted.
     projector: how bases are found and moved.
     inner: the optimizer that runs on coordinates; with a residual, one that
       returns directions along the gradient, as `optax.scale_by_adam` does.
@@ -97,6 +100,7 @@ def subspace(
       f'every_k={every_k} keeps coordinates of the gradients, not what a '
       'residual rule needs; wrap the optimizer in optax.MultiSteps.'
     )
+  spec = _count_stored(spec, projector)
   with_params = params is not None
   if plain is not None:
     plain = _sign.require_same_side(plain, inner, with_params=with_params)
@@ -123,6 +127,17 @@ def subspace(
   feedback = None if residual is None else residual.feedback
   tx = _chain_stages(project, in_subspace, unproject, feedback)
   return _dtypes.round_last(tx if after is None else optax.chain(tx, after))
+
+
+def _count_stored(
+  spec: _spec.SubspaceSpec, projector: _base.Projector
+) -> _spec.SubspaceSpec:
+  """Returns a spec that counts no basis where the projector stores none."""
+  _spec.check_spec(spec)
+  _projection.check_projector(projector)
+  if spec.only_if_smaller is True and projector.rebuild is not None:
+    return dataclasses.replace(spec, only_if_smaller='moments')
+  return spec
 
 
 def _chain_stages(
