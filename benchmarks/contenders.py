@@ -33,6 +33,10 @@ class Contender(NamedTuple):
     whole: whether it takes all leaves, embedding, head and norms included.
     loop: (peak rate, that of the rest, schedule) -> `rso`'s subproblems, which
       have no weight decay; else None.
+    betas: decay rates of Adam's moments of the rest.
+    warmup: share of the steps in which learning rates rise.
+    varies: the method that this one is but for its betas or its warm-up, if it
+      is to show what tuning these would gain.
   """
 
   make: Callable[[Any, Any], optax.GradientTransformation] | None
@@ -41,12 +45,16 @@ class Contender(NamedTuple):
   ours: bool = False
   whole: bool = False
   loop: Callable[[Any, Any, optax.Schedule], so.rso.Subproblems] | None = None
+  betas: tuple[float, float] = (0.9, B2)
+  warmup: float = 0.1
+  varies: str = ''
 
 
-def adam(bits: int = 32) -> optax.GradientTransformation:
-  if bits == 32:
-    return optax.scale_by_adam(b2=B2)
-  return so.quantize_moments(optax.scale_by_adam(b2=B2), 8)
+def adam(
+  bits: int = 32, b1: float = 0.9, b2: float = B2
+) -> optax.GradientTransformation:
+  moments = optax.scale_by_adam(b1, b2)
+  return moments if bits == 32 else so.quantize_moments(moments, 8)
 
 
 def _stepping(direction: Callable[[], Any]) -> Callable[[Any, Any], Any]:
@@ -264,19 +272,18 @@ FORMS = {
   'b 0.95, b2 0.95': _form(0.95, b2=0.95),
 }
 CONTENDERS |= {f'subspace_muon, {name}': form for name, form in FORMS.items()}
-# At other ranks.
 
 
 def _at_rank(rank: float, bits: int) -> Contender:
   # At the full rank nothing is smaller.
-  spec = so.SubspaceSpec(rank, only_if_smaller=rank < 1 and 'moments')
+  spec = so.SubspaceSpec(rank, only_if_smaller=rank < 1)
   make = ours('subspace_muon', spec=spec, moment_bits=bits)
   return _of_ours(make, 2.5e-3, bits=8)
 
 
-CONTENDERS |= {
-  'subspace_muon, rank 0.5': _of_ours(ours('subspace_muon', rank=0.5), 2.5e-3)
-}
+CONTENDERS['subspace_muon, rank 0.5'] = _of_ours(
+  ours('subspace_muon', rank=0.5), 2.5e-3
+)
 CONTENDERS |= {
   f'subspace_muon_8bit, rank {rank}': _at_rank(rank, 8)
   for rank in (0.5, 0.75, 0.9)
@@ -294,4 +301,46 @@ CONTENDERS |= {
   'muon, 3 steps': Contender(_stepping(_muon(32, steps=3)), 1e-2),
   'muon, 4 bits, 3 steps': Contender(_stepping(_muon(4, steps=3)), 1e-2, 8),
   'muon, 4 bits, b 0.9': Contender(_stepping(_muon(4, 0.9)), 1e-2, 8),
+}
+
+
+def _vary(method: str, **betas: float) -> Contender:
+  """A method with other betas, and its other Adam with them if it is AdamW."""
+  how = CONTENDERS[method]
+  if method == 'adamw':
+    own = {'b1': how.betas[0], 'b2': how.betas[1]} | betas
+    how = how._replace(betas=(own['b1'], own['b2']))
+    make = _stepping(functools.partial(adam, **own))
+  elif method == 'muon_8bit':
+    make = _stepping(_muon(8, betas['b']))
+  elif method == 'scale':
+    own = {'plain': adam(), 'mask': recipes.matrix_mask}
+    make = ours('scale', **own, **betas)
+  else:
+    name = method.removesuffix('_8bit')
+    make = ours(name, moment_bits=8, **betas)
+  return how._replace(make=make, varies=method)
+
+
+# Each beta, and the warm-up, on either side of what the method has.
+_BETAS: dict[str, dict[str, tuple[float, float]]] = {
+  'adamw': {'b1': (0.8, 0.95), 'b2': (0.95, 0.999)},
+  'muon_8bit': {'b': (0.9, 0.98)},
+  'normuon_8bit': {'b': (0.9, 0.98), 'b2': (0.9, 0.99)},
+  'subspace_muon_8bit': {'b': (0.9, 0.98), 'b2': (0.9, 0.99)},
+  'subspace_adamw_8bit': {'b1': (0.8, 0.95), 'b2': (0.95, 0.999)},
+  'scale': {'b': (0.8, 0.95)},
+}
+CONTENDERS |= {
+  f'{method}, {name} {beta}': _vary(method, **{name: beta})
+  for method, betas in _BETAS.items()
+  for name, pair in betas.items()
+  for beta in pair
+}
+CONTENDERS |= {
+  f'{method}, warm-up {share}': CONTENDERS[method]._replace(
+    warmup=share, varies=method
+  )
+  for method in _BETAS
+  for share in (0.05, 0.2)
 }

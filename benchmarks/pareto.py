@@ -6,7 +6,9 @@ factors of 3), if it has one, are searched from a start until the best has both
 neighbours of both behind it, by the validation loss of seed 0; further seeds
 run at the best, and what is reported is the loss on a third text. A search
 starts from the best of the one most like it, of another corpus, length or size.
-Schedules end at 0; nothing is stopped early.
+What betas and warm-up would gain is asked around the best: methods such as
+`adamw, b2 0.95` and `adamw, warm-up 0.2` run where `adamw` is best. Schedules
+end at 0; nothing is stopped early.
 
 Every run is a file in runs/pareto, named by a hash of its settings and of its
 whole program, so that an interrupted benchmark goes on where it was, and a run
@@ -195,13 +197,14 @@ class Worker:
 
   def start(self, job: pareto_run.Job) -> Point:
     """The best of the search most like this one, or where the method begins."""
-    rows = [row for row in self.store.all() if row['method'] == job.method]
+    how = contenders.CONTENDERS[job.method]
+    names = (job.method, how.varies)
+    rows = [row for row in self.store.all() if row['method'] in names]
     alike = lambda row: sum(row[name] == getattr(job, name) for name in JOB)
     most = max(map(alike, rows), default=0)
     nearest = [row for row in rows if alike(row) == most]
     if any(row['seed'] == 0 for row in nearest):
       return best(nearest)
-    how = contenders.CONTENDERS[job.method]
     return Point.near(how.lr, 0.0 if how.loop else FIRST_DECAY)
 
   def next(self) -> tuple[pareto_run.Job, Point, pathlib.Path] | None:

@@ -21,25 +21,37 @@ _PLACES = [
 _PLACES += [(0, up) for up in (12, -12, 36, -36, 48, -48)]
 
 NOTES = """
-Decay is what a weight loses in a step at the peak rate: weight_decay times lr.
-Loss is that of a text that chose nothing, in nats per byte: the mean over the
-seeds at the rate and decay that the validation text chose for seed 0. Seeds
-change weights and data. Embedding, head and norms are Adam's at one rate in all
-rows but those of whole models; their states count, and so do `lora`'s factors
-and `rso`'s B. Momentum decays by 0.95, in `normuon_4bit` by 0.9; `galore`
-projects the long side, as optax's does. A search lacks the neighbours of its
-best and the seeds at it that have not run. Sigma is the spread of one seed,
-pooled over all methods of a table; z is the difference to AdamW over its
-standard error, and beyond 3.1 no accident. What is on the front has less loss
-than all with no more state.
+- **loss** is the test loss in nats per byte, on a text that neither training
+  nor the search has seen: the mean over the seeds that ran at the learning rate
+  and decay that the validation loss of seed 0 chose. A seed changes weights and
+  data.
+- **decay** is weight_decay times lr, the share of a weight that a step takes
+  away at the peak rate.
+- **optimizer MiB** is the state of the whole model's optimizer. Embedding, head
+  and norms are Adam's at one rate, except where a method is one of whole
+  models. `lora` counts its factors, `rso` its B.
+- **all MiB** adds weights and what a compiled step takes.
+- **z** is the difference to AdamW's loss over its standard error. The error
+  comes from sigma, the standard deviation of one seed, pooled over all methods
+  of a table. Beyond 3.1 it is no accident.
+- **AdamW needs** is how many times as many tokens AdamW takes to the same loss,
+  interpolated between its own runs of other lengths, in the logarithm of
+  tokens.
+- **as AdamW after** is the share of a method's steps after which its training
+  loss (of seed 0, the mean of 200 steps) reaches AdamW's last one. Its learning
+  rate has not come down to 0 there.
+- **lacks** counts the runs that are missing: neighbours of the best in the
+  search, and seeds at the best.
+- **The front** has the methods with less loss than all that have no more state.
 
-All MiB are those of state, weights and what a step adds to them. "AdamW needs"
-is how many times as many tokens AdamW takes to the same loss, between lengths
-of its own that were run, by the logarithm of tokens. "As AdamW after" is the
-share of the steps after which the training loss of seed 0, a mean of 200 steps,
-is that of AdamW's last: on the way of one schedule, the rate not yet at 0.
+Momentum decays by 0.95, in `normuon_4bit` by 0.9. `galore` projects the long
+side, as optax's does.
 """
 
+VARIED = """
+Other betas and warm-ups (a tenth of the steps above), at a method's best rate
+and decay: the change of the loss of the same seed.
+"""
 HEAD = ('method', 'lr', 'decay', 'loss', 'std', 'seeds', 'optimizer MiB')
 HEAD += ('all MiB', 'loss vs adamw', 'z', 'state vs adamw', 'AdamW needs')
 HEAD += ('as AdamW after', 'lacks')
@@ -176,6 +188,31 @@ def cells(
   ]
 
 
+def variations(searches: list[dict]) -> list[list[str]]:
+  """What other betas and warm-ups change, where seed 0 is at the same point."""
+  named = {search['method']: search for search in searches}
+  rows = []
+  for name, search in sorted(named.items()):
+    base = named.get(contenders.CONTENDERS[name].varies)
+    if base is None:
+      continue
+    points = {(x['lr'], x['decay'], x['seed']): x for x in base['runs']}
+    for run in search['runs']:
+      same = points.get((run['lr'], run['decay'], run['seed']))
+      if same is not None:
+        rows.append([name, *(_over(run, same, x) for x in _SPLITS)])
+  return rows
+
+
+_SPLITS = ('validation', 'test')
+
+
+def _over(run: dict, base: dict, split: str) -> str:
+  if run[split] is None or base[split] is None:
+    return 'diverged'
+  return f'{100 * (run[split] / base[split] - 1):+.2f} %'
+
+
 def groups(results: dict) -> dict[str, list[dict]]:
   """The searches of each size, length and corpus, the best first."""
   found: dict[str, list[dict]] = {}
@@ -202,10 +239,16 @@ def markdown(results: dict[str, Any]) -> str:
       continue  # a length that others are compared with
     spread = sigma(searches)
     base = adamw(searches)
-    rows = [cells(search, base, spread, adamws) for search in searches]
+    rows = [
+      cells(search, base, spread, adamws)
+      for search in searches
+      if not contenders.CONTENDERS[search['method']].varies
+    ]
     text += f'\n### {name}\n\n{sentence(select_ready(searches))}\n'
     text += f'\nSigma is {spread:.4f}.\n' if spread else ''
     text += f'\n{harness.table(HEAD, rows)}\n'
+    if varied := variations(searches):
+      text += f'\n{VARIED}\n{harness.table(("method", *_SPLITS), varied)}\n'
   return text
 
 

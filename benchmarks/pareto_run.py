@@ -72,9 +72,9 @@ class Job:
     return CHUNK * round(tokens / (self.batch * self.seq * CHUNK))
 
 
-def shape(steps: int) -> optax.Schedule:
-  """Linear warm-up to 1 over a tenth of the steps, then linear to 0."""
-  warmup = steps // 10
+def shape(steps: int, share: float) -> optax.Schedule:
+  """Linear warm-up to 1 over a share of the steps, then linear to 0."""
+  warmup = int(steps * share)
   rise = optax.linear_schedule(1 / warmup, 1.0, warmup)
   fall = optax.linear_schedule(1.0, 0.0, steps - warmup)
   return optax.join_schedules([rise, fall], [warmup])
@@ -99,7 +99,7 @@ class Trainer:
 
     So a decay means as much whatever the learning rate that suits a method.
     """
-    factor = shape(self.job.steps)
+    factor = shape(self.job.steps, self.how.warmup)
     if self.how.loop is not None:
       loop = self.how.loop(lr, self.job.lr_rest, factor)
       return train_step.method(loop, clip=self.job.clip)
@@ -107,7 +107,7 @@ class Trainer:
     own = self.how.make(lambda count: lr * factor(count), decay / lr)
     if not self.how.whole:
       rest = optax.chain(
-        contenders.adam(self.how.bits),
+        contenders.adam(self.how.bits, *self.how.betas),
         optax.scale_by_learning_rate(lambda c: self.job.lr_rest * factor(c)),
       )
       parts: dict[Hashable, Any] = {True: own, False: rest}

@@ -1,9 +1,12 @@
 """`benchmarks/pareto.py`: where searches go, and what is told apart."""
 
+import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import contenders
 from benchmarks import corpora
 from benchmarks import harness
 from benchmarks import pareto
@@ -23,7 +26,7 @@ def search(method, losses, size, lr=0.01, multiple=1.0):
       'seed': i,
       'validation': x,
       'test': x,
-      'curve': list(np.linspace(2 * x, x, 11)),
+      'curve': list(np.linspace(2 * (x or 1), x or 1, 11)),
     }
     for i, x in enumerate(losses)
   ]
@@ -87,6 +90,61 @@ def test_a_search_starts_from_the_one_most_like_it(tmp_path):
     path = worker.store.folder / f'{i}.json'
     harness.save_results(path, fields | {'validation': 1.0})
   assert worker.start(job) == pareto.Point(0.1, 0.001)
+  varied = dataclasses.replace(job, method='adamw, warm-up 0.2')
+  assert worker.start(varied) == pareto.Point(0.1, 0.001)
+
+
+def test_a_variation_is_compared_with_its_method_at_the_same_point_and_seed():
+  changed = search('adamw, b2 0.95', [1.485], 2**20)
+  diverged = search('adamw, b1 0.95', [None], 2**20)
+  elsewhere = search('adamw, warm-up 0.2', [1.3], 2**20, lr=0.02)
+  rows = pareto_report.variations([changed, diverged, elsewhere, *ALL])
+  assert rows == [
+    ['adamw, b1 0.95', 'diverged', 'diverged'],
+    ['adamw, b2 0.95', '-1.00 %', '-1.00 %'],
+  ]
+  text = pareto_report.markdown(
+    {'machine': MACHINE, 'searches': [changed, *ALL]}
+  )
+  assert text.count('| adamw, b2 0.95 | -1.00 % | -1.00 % |') == 1
+  assert text.count('b2 0.95') == 1
+
+
+def test_a_variation_changes_what_its_name_says():
+  def step(name):
+    make = contenders.CONTENDERS[name].make
+    params = {'kernel': jnp.ones((16, 32))}
+    tx, rng = make(1.0, 0.0), np.random.default_rng(0)
+    state, gradients = tx.init(params), rng.normal(size=(3, 16, 32))
+    for gradient in gradients:
+      gradient = {'kernel': jnp.float32(gradient)}
+      updates, state = tx.update(gradient, state, params)
+    return np.asarray(updates['kernel'])
+
+  names = [x for x in contenders.CONTENDERS if ', b' in x and 'adamw' in x]
+  names = [x for x in names if contenders.CONTENDERS[x].varies == 'adamw']
+  assert len(names) == 4
+  for name in names:
+    betas = {'b1': 0.9, 'b2': contenders.B2}
+    key, value = name.removeprefix('adamw, ').split()
+    betas[key] = float(value)
+    assert contenders.CONTENDERS[name].betas == (betas['b1'], betas['b2'])
+    rng = np.random.default_rng(0)
+    m = v = 0.0
+    for gradient in rng.normal(size=(3, 16, 32)):
+      m = betas['b1'] * m + (1 - betas['b1']) * gradient
+      v = betas['b2'] * v + (1 - betas['b2']) * gradient**2
+    m, v = m / (1 - betas['b1'] ** 3), v / (1 - betas['b2'] ** 3)
+    np.testing.assert_allclose(
+      step(name), -m / (np.sqrt(v) + 1e-8), rtol=1e-3, atol=1e-5
+    )
+
+  for share in (0.05, 0.1, 0.2):
+    rate = pareto_run.shape(1000, share)
+    counts = np.array([0, 1000 * share / 2, 1000 * share, 999])
+    found = np.array([rate(x) for x in counts])
+    np.testing.assert_allclose(found[1:3], [0.5, 1.0], rtol=0.05)
+    assert found[0] < 0.03 and found[3] < 0.01
 
 
 def test_sigma_and_z():
