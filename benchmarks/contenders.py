@@ -298,6 +298,7 @@ CONTENDERS |= {
     ours('normuon', moment_bits=4), 1.25e-3, bits=8
   ),
   'muon, b 0.9': Contender(_stepping(_muon(32, 0.9)), 1e-2),
+  'muon, b 0': Contender(_stepping(_muon(32, 0.0)), 5e-3),
   'muon, 3 steps': Contender(_stepping(_muon(32, steps=3)), 1e-2),
   'muon, 4 bits, 3 steps': Contender(_stepping(_muon(4, steps=3)), 1e-2, 8),
   'muon, 4 bits, b 0.9': Contender(_stepping(_muon(4, 0.9)), 1e-2, 8),
