@@ -77,6 +77,27 @@ def test_any_dtypes_of_parameters_and_gradients(name, dtypes):
     assert measure.bases(state)['up'].dtype == case.basis_dtype
 
 
+def test_float64_loses_nothing_to_bases_of_float32():
+  """P P^T G and W + P B in float64, for the P that is stored."""
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(0)
+    w, g = (jnp.asarray(rng.standard_normal((2, 8, 12))) for _ in range(2))
+    tx = so.subspace(so.SubspaceSpec(3), projectors.svd(1), optax.identity())
+    update, state = jax.jit(tx.update)({'w': g}, tx.init({'w': w}))
+    p = measure.bases(state)['w']
+    assert p.dtype == jnp.float32
+    p = np.asarray(p, np.float64)
+    wanted = p @ (np.swapaxes(p, 1, 2) @ np.asarray(g))
+    np.testing.assert_allclose(update['w'], wanted, rtol=1e-12, atol=1e-13)
+
+    rso = so.rso.subproblems(so.SubspaceSpec(3, side='in'), optax.sgd(1.0))
+    state = rso.init({'w': w})
+    p = np.asarray(rso.bases({'w': w}, state)['w'], np.float64)
+    b = rng.standard_normal((2, 3, 12))
+    merged = rso.merged({'w': w}, state._replace(coords={'w': jnp.asarray(b)}))
+    np.testing.assert_allclose(merged['w'], w + p @ b, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize('transport', ['keep', 'first', 'reset'])
 def test_dtypes_of_basis_and_moments_are_their_own(transport):
   spec = so.SubspaceSpec(3, basis_dtype=jnp.bfloat16, moment_dtype=jnp.float16)

@@ -168,10 +168,10 @@ class Layout:
   def unproject(self, basis, coords, sharding) -> jax.Array:
     """Returns P R, of the leaf's shape and, where explicit, sharding.
 
-    In float32 or wider, whatever the dtype that both factors have.
+    In float32 or wider, as wide as the wider factor.
     """
     eq = f'{self.basis_axes()},{self.coords_axes()}->{self.leaf_axes}'
-    wide = _wide(basis)
+    wide = jnp.promote_types(_wide(basis), coords.dtype)
     basis = _sharding.with_whole_rank(basis, self.basis_axes())
     coords = _sharding.with_whole_rank(coords, self.coords_axes())
     return _sharding.einsum(
