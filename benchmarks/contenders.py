@@ -203,6 +203,10 @@ CONTENDERS: dict[str, Contender] = {
   'normuon_4bit': _of_ours(
     ours('normuon', moment_bits=4, b=0.9), 1.25e-3, bits=8
   ),
+  # 8 bits for the rest alone.
+  'normuon_no_momentum': _of_ours(
+    ours('normuon', moment_bits=8, b=None), 5e-3, bits=8
+  ),
   'trion': _of_ours(ours('trion'), 1.25e-3),
   'dion': _of_ours(ours('dion'), 1.25e-3),
 }

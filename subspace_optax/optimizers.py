@@ -855,7 +855,8 @@ def normuon(
     learning_rate: a float or a schedule, about Adam's for embeddings, heads
       and norms.
     scale: alpha, the step of matrices over that of the other leaves.
-    b: decay of the momentum, in [0, 1).
+    b: decay of the momentum, in [0, 1). None keeps no momentum, and hardly any
+      state of matrices.
     b2: decay of the mean squares of output neurons; None for Muon, without any.
     ns_coeffs: see `scale_by_normuon`, as for the next.
     preconditioning: what comes before the iteration.
@@ -871,8 +872,8 @@ def normuon(
       error.
 
   Returns:
-    An optimizer. State per matrix: one of its size and, with `b2`, a number
-    per output.
+    An optimizer. State per matrix: with `b` one of its size, and with `b2` a
+    number per output.
 
   Raises:
     ValueError: see `scale_by_normuon`.
@@ -897,7 +898,7 @@ def normuon(
     optax.chain(ready(matrices, ''), optax.scale(scale)),
     ready(plain or optax.scale_by_adam(), 'plain' if plain else ''),
     _decay_and_step(learning_rate, weight_decay, mask),
-    whole.momentum_in,
+    whole.matrices_in,
   )
   return _notices.warning_of_ones(tx, b=b, **({} if b2 is None else {'b2': b2}))
 

@@ -37,12 +37,12 @@ def gradients(t):
 class Dense:
   """NorMuon for one matrix of inputs by outputs; Muon where b2 is None."""
 
-  def __init__(self, b2=B2):
-    self.b2, self.m, self.v = b2, 0.0, 0.0
+  def __init__(self, b2=B2, b=B):
+    self.b2, self.b, self.m, self.v = b2, b, 0.0, 0.0
 
   def step(self, g):
-    self.m = B * self.m + g
-    u, s, w = np.linalg.svd(g + B * self.m, full_matrices=False)
+    self.m = self.b * self.m + g
+    u, s, w = np.linalg.svd(g + self.b * self.m, full_matrices=False)
     s = s / np.linalg.norm(s)
     for _ in range(5):
       s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
@@ -58,8 +58,8 @@ class Dense:
 
 
 @functools.cache
-def make(b2=B2, **options):
-  return so.normuon(LR, b=B, b2=b2, weight_decay=DECAY, **options)
+def make(b2=B2, b=B, **options):
+  return so.normuon(LR, b=b, b2=b2, weight_decay=DECAY, **options)
 
 
 @functools.cache
@@ -91,10 +91,11 @@ def own(state):
   return found
 
 
-def test_equals_a_dense_loop():
-  found, state = run(make(moment_bits=32))
+@pytest.mark.parametrize('b', [B, None])
+def test_equals_a_dense_loop(b):
+  found, state = run(make(b=b, moment_bits=32))
   for k, view in VIEWS.items():
-    loops = [Dense() for _ in range(view.count)]
+    loops = [Dense(b=b or 0.0) for _ in range(view.count)]
     weights = view.matrices(PARAMS[k])
     for t, updates in enumerate(found):
       wanted = np.stack(
@@ -260,6 +261,7 @@ def test_inside_scan_vmap_and_injected_hyperparameters():
   [
     (lambda: so.scale_by_normuon(b=1.0), ('b must', '1.0')),
     (lambda: so.scale_by_normuon(b2=1.0), ('b2', '1.0')),
+    (lambda: so.scale_by_normuon(b=None, b2=None), ('b=None', 'b2 is None')),
     (lambda: so.scale_by_normuon(steps=0), ('steps', '0')),
     (lambda: so.scale_by_normuon(ns_coeffs='x'), ('ns_coeffs', "'x'")),
     (lambda: so.normuon(1e-3, b=-0.1), ('b must', '-0.1')),
@@ -383,4 +385,13 @@ def test_ready_made_without_mean_squares(bits):
   updates, state = run(tx)
   wanted, _ = run(make(moment_bits=bits))
   np.testing.assert_array_equal(updates[-1]['norm'], wanted[-1]['norm'])
-  assert isinstance(whole.momentum_in(state)['norm'], optax.MaskedNode)
+  assert isinstance(whole.matrices_in(state)['norm'], optax.MaskedNode)
+
+
+@pytest.mark.parametrize('bits', [32, 8])
+def test_without_momentum_matrices_have_a_number_per_output(bits):
+  kept = own(jax.eval_shape(make(b=None, moment_bits=bits).init, PARAMS))
+  assert jax.tree.leaves(kept.trace) == []
+  for k, view in VIEWS.items():
+    assert kept.nu[k].size == view.count * view.n
+  assert isinstance(kept.nu['norm'], optax.MaskedNode)

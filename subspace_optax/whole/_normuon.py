@@ -8,7 +8,7 @@ With O the orthogonalised G + b M of a matrix,
   W <- W - lr sqrt(max(1, out / in)) c O / (sqrt(v) + eps),
 
 one v for each output, and c so that the matrix has the norm of O. Without v it
-is Muon.
+is Muon. Without M, where O is the orthogonalised G, v is all that is kept.
 """
 
 import functools
@@ -38,7 +38,8 @@ from subspace_optax.whole import _with_plain
 class NorMuonState(NamedTuple):
   """State of `scale_by_normuon`; `MaskedNode` for leaves that are no matrix."""
 
-  trace: Any  # tree, leaf shape=the leaf's: momentum
+  # tree, leaf shape=the leaf's: momentum; `EmptyState` without b
+  trace: Any
   # tree, leaf shape=the leaf's with 1 for the inputs' axes, dtype=float32 or
   # wider: mean squares of orthogonalised momentum; `EmptyState` without b2
   nu: Any
@@ -70,7 +71,7 @@ def scale_by_normuon(
       default. Its rank, side and bases do not matter. Heads as a stack and
       fused kernels as blocks are matrices of their own, see `DimensionNumbers`.
       Other leaves come out as they are.
-    b: decay of the momentum.
+    b: decay of the momentum; None keeps none, and orthogonalises gradients.
     b2: decay of the mean squares; None for Muon, without any.
     eps: added to their roots.
     steps: see `residuals.orthogonal`, as for the next two.
@@ -83,8 +84,9 @@ def scale_by_normuon(
     momentum, as in optax.
 
   Raises:
-    ValueError: b or b2 outside of [0, 1), or what `residuals.orthogonal`
-      refuses; at `init`, no leaf that is a matrix, unless `spec` allows it.
+    ValueError: b or b2 outside of [0, 1), or both None; what
+      `residuals.orthogonal` refuses; at `init`, no leaf that is a matrix,
+      unless `spec` allows it.
     TypeError: `spec` is no `SubspaceSpec`; b or b2 that are no numbers; steps
       that are no int.
 
@@ -99,9 +101,11 @@ def scale_by_normuon(
     ((16, 64), (1, 64))
   """
   spec = _with_plain.whole_spec(_spec.SubspaceSpec(1) if spec is None else spec)
-  _gap.check_decay(b, 'b')
-  if b2 is not None:
-    _gap.check_decay(b2, 'b2')
+  if b is None and b2 is None:
+    raise ValueError('b=None keeps mean squares alone, but b2 is None, too.')
+  for name, decay in {'b': b, 'b2': b2}.items():
+    if decay is not None:
+      _gap.check_decay(decay, name)
   _gap.check_static(steps, 'steps')
   rule = _orthogonalize.make_rule(ns_coeffs, steps, preconditioning, b2, eps)
 
@@ -110,35 +114,38 @@ def scale_by_normuon(
     _check_matches.check_matches(spec, matches)
     _match_updates.remember_names(params)
     _describe.record_whole('normuon', matches, _tell)
-    make = functools.partial(_first_state, spec, rule)
+    make = functools.partial(_first_state, spec, rule, b is not None)
     return _first_states.make_state(spec, make, params)
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
-    made = [('momentum', state.trace, lambda layout: layout.shape)]
+    made = []
     if b2 is not None:
-      made = [('mean squares', state.nu, _orthogonalize.squares_shape), *made]
+      made += [('mean squares', state.nu, _orthogonalize.squares_shape)]
+    if b is not None:
+      made += [('momentum', state.trace, lambda layout: layout.shape)]
     matches = _match_updates.match_to_state(spec, updates, *made)
     layouts = {x.path: x.layout for x in matches if x and x.layout}
-    entries, trace = (dict(_tree.flatten(x)[0]) for x in (updates, state.trace))
-    ahead = dict.fromkeys(layouts)
-    for path in layouts:
-      ahead[path], trace[path] = _accumulate(b, entries[path], trace[path])
+    entries = dict(_tree.flatten(updates)[0])
+    ahead = {path: _linalg.widen(entries[path]) for path in layouts}
+    trace = state.trace
+    if b is not None:
+      ahead, trace = _accumulate(b, ahead, trace)
     directions, nu = _direct(rule, layouts, ahead, state.nu)
     for path, x in directions.items():
       entries[path] = _sharding.like(x, entries[path])
-    trace = _tree.flatten(state.trace)[1].unflatten(trace.values())
     updates = _tree.replace_entries(updates, list(entries.values()))
     return updates, NorMuonState(trace, nu)
 
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
 
 
-def momentum_in(state: Any) -> Any:
-  """Returns the tree of momentum in the state of a chain around it."""
+def matrices_in(state: Any) -> Any:
+  """Returns a tree of matrices' states in the state of a chain around it."""
   is_own = lambda x: isinstance(x, NorMuonState)
   leaves = jax.tree.leaves(state, is_leaf=is_own)
-  return next(x.trace for x in leaves if is_own(x))
+  own = next(x for x in leaves if is_own(x))
+  return own.nu if isinstance(own.trace, optax.EmptyState) else own.trace
 
 
 def _tell(match: _spec.Match) -> tuple[str, str, str] | None:
@@ -151,6 +158,7 @@ def _tell(match: _spec.Match) -> tuple[str, str, str] | None:
 def _first_state(
   spec: _spec.SubspaceSpec,
   rule: _orthogonalize.Rule,
+  with_momentum: bool,
   params: Any,
   matches: list[_spec.Match | None],
   treedef: Any,
@@ -167,15 +175,22 @@ def _first_state(
     return _orthogonalize.first_squares(layout, leaf)
 
   make = functools.partial(_matrices.per_matrix, matches, treedef)
-  nu = optax.EmptyState() if rule.b2 is None else make(squares)
-  return NorMuonState(make(zeros), nu)
+  return NorMuonState(
+    make(zeros) if with_momentum else optax.EmptyState(),
+    optax.EmptyState() if rule.b2 is None else make(squares),
+  )
 
 
-def _accumulate(b: Any, g: jax.Array, m: jax.Array) -> tuple[Any, jax.Array]:
-  """Returns G + b M for the new momentum M, and M."""
-  g, wide = _linalg.widen(g), _linalg.widen(m)
-  new = b * wide + g
-  return g + b * new, _sharding.like(new, m)
+def _accumulate(
+  b: Any, gradients: dict[str, jax.Array], momentum: Any
+) -> tuple[dict[str, jax.Array], Any]:
+  """Returns G + b M for the new momentum M, by path, and the tree of M."""
+  pairs, treedef = _tree.flatten(momentum)
+  trace, ahead = dict(pairs), {}
+  for path, g in gradients.items():
+    new = b * _linalg.widen(trace[path]) + g
+    ahead[path], trace[path] = g + b * new, _sharding.like(new, trace[path])
+  return ahead, treedef.unflatten(trace.values())
 
 
 def _direct(

@@ -27,7 +27,7 @@ def run_with_plain(
   matrices: optax.GradientTransformation,
   plain: optax.GradientTransformation,
   after: optax.GradientTransformation,
-  momentum_in: Callable[[Any], Any],
+  matrices_in: Callable[[Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
   """Returns an optimizer whose updates are float32 or wider until `after`.
 
@@ -37,8 +37,8 @@ def run_with_plain(
       parameters; what it makes of other leaves is not used.
     plain: of the other leaves, and of them alone.
     after: of all updates, such as weight decay and learning rate.
-    momentum_in: from the state of `matrices` to its tree of momentum, which
-      tells what `init` took for a matrix.
+    matrices_in: from the state of `matrices` to a tree in it, whose entries
+      tell what `init` took for a matrix.
   """
   spec = whole_spec(spec)
   own, rest = map(optax.with_extra_args_support, (matrices, plain))
@@ -56,8 +56,8 @@ def run_with_plain(
   def update(updates, state, params=None, **extra_args):
     widen = lambda _, g: _dtypes.widen(spec, g)
     bare = _tree.map_entries(widen, _tree.unbox(updates))
-    momentum, _ = _tree.flatten(momentum_in(state.projected))
-    paths = {path for path, x in momentum if not _tree.is_masked(x)}
+    entries, _ = _tree.flatten(matrices_in(state.projected))
+    paths = {path for path, x in entries if not _tree.is_masked(x)}
     mine, a = own.update(bare, state.projected, params, **extra_args)
     hidden = _beside.split(bare, paths)[1]
     weights = None if params is None else _beside.split(params, paths)[1]
