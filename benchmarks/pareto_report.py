@@ -326,18 +326,19 @@ def _panel(axes: Any, searches: list[dict]) -> None:
     *zip(*line, strict=True), where='post', color='black', lw=0.8, ls=':'
   )
   axes.set_xscale('log')
-  axes.margins(x=0.15, y=0.12)
+  axes.margins(x=0.32, y=0.12)
   axes.grid(alpha=0.3)
   _write_names(axes, names)
 
 
 def _write_names(axes: Any, names: list[tuple]) -> None:
-  """Writes each name beside its point, where it meets no other."""
+  """Writes each name beside its point, where it meets no other and no edge."""
   figure = axes.figure
   figure.draw_without_rendering()  # else nobody knows how large a text is
   shown = axes.transData.transform
   corners = [shown(x[:2]) - 4 for x in names]
   taken = [Bbox.from_bounds(left, low, 8, 8) for left, low in corners]
+  inside = axes.get_window_extent()
   for x, y, name, color in names:
     for side, up in _PLACES:
       text = axes.annotate(
@@ -352,7 +353,8 @@ def _write_names(axes: Any, names: list[tuple]) -> None:
         bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5},
       )
       box = text.get_window_extent()
-      if not any(box.overlaps(other) for other in taken):
+      fits = inside.x0 < box.x0 and box.x1 < inside.x1
+      if fits and not any(box.overlaps(other) for other in taken):
         break
       text.remove()
     else:
