@@ -7,8 +7,8 @@ neighbours of both behind it, by the validation loss of seed 0; further seeds
 run at the best, and what is reported is the loss on a third text. A search
 starts from the best of the one most like it, of another corpus, length or size.
 What betas and warm-up would gain is asked around the best: methods such as
-`adamw, b2 0.95` and `adamw, warm-up 0.2` run where `adamw` is best. Schedules
-end at 0; nothing is stopped early.
+`adamw, b2 0.95` and `adamw, warm-up 0.2` run once, where `adamw` is best.
+Schedules end at 0; nothing is stopped early.
 
 Every run is a file in runs/pareto, named by a hash of its settings and of its
 whole program, so that an interrupted benchmark goes on where it was, and a run
@@ -212,7 +212,10 @@ class Worker:
     for job in jobs(self.args):
       digest = self.trainer(job).digest
       rows = self.store.rows(job, digest)
-      for point in wanted(self.start(job), rows, self.args):
+      points = wanted(self.start(job), rows, self.args)
+      if contenders.CONTENDERS[job.method].varies and rows:
+        points = []  # one run tells what it would gain
+      for point in points:
         path = self.store.path(fields(job, digest, point))
         if not path.exists() and self.store.claim(path):
           return job, point, path

@@ -44,13 +44,13 @@ NOTES = """
   search, and seeds at the best.
 - **The front** has the methods with less loss than all that have no more state.
 
-Momentum decays by 0.95, in `normuon_4bit` by 0.9. `galore` projects the long
-side, as optax's does.
+Momentum of Muon's kind decays by 0.95 where no name says otherwise, and in
+`normuon_4bit` by 0.9. `galore` projects the long side, as optax's does.
 """
 
 VARIED = """
 Other betas and warm-ups (a tenth of the steps above), at a method's best rate
-and decay: the change of the loss of the same seed.
+and decay: the change of the loss of seed 0.
 """
 HEAD = ('method', 'lr', 'decay', 'loss', 'std', 'seeds', 'optimizer MiB')
 HEAD += ('all MiB', 'loss vs adamw', 'z', 'state vs adamw', 'AdamW needs')
@@ -189,18 +189,20 @@ def cells(
 
 
 def variations(searches: list[dict]) -> list[list[str]]:
-  """What other betas and warm-ups change, where seed 0 is at the same point."""
+  """What other betas and warm-ups change, of seed 0 at the method's best."""
   named = {search['method']: search for search in searches}
   rows = []
   for name, search in sorted(named.items()):
     base = named.get(contenders.CONTENDERS[name].varies)
     if base is None:
       continue
-    points = {(x['lr'], x['decay'], x['seed']): x for x in base['runs']}
-    for run in search['runs']:
-      same = points.get((run['lr'], run['decay'], run['seed']))
-      if same is not None:
-        rows.append([name, *(_over(run, same, x) for x in _SPLITS)])
+    point = lambda x: (x['lr'], x['decay'], x['seed'])
+    (same,) = [x for x in at_best(base) if x['seed'] == 0]
+    rows += [
+      [name, *(_over(run, same, split) for split in _SPLITS)]
+      for run in search['runs']
+      if point(run) == point(same)
+    ]
   return rows
 
 

@@ -32,7 +32,8 @@ LEARNING_RATES = {
   'muon': (2e-2, 3e-3),
   'muon8bit': (2.5e-3, 3e-3),  # whose steps are as long as those of muon
 }
-# What docs/choose.md recommends, and what it is measured by.
+# What docs/choose.md recommends, of what has a name here, and what it is
+# measured by.
 RECOMMENDED = (
   'normuon8bit',
   'muon8bit',

@@ -163,6 +163,18 @@ def test_equals_the_ordinary_step(name):
   assert first == {LAYERS}
 
 
+def test_equals_the_ordinary_step_without_momentum():
+  """Few steps: gradients of 16 rows alone have directions of mere rounding.
+
+  The iteration lifts those to the size of the others.
+  """
+  tx, params = so.normuon(0.01, b=None), make_params(tied=False)
+  wanted, _, rows = run_ordinary(tx, params, 3)
+  got, _, metrics = run_layers(layers(tx), params, 3)
+  assert_close(got, wanted)
+  np.testing.assert_allclose(metrics, rows, rtol=1e-5)
+
+
 def test_gradients_that_are_accumulated_in_the_subspace():
   params = make_params(tied=False)
   wanted, _, _ = run_ordinary(so.golore(0.01, 4, update_proj_gap=5), params, 3)

@@ -369,10 +369,10 @@ def test_without_mean_squares_it_is_muon():
       )
 
 
-@pytest.mark.parametrize('b2', [None, B2])
-def test_a_tree_without_matrices_stays_as_it_is(b2):
+@pytest.mark.parametrize('b, b2', [(B, None), (B, B2), (None, B2)])
+def test_a_tree_without_matrices_stays_as_it_is(b, b2):
   """As all that is no layer is in a layer-wise step."""
-  tx = so.scale_by_normuon(so.SubspaceSpec(1, allow_empty=True), b2=b2)
+  tx = so.scale_by_normuon(so.SubspaceSpec(1, allow_empty=True), b=b, b2=b2)
   gradient = {'norm': PARAMS['norm']}
   updates, _ = tx.update(gradient, tx.init(gradient))
   np.testing.assert_array_equal(updates['norm'], gradient['norm'])
@@ -395,3 +395,14 @@ def test_without_momentum_matrices_have_a_number_per_output(bits):
   for k, view in VIEWS.items():
     assert kept.nu[k].size == view.count * view.n
   assert isinstance(kept.nu['norm'], optax.MaskedNode)
+
+
+@pytest.mark.parametrize(
+  'name, kept, other', [('b', B, None), ('b2', B2, None)]
+)
+def test_a_state_without_what_the_optimizer_decays(name, kept, other):
+  """And with what it does not, which would stay as it is for ever."""
+  for of_state, of_update in ((kept, other), (other, kept)):
+    state = make(**{name: of_state}).init(PARAMS)
+    with errors.raises(ValueError, f'{name}={of_update!r}', 'call init'):
+      make(**{name: of_update}).update(gradients(0), state, PARAMS)

@@ -5,6 +5,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import contenders
 from benchmarks import corpora
@@ -110,7 +111,7 @@ def test_a_variation_is_compared_with_its_method_at_the_same_point_and_seed():
   assert text.count('b2 0.95') == 1
 
 
-def test_a_variation_changes_what_its_name_says():
+def test_betas_of_adamw_are_those_of_its_name():
   def step(name):
     make = contenders.CONTENDERS[name].make
     params = {'kernel': jnp.ones((16, 32))}
@@ -139,9 +140,34 @@ def test_a_variation_changes_what_its_name_says():
       step(name), -m / (np.sqrt(v) + 1e-8), rtol=1e-3, atol=1e-5
     )
 
-  for share in (0.05, 0.1, 0.2):
-    rate = pareto_run.shape(1000, share)
-    counts = np.array([0, 1000 * share / 2, 1000 * share, 999])
+
+# One of each way to make one; programs tell what betas alone change.
+@pytest.mark.parametrize(
+  'name',
+  [
+    'muon_8bit, b 0.9',
+    'normuon_8bit, b2 0.99',
+    'subspace_muon_8bit, b 0.98',
+    'subspace_adamw_8bit, b1 0.8',
+    'scale, b 0.95',
+    'adamw, warm-up 0.2',
+  ],
+)
+def test_a_variation_is_another_program(name):
+  digest = lambda method: (
+    pareto_run.Trainer(pareto_run.Job(method, 'code', '0.1M', 0.1, 1, 8)).digest
+  )
+  assert digest(name) != digest(contenders.CONTENDERS[name].varies)
+
+
+def test_a_warm_up_is_a_share_of_the_steps():
+  warmed = {k: x for k, x in contenders.CONTENDERS.items() if 'warm-up' in k}
+  assert len(warmed) == 12
+  for name, how in warmed.items():
+    method, share = name.split(', warm-up ')
+    assert (how.varies, how.warmup) == (method, float(share))
+    rate = pareto_run.shape(1000, how.warmup)
+    counts = np.array([0, 1000 * how.warmup / 2, 1000 * how.warmup, 999])
     found = np.array([rate(x) for x in counts])
     np.testing.assert_allclose(found[1:3], [0.5, 1.0], rtol=0.05)
     assert found[0] < 0.03 and found[3] < 0.01

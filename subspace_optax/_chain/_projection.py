@@ -65,14 +65,6 @@ class ProjectState(NamedTuple):
   projector: Any  # the projector's own state
 
 
-def check_projector(projector: Any) -> None:
-  """Raises a TypeError for what is no projector."""
-  if not isinstance(projector, _base.Projector):
-    raise TypeError(
-      f'projector must come from subspace_optax.projectors, got {projector!r}.'
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Projection:
   """The phases of `project`: `refresh`, `take_coordinates`, `track_bases`.
@@ -97,7 +89,11 @@ class Projection:
 
   def __post_init__(self):
     _spec.check_spec(self.spec)
-    check_projector(self.projector)
+    if not isinstance(self.projector, _base.Projector):
+      raise TypeError(
+        'projector must come from subspace_optax.projectors, got '
+        f'{self.projector!r}.'
+      )
 
   @property
   def storage(self) -> bases.Storage:

@@ -100,7 +100,6 @@ def subspace(
       f'every_k={every_k} keeps coordinates of the gradients, not what a '
       'residual rule needs; wrap the optimizer in optax.MultiSteps.'
     )
-  spec = _count_stored(spec, projector)
   with_params = params is not None
   if plain is not None:
     plain = _sign.require_same_side(plain, inner, with_params=with_params)
@@ -116,6 +115,8 @@ def subspace(
     keep_wide=True,
     hand_out=residual is not None and residual.together is not None,
   )
+  spec = _count_stored(project)
+  project = dataclasses.replace(project, spec=spec)
   in_subspace = _in_subspace.InSubspace(
     inner, spec, transport, params, per_matrix, plain
   )
@@ -129,13 +130,10 @@ def subspace(
   return _dtypes.round_last(tx if after is None else optax.chain(tx, after))
 
 
-def _count_stored(
-  spec: _spec.SubspaceSpec, projector: _base.Projector
-) -> _spec.SubspaceSpec:
+def _count_stored(project: _projection.Projection) -> _spec.SubspaceSpec:
   """Returns a spec that counts no basis where the projector stores none."""
-  _spec.check_spec(spec)
-  _projection.check_projector(projector)
-  if spec.only_if_smaller is True and projector.rebuild is not None:
+  spec = project.spec
+  if spec.only_if_smaller is True and project.projector.rebuild is not None:
     return dataclasses.replace(spec, only_if_smaller='moments')
   return spec
 

@@ -119,6 +119,7 @@ def scale_by_normuon(
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
+    _check_kept(state, b, b2)
     made = []
     if b2 is not None:
       made += [('mean squares', state.nu, _orthogonalize.squares_shape)]
@@ -138,6 +139,16 @@ def scale_by_normuon(
     return updates, NorMuonState(trace, nu)
 
   return optax.GradientTransformationExtraArgs(init, _boxes.bare(update))
+
+
+def _check_kept(state: NorMuonState, b: Any, b2: Any) -> None:
+  """Raises unless the state has what these decay rates need, and no more."""
+  for name, decay, tree in (('b', b, state.trace), ('b2', b2, state.nu)):
+    if (decay is None) != isinstance(tree, optax.EmptyState):
+      raise ValueError(
+        f'the state is of an optimizer {"with" if decay is None else "without"}'
+        f' {name}, and here {name}={decay!r}; call init of this optimizer.'
+      )
 
 
 def matrices_in(state: Any) -> Any:
