@@ -10,11 +10,12 @@ What betas and warm-up would gain is asked around the best: methods such as
 `adamw, b2 0.95` and `adamw, warm-up 0.2` run once, where `adamw` is best.
 Schedules end at 0; nothing is stopped early.
 
-Every run is a file in runs/pareto, named by a hash of its settings and of its
-whole program, so that an interrupted benchmark goes on where it was, and a run
-whose code has changed runs again. Any number of processes may run side by side:
-`taskset -c 1 nice python -m benchmarks.pareto` is one on one core. `--report`
-writes results/pareto.json, .md and .png of what is there.
+Every run is a file in runs/pareto, named by a hash of its settings, of its
+whole program and of its text, so that an interrupted benchmark goes on where it
+was, and a run whose code or text has changed runs again. Any number of
+processes may run side by side: `taskset -c 1 nice python -m benchmarks.pareto`
+is one on one core. `--report` writes results/pareto.json, .md and .png of what
+is there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ DECAY_FACTOR = 3.0
 FIRST_DECAY = 3e-3
 ALL = tuple(contenders.CONTENDERS)
 JOB = tuple(field.name for field in dataclasses.fields(pareto_run.Job))
+SOURCES = ('program', 'text')  # digests of what a job is made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +133,9 @@ class Store:
     self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
 
-  def rows(self, job: pareto_run.Job, digest: str) -> list[dict]:
-    """What is known of a job, from its own program."""
-    same = dataclasses.asdict(job) | {'program': digest}
+  def rows(self, job: pareto_run.Job, sources: dict[str, str]) -> list[dict]:
+    """What is known of a job, from its own program and text."""
+    same = dataclasses.asdict(job) | sources
     return [x for x in self.all() if same.items() <= x.items()]
 
   def all(self) -> list[dict]:
@@ -161,12 +163,13 @@ class Store:
       return
     for search in json.loads(pathlib.Path(out).read_text())['searches']:
       job = pareto_run.Job(*(search[name] for name in JOB))
+      sources = {name: search[name] for name in SOURCES}
       for run in search['runs']:
         point = Point(run['lr'], run['decay'], run['seed'])
-        row = fields(job, search['program'], point) | run
-        path = self.path(fields(job, search['program'], point))
+        named = fields(job, sources, point)
+        path = self.path(named)
         if not path.exists():
-          row |= {'memory': search['memory']}
+          row = named | run | {'memory': search['memory']}
           harness.save_results(path, row, indent=None)
 
   def save(self, path: pathlib.Path, row: dict) -> None:
@@ -210,13 +213,13 @@ class Worker:
   def next(self) -> tuple[pareto_run.Job, Point, pathlib.Path] | None:
     """The first run that nobody has done or claimed."""
     for job in jobs(self.args):
-      digest = self.trainer(job).digest
-      rows = self.store.rows(job, digest)
+      sources = self.trainer(job).sources
+      rows = self.store.rows(job, sources)
       points = wanted(self.start(job), rows, self.args)
       if contenders.CONTENDERS[job.method].varies and rows:
         points = []  # one run tells what it would gain
       for point in points:
-        path = self.store.path(fields(job, digest, point))
+        path = self.store.path(fields(job, sources, point))
         if not path.exists() and self.store.claim(path):
           return job, point, path
     return None
@@ -229,7 +232,7 @@ class Worker:
         return
       job, point, path = found
       trainer = self.trainer(job)
-      row = fields(job, trainer.digest, point) | trainer.run(*point)
+      row = fields(job, trainer.sources, point) | trainer.run(*point)
       row |= {'memory': trainer.memory()}
       self.store.save(path, row)
       print(
@@ -240,15 +243,18 @@ class Worker:
       )
 
 
-def fields(job: pareto_run.Job, digest: str, point: Point) -> dict[str, Any]:
+def fields(
+  job: pareto_run.Job, sources: dict[str, str], point: Point
+) -> dict[str, Any]:
   """What tells a run from all others."""
-  return dataclasses.asdict(job) | point._asdict() | {'program': digest}
+  return dataclasses.asdict(job) | point._asdict() | sources
 
 
 def collect(args: Args) -> dict[str, Any]:
   """The searches in the store, each with what it lacks.
 
-  Runs of programs that the code no longer makes are left out.
+  Runs of programs that the code no longer makes, or of texts that the packages
+  no longer hold, are left out.
   """
   found: dict[tuple, list[dict]] = {}
   for row in Store(args.runs).all():
@@ -258,20 +264,21 @@ def collect(args: Args) -> dict[str, Any]:
     job = pareto_run.Job(*key)
     if job.method not in contenders.CONTENDERS:
       continue
-    digest = pareto_run.Trainer(job).digest
-    current = [row for row in rows if row['program'] == digest]
+    sources = pareto_run.Trainer(job).sources
+    current = [row for row in rows if sources.items() <= row.items()]
     if current:
       searches.append(_search(job, current, args))
   return {'machine': harness.describe_machine(), 'searches': searches}
 
 
 def _search(job: pareto_run.Job, rows: list[dict], args: Args) -> dict:
-  kept = ('lr', 'decay', 'seed', 'validation', 'test', 'curve', 'seconds')
+  kept = ('lr', 'decay', 'seed', 'validation', 'test', 'curve')
+  kept += ('seconds', 'processor')
   at = best(rows)
   return {
     **dataclasses.asdict(job),
     'steps': job.steps,
-    'program': rows[0]['program'],
+    **{name: rows[0][name] for name in SOURCES},
     'best': {'lr': at.lr, 'decay': at.decay},
     'lacks': sum(map(len, lacking(rows, args.seeds))),
     'memory': rows[0]['memory'],

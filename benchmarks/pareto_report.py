@@ -231,10 +231,11 @@ def adamw(searches: list[dict]) -> dict | None:
 def markdown(results: dict[str, Any]) -> str:
   """All groups, one table each."""
   of = results['machine']
+  runs = [run for search in results['searches'] for run in search['runs']]
+  processors = ' and '.join(sorted({run['processor'] for run in runs}))
   adamws = [s for s in results['searches'] if s['method'] == 'adamw']
   text = (
-    f'Measured on {of["processor"]}, {of["cores"]} cores, jax {of["jax"]}.\n'
-    f'{NOTES}'
+    f'Measured on {processors}, {of["cores"]} cores, jax {of["jax"]}.\n{NOTES}'
   )
   for name, searches in groups(results).items():
     if all(search['method'] == 'adamw' for search in searches):

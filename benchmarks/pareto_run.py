@@ -147,6 +147,11 @@ class Trainer:
     return hashlib.sha256(self._lowered.as_text().encode()).hexdigest()[:16]
 
   @functools.cached_property
+  def sources(self) -> dict[str, str]:
+    """What a run is made of, but for its settings."""
+    return {'program': self.digest, 'text': load_corpus(self.job.corpus)[2]}
+
+  @functools.cached_property
   def program(self) -> Any:
     """The compiled steps of a chunk."""
     return self._lowered.compile()
@@ -178,6 +183,8 @@ class Trainer:
       'test': evaluate(held[half:]),
       'curve': curve,
       'seconds': round(time.perf_counter() - began, 1),
+      # The same run on another kind of processor rounds otherwise.
+      'processor': harness.describe_machine()['processor'],
     }
 
   def memory(self) -> dict[str, int]:
@@ -196,5 +203,6 @@ def finite(loss: Any) -> float | None:
 
 
 @functools.cache
-def load_corpus(name: str) -> tuple:
-  return corpora.load(name, harness.ROOT / 'runs' / 'pareto')
+def load_corpus(name: str) -> tuple[np.ndarray, np.ndarray, str]:
+  train, held, digest = corpora.load(name, harness.ROOT / 'runs' / 'pareto')
+  return train, held, digest[:16]

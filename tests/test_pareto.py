@@ -28,6 +28,7 @@ def search(method, losses, size, lr=0.01, multiple=1.0):
       'validation': x,
       'test': x,
       'curve': list(np.linspace(2 * (x or 1), x or 1, 11)),
+      'processor': 'some',
     }
     for i, x in enumerate(losses)
   ]
@@ -87,12 +88,26 @@ def test_a_search_starts_from_the_one_most_like_it(tmp_path):
     [('code', '0.1M', 1.0, 0.1), ('docstrings', '0.4M', 1.0, 0.2)]
   ):
     other = pareto_run.Job('adamw', corpus, size, multiple, 8, 128)
-    fields = pareto.fields(other, 'program', pareto.Point.near(lr, 0.001))
+    sources = {'program': 'some', 'text': 'some'}
+    fields = pareto.fields(other, sources, pareto.Point.near(lr, 0.001))
     path = worker.store.folder / f'{i}.json'
     harness.save_results(path, fields | {'validation': 1.0})
   assert worker.start(job) == pareto.Point(0.1, 0.001)
   varied = dataclasses.replace(job, method='adamw, warm-up 0.2')
   assert worker.start(varied) == pareto.Point(0.1, 0.001)
+
+
+def test_a_run_of_another_text_is_another_run(tmp_path):
+  store = pareto.Store(str(tmp_path))
+  job = pareto_run.Job('adamw', 'code', '0.1M', 1.0, 8, 128)
+  sources = {'program': 'one', 'text': 'one'}
+  fields = pareto.fields(job, sources, pareto.Point.near(0.1, 0.001))
+  harness.save_results(store.path(fields), fields)
+  assert store.rows(job, sources) == [fields]
+  for name in sources:
+    other = sources | {name: 'other'}
+    assert store.rows(job, other) == []
+    assert not store.path(fields | other).exists()
 
 
 def test_a_variation_is_compared_with_its_method_at_the_same_point_and_seed():
@@ -222,7 +237,7 @@ def test_the_share_of_steps_to_adamws_last_loss():
   assert pareto_report.share_of_steps(WORSE, ADAMW) is None
 
 
-MACHINE = {'processor': 'some', 'cores': 2, 'jax': '0'}
+MACHINE = {'cores': 2, 'jax': '0'}
 
 
 def test_the_committed_page_is_of_the_committed_results():
