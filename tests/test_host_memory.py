@@ -169,7 +169,7 @@ def test_layers_are_the_same_and_stay_there(name, fetch):
     np.testing.assert_allclose(np.asarray(metrics), row, rtol=1e-5)
     assert_on_host(far)
   assert update._cache_size() == 1
-  test_layerwise.assert_close(params, wanted)
+  test_layerwise.assert_close(params, wanted, coded=name == 'adam8bit')
 
 
 def exact_layers(fetch):
