@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import functools
+import re
 from typing import Any
 
 import jax
@@ -26,18 +27,19 @@ LEARNING_RATES = {
   'trion': (5e-3, 5e-3),
   'scale': (5e-3, 5e-3),
   'normuon': (5e-3, 5e-3),
+  'normuon_no_momentum': (2e-2, 5e-3),
   'contrib_galore': (5e-3, 5e-3),
   'adamw': (2.5e-3, 5e-3),
   'adafactor': (3e-3, 3e-3),
   'muon': (2e-2, 3e-3),
   'muon8bit': (2.5e-3, 3e-3),  # whose steps are as long as those of muon
 }
-# What docs/choose.md recommends, of what has a name here, and what it is
-# measured by.
+# What docs/choose.md recommends, and what it is measured by.
 RECOMMENDED = (
   'normuon8bit',
-  'muon8bit',
+  'normuon4bit',
   'subspace_muon8bit',
+  'normuon_no_momentum',
   'scale',
   'adamw8bit',
   'adamw',
@@ -167,7 +169,9 @@ def muon(c, lr):
 
 takes = so.optimizers.takes
 _MAKERS: dict[str, Callable] = {
-  'muon8bit': functools.partial(so.normuon, b2=None, moment_bits=8)
+  'muon8bit': functools.partial(so.normuon, b2=None, moment_bits=8),
+  'normuon4bit': functools.partial(so.normuon, b=0.9, moment_bits=4),
+  'normuon_no_momentum': functools.partial(so.normuon, b=None, moment_bits=8),
 }
 for _name, _make in so.optimizers.READY_MADE.items():
   _MAKERS[_name] = _make
@@ -181,8 +185,8 @@ ACCUMULATE = tuple(k for k, x in _MAKERS.items() if takes(x, 'every_k'))
 
 
 def known(name: str, table: Mapping[str, Any]) -> Any:
-  """The entry of an optimizer, or of the one that it is in 8 bits; or None."""
-  return table.get(name, table.get(name.removesuffix('8bit')))
+  """The entry of an optimizer, or of the one that it is a form of; or None."""
+  return table.get(name, table.get(re.sub(r'(\dbit|_no_momentum)$', '', name)))
 
 
 def rates(c) -> tuple[float, float]:

@@ -192,10 +192,10 @@ def test_sigma_and_z():
   spread = pareto_report.sigma(ALL)
   parts = [0.02**2 / 2, 2 * 0.02**2, 0.01**2 / 2]
   np.testing.assert_allclose(spread, (sum(parts) / 4) ** 0.5)
+  # Of the two seeds that both have.
   z = pareto_report.z_score(GOOD, ADAMW, spread)
-  np.testing.assert_allclose(
-    z, (1.42 - 1.51) / (spread * (1 / 3 + 1 / 2) ** 0.5)
-  )
+  np.testing.assert_allclose(z, (1.41 - 1.51) / spread)
+  assert pareto_report.change(GOOD, ADAMW) == '-6.62 %'
   assert pareto_report.sigma([SMALL]) is None
   assert pareto_report.z_score(SMALL, ADAMW, None) is None
 
@@ -210,6 +210,7 @@ def test_the_front_is_what_nothing_smaller_beats():
 def test_a_rank_is_a_choice_and_a_form_was_only_tried():
   ready = pareto_report.is_ready_made
   assert ready('muon') and ready('subspace_muon_8bit, rank 0.5')
+  assert ready('galore, short side')
   assert not ready('muon, b 0.9')
   assert not ready('subspace_muon, b 0.95, rank 0.5')
 
@@ -221,6 +222,7 @@ def test_tokens_of_adamw_are_interpolated_by_their_logarithm():
   assert tokens(GOOD) == f'{16 ** (9 / 20):.2f} x'
   assert tokens(SMALL) == '< 1.00 x'
   assert tokens(search('muon', [1.2], 1, multiple=4.0)) == '> 4.00 x'
+  assert tokens(search('muon', [1.2], 1, multiple=16.0)) == '-'
   worse = search('adamw', [1.60], 2**20, multiple=16.0)
   assert pareto_report.tokens_of_adamw(GOOD, [ADAMW, worse]) == '-'
   assert tokens(ADAMW) == pareto_report.tokens_of_adamw(GOOD, [ADAMW]) == '-'

@@ -438,7 +438,7 @@ def test_a_preset_sets_defaults_that_flags_override(name):
 def test_compare_alone_is_what_we_recommend():
   names = settings.optimizers(parse('--compare'))
   assert names == list(recipes.RECOMMENDED)
-  wanted = {'subspace_muon8bit', 'normuon8bit', 'muon8bit', 'scale', 'adamw'}
+  wanted = {'subspace_muon8bit', 'normuon8bit', 'normuon4bit', 'scale', 'adamw'}
   assert wanted <= set(names)
   assert settings.optimizers(parse('--compare', 'a,b')) == ['a', 'b']
 

@@ -2,6 +2,7 @@
 """Optimizers by name, for `plan`: what they keep is asked of themselves."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -131,8 +132,11 @@ def _ours(make: Callable[..., Any]) -> Callable[[Settings], Any]:
   return lambda s: make(_LR, spec=_spec(s))
 
 
-def _ours8bit(make: Callable[..., Any]) -> Callable[[Settings], Any]:
-  return lambda s: make(_LR, spec=_spec(_eight_bit(s)), moment_bits=8)
+def _coded(
+  make: Callable[..., Any], bits: int = 8
+) -> Callable[[Settings], Any]:
+  """The same with moments of few bits."""
+  return lambda s: make(_LR, spec=_spec(_eight_bit(s)), moment_bits=bits)
 
 
 def _rso(s: Settings) -> Any:
@@ -155,19 +159,23 @@ METHODS: dict[str, Method] = {
     lambda s: _adam8bit(s, _random(True), transport='first'), True, True
   ),
   'gaussian8bit': Method(lambda s: _adam8bit(s, _gaussian()), True, True),
-  'subspace_adamw8bit': Method(_ours8bit(so.subspace_adamw), True, True),
-  'subspace_muon8bit': Method(_ours8bit(so.subspace_muon), True, True),
   'rso': Method(_rso, ranked=True, random=True),
 }
 # Those that draw their bases again in any case.
 _RANDOM = ('apollo_adamw', 'subspace_adamw', 'subspace_muon')
-METHODS |= {
-  name: Method(
-    _ours(make), so.optimizers.takes(make, 'rank'), random=name in _RANDOM
-  )
-  for name, make in so.optimizers.READY_MADE.items()
-  if name not in METHODS
+_MAKERS: dict[str, Callable[..., Any]] = {
+  **so.optimizers.READY_MADE,
+  'muon': functools.partial(so.normuon, b2=None),
 }
+for _name, _make in _MAKERS.items():
+  _kind = (so.optimizers.takes(_make, 'rank'), _name in _RANDOM)
+  METHODS.setdefault(_name, Method(_ours(_make), *_kind))
+  METHODS.setdefault(f'{_name}8bit', Method(_coded(_make), *_kind))
+# The smallest states of docs/choose.md.
+METHODS['normuon4bit'] = Method(_coded(functools.partial(so.normuon, b=0.9), 4))
+METHODS['normuon_no_momentum'] = Method(
+  _coded(functools.partial(so.normuon, b=None))
+)
 
 
 def named(name: str) -> Method:
