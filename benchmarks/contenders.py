@@ -166,7 +166,7 @@ CONTENDERS: dict[str, Contender] = {
   ),
   'subspace_adamw': _of_ours(ours('subspace_adamw'), 4e-3),
   'adafactor': Contender(_stepping(_adafactor), 4e-3),
-  'adafactor_8bit': Contender(_stepping(_adafactor), 4e-3, bits=8),
+  'adafactor_8bit': Contender(_stepping(_adafactor), 2e-3, bits=8),
   'subspace_adamw_8bit': _of_ours(
     ours('subspace_adamw', moment_bits=8), 4e-3, bits=8
   ),

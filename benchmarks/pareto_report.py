@@ -356,9 +356,7 @@ def _legend(axes: Any) -> None:
     for kind, color in _COLORS.items()
   ]
   line = Line2D([], [], color='black', lw=0.8, ls=':', label='the front')
-  axes.legend(
-    handles=[*points, line], title='bars: range of seeds', fontsize=8
-  )
+  axes.legend(handles=[*points, line], title='bars: range of seeds', fontsize=8)
 
 
 def _panel(axes: Any, searches: list[dict]) -> None:
