@@ -128,17 +128,58 @@ def test_optimizers_that_look_at_other_layers_see_them_all():
 
 
 @pytest.mark.parametrize(
-  'shape, layers',
+  'shape, cuts, turns',
   [
-    ((24, 512, 1376), 1),
-    ((128, 512, 512), 1),
-    ((4096, 32, 11008), 32),  # layers along the second axis
-    ((4096, 32, 128), 32),  # heads
-    ((256, 4, 256), 64),
-    ((1021, 64, 1024), 1021),  # nothing divides it
-    ((16, 64, 64), 16),  # too small
-    ((1, 512, 512), 1),
+    ((24, 512, 1376), 24, 24),
+    ((128, 512, 512), 128, 128),
+    ((4096, 32, 11008), 4096, 128),  # layers along the second axis
+    ((4096, 32, 128), 4096, 128),  # heads
+    ((256, 4, 256), 256, 4),
+    ((1021, 64, 1024), 1021, 1),  # nothing divides it
+    ((16, 64, 64), 16, 1),  # too small
+    ((1, 512, 512), 1, 1),
+    # LLaMA-7B's embedding, head and a matrix of one layer.
+    ((32000, 4096), 200, 25),
+    ((4096, 32000), 32, 16),
+    ((4096, 11008), 32, 1),
+    ((32003, 4096), 1, 1),  # its blocks fit no rows
   ],
 )
-def test_layers_in_a_turn(shape, layers):
-  assert _by_layer._layers_in_turn(shape) == layers
+def test_turns(shape, cuts, turns):
+  assert _by_layer._turns(shape, cuts) == turns
+
+
+@pytest.mark.parametrize('name, bits', grid.cover(INNERS, [8, 4], of=2))
+def test_rows_of_an_embedding_are_those_of_the_whole(name, bits, monkeypatch):
+  tx = so.quantize_moments(INNERS[name], bits)
+  params = {'embedding': jnp.ones((512, 96)), 'head': jnp.ones((96, 512))}
+  rng = np.random.default_rng(0)
+  gradients = jax.tree.map(
+    lambda x: rng.standard_normal((3, *x.shape), np.float32), params
+  )
+  found, loops = [], []
+  for large in (2**10, _by_layer._LARGE):
+    monkeypatch.setattr(_by_layer, '_LARGE', large)
+    monkeypatch.setattr(_by_layer, '_LEAST_ROWS', large)
+
+    def run(gradients):
+      updates, state = None, tx.init(params)
+      for t in range(3):
+        at = jax.tree.map(lambda x, t=t: x[t], gradients)
+        updates, state = tx.update(at, state)
+      return updates, state
+
+    program = cases.jit(lambda g: run(g)).lower(gradients)
+    loops.append(program.as_text().count('stablehlo.while'))
+    found.append(program.compile()(gradients))
+  assert loops[0] - loops[1] == 6  # two leaves, three steps
+  (updates, state), (wanted, own) = found
+  for x, y in zip(*map(jax.tree.leaves, (state, own)), strict=True):
+    if jnp.issubdtype(x.dtype, jnp.integer):  # the last bit may tip a code over
+      assert np.mean(np.asarray(x != y)) < 1e-3
+    else:
+      np.testing.assert_allclose(x, y, rtol=1e-5)
+  different = jax.tree.map(
+    lambda x, y: np.mean(np.abs(x - y) > 1e-4), updates, wanted
+  )
+  assert max(jax.tree.leaves(different)) < 2e-3
