@@ -115,20 +115,23 @@ def _each_part(
 ) -> tuple[Any, _State]:
   """Returns `step` of one leaf, in a loop that overwrites its arguments."""
   (leaf,) = updates.values()
-  size = np.uint32(leaf.size // turns)
+  row = np.uint32(math.prod(leaf.shape[1:]))
   of_leaf = lambda carried: (carried[0], _coded_state.moments_of(carried[1]))
+  # Scales may have fewer rows than codes.
+  rows = lambda x: x.shape[0] // turns
+  counts = sorted({rows(x) for x in jax.tree.leaves(of_leaf((updates, state)))})
 
   def one(i: jax.Array, carried: tuple[Any, _State]) -> tuple[Any, _State]:
-    rows = lambda x: x.shape[0] // turns
-    take = lambda x: lax.dynamic_slice_in_dim(x, i * rows(x), rows(x))
+    first = {n: n * i for n in counts}
+    take = lambda x: lax.dynamic_slice_in_dim(x, first[rows(x)], rows(x))
     put = lambda x, part: lax.dynamic_update_slice_in_dim(
-      x, part, i * rows(x), 0
+      x, part, first[rows(x)], 0
     )
     whole = of_leaf(carried)
     gradients, moments = jax.tree.map(take, whole)
     # With the counters before the step: `carried` has those after it.
     old = _coded_state.with_moments(state, moments)
-    start = i.astype(jnp.uint32) * size
+    start = first[rows(leaf)].astype(jnp.uint32) * row
     run = lambda gradients, old: step(gradients, old, None, start)
     directions, new = _apart(run, i < turns, gradients, old)
     directions, moments = jax.tree.map(put, whole, of_leaf((directions, new)))
