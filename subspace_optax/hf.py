@@ -145,9 +145,10 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 def _adamw_8bit(
   learning_rate: Any, adam: Any, seed: int, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
-  # Theirs keeps embeddings in float32.
+  # Theirs keeps embeddings in float32, and arrays as small as norms are.
+  exclude = ('auto', 'embed|wte|wpe')
   moments = _quantize_moments.quantize_moments(
-    optax.scale_by_adam(**adam), 8, exclude='embed|wte|wpe', seed=seed
+    optax.scale_by_adam(**adam), 8, exclude=exclude, seed=seed
   )
   return optax.chain(
     moments,

@@ -104,6 +104,23 @@ def test_bases_stay_for_a_window_and_gaps_count_steps():
   assert count == WINDOWS
 
 
+@pytest.mark.parametrize('k', [2, 5])
+def test_a_window_goes_on_with_another_k(k):
+  """No gradient is lost, and the step is one of their mean."""
+  make = lambda k: so.subspace(SPEC, P.stiefel(9), optax.identity(), every_k=k)
+  gradients = [micro(t) for t in range(max(k, 4))]
+  _, _, states = train(make(4), gradients[:3])
+  update, state, found = ref.jit(make(k).update), states[-1], None
+  assert int(state.micro_step) == 3
+  for g in gradients[3:]:
+    found, state = update(g, state, params())
+  assert int(state.micro_step) == 0
+  wanted, _, _ = train(make(len(gradients)), gradients)
+  assert_close(found, wanted[-1])
+  direct = sum(g['vec'] for g in gradients) / len(gradients)
+  np.testing.assert_allclose(found['vec'], direct, rtol=1e-5)
+
+
 def test_keeps_sums_of_the_coordinates_size():
   size = lambda state: sum(x.nbytes for x in jax.tree.leaves(state))
   (_, _, one), (_, _, many) = run('first', 1), run('first', K)

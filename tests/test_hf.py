@@ -153,6 +153,21 @@ def test_eight_bits():
   assert any(x.dtype == jnp.uint8 for x in jax.tree.leaves(tx.init(PARAMS)))
 
 
+def test_eight_bits_are_for_kernels_also_in_stacks():
+  params = {
+    'norm': {'scale': jnp.ones((4, 1024))},
+    'q': {'kernel': jnp.ones((4, 64, 64)), 'bias': jnp.ones((4, 512))},
+    'embed': {'embedding': jnp.ones((64, 64))},
+  }
+  state = so.from_hf(0.1, 'adamw_8bit').init(params)
+  dtypes = jax.tree.map(lambda x: x.dtype.name, state[0].coded.mu)
+  assert dtypes == {
+    'norm': {'scale': 'float32'},
+    'q': {'kernel': 'int8', 'bias': 'float32'},
+    'embed': {'embedding': 'float32'},
+  }
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import optax.contrib
@@ -283,3 +286,45 @@ def test_whole_moments_are_never_in_memory_at_init():
   init = so.quantize_moments(inner).init
   memory = jax.jit(init).lower(params).compile().memory_analysis()
   assert memory.temp_size_in_bytes < params['w'].nbytes / 100
+
+
+def test_several_patterns_exclude_leaves():
+  params = {
+    'norm': {'scale': jnp.ones((4, 1024))},
+    'q': {'kernel': jnp.ones((64, 64)), 'bias': jnp.ones((4, 512))},
+    'embed': jnp.ones((64, 64)),
+  }
+  names = {
+    'auto': {'q/kernel', 'embed'},
+    ('auto', 'embed'): {'q/kernel'},
+    ('embed', 'kernel'): {'norm/scale', 'q/bias'},
+    None: {'norm/scale', 'q/kernel', 'q/bias', 'embed'},
+  }
+  for exclude, wanted in names.items():
+    tx = so.quantize_moments(optax.scale_by_adam(), exclude=exclude)
+    mu = jax.tree_util.tree_leaves_with_path(tx.init(params).coded.mu)
+    path = lambda p: jax.tree_util.keystr(p, simple=True, separator='/')
+    assert {path(p) for p, x in mu if x.dtype == jnp.int8} == wanted
+  with pytest.raises(TypeError, match='exclude must be .*got 3'):
+    so.quantize_moments(optax.scale_by_adam(), exclude=3)
+
+
+def test_explicit_axes_need_no_mesh_around_init():
+  """As those of 32 bits, whose first state is made of the parameters."""
+  mesh = jax.make_mesh((2, 2), ('a', 'b'), axis_types=(AxisType.Explicit,) * 2)
+  place = NamedSharding(mesh, P('a', 'b'))
+  params = {'w': jax.device_put(jnp.ones((64, 64)), place)}
+  for tx in (
+    so.scale_by_adam8bit(),
+    so.galore(1e-2, 8, moment_bits=8),
+    so.normuon(1e-2, moment_bits=4),
+  ):
+    state = tx.init(params)
+    with jax.set_mesh(mesh):
+      wanted = tx.init(params)
+    kinds = lambda tree: jax.tree.map(lambda x: (x.dtype, x.sharding), tree)
+    assert kinds(state) == kinds(wanted)
+  old = so.galore(1e-2, 4, moment_bits=8)
+  new = so.galore(1e-2, 8, moment_bits=8)
+  resized = so.resize_rank(new, old.init(params), params)
+  assert kinds(resized) == kinds(new.init(params))

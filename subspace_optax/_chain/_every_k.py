@@ -30,7 +30,7 @@ from subspace_optax._matrix import _varying
 class EveryKState(NamedTuple):
   """State of k micro-steps to a step."""
 
-  micro_step: jax.Array  # shape=(), dtype=int32, below k
+  micro_step: jax.Array  # shape=(), dtype=int32, gradients of this window
   mean: Any  # tree, leaf shape=the coordinates' or leaf's, dtype=float32
   project: Any
   in_subspace: Any
@@ -72,14 +72,15 @@ def every_k(
     **extra_args,
   ):
     given = given or _projection.Given()
-    first, last = state.micro_step == 0, state.micro_step == k - 1
+    # Beyond it if the state is of a larger k: its window ends here.
+    first, last = state.micro_step == 0, state.micro_step >= k - 1
     seen = project.refresh_and_project(
       updates, state.project, params, refresh_gradients, given, first
     )
     nodes, project_state = project.track_bases(
       updates, state.project, seen, given, last
     )
-    add = functools.partial(_add_to_mean, first, k)
+    add = functools.partial(_add_to_mean, state.micro_step)
     mean = _tree.map_entries(add, state.mean, nodes)
     nodes = _tree.map_entries(_put_mean, nodes, mean)
     own = in_subspace.carry_before(nodes, state.in_subspace)
@@ -93,7 +94,7 @@ def every_k(
     )
     updates, rest_state = _run_if(last, finish, state.rest)
     return updates, EveryKState(
-      (state.micro_step + 1) % k,
+      jnp.where(last, 0, state.micro_step + 1),
       mean,
       project_state,
       in_state,
@@ -131,15 +132,17 @@ def _make_zeros(match: _spec.Match | None) -> Any:
 
 
 def _add_to_mean(
-  first: jax.Array, k: int, path: str, mean: Any, entry: Any
+  micro_step: jax.Array, path: str, mean: Any, entry: Any
 ) -> Any:
-  """Returns the sum of the window's gradients so far, over k."""
+  """Returns the mean of the window's gradients so far, however many follow."""
   del path
   if _tree.is_masked(entry):
     return mean
   x = entry.coords if isinstance(entry, _projected.Projected) else entry
-  start = jnp.where(first, jnp.zeros_like(mean), mean)
-  return _sharding.like(start + x.astype(mean.dtype) / k, mean)
+  start = jnp.where(micro_step == 0, jnp.zeros_like(mean), mean)
+  share = 1.0 / (micro_step + 1).astype(mean.dtype)
+  new = start + share * (x.astype(mean.dtype) - start)
+  return _sharding.like(new, mean)
 
 
 def _put_mean(path: str, entry: Any, mean: Any) -> Any:

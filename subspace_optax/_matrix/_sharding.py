@@ -34,6 +34,17 @@ def explicit(x: Any) -> NamedSharding | None:
   return sharding if is_known and sharding.mesh.explicit_axes else None
 
 
+def mesh_of(tree: Any) -> contextlib.AbstractContextManager:
+  """Sets the mesh of arrays on explicit axes, which tracers of them need."""
+  for x in jax.tree.leaves(tree):
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+      continue
+    mesh = getattr(x.sharding, 'mesh', None)
+    if explicit(x) and isinstance(mesh, Mesh):
+      return jax.set_mesh(mesh)
+  return contextlib.nullcontext()
+
+
 def _explicit_spec(x: jax.Array) -> Spec | None:
   sharding = explicit(x)
   return None if sharding is None else pad(sharding.spec, x.ndim)

@@ -8,6 +8,7 @@ that what is rounded is the state and nothing else. Leaves that are not coded
 keep moments in float32, or in their own dtype where that is wider or complex.
 """
 
+from collections.abc import Sequence
 import functools
 import math
 import re
@@ -33,6 +34,9 @@ from subspace_optax.transports import _moments
 
 ROUNDING = ('auto', 'stochastic', 'nearest')
 
+# Regular expressions of paths, 'auto' in the place of one.
+Patterns = tuple[str, ...]
+
 # Smaller matrices stay float32: what they would save is nothing.
 _LEAST_SIZE = 512
 
@@ -42,7 +46,7 @@ def quantize_moments(
   bits: int = 8,
   *,
   rounding: str = 'auto',
-  exclude: str | None = 'auto',
+  exclude: str | Sequence[str] | None = 'auto',
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps the moments of an optimizer in 8 bits, or first moments in 4.
@@ -76,8 +80,9 @@ def quantize_moments(
       than a code at a step; 'nearest' is not, and moments that change by less
       than half a code don't move. 'auto' rounds codes of 8 bits at random and
       codes of 4 bits to the nearest, where it halves the variance.
-    exclude: regular expression; leaves whose path it finds are not coded. None
-      for no path; 'auto' for norms and biases by their names. Complex leaves
+    exclude: regular expression, or several; leaves whose path one of them finds
+      are not coded. None for no path; 'auto' in the place of one for norms and
+      biases by their names. Complex leaves
       are not coded either, nor are those of fewer than two axes or with less
       than 512 numbers in the last two. Their moments are the optimizer's,
       float32 or wider.
@@ -116,7 +121,7 @@ def quantize_moments(
     raise ValueError(f'bits must be {known}, got {bits!r}.')
   if rounding not in ROUNDING:
     raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
-  _tree.check_pattern('exclude', exclude)
+  patterns = _as_patterns(exclude)
   _sign.require_optimizer(inner, 'inner')
   inner = optax.with_extra_args_support(inner)
 
@@ -134,7 +139,7 @@ def quantize_moments(
 
     def zeros(moments: _moments.MomentTree) -> Any:
       dtype = _codes.dtype_of(bits, moments.kind)
-      first = functools.partial(_first_codes, leaves, exclude, dtype)
+      first = functools.partial(_first_codes, leaves, patterns, dtype)
       own = types[moments.path]
       codes, scales[moments.path] = _tree.map_unzip(
         first, 2, _coded_state.paths_in(own), own
@@ -219,7 +224,7 @@ def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
     zeros = lambda moments: jax.tree.map(lambda _: jnp.zeros(()), moments.tree)
     return _are_zero(state), _moments.map_moments(zeros, state)
 
-  with _notices.quiet():
+  with _notices.quiet(), _sharding.mesh_of(params):
     zero, state = jax.jit(start)(params)
   _check_zero(zero)
   return state
@@ -243,7 +248,7 @@ def _check_zero(zero: dict[str, jax.Array]) -> None:
 
 
 def _first_codes(
-  leaves: dict[str, Any], exclude: str | None, dtype: Any, path: str, own: Any
+  leaves: dict[str, Any], exclude: Patterns, dtype: Any, path: str, own: Any
 ) -> tuple[jax.Array, jax.Array]:
   """Returns codes of zeros for the moment of a leaf, and their scales."""
   if path not in leaves:
@@ -285,10 +290,23 @@ def _is_large(leaf: Any) -> bool:
   )
 
 
-def _is_excluded(exclude: str | None, name: str) -> bool:
-  if exclude == 'auto':
-    return _names.is_norm(name) or _names.is_bias(name)
-  return exclude is not None and bool(re.search(exclude, name))
+def _as_patterns(exclude: str | Sequence[str] | None) -> Patterns:
+  """Returns what excludes leaves, or raises for what is no pattern."""
+  if exclude is None:
+    return ()
+  patterns = (exclude,) if isinstance(exclude, str) else exclude
+  if not isinstance(patterns, Sequence):
+    raise TypeError(
+      f'exclude must be regular expressions or None, got {exclude!r}.'
+    )
+  for pattern in patterns:
+    _tree.check_pattern('exclude', pattern)
+  return tuple(patterns)
+
+
+def _is_excluded(patterns: Patterns, name: str) -> bool:
+  vector = _names.is_norm(name) or _names.is_bias(name)
+  return any(vector if x == 'auto' else re.search(x, name) for x in patterns)
 
 
 def _wide(dtype: Any) -> Any:

@@ -2,7 +2,6 @@
 """Optimizer states of stacks: one for each layer, in the same arrays."""
 
 from collections.abc import Callable, Iterator
-import contextlib
 from typing import Any
 
 import jax
@@ -149,17 +148,9 @@ def _stacked_state(
     lambda x, y: 0 if x.shape == y.shape else None, found, one
   )
   init = lambda single: tx.init(_stacks.join(single, stacked))
-  with _mesh_of(single):
+  with _sharding.mesh_of(single):
     state = jax.vmap(init, out_axes=axes, axis_size=layers)(single)
   return _placed_like(single, state)
-
-
-def _mesh_of(params: Any) -> contextlib.AbstractContextManager:
-  """Sets the mesh of arrays on explicit axes, which tracers of them need."""
-  for x in jax.tree.leaves(params):
-    if _is_concrete(x) and _sharding.explicit(x):
-      return jax.set_mesh(x.sharding.mesh)
-  return contextlib.nullcontext()
 
 
 def _placed_like(params: Any, state: Any) -> Any:
