@@ -113,7 +113,10 @@ def _adam8bit(s: Settings, projector: Any, **options: Any) -> Any:
 
 
 def _svd() -> Any:
-  """Bases by matrix products: what an exact SVD needs varies."""
+  """GaLore's bases, by matrix products: what an exact SVD needs varies.
+
+  On the short side, as the paper's; `so.galore` has optax's long one.
+  """
   return so.projectors.svd(200, 'randomized')
 
 
