@@ -56,7 +56,7 @@ class Args:
   corpora: tuple[str, ...] = tuple(corpora.CORPORA)
   # Those that are no form of another one, by default.
   methods: tuple[str, ...] = tuple(filter(pareto_report.is_ready_made, ALL))
-  seeds: int = 3
+  seeds: int = 5
   most: int = 14  # points of a search
   seconds: float = math.inf  # begins no run later than this
   report: bool = False  # only writes what is there
