@@ -284,7 +284,7 @@ def test_what_a_search_lacks_counts_neighbours_and_seeds():
   rows = [row(pareto.Point.near(0.01, 0.003), 1.0)]
   around, seeds = pareto.lacking(rows, 3)
   assert len(around) == 4 and [x.seed for x in seeds] == [1, 2]
-  args = pareto.Args(most=1)
+  args = pareto.Args(most=1, seeds=3)
   assert pareto.wanted(pareto.best(rows), rows, args) == seeds
 
 
