@@ -114,19 +114,19 @@ def run() -> claim.Found:
   return claim.Found(checks(rows, big), data, table, numbers)
 
 
-@harness.picture(figsize=(8, 4.5))
+@harness.picture(figsize=(8, 5.5))
 def picture(axes: Any, data: list[dict]) -> None:
   """Stacked bars of the parts, a bar a method."""
-  x, below = range(len(data)), [0.0] * len(data)
+  y, left = range(len(data)), [0.0] * len(data)
   for part in PARTS:
     sizes = [row['plan'][part] / GB for row in data]
-    axes.bar(x, sizes, bottom=below, label=part)
-    below = [a + b for a, b in zip(below, sizes, strict=True)]
+    axes.barh(y, sizes, left=left, label=part)
+    left = [a + b for a, b in zip(left, sizes, strict=True)]
   peaks = [row['peak_bytes'] / GB for row in data]
-  axes.plot(x, peaks, 'k_', markersize=18, label="XLA's peak")
-  axes.axhline(24, color='gray', linestyle=':')
-  axes.text(len(data) - 0.5, 24, '24 GB', va='bottom', ha='right', fontsize=8)
-  names = [f'{row["method"]}\n{row["layers"]}' for row in data]
-  axes.set_xticks(x, names, rotation=30, ha='right', fontsize=8)
-  axes.set_ylabel('GB')
+  axes.plot(peaks, y, 'k|', markersize=14, label="XLA's peak")
+  axes.axvline(24, color='gray', linestyle=':', label='24 GB')
+  names = [f'{row["method"]}, {row["layers"]}' for row in data]
+  axes.set_yticks(y, names, fontsize=8)
+  axes.invert_yaxis()
+  axes.set_xlabel('GB')
   axes.legend(fontsize=8)
