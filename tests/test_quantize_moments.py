@@ -305,8 +305,11 @@ def test_several_patterns_exclude_leaves():
     mu = jax.tree_util.tree_leaves_with_path(tx.init(params).coded.mu)
     path = lambda p: jax.tree_util.keystr(p, simple=True, separator='/')
     assert {path(p) for p, x in mu if x.dtype == jnp.int8} == wanted
-  with pytest.raises(TypeError, match='exclude must be .*got 3'):
-    so.quantize_moments(optax.scale_by_adam(), exclude=3)
+  for bad in (3, b'em', ('auto', None)):
+    with pytest.raises(TypeError, match='exclude must be .*got'):
+      so.quantize_moments(optax.scale_by_adam(), exclude=bad)
+  with pytest.raises(ValueError, match=r"exclude must be .*'\('"):
+    so.quantize_moments(optax.scale_by_adam(), exclude=('auto', '('))
 
 
 def test_explicit_axes_need_no_mesh_around_init():
@@ -322,6 +325,8 @@ def test_explicit_axes_need_no_mesh_around_init():
     state = tx.init(params)
     with jax.set_mesh(mesh):
       wanted = tx.init(params)
+      jax.eval_shape(lambda tx=tx: tx.init(params))
+      jax.jit(lambda tx=tx: tx.init(params))()
     kinds = lambda tree: jax.tree.map(lambda x: (x.dtype, x.sharding), tree)
     assert kinds(state) == kinds(wanted)
   old = so.galore(1e-2, 4, moment_bits=8)

@@ -35,13 +35,19 @@ def explicit(x: Any) -> NamedSharding | None:
 
 
 def mesh_of(tree: Any) -> contextlib.AbstractContextManager:
-  """Sets the mesh of arrays on explicit axes, which tracers of them need."""
+  """Sets the mesh of arrays on explicit axes, which tracers of them need.
+
+  Not within a trace, where jax allows no mesh to be set.
+  """
   for x in jax.tree.leaves(tree):
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
       continue
     mesh = getattr(x.sharding, 'mesh', None)
     if explicit(x) and isinstance(mesh, Mesh):
-      return jax.set_mesh(mesh)
+      try:
+        return jax.set_mesh(mesh)
+      except ValueError:  # within a trace
+        break
   return contextlib.nullcontext()
 
 

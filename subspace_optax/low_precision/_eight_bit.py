@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adam and Lion with their moments in 8 bits, by `quantize_moments`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -17,7 +18,7 @@ def scale_by_adam8bit(
   *,
   nesterov: bool = False,
   rounding: str = 'stochastic',
-  exclude: str | None = 'auto',
+  exclude: str | Sequence[str] | None = 'auto',
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_adam` with both moments in 8 bits.
@@ -61,7 +62,7 @@ def scale_by_lion8bit(
   b2: Any = 0.99,
   *,
   rounding: str = 'stochastic',
-  exclude: str | None = 'auto',
+  exclude: str | Sequence[str] | None = 'auto',
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_lion` with its moment in 8 bits.

@@ -295,7 +295,7 @@ def _as_patterns(exclude: str | Sequence[str] | None) -> Patterns:
   if exclude is None:
     return ()
   patterns = (exclude,) if isinstance(exclude, str) else exclude
-  if not isinstance(patterns, Sequence):
+  if not isinstance(patterns, (list, tuple)) or None in patterns:
     raise TypeError(
       f'exclude must be regular expressions or None, got {exclude!r}.'
     )
