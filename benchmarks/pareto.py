@@ -33,6 +33,7 @@ import tyro
 from benchmarks import contenders
 from benchmarks import corpora
 from benchmarks import harness
+from benchmarks import pareto_picture
 from benchmarks import pareto_report
 from benchmarks import pareto_run
 
@@ -293,7 +294,7 @@ def report(args: Args) -> None:
   harness.save_results(args.out, results, indent=None)
   text = pareto_report.markdown(results)
   harness.next_to(args.out, '.md').write_text(text)
-  pareto_report.picture(results, harness.next_to(args.out, '.png'))
+  pareto_picture.picture(results, harness.next_to(args.out, '.png'))
   if args.page:
     harness.fill_page(args.page, {'pareto': pareto_report.summary(results)})
   print(text)

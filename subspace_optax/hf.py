@@ -13,7 +13,8 @@ from subspace_optax.low_precision import _quantize_moments
 
 _SIDES = {'std': 'short', 'reverse_std': 'long', 'right': 'in', 'left': 'out'}
 # Theirs are left out by their class, as no linear layers; heads are linear.
-_NOT_LINEAR = r'(^|/)(\w*embed\w*|wte|wpe|shared|\w*norm\w*|\w*conv\w*)(/|$)'
+_EMBEDDING = r'(^|/)(\w*embed\w*|wte|wpe|shared)(/|$)'
+_NOT_LINEAR = rf'{_EMBEDDING}|(^|/)(\w*norm\w*|\w*conv\w*)(/|$)'
 
 
 def from_hf(
@@ -145,8 +146,9 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 def _adamw_8bit(
   learning_rate: Any, adam: Any, seed: int, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
-  # Theirs keeps embeddings in float32, and arrays as small as norms are.
-  exclude = ('auto', 'embed|wte|wpe')
+  # Theirs keeps embeddings in float32, and small arrays: norms and biases,
+  # which pass for matrices in stacks.
+  exclude = ('auto', _EMBEDDING)
   moments = _quantize_moments.quantize_moments(
     optax.scale_by_adam(**adam), 8, exclude=exclude, seed=seed
   )

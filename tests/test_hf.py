@@ -158,6 +158,7 @@ def test_eight_bits_are_for_kernels_also_in_stacks():
     'norm': {'scale': jnp.ones((4, 1024))},
     'q': {'kernel': jnp.ones((4, 64, 64)), 'bias': jnp.ones((4, 512))},
     'embed': {'embedding': jnp.ones((64, 64))},
+    'shared': {'embedding': jnp.ones((64, 64))},
   }
   state = so.from_hf(0.1, 'adamw_8bit').init(params)
   dtypes = jax.tree.map(lambda x: x.dtype.name, state[0].coded.mu)
@@ -165,6 +166,7 @@ def test_eight_bits_are_for_kernels_also_in_stacks():
     'norm': {'scale': 'float32'},
     'q': {'kernel': 'int8', 'bias': 'float32'},
     'embed': {'embedding': 'float32'},
+    'shared': {'embedding': 'float32'},
   }
 
 

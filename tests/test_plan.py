@@ -117,9 +117,14 @@ def test_the_models_loss_is_that_of_the_trainer():
 
 
 EIGHT_BIT = [name for name in _methods.METHODS if '8bit' in name]
-# With state that is no moment: a rule's own, errors, whole momentum.
-AND_MORE = ('online_subspace_descent8bit', 'ldadamw8bit', 'dion8bit')
-AND_MORE += ('trion8bit',)
+# With state that is no moment (a rule's own, errors, whole momentum): the share
+# that stays.
+AND_MORE = {
+  'online_subspace_descent8bit': 0.31,
+  'ldadamw8bit': 0.62,
+  'dion8bit': 0.78,
+  'trion8bit': 0.71,
+}
 
 
 @pytest.mark.parametrize('method', _methods.METHODS)
@@ -154,8 +159,8 @@ def test_codes_take_a_byte_a_moment(method):
   large = {'rank': 64, 'model': few('float32')}
   narrow, wide = kept(method, **large), kept(name, **large)
   # A quarter of float32, and scales and codes of small matrices.
-  most = 1.0 if method in AND_MORE else 0.2625
-  assert 0.25 < narrow.states / wide.states < most
+  most = AND_MORE.get(method, 0.2625)
+  assert max(0.25, most - 0.03) < narrow.states / wide.states < most
   again = kept(method, **large, moment_dtype='float32')
   assert again.states == narrow.states
   drawn = method in ('golore8bit', 'gaussian8bit')
@@ -168,6 +173,9 @@ def test_the_smallest_states_of_whole_matrices():
   names = ('normuon_no_momentum', 'normuon4bit', 'muon8bit', 'normuon8bit')
   states = [kept(name, **large).states for name in (*names, 'muon')]
   assert states == sorted(set(states))
+  least, half = (x / kept('normuon', **large).states for x in states[:2])
+  # Half a byte for each of four, and a byte a moment of the embedding.
+  assert 0.15 < half < 0.165 and 0.1 < least < 0.115
 
 
 @pytest.mark.usefixtures('untraced')

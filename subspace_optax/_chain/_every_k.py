@@ -30,7 +30,9 @@ from subspace_optax._matrix import _varying
 class EveryKState(NamedTuple):
   """State of k micro-steps to a step."""
 
-  micro_step: jax.Array  # shape=(), dtype=int32, gradients of this window
+  micro_step: (
+    jax.Array
+  )  # shape=(), dtype=int32, gradients of this window so far
   mean: Any  # tree, leaf shape=the coordinates' or leaf's, dtype=float32
   project: Any
   in_subspace: Any

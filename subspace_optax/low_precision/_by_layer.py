@@ -106,8 +106,11 @@ def _turns(shape: Sequence[int], cuts: int) -> int:
   least = _LEAST_SIZE if is_stack else _LEAST_ROWS
   if not is_stack and size < _LARGE:
     return 1
-  fits = lambda n: cuts % n == 0 and size >= n * least
-  return max(filter(fits, range(1, _MOST_TURNS + 1)), default=1)
+  possible = [n for n in range(2, _MOST_TURNS + 1) if cuts % n == 0]
+  worth_it = [n for n in possible if size >= n * least]
+  # Rather short turns than all of an embedding in float32.
+  fewest = possible[:1] if not is_stack else []
+  return max(worth_it or fewest, default=1)
 
 
 def _each_part(
@@ -140,22 +143,22 @@ def _each_part(
   return _varying.fori_loop(0, turns, one, (updates, state))
 
 
-def _apart(run: Callable[..., Any], always: jax.Array, *layer: Any) -> Any:
-  """Returns `run(*layer)`, of arrays that are apart from what they are cut of.
+def _apart(run: Callable[..., Any], always: jax.Array, *part: Any) -> Any:
+  """Returns `run(*part)`, of arrays that are apart from what they are cut of.
 
   XLA would otherwise read that while it overwrites it, and make copies to do
   so. For CPUs it removes barriers, but not a branch that is always taken,
   around which it makes copies for a TPU.
   """
 
-  def behind_barrier(*layer: Any) -> Any:
-    found = run(*lax.optimization_barrier(layer))
-    return jax.tree.map(_varying.vary_as, found, layer)
+  def behind_barrier(*part: Any) -> Any:
+    found = run(*lax.optimization_barrier(part))
+    return jax.tree.map(_varying.vary_as, found, part)
 
-  def in_branch(*layer: Any) -> Any:
-    return _varying.cond(always, run, lambda *layer: layer, *layer)
+  def in_branch(*part: Any) -> Any:
+    return _varying.cond(always, run, lambda *part: part, *part)
 
-  return lax.platform_dependent(*layer, cpu=in_branch, default=behind_barrier)
+  return lax.platform_dependent(*part, cpu=in_branch, default=behind_barrier)
 
 
 def _pick(

@@ -67,10 +67,10 @@ def quantize_moments(
 
   While a leaf is updated its moments are float32. Of a stack of layers (leading
   axes of three or more) only one layer's are, or a few layers' of more than
-  128, and of a matrix of 2^26 numbers and more some rows, if the optimizer is
-  registered as elementwise, as Adam and Lion are, and if the program can see
-  that the first axis is on one device. It can't on a mesh of automatic axes:
-  there, all are.
+  128, and of a matrix of 2^26 numbers and more some rows, where its blocks fall
+  into equal parts. For that the optimizer must be registered as elementwise, as
+  Adam and Lion are, and the program must see that the first axis is on one
+  device. It can't on a mesh of automatic axes: there, all are.
 
   Args:
     inner: an optimizer whose moments start at zero and are registered, see
