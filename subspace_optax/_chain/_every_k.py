@@ -30,9 +30,7 @@ from subspace_optax._matrix import _varying
 class EveryKState(NamedTuple):
   """State of k micro-steps to a step."""
 
-  micro_step: (
-    jax.Array
-  )  # shape=(), dtype=int32, gradients of this window so far
+  micro_step: jax.Array  # shape=(), dtype=int32, gradients so far
   mean: Any  # tree, leaf shape=the coordinates' or leaf's, dtype=float32
   project: Any
   in_subspace: Any
