@@ -114,9 +114,7 @@ def spec_at_rest(
   mesh, of_leaf = sharding.mesh, _splits(sharding, leaf_axes)
   whole = dict(zip(leaf_axes, leaf.shape, strict=True))
   splits = [
-    of_leaf[axis]
-    if axis in whole and _can_cut(mesh, of_leaf[axis], size, whole[axis])
-    else ()
+    _cuts(mesh, of_leaf[axis], size, whole[axis]) if axis in whole else ()
     for size, axis in zip(shape, axes, strict=True)
   ]
   if _sharding.RANK[0] in axes and _sharding.RANK[1] not in axes:
@@ -133,16 +131,21 @@ def spec_at_rest(
   return as_jit_spells(_sharding.spec_of(splits), mesh)
 
 
-def _can_cut(
+def _cuts(
   mesh: Any, split: tuple[str, ...], size: int, of_leaf: int
-) -> bool:
-  """Whether a mesh cuts an axis of a state that is one of its leaf.
+) -> tuple[str, ...]:
+  """Returns the mesh axes that cut an axis of a state that is one of its leaf.
 
-  Blocks of rows may be fewer than devices; of the meshes that boxes stand for,
-  whose axes are of one device here, nothing is known.
+  Blocks of rows may be fewer than devices: the first mesh axes cut those, as
+  many as XLA would let. Of the meshes that boxes stand for, whose axes are of
+  one device here, nothing is known.
   """
-  count = _sharding.parts(mesh, split)
-  return size % count == 0 and (count > 1 or size == of_leaf)
+  while split:
+    count = _sharding.parts(mesh, split)
+    if size % count == 0 and (count > 1 or size == of_leaf):
+      return split
+    split = split[:-1]
+  return ()
 
 
 def _rank_axes(mesh: Any) -> tuple[str, ...]:
