@@ -825,7 +825,7 @@ def subspace_muon(
     after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
-  return _notices.warning_of_ones(tx, b=b, **({} if b2 is None else {'b2': b2}))
+  return _notices.warning_of_ones(tx, b=b, b2=b2)
 
 
 @_ready_made('seed', 'moment_bits')
@@ -897,11 +897,11 @@ def normuon(
   tx = whole.run_with_plain(
     spec,
     optax.chain(ready(matrices, ''), optax.scale(scale)),
-    ready(plain or optax.scale_by_adam(), 'plain' if plain else ''),
+    ready(*_plain_or_adam(plain)),
     _decay_and_step(learning_rate, weight_decay, mask),
     whole.matrices_in,
   )
-  return _notices.warning_of_ones(tx, b=b, **({} if b2 is None else {'b2': b2}))
+  return _notices.warning_of_ones(tx, b=b, b2=b2)
 
 
 @_ready_made('rank', 'seed', 'moment_bits')
@@ -1142,9 +1142,7 @@ def scale(
   tx = _scale.normalize_outputs(
     spec,
     ready(optax.ema(b, debias=False), ''),
-    ready(optax.scale_by_adam(), '')
-    if plain is None
-    else ready(plain, 'plain'),
+    ready(*_plain_or_adam(plain)),
     head=head,
     scale=scale,
   )
@@ -1244,6 +1242,13 @@ def _assemble(
     after=after,
     **how,
   )
+
+
+def _plain_or_adam(
+  plain: optax.GradientTransformation | None,
+) -> tuple[optax.GradientTransformation, str]:
+  """Returns what `_quantize` takes: the optimizer, and its name if passed."""
+  return (optax.scale_by_adam(), '') if plain is None else (plain, 'plain')
 
 
 def _quantize(bits: int, seed: int, optimizer: Any, name: str) -> Any:

@@ -290,6 +290,12 @@ def test_a_function_in_the_place_of_an_optimizer(name):
     _with(name, optax.adam)
 
 
+@pytest.mark.parametrize('make', [so.normuon, so.scale, so.subspace_muon])
+def test_what_is_no_optimizer_and_counts_as_false(make):
+  with errors.raises(TypeError, 'plain must be an optax optimizer', '()'):
+    make(1e-3, plain=())
+
+
 def test_signs_are_asked_for_no_sooner_than_at_init():
   """A program may build its optimizer before it starts its devices."""
 

@@ -86,6 +86,9 @@ def test_float64_loses_nothing_to_bases_of_float32():
     update, state = jax.jit(tx.update)({'w': g}, tx.init({'w': w}))
     p = measure.bases(state)['w']
     assert p.dtype == jnp.float32
+    kept = measure.project_state(state).subspaces
+    for values in (kept.captured_energy, kept.orthogonality_error, kept.drift):
+      assert values['w'].dtype == jnp.float32
     p = np.asarray(p, np.float64)
     wanted = p @ (np.swapaxes(p, 1, 2) @ np.asarray(g))
     np.testing.assert_allclose(update['w'], wanted, rtol=1e-12, atol=1e-13)

@@ -380,3 +380,15 @@ def test_inner_with_its_own_learning_rate_is_refused(inner):
 def test_what_is_no_rule():
   with errors.raises(TypeError, 'residual', 'subspace_optax.residuals'):
     so.unproject(residual=residuals.fira)
+
+
+def test_a_rule_names_the_arguments_of_its_init():
+  rule = residuals.Residual(
+    'last gradient',
+    lambda node, scale, count, last: (node.gradient, node.gradient),
+    lambda layout, leaf, of_moments: jnp.zeros_like(leaf, of_moments),
+  )
+  tx = so.subspace(SPEC, PROJECTORS['stiefel'], optax.identity(), residual=rule)
+  params = {'w': jnp.ones((8, 12))}
+  state = jax.eval_shape(tx.init, params)
+  jax.eval_shape(tx.update, params, state, params)

@@ -9,7 +9,6 @@ from typing import Any
 import zlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from subspace_optax import bases
@@ -44,8 +43,7 @@ def make_state(
 
 def zero_coords(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
   """Returns zeros where a leaf's coordinates will be."""
-  static = (layout.coords_shape, jnp.dtype(dtype))
-  return layout.place_coords(jnp.zeros, static, (), leaf)
+  return layout.zeros(layout.coords_axes(), leaf, dtype)
 
 
 def make_seeds(

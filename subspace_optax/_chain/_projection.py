@@ -300,10 +300,6 @@ class Projection:
       gradient=matrix.gradient if self.keep_gradient else None,
       home=matrix.home,
       old_basis=old_basis if self.keep_gradient else None,
-      old_mean=None,
-      mean=None,
-      direction=None,
-      seal=_projected.seal(),
       layout=dataclasses.replace(matrix.layout, axis_name=None),
       orthonormal=self.projector.orthonormal,
       dtype=dtype,
@@ -377,4 +373,4 @@ def paths(state: ProjectState) -> tuple[str, ...]:
 def _zero(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
   """Returns a float32 zero per matrix."""
   del path
-  return layout.place_values(jnp.zeros, (layout.batch_shape,), (), leaf)
+  return layout.zeros(layout.batch_axes, leaf)

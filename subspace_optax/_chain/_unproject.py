@@ -178,9 +178,10 @@ def _check_state(
   residual: _base.Residual, path: str, node: _projected.Projected, state: Any
 ) -> None:
   """Raises unless `init` made the state that a leaf needs."""
-  if residual.init is None:
+  init = residual.init
+  if init is None:
     return
-  make = functools.partial(residual.init, node.layout, dtype=node.dtype)
+  make = lambda leaf: init(node.layout, leaf, node.dtype)
   shape = jax.eval_shape(make, node.gradient).shape
   found = None if _tree.is_masked(state) else state.shape
   if shape != found:

@@ -110,13 +110,17 @@ class Layout:
   @property
   def basis_shape(self) -> tuple[int, ...]:
     """Shape of the leaf's bases."""
-    return (*self._sizes(self._basis_axes), self.rank)
+    return self._shape(self.basis_axes())
 
   @property
   def coords_shape(self) -> tuple[int, ...]:
     """Shape of the leaf's coordinates."""
+    return self._shape(self.coords_axes())
+
+  def _shape(self, axes: str) -> tuple[int, ...]:
+    """Returns the sizes of axes that subscripts name."""
     sizes = dict(zip(_AXES, self.shape, strict=False)) | {'y': self.rank}
-    return tuple(sizes[c] for c in self.coords_axes())
+    return tuple(sizes[c] for c in axes)
 
   # Einsum subscripts; `r` names the rank axis.
 
@@ -311,6 +315,13 @@ class Layout:
     return self.coords_axes().index('y')
 
   # Where arrays of state live, given where the leaf lives.
+
+  def zeros(
+    self, axes: str, leaf: jax.Array, dtype: Any = jnp.float32
+  ) -> jax.Array:
+    """Returns zeros of some axes, sharded as `leaf`."""
+    static = (self._shape(axes), jnp.dtype(dtype))
+    return self._place(jnp.zeros, static, (), leaf, axes)
 
   def place_leaf(self, make, static, args, leaf) -> jax.Array:
     """Returns `make(*static, *args)`, of the leaf's shape, sharded as it."""

@@ -98,8 +98,14 @@ class QuantizedBasis(NamedTuple):
     return self.codes.dtype
 
 
+def _seal() -> jax.Array:
+  """Returns what makes arithmetic on all arrays of a node fail."""
+  data = jnp.zeros((1, 1, 2), jnp.uint32)
+  return jax.random.wrap_key_data(data, impl='threefry2x32')
+
+
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Projected:
   """A matrix in the coordinates of its subspace, on its way down the chain.
 
@@ -136,15 +142,15 @@ class Projected:
   coords: jax.Array
   basis: jax.Array
   before: Move | None
-  after: Move | None
+  after: Move | None = None
   # Arrays, or None where a step has no need of them.
-  gradient: Any
-  home: Any
-  old_basis: Any
-  old_mean: Any
-  mean: Any
-  direction: Any
-  seal: jax.Array
+  gradient: Any = None
+  home: Any = None
+  old_basis: Any = None
+  old_mean: Any = None
+  mean: Any = None
+  direction: Any = None
+  seal: jax.Array = dataclasses.field(default_factory=_seal)
   layout: _layout.Layout = dataclasses.field(metadata={'static': True})
   orthonormal: bool = dataclasses.field(metadata={'static': True})
   dtype: Any = dataclasses.field(metadata={'static': True})
@@ -162,14 +168,20 @@ class Projected:
     basis = _linalg.widen(self.basis)
     return self.layout.unproject(basis, weights, self.sharding)
 
+  def weights_of(self, coords: jax.Array, basis: jax.Array) -> jax.Array:
+    """Returns the weights of a basis's columns whose sum has coordinates."""
+    coords = _linalg.widen(coords)
+    if self.orthonormal:
+      return coords
+    return _linalg.solve_gram(self.layout, _linalg.widen(basis), coords)
+
+  def inside(self) -> jax.Array:
+    """Returns (P^T P)^-1 R: P times it is the part of G in P's span."""
+    return self.weights_of(self.coords, self.basis)
+
   def outside(self) -> jax.Array:
     """Returns G - P (P^T P)^-1 R, the part of the gradient outside P's span."""
-    weights = _linalg.widen(self.coords)
-    if not self.orthonormal:
-      weights = _linalg.solve_gram(
-        self.layout, _linalg.widen(self.basis), weights
-      )
-    return _linalg.widen(self.gradient) - self.combine(weights)
+    return _linalg.widen(self.gradient) - self.combine(self.inside())
 
   def _refuse(self, *args: Any) -> Any:
     del args
@@ -181,9 +193,3 @@ class Projected:
 
   __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
   __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _refuse
-
-
-def seal() -> jax.Array:
-  """Returns what makes arithmetic on all arrays of a node fail."""
-  data = jnp.zeros((1, 1, 2), jnp.uint32)
-  return jax.random.wrap_key_data(data, impl='threefry2x32')

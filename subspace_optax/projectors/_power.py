@@ -138,8 +138,7 @@ def power_iteration(
 
 def _zero_coords(matrix: _base.Matrix) -> jax.Array:
   """Returns float32 zeros where coordinates will be."""
-  static = (matrix.layout.coords_shape, jnp.dtype(jnp.float32))
-  return matrix.layout.place_coords(jnp.zeros, static, (), matrix.like)
+  return matrix.layout.zeros(matrix.layout.coords_axes(), matrix.like)
 
 
 def _power_step(

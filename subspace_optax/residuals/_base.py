@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
-from subspace_optax._matrix import _projected
 
 
 class Residual(NamedTuple):
@@ -44,28 +43,15 @@ class Residual(NamedTuple):
   together: Callable[..., tuple[list[jax.Array], list[Any]]] | None = None
 
 
-def norms_at_init(
-  layout: _layout.Layout, leaf: Any, dtype: Any = None
-) -> jax.Array:
+def norms_at_init(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
   """Returns a float32 zero per matrix: no norm is known yet."""
   del dtype
-  static = (layout.batch_shape, jnp.dtype(jnp.float32))
-  return layout.place_values(jnp.zeros, static, (), leaf)
+  return layout.zeros(layout.batch_axes, leaf)
 
 
-def inside(node: _projected.Projected) -> jax.Array:
-  """Returns (P^T P)^-1 R: P times it is the part of G in P's span."""
-  return weights_of(node, node.coords, node.basis)
-
-
-def weights_of(
-  node: _projected.Projected, coords: jax.Array, basis: jax.Array
-) -> jax.Array:
-  """Returns the weights of P's columns whose sum has these coordinates."""
-  coords = _linalg.widen(coords)
-  if node.orthonormal:
-    return coords
-  return _linalg.solve_gram(node.layout, _linalg.widen(basis), coords)
+def zeros_at_init(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
+  """Returns zeros in the shape of a leaf."""
+  return layout.zeros(layout.leaf_axes, leaf, dtype)
 
 
 def ratio(numerator: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:

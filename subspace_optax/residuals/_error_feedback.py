@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _varying
@@ -74,7 +73,7 @@ def error_feedback(b1: float = 0.9) -> _base.Residual:
     error = jnp.where(node.layout.along_leaf(finite), error, last)
     return node.combine(scale * _linalg.widen(node.direction)), error
 
-  return _base.Residual('error_feedback', update, _zeros, _add)
+  return _base.Residual('error_feedback', update, _base.zeros_at_init, _add)
 
 
 def _lost(node: _projected.Projected) -> jax.Array:
@@ -88,15 +87,10 @@ def _lost(node: _projected.Projected) -> jax.Array:
 
   def lift(coords: jax.Array, basis: jax.Array) -> jax.Array:
     basis = _linalg.widen(basis)
-    weights = _base.weights_of(node, coords, basis)
+    weights = node.weights_of(coords, basis)
     return node.layout.unproject(basis, weights, node.sharding)
 
   return lift(node.old_mean, node.old_basis) - lift(node.mean, node.basis)
-
-
-def _zeros(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
-  static = (tuple(leaf.shape), jnp.dtype(dtype))
-  return layout.place_leaf(jnp.zeros, static, (), leaf)
 
 
 def _add(gradient: jax.Array, error: jax.Array) -> jax.Array:

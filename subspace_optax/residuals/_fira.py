@@ -66,7 +66,7 @@ def fira(
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     layout, r = node.layout, node.coords
     g, n = _linalg.widen(node.gradient), _linalg.widen(node.direction)
-    inside = _base.inside(node)
+    inside = node.inside()
     share = 1.0 if official_betas is None else scale
     phi = _base.ratio(
       layout.coords_columns(n * n), layout.coords_columns(r * r), eps

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from subspace_optax._matrix import _coords
-from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _newton_schulz
 from subspace_optax._matrix import _projected
@@ -86,7 +85,7 @@ def momentum_feedback(
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     del count
     layout = node.layout
-    used = node.combine((1.0 - mu) * _base.inside(node))
+    used = node.combine((1.0 - mu) * node.inside())
     rest = (_linalg.widen(node.gradient) - used).astype(last.dtype)
     finite = jnp.isfinite(layout.energy(rest))
     momentum = jnp.where(layout.along_leaf(finite), rest, last)
@@ -99,16 +98,11 @@ def momentum_feedback(
     factor = scale * (layout.outputs / layout.inputs) ** 0.5
     return node.combine(factor * direction), momentum
 
-  return _base.Residual('momentum_feedback', update, _zeros, _add)
-
-
-def _zeros(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
-  static = (tuple(leaf.shape), jnp.dtype(dtype))
-  return layout.place_leaf(jnp.zeros, static, (), leaf)
+  return _base.Residual('momentum_feedback', update, _base.zeros_at_init, _add)
 
 
 def _add(gradient: jax.Array, momentum: jax.Array) -> jax.Array:
   # Not in the gradient's dtype: in bfloat16 a momentum that grows for long
-  # would stop to.
+  # would stop growing.
   dtype = jnp.promote_types(gradient.dtype, momentum.dtype)
   return (_linalg.widen(gradient) + _linalg.widen(momentum)).astype(dtype)

@@ -95,7 +95,7 @@ def orthogonal(
   def update(node: _projected.Projected, scale: Any, count: Any, state: Any):
     del scale, count
     # P N + w (G - P R) with one product.
-    coords = _linalg.widen(node.direction) - weight * _base.inside(node)
+    coords = _linalg.widen(node.direction) - weight * node.inside()
     return node.combine(coords) + weight * _linalg.widen(node.gradient), state
 
   def together(nodes: Any, scale: Any, updates: Any, states: Any):
@@ -110,6 +110,6 @@ def orthogonal(
   return _base.Residual('orthogonal', update, first, together=together)
 
 
-def _squares(layout: _layout.Layout, leaf: Any, dtype: Any = None) -> jax.Array:
+def _squares(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
   del dtype
   return _orthogonalize.first_squares(layout, leaf)

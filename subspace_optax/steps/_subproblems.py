@@ -292,8 +292,7 @@ def _nothing_lost(path: str, leaf: Any, layout: _layout.Layout) -> Any:
   del path
   if jnp.finfo(leaf.dtype).bits >= 32:
     return optax.MaskedNode()
-  static = (tuple(leaf.shape), jnp.dtype(leaf.dtype))
-  return layout.place_leaf(jnp.zeros, static, (), leaf)
+  return layout.zeros(layout.leaf_axes, leaf, leaf.dtype)
 
 
 def _step(

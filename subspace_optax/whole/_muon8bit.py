@@ -4,6 +4,7 @@
 Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -22,7 +23,7 @@ def scale_by_muon8bit(
   ns_coeffs: Any = 'standard',
   preconditioning: str = 'frobenius',
   rounding: str = 'stochastic',
-  exclude: str | None = 'auto',
+  exclude: str | Sequence[str] | None = 'auto',
 ) -> optax.GradientTransformationExtraArgs:
   """Muon, Nesterov's, with its momentum in 8 bits.
 

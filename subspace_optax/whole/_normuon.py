@@ -15,7 +15,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from subspace_optax._chain import _check_matches
@@ -178,8 +177,8 @@ def _first_state(
 
   def zeros(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
     del path
-    static = (tuple(leaf.shape), spec.dtype_of_moments(leaf.dtype))
-    return layout.place_leaf(jnp.zeros, static, (), leaf)
+    dtype = spec.dtype_of_moments(leaf.dtype)
+    return layout.zeros(layout.leaf_axes, leaf, dtype)
 
   def squares(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
     del path
