@@ -147,8 +147,7 @@ def _layouts_and_gap(
 
 def _shapes_of_moments(state: Any) -> dict[str, tuple[int, ...]]:
   """Returns the shape of Adam's moments of each leaf."""
-  is_it = lambda x: isinstance(x, optax.ScaleByAdamState)
-  nodes = [x for x in jax.tree.leaves(state, is_leaf=is_it) if is_it(x)]
+  nodes = _tree.find(state, optax.ScaleByAdamState)
   if not nodes:
     raise ValueError(
       'tx keeps no state of optax.scale_by_adam, as GaLoreAdamW does; '
@@ -156,7 +155,7 @@ def _shapes_of_moments(state: Any) -> dict[str, tuple[int, ...]]:
     )
   return {
     path: x.shape
-    for node in nodes
+    for _, node in nodes
     for path, x in _tree.flatten(node.mu)[0]
     if not _tree.is_masked(x)
   }

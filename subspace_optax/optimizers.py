@@ -25,11 +25,10 @@ from subspace_optax import whole
 from subspace_optax._chain import _dtypes
 from subspace_optax._chain import _spec
 from subspace_optax._chain import _subspace
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _sign
-from subspace_optax._matrix import _tree
 from subspace_optax.low_precision import _quantize_moments
-from subspace_optax.projectors import _gap
 from subspace_optax.transports import _moments
 from subspace_optax.whole import _scale
 
@@ -314,7 +313,7 @@ def golore(
     >>> import subspace_optax as so
     >>> tx = so.golore(1e-3, rank=128, random_from=8_000)
   """
-  _gap.check_int(random_from, 'random_from', least=0)
+  _arguments.check_int(random_from, 'random_from', least=0)
   if regenerate and random_from != 0:
     raise ValueError(
       f'regenerate=True is for bases that are random from the start, but '
@@ -807,7 +806,7 @@ def subspace_muon(
     >>> import subspace_optax as so
     >>> tx = so.subspace_muon(5e-3)
   """
-  _gap.check_decay(b, 'b')
+  _arguments.check_decay(b, 'b')
   tx = _assemble(
     _choose_spec(spec, rank=rank, seed=seed),
     projectors.dct(update_proj_gap, 'random', stagger=stagger),
@@ -1052,7 +1051,7 @@ def _assemble_momentum(
   **rest: Any,
 ) -> Transformation:
   """Returns an optimizer whose momentum is that of whole matrices."""
-  _gap.check_decay(b, 'b')
+  _arguments.check_decay(b, 'b')
   return _assemble(
     spec,
     projector,
@@ -1133,10 +1132,10 @@ def scale(
     norm     (16)     plain   -       has fewer than two axes
     up       (16,64)  matrix  16      normalized
   """
-  _gap.check_decay(b, 'b')
+  _arguments.check_decay(b, 'b')
   _check_number('scale', scale)
   _check_bits(moment_bits)
-  _tree.check_pattern('head', head)
+  _arguments.check_pattern('head', head)
   spec = _choose_spec(spec, rank=1, seed=seed)
   ready = functools.partial(_quantize, moment_bits, spec.seed)
   tx = _scale.normalize_outputs(
@@ -1254,7 +1253,7 @@ def _plain_or_adam(
 def _quantize(bits: int, seed: int, optimizer: Any, name: str) -> Any:
   """Returns an optimizer with moments in `bits`, checked if it has a name."""
   if name:
-    _sign.require_optimizer(optimizer, name)
+    _arguments.require_optimizer(optimizer, name)
   if bits != 32 and _has_wide_moments(optimizer):
     optimizer = _quantize_moments.quantize_moments(optimizer, bits, seed=seed)
   if not name:

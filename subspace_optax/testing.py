@@ -230,9 +230,7 @@ def _kinds(tree: Any) -> Any:
 
 
 def _check_bases(projector: projectors.Projector, state: Any) -> None:
-  is_it = lambda x: isinstance(x, _projection.ProjectState)
-  leaves = jax.tree.leaves(state, is_leaf=is_it)
-  (own,) = [x for x in leaves if is_it(x)]
+  ((_, own),) = _tree.find(state, _projection.ProjectState)
   if int(own.count) != 3:  # behind gradients that are zero or NaN
     _check_taken(own.projector)
   if projector.rebuild:  # not in the state

@@ -16,21 +16,18 @@ import cases
 import subspace_optax as so
 from subspace_optax._chain import _projection
 from subspace_optax._chain import _unproject
+from subspace_optax._matrix import _tree
 
 
 def project_state(state: Any) -> Any:
   """Returns the one state of `project` in an optimizer's state."""
-  is_it = lambda x: isinstance(x, _projection.ProjectState)
-  leaves = jax.tree.leaves(state, is_leaf=is_it)
-  found = [leaf for leaf in leaves if is_it(leaf)]
-  assert len(found) == 1, f'{len(found)} states of `project`'
-  return found[0]
+  ((_, found),) = _tree.find(state, _projection.ProjectState)
+  return found
 
 
 def residual_state(state: Any) -> list[Any]:
   """Returns the states of `unproject` in an optimizer's state."""
-  is_it = lambda x: isinstance(x, _unproject.ResidualState)
-  return [x for x in jax.tree.leaves(state, is_leaf=is_it) if is_it(x)]
+  return [x for _, x in _tree.find(state, _unproject.ResidualState)]
 
 
 def bases(state: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import grid
 import references as ref
 import subspace_optax as so
 from subspace_optax import whole
+from subspace_optax._matrix import _tree
 
 B, B2, SCALE, LR, DECAY = 0.9, 0.8, 8.0, 0.05, 0.1
 # Matrices that widen and narrow, a stack, heads that belong together.
@@ -86,8 +87,7 @@ def run(tx, steps=5, put=lambda x: x, of=gradients):
 
 def own(state):
   """Returns NorMuon's state inside of the optimizer's."""
-  is_own = lambda x: isinstance(x, whole.NorMuonState)
-  (found,) = filter(is_own, jax.tree.leaves(state, is_leaf=is_own))
+  ((_, found),) = _tree.find(state, whole.NorMuonState)
   return found
 
 

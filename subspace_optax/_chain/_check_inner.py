@@ -13,6 +13,7 @@ import optax
 
 from subspace_optax._chain import _per_matrix
 from subspace_optax._matrix import _tree
+from subspace_optax.transports import _base
 
 
 def check_runs(
@@ -98,13 +99,7 @@ def check_moments(run: Any, state: Any, coords: Any) -> None:
   def check(moment: Any, coord: Any, path: str) -> None:
     if _tree.is_masked(moment) or moment.ndim != coord.ndim:
       return
-    if moment.shape != coord.shape:
-      raise ValueError(
-        f'gradient {path!r} has coordinates of shape {coord.shape}, but init '
-        f'made moments of shape {moment.shape}; give update the tree that init '
-        'was given, or take a state of another rank over by '
-        'subspace_optax.resize_rank.'
-      )
+    _base.check_shape(path, moment, coord.shape)
 
   optax.tree.map_params(
     run, check, state, coords, paths, is_leaf=_tree.is_masked

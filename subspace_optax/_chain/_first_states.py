@@ -41,6 +41,12 @@ def make_state(
   return _boxes.box_state(placed, params)
 
 
+def plain_template(spec: _spec.SubspaceSpec, leaf: Any) -> Any:
+  """Returns what stands for a leaf when the state of its moments is made."""
+  dtype = spec.dtype_of_moments(leaf.dtype)
+  return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+
 def zero_coords(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
   """Returns zeros where a leaf's coordinates will be."""
   return layout.zeros(layout.coords_axes(), leaf, dtype)

@@ -14,11 +14,11 @@ from subspace_optax._chain import _dtypes
 from subspace_optax._chain import _first_states
 from subspace_optax._chain import _per_matrix
 from subspace_optax._chain import _spec
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
-from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
 from subspace_optax.transports import _base
 from subspace_optax.transports import _moments
@@ -112,9 +112,9 @@ class InSubspace:
     _spec.check_spec(spec)
     if params not in (None, 'coordinates'):
       raise ValueError(f"params must be None or 'coordinates', got {params!r}.")
-    _sign.require_optimizer(inner, 'inner')
+    _arguments.require_optimizer(inner, 'inner')
     if plain is not None:
-      _sign.require_optimizer(plain, 'plain')
+      _arguments.require_optimizer(plain, 'plain')
     self.inner = optax.with_extra_args_support(inner)
     self.spec, self.plain = spec, plain
     self.transport = _rules.as_transport(transport)
@@ -303,11 +303,11 @@ def _make_template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
   """Returns what stands for a parameter when the inner state is made."""
   if match is None:
     return optax.MaskedNode()
-  layout, dtype = match.layout, spec.dtype_of_moments(match.leaf.dtype)
+  layout, leaf = match.layout, match.leaf
   if layout is None:
-    leaf = match.leaf
-    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
-  return _first_states.zero_coords(layout, match.leaf, dtype)
+    return _first_states.plain_template(spec, leaf)
+  dtype = spec.dtype_of_moments(leaf.dtype)
+  return _first_states.zero_coords(layout, leaf, dtype)
 
 
 def _check_projected(spec: _spec.SubspaceSpec, updates: Any) -> None:

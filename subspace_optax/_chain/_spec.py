@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from subspace_optax._chain import _dtypes
 from subspace_optax._chain import _spec_checks
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _axes
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _notices
@@ -193,8 +194,8 @@ class SubspaceSpec:
       _dtypes.check_dtype(
         'moment_dtype', self.moment_dtype, _dtypes.FLOATS, hint
       )
-    _tree.check_pattern('include', self.include)
-    _tree.check_pattern('exclude', self.exclude)
+    _arguments.check_pattern('include', self.include)
+    _arguments.check_pattern('exclude', self.exclude)
 
   def match(
     self, params: Any, axis_names: _tree.AxisNames | None = None
@@ -335,7 +336,7 @@ class SubspaceSpec:
       return [given] * len(pairs)
     if given is None:
       return [None] * len(pairs)
-    found, _ = jax.tree_util.tree_flatten_with_path(
+    found, _ = jax.tree.flatten_with_path(
       given, is_leaf=lambda x: x is None or _is_dims(x) or _tree.is_masked(x)
     )
     by_path = {_tree.path_str(path): dims for path, dims in found}

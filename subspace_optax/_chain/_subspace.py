@@ -13,11 +13,11 @@ from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
 from subspace_optax._chain import _unproject
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
 from subspace_optax.projectors import _base
-from subspace_optax.projectors import _gap
 from subspace_optax.residuals import _base as _residual
 from subspace_optax.transports import _base as _transport
 
@@ -94,7 +94,7 @@ def subspace(
     ...   optax.scale_by_learning_rate(1e-3),
     ... )
   """
-  _gap.check_static(every_k, 'every_k')
+  _arguments.check_static(every_k, 'every_k')
   if every_k > 1 and residual is not None:
     raise ValueError(
       f'every_k={every_k} keeps coordinates of the gradients, not what a '

@@ -92,7 +92,7 @@ def trace(
 def _check_same(old: Any, new: Any) -> None:
   """Raises if a new state does not fit into the place of the old one."""
   must = 'a state on the host must keep its structure, shapes and dtypes'
-  pairs, one = jax.tree_util.tree_flatten_with_path(old)
+  pairs, one = jax.tree.flatten_with_path(old)
   leaves, other = jax.tree.flatten(new)
   if one != other:
     raise ValueError(f'{must}; an update made {other} of {one}.')

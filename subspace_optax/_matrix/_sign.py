@@ -14,16 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _sharding
 
 # The first updates of a warm-up, or of `optax.MultiSteps`, are zero.
 _MOST_STEPS = 32
-
-
-def require_optimizer(optimizer: Any, name: str) -> None:
-  """Raises unless an argument is an optimizer, as `optax.adam` is not."""
-  if not hasattr(optimizer, 'init') or not hasattr(optimizer, 'update'):
-    raise TypeError(f'{name} must be an optax optimizer, got {optimizer!r}.')
 
 
 def require_along(
@@ -87,7 +82,7 @@ def _checked(
   Not before, since arrays start the backend.
   """
   for name, optimizer in optimizers.items():
-    require_optimizer(optimizer, name)
+    _arguments.require_optimizer(optimizer, name)
   first = next(iter(optimizers.values()))
   is_right = functools.cache(is_right)  # since `init` is traced in every update
 

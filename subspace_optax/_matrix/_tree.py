@@ -8,7 +8,6 @@ wrapper hid a leaf. Everything here sees *entries*: one array, `Projected` or
 """
 
 from collections.abc import Callable, Sequence
-import re
 from typing import Any
 
 import jax
@@ -124,6 +123,19 @@ def map_entries(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   return replace_entries(tree, entries)
 
 
+def children(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
+  """Returns what a node of a tree holds, with key paths, and its treedef."""
+  return jax.tree.flatten_with_path(node, is_leaf=lambda x: x is not node)
+
+
+def find(tree: Any, *kinds: type) -> list[tuple[str, Any]]:
+  """Returns the nodes of some classes in a tree, with their paths."""
+  pairs = jax.tree.leaves_with_path(
+    tree, is_leaf=lambda x: isinstance(x, kinds)
+  )
+  return [(path_str(path), x) for path, x in pairs if isinstance(x, kinds)]
+
+
 def owners(state: Any, params: Any) -> dict[str, str]:
   """Returns the leaf of each array of a state, by their paths.
 
@@ -141,20 +153,3 @@ def owners(state: Any, params: Any) -> dict[str, str]:
     if leaf is not None:
       found[path_str(path)] = path_str(leaf)
   return found
-
-
-def check_pattern(name: str, pattern: Any) -> None:
-  """Raises for an argument that is no regular expression of paths, nor None."""
-  if pattern is None:
-    return
-  if not isinstance(pattern, str):
-    raise TypeError(
-      f'{name} must be a regular expression or None, got {pattern!r}.'
-    )
-  try:
-    re.compile(pattern)
-  except re.error as error:
-    raise ValueError(
-      f'{name} must be a regular expression, got {pattern!r}: {error}; write '
-      're.escape(...) around a path that is meant literally.'
-    ) from None

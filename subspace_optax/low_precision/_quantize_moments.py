@@ -19,12 +19,12 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _names
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
-from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
 from subspace_optax.low_precision import _blocks
 from subspace_optax.low_precision import _by_layer
@@ -122,7 +122,7 @@ def quantize_moments(
   if rounding not in ROUNDING:
     raise ValueError(f'rounding must be one of {ROUNDING}, got {rounding!r}.')
   patterns = _as_patterns(exclude)
-  _sign.require_optimizer(inner, 'inner')
+  _arguments.require_optimizer(inner, 'inner')
   inner = optax.with_extra_args_support(inner)
 
   def init(params):
@@ -300,7 +300,7 @@ def _as_patterns(exclude: str | Sequence[str] | None) -> Patterns:
       f'exclude must be regular expressions or None, got {exclude!r}.'
     )
   for pattern in patterns:
-    _tree.check_pattern('exclude', pattern)
+    _arguments.check_pattern('exclude', pattern)
   return tuple(patterns)
 
 

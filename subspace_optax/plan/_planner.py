@@ -11,6 +11,7 @@ import optax
 
 from subspace_optax._chain import _projection
 from subspace_optax._chain import _spec
+from subspace_optax._matrix import _tree
 from subspace_optax.plan import _cut
 from subspace_optax.plan import _flax
 from subspace_optax.plan import _methods
@@ -286,11 +287,8 @@ def _layerwise_step(model: _models.Model, tx: Any, s: Settings) -> Any:
 
 def _bases(state: Any) -> int:
   """Returns the bytes of all stored bases in a state."""
-  is_project = lambda x: isinstance(x, _projection.ProjectState)
-  found = jax.tree.leaves(state, is_leaf=is_project)
-  return sum(
-    _cut.local_bytes(x.subspaces.basis) for x in found if is_project(x)
-  )
+  found = _tree.find(state, _projection.ProjectState)
+  return sum(_cut.local_bytes(x.subspaces.basis) for _, x in found)
 
 
 def _lost(params: Any) -> int:

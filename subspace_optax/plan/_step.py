@@ -128,7 +128,7 @@ def given_gradients(tx: Any) -> _train_step.TrainStep:
 def update_workspace(step: _train_step.TrainStep, params: Any) -> int:
   """Returns what an update holds beside gradients, one leaf after another."""
   found: dict[Any, int] = {}
-  for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+  for path, x in jax.tree.flatten_with_path(params)[0]:
     keys = _tree.path_str(path).split('/')
     leaf = _stacks.nest(jax.ShapeDtypeStruct(x.shape, x.dtype), keys)
     with _notices.quiet(errors=True):

@@ -6,18 +6,15 @@ The last is the lazy refresh of Zhang et al., `Q-GaLore
 """
 
 import dataclasses
-import numbers
 from typing import Any, NamedTuple
 
 import jax
 from jax import core
 import jax.numpy as jnp
-import numpy as np
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _tree
 from subspace_optax.projectors import _base
-
-MOST_STEPS = 2**31 - 1
 
 # Of a gap that grows, so that the step after it is an int32, too.
 _MOST_GAP = 2**30
@@ -59,9 +56,9 @@ class LazyGap:
   window: int = 5
 
   def __post_init__(self):
-    check_int(self.start, 'start', most=_MOST_GAP)
-    check_int(self.factor, 'factor', least=2, most=_MOST_GAP)
-    check_int(self.window, 'window')
+    _arguments.check_int(self.start, 'start', most=_MOST_GAP)
+    _arguments.check_int(self.factor, 'factor', least=2, most=_MOST_GAP)
+    _arguments.check_int(self.window, 'window')
     if not 0 < self.threshold <= 1:
       raise ValueError(f'threshold must lie in (0, 1], got {self.threshold}.')
 
@@ -71,28 +68,8 @@ def schedule(update_proj_gap: Any, stagger: bool) -> '_Fixed | _Lazy':
   if isinstance(update_proj_gap, LazyGap):
     return _Lazy(update_proj_gap, stagger)
   if not isinstance(update_proj_gap, jax.Array):
-    check_int(update_proj_gap, 'update_proj_gap')
+    _arguments.check_int(update_proj_gap, 'update_proj_gap')
   return _Fixed(update_proj_gap, stagger)
-
-
-def check_decay(rate: Any, name: str) -> None:
-  """Raises unless a decay rate lies in [0, 1); nothing is known of arrays."""
-  if isinstance(rate, jax.Array | np.ndarray):
-    return
-  if not isinstance(rate, numbers.Real):
-    raise TypeError(f'{name} must be a number in [0, 1), got {rate!r}.')
-  if not 0 <= float(rate) < 1:
-    raise ValueError(f'{name} must lie in [0, 1), got {rate!r}.')
-
-
-def check_static(steps: Any, name: str) -> None:
-  """Raises unless a number is a positive int that is not traced."""
-  if isinstance(steps, jax.Array):
-    raise TypeError(
-      f'{name} must be static, got {steps!r}; under optax.inject_hyperparams, '
-      f"pass static_args=('{name}',)."
-    )
-  check_int(steps, name)
 
 
 def check_not_traced(gap: Any) -> None:
@@ -101,20 +78,6 @@ def check_not_traced(gap: Any) -> None:
     raise ValueError(
       'update_proj_gap must be static for compressed steps; under '
       "optax.inject_hyperparams, pass static_args=('update_proj_gap', ...)."
-    )
-
-
-def check_int(
-  value: Any, name: str, *, least: int = 1, most: int = MOST_STEPS
-) -> None:
-  """Raises unless a number is an int from `least` to `most`."""
-  if isinstance(value, bool) or not hasattr(value, '__index__'):
-    raise TypeError(f'{name} must be an int, got {value!r}.')
-  if value < least:
-    raise ValueError(f'{name} must be at least {least}, got {value}.')
-  if value > most:
-    raise ValueError(
-      f'{name} must be at most {most}, got {value}; steps are counted in int32.'
     )
 
 

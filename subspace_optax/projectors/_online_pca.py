@@ -22,6 +22,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
@@ -29,10 +30,7 @@ from subspace_optax._matrix import _sign
 from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
 from subspace_optax.projectors import _base
-from subspace_optax.projectors import _gap
 from subspace_optax.projectors import _svd
-
-_NEVER = 2**31 - 1
 
 
 class OnlinePcaState(NamedTuple):
@@ -97,15 +95,15 @@ def online_pca(
     raise ValueError(
       f'orthogonality must not be negative, got {orthogonality}.'
     )
-  _gap.check_static(update_every, 'update_every')
+  _arguments.check_static(update_every, 'update_every')
   if orthonormalize_every is not None:
-    _gap.check_static(orthonormalize_every, 'orthonormalize_every')
+    _arguments.check_static(orthonormalize_every, 'orthonormalize_every')
     if orthonormalize_every % update_every:
       raise ValueError(
         'orthonormalize_every must be a multiple of update_every='
         f'{update_every}, got {orthonormalize_every}.'
       )
-  first = _svd.svd(_NEVER) if init == 'svd' else None
+  first = _svd.svd(_arguments.MOST_STEPS) if init == 'svd' else None
 
   def init_fn(subspaces, matrices):
     start = ()

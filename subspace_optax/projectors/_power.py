@@ -18,12 +18,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _varying
 from subspace_optax.projectors import _base
-from subspace_optax.projectors import _gap
 from subspace_optax.projectors import _periodic
 
 # Share of the last basis, relative to what it captures, that a rank-deficient
@@ -49,9 +49,8 @@ def power_iteration(
 
   Tracks the leading subspace of successive gradients, from a random start, at
   the cost of two products with the gradient (4mnr) and about 24mr^2 of Cholesky
-  QR a step. With `momentum` the
-  step is that of a mean of the gradient and the mean of past coordinates,
-  which follow the basis (C = P_n^T P_o).
+  QR a step. With `momentum` the step is that of a mean of the gradient and the
+  mean of past coordinates, which follow the basis (C = P_n^T P_o).
 
   The columns are those of the Q factor. Step by step they turn towards the
   singular vectors in order, so that no eigenproblem is solved; from the same
@@ -82,7 +81,7 @@ def power_iteration(
     ...   transport=so.transports.both(b1=0.908, b2=0.99),
     ... )
   """
-  _gap.check_decay(momentum, 'momentum')
+  _arguments.check_decay(momentum, 'momentum')
   keeps_mean = isinstance(momentum, jax.Array) or momentum > 0
 
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):

@@ -14,12 +14,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _sketch
 from subspace_optax.projectors import _base
-from subspace_optax.projectors import _gap
 from subspace_optax.projectors import _periodic
 
 METHODS = ('auto', 'exact', 'gram', 'randomized', 'warm')
@@ -89,7 +89,7 @@ def svd(
   """
   if method not in METHODS:
     raise ValueError(f'method must be one of {METHODS}, got {method!r}.')
-  _gap.check_static(power_iterations, 'power_iterations')
+  _arguments.check_static(power_iterations, 'power_iterations')
   rule = {
     'auto': functools.partial(_auto, power_iterations),
     'exact': _exact,

@@ -12,9 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _projected
 from subspace_optax.projectors import _base
-from subspace_optax.projectors import _gap
 
 
 def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
@@ -51,7 +51,7 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
   starts = sorted(projectors)
   if not starts or starts[0] != 0:
     raise ValueError(f'projectors must start at step 0, got steps {starts}.')
-  _gap.check_int(starts[-1], 'the last step of projectors', least=0)
+  _arguments.check_int(starts[-1], 'the last step of projectors', least=0)
   rules = [projectors[start] for start in starts]
   for start, rule in zip(starts, rules, strict=True):
     if not isinstance(rule, _base.Projector):

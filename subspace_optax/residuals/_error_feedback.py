@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _varying
-from subspace_optax.projectors import _gap
 from subspace_optax.residuals import _base
 
 
@@ -59,7 +59,7 @@ def error_feedback(b1: float = 0.9) -> _base.Residual:
     ... )
   """
   traced = isinstance(b1, jax.Array)
-  _gap.check_decay(b1, 'b1')
+  _arguments.check_decay(b1, 'b1')
 
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     del count

@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _coords
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _newton_schulz
 from subspace_optax._matrix import _projected
 from subspace_optax._matrix import _spread
-from subspace_optax.projectors import _gap
 from subspace_optax.residuals import _base
 
 FORMS = ('orthogonal', 'rows')
@@ -75,10 +75,10 @@ def momentum_feedback(
     ...   residual=so.residuals.momentum_feedback(0.95),
     ... )
   """
-  _gap.check_decay(mu, 'mu')
+  _arguments.check_decay(mu, 'mu')
   if form not in FORMS:
     raise ValueError(f'form must be one of {FORMS}, got {form!r}.')
-  _gap.check_static(steps, 'steps')
+  _arguments.check_static(steps, 'steps')
   how = _newton_schulz.iteration('standard', steps, 'frobenius')
   iterate = lambda layout, x: _newton_schulz.newton_schulz(layout, x, how)
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _orthogonalize
 from subspace_optax._matrix import _projected
-from subspace_optax.projectors import _gap
 from subspace_optax.residuals import _base
 
 
@@ -87,9 +87,9 @@ def orthogonal(
     ...   residual=so.residuals.orthogonal(weight=1.9, b2=0.95),
     ... )
   """
-  _gap.check_static(steps, 'steps')
+  _arguments.check_static(steps, 'steps')
   if b2 is not None:
-    _gap.check_decay(b2, 'b2')
+    _arguments.check_decay(b2, 'b2')
   rule = _orthogonalize.make_rule(ns_coeffs, steps, preconditioning, b2, eps)
 
   def update(node: _projected.Projected, scale: Any, count: Any, state: Any):

@@ -127,11 +127,9 @@ class Plan:
 
   def _compare_projectors(self) -> None:
     """Finds what the projector before leaves another one nothing for."""
-    is_it = lambda x: isinstance(x, _projection.ProjectState)
-    found = jax.tree.leaves_with_path(self._wanted.tree, is_leaf=is_it)
+    found = _tree.find(self._wanted.tree, _projection.ProjectState)
     for path, state in found:
-      if is_it(state):
-        self._compare(_tree.path_str(path), _projection.paths(state))
+      self._compare(path, _projection.paths(state))
 
   def _compare(self, root: str, leaves: tuple[str, ...]) -> None:
     moved = [path for path in leaves if self._has_another_rule(path)]

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from subspace_optax._chain import _spec
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _axes
 from subspace_optax._matrix import _siblings
 from subspace_optax._matrix import _tree
@@ -83,11 +84,8 @@ def dimension_numbers_from_paths(
     path          shape        as matrices    rank  side  axes   basis
     query/kernel  (32,3,4,16)  3 x (32 x 64)  4     rows  named  float32(32,3,4)
   """
-  if isinstance(scan_axis, bool) or not hasattr(scan_axis, '__index__'):
-    raise TypeError(f'scan_axis must be an int, got {scan_axis!r}.')
-  if scan_axis < 0:
-    raise ValueError(f'scan_axis must not be negative, got {scan_axis}.')
-  _tree.check_pattern('exclude', exclude)
+  _arguments.check_int(scan_axis, 'scan_axis', least=0)
+  _arguments.check_pattern('exclude', exclude)
   pairs, treedef = _tree.flatten(params)
   leaves = tuple(
     _siblings.Leaf(path, tuple(leaf.shape))

@@ -156,10 +156,7 @@ def _sorted_arrays(
     yield _tree.path_str(path), kind, node
     return
   fields = _FIELDS.get(type(node), {})
-  children, _ = jax.tree.flatten_with_path(
-    node, is_leaf=lambda x: x is not node
-  )
-  for key, child in children:
+  for key, child in _tree.children(node)[0]:
     of_child = fields.get(_tree.path_str(key), kind)
     yield from _sorted_arrays(child, of_child, (*path, *key))
 

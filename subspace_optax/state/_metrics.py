@@ -36,21 +36,16 @@ def subspace_metrics(state: Any) -> dict[str, dict[str, jax.Array]]:
     >>> print(so.subspace_metrics(state)['w']['captured_energy'].round(3))
     1.0
   """
-  parts = jax.tree.leaves(state, is_leaf=_is_project_state)
-  found = [part for part in parts if _is_project_state(part)]
+  found = _tree.find(state, _projection.ProjectState)
   if not found:
     raise ValueError(
       f'state of type {type(state)} holds no state of `subspace_optax.project`.'
     )
   metrics: dict[str, dict[str, jax.Array]] = {}
-  for one in found:
+  for _, one in found:
     for name in ('captured_energy', 'orthogonality_error', 'drift'):
       pairs, _ = _tree.flatten(getattr(one.subspaces, name))
       for path, value in pairs:
         if not _tree.is_masked(value):
           metrics.setdefault(path, {})[name] = value
   return metrics
-
-
-def _is_project_state(x: Any) -> bool:
-  return isinstance(x, _projection.ProjectState)

@@ -28,9 +28,7 @@ def is_in(root: str, path: str) -> bool:
 
 def classes(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, str]]:
   """Yields path and class of all nodes with arrays but plain containers."""
-  parts, _ = jax.tree_util.tree_flatten_with_path(
-    tree, is_leaf=lambda x: x is not tree
-  )
+  parts, _ = _tree.children(tree)
   if not jax.tree.leaves(tree) or not parts[0][0]:
     return
   if type(tree) not in (dict, tuple, list):

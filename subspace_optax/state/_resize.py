@@ -130,8 +130,8 @@ def _pairs(
 
   Or two bases in integers.
   """
-  old_parts, old_form = _parts(old)
-  new_parts, new_form = _parts(new)
+  old_parts, old_form = _tree.children(old)
+  new_parts, new_form = _tree.children(new)
   if old_form != new_form:
     raise ValueError(
       f'state holds {_kind(old)} at {_tree.path_str(path)!r}, where tx has '
@@ -146,13 +146,6 @@ def _pairs(
     return
   for (key, old), (_, new) in zip(old_parts, new_parts, strict=True):
     yield from _pairs(old, new, (*path, *key))
-
-
-def _parts(node: Any) -> tuple[list[Any], Any]:
-  """Returns the children of a node with their keys, and what it is."""
-  return jax.tree_util.tree_flatten_with_path(
-    node, is_leaf=lambda x: x is not node
-  )
 
 
 def _kind(node: Any) -> str:
@@ -175,17 +168,13 @@ def _projected_leaves(
 ) -> dict[str, _Leaf]:
   """Returns by path the projected parameters, and where their bases are."""
   ranks = {path: old.shape[-1] for path, old, _ in pairs if old.ndim}
-  is_it = lambda x: isinstance(x, _projection.ProjectState)
-  found = jax.tree.leaves_with_path(start, is_leaf=is_it)
   leaves = {}
-  for path, state in found:
-    seeds = _tree.flatten(state.seed)[0] if is_it(state) else []
-    for leaf, seed in seeds:
-      if not _tree.is_masked(seed):
-        of_state = (_tree.path_str(path), 'subspaces/basis', leaf)
-        basis = '/'.join(filter(None, of_state))
-        rank = None if leaf in anew else ranks.get(basis)
-        leaves[leaf] = _Leaf(layouts[leaf], basis, rank, leaf in anew)
+  for path, state in _tree.find(start, _projection.ProjectState):
+    for leaf in _projection.paths(state):
+      of_state = (path, 'subspaces/basis', leaf)
+      basis = '/'.join(filter(None, of_state))
+      rank = None if leaf in anew else ranks.get(basis)
+      leaves[leaf] = _Leaf(layouts[leaf], basis, rank, leaf in anew)
   return leaves
 
 
@@ -198,9 +187,8 @@ def _fresh_paths(
   shape of coordinates, as sums of them have. A leaf whose basis is not stored
   is one of these where its rank is another one.
   """
-  is_it = lambda x: isinstance(x, _in_subspace.InSubspaceState)
-  nodes = jax.tree.leaves_with_path(start, is_leaf=is_it)
-  roots = [_tree.path_str(path) + '/' for path, x in nodes if is_it(x)]
+  nodes = _tree.find(start, _in_subspace.InSubspaceState)
+  roots = [path + '/' for path, _ in nodes]
   owners = _tree.owners(start, params)
   changed = {
     owners.get(path) for path, old, new in pairs if _shape(old) != _shape(new)

@@ -155,13 +155,11 @@ def _projections(tx: Any, params: Any, state: Any) -> list[_Found]:
 def _states(state: Any) -> list[tuple[_projection.ProjectState, jax.Array]]:
   """Returns the states of all `project`s, and whether they may refresh."""
   windows = (_projection.ProjectState, _every_k.EveryKState)
-  leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, windows))
   return [
     (x.project, x.micro_step == 0)
     if isinstance(x, _every_k.EveryKState)
     else (x, jnp.array(True))
-    for x in leaves
-    if isinstance(x, windows)
+    for _, x in _tree.find(state, *windows)
   ]
 
 

@@ -175,6 +175,5 @@ class Devices(NamedTuple):
 
 def _projected_paths(state: Any) -> set[str]:
   """Returns the paths of the leaves that a state has bases or seeds for."""
-  is_ours = lambda x: isinstance(x, _projection.ProjectState)
-  states = filter(is_ours, jax.tree.leaves(state, is_leaf=is_ours))
-  return {path for x in states for path in _projection.paths(x)}
+  states = _tree.find(state, _projection.ProjectState)
+  return {path for _, x in states for path in _projection.paths(x)}

@@ -122,7 +122,7 @@ def _misfit(one: Any, found: Any, layers: int) -> str | None:
   wanted, got = (
     {
       _tree.path_str(path): (x.shape, x.dtype)
-      for path, x in jax.tree_util.tree_leaves_with_path(state)
+      for path, x in jax.tree.leaves_with_path(state)
     }
     for state in (one, found)
   )

@@ -52,8 +52,7 @@ def layer_shapes(stack: Any) -> Any:
 def count(blocks: Any) -> int:
   """Returns the number of layers."""
   pairs = [
-    (_tree.path_str(path), x)
-    for path, x in jax.tree_util.tree_leaves_with_path(blocks)
+    (_tree.path_str(path), x) for path, x in jax.tree.leaves_with_path(blocks)
   ]
   _tree.check_arrays(pairs)
   counts = {x.shape[0] if x.ndim else 0 for _, x in pairs}

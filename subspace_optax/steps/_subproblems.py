@@ -24,6 +24,7 @@ from subspace_optax._chain import _first_states
 from subspace_optax._chain import _in_subspace
 from subspace_optax._chain import _matrices
 from subspace_optax._chain import _spec
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _sharding
@@ -32,7 +33,6 @@ from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
 from subspace_optax.bases import _quantized_basis
 from subspace_optax.lifted import _trees
-from subspace_optax.projectors import _gap
 from subspace_optax.steps import _subproblem
 from subspace_optax.steps import _train_step
 from subspace_optax.transports import _base as _transport
@@ -270,7 +270,7 @@ def _check(spec, gap, sample, rounding) -> None:
     raise ValueError(
       f'rounding must be one of {_subproblem.ROUNDING}, got {rounding!r}.'
     )
-  _gap.check_static(gap, 'update_proj_gap')
+  _arguments.check_static(gap, 'update_proj_gap')
 
 
 def _is_lifted(match: _spec.Match | None) -> bool:

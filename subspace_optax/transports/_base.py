@@ -167,7 +167,7 @@ def _move_leaf(
 
   def moved() -> jax.Array:
     old, mean, count = map(like_coords, arrays)
-    _check_shape(path, old, layout)
+    check_shape(path, old, layout.coords_shape)
     new = move_moment(Moment(old, kind, mean, count, move.transition, layout))
     new = jnp.where(layout.along_coords(move.moved), new, old)
     new = jnp.moveaxis(new, batch, first) if per_matrix else new
@@ -176,12 +176,13 @@ def _move_leaf(
   return _varying.cond(jnp.any(move.moved), moved, lambda: value)
 
 
-def _check_shape(path: str, moment: Any, layout: _layout.Layout) -> None:
-  if moment.shape != layout.coords_shape:
+def check_shape(path: str, moment: Any, shape: tuple[int, ...]) -> None:
+  """Raises unless a leaf's moment has the shape of its coordinates."""
+  if moment.shape != shape:
     raise ValueError(
-      f'gradient {path!r} has coordinates of shape {layout.coords_shape}, but '
-      f'init made moments of shape {moment.shape}; give update the tree that '
-      'init was given, or take a state of another rank over by '
+      f'gradient {path!r} has coordinates of shape {shape}, but init made '
+      f'moments of shape {moment.shape}; give update the tree that init was '
+      'given, or take a state of another rank over by '
       'subspace_optax.resize_rank.'
     )
 

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _linalg
-from subspace_optax.projectors import _gap
 from subspace_optax.transports import _base
 
 
@@ -88,8 +88,8 @@ def both(b1: Any, b2: Any) -> _base.Transport:
     ...   transport=so.transports.both(0.9, 0.99),
     ... )
   """
-  _gap.check_decay(b1, 'b1')
-  _gap.check_decay(b2, 'b2')
+  _arguments.check_decay(b1, 'b1')
+  _arguments.check_decay(b2, 'b2')
 
   def move(moment: _base.Moment) -> jax.Array:
     if moment.kind != 'square':

@@ -23,13 +23,13 @@ from subspace_optax._chain import _first_states
 from subspace_optax._chain import _match_updates
 from subspace_optax._chain import _matrices
 from subspace_optax._chain import _spec
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _orthogonalize
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
-from subspace_optax.projectors import _gap
 from subspace_optax.transports import _moments
 from subspace_optax.whole import _with_plain
 
@@ -104,8 +104,8 @@ def scale_by_normuon(
     raise ValueError('b=None keeps mean squares alone, but b2 is None, too.')
   for name, decay in {'b': b, 'b2': b2}.items():
     if decay is not None:
-      _gap.check_decay(decay, name)
-  _gap.check_static(steps, 'steps')
+      _arguments.check_decay(decay, name)
+  _arguments.check_static(steps, 'steps')
   rule = _orthogonalize.make_rule(ns_coeffs, steps, preconditioning, b2, eps)
 
   def init(params):
@@ -152,9 +152,7 @@ def _check_kept(state: NorMuonState, b: Any, b2: Any) -> None:
 
 def matrices_in(state: Any) -> Any:
   """Returns a tree of matrices' states in the state of a chain around it."""
-  is_own = lambda x: isinstance(x, NorMuonState)
-  leaves = jax.tree.leaves(state, is_leaf=is_own)
-  own = next(x for x in leaves if is_own(x))
+  _, own = _tree.find(state, NorMuonState)[0]
   return own.nu if isinstance(own.trace, optax.EmptyState) else own.trace
 
 

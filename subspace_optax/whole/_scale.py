@@ -45,8 +45,8 @@ def normalize_outputs(
   momentum: optax.GradientTransformation,
   plain: optax.GradientTransformation,
   *,
-  head: str | None = _roles.AUTO,
-  scale: Any = 1.0,
+  head: str | None,
+  scale: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the directions of SCALE, float32 or wider.
 
@@ -84,7 +84,12 @@ def normalize_outputs(
 
   def first_state(params, matches, treedef):
     roles = _roles.find_roles(spec, matches, _tree.axis_names(params), head)
-    templates = treedef.unflatten([_template(spec, x) for x in matches])
+    templates = treedef.unflatten(
+      optax.MaskedNode()
+      if match is None
+      else _first_states.plain_template(spec, match.leaf)
+      for match in matches
+    )
     of_head, _ = _beside.split(templates, _heads(roles))
     _, rest = _beside.split(templates, roles)
     return ScaleState(momentum.init(of_head), plain.init(rest))
@@ -107,14 +112,6 @@ def normalize_outputs(
 
 def _heads(roles: dict[str, _roles.Role]) -> list[str]:
   return [path for path, role in roles.items() if role.is_head]
-
-
-def _template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
-  """Returns what stands for a parameter when a state is made."""
-  if match is None:
-    return optax.MaskedNode()
-  leaf, dtype = match.leaf, spec.dtype_of_moments(match.leaf.dtype)
-  return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
 def _choose(
