@@ -78,6 +78,11 @@ EITHER = {
     {'h/query/kernel': (64, 64, 8, 8), 'h/ln/scale': (64, 64)},
     {'h/query/kernel': (64, 64, 64)},
   ),
+  # Flax's (embed, heads, head_dim), whose sizes agree the other way round.
+  'a head wider than the model': (
+    {'query/kernel': (32, 2, 64), 'key/kernel': (32, 1, 64)},
+    {'query/kernel': (1, 64, 64), 'key/kernel': (1, 64, 32)},
+  ),
 }
 
 
