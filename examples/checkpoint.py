@@ -1,12 +1,15 @@
-"""Checkpoints by Orbax v1: written in the background, complete or absent."""
+"""Checkpoints by `so.checkpoint`: written in the background, or absent."""
 
 from collections.abc import Callable
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
+import warnings
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
+
+import mesh
+import subspace_optax as so
 
 
 def open_folder(
@@ -21,12 +24,6 @@ def open_folder(
   )
 
 
-def by_name(state: Any) -> dict[str, Any]:
-  """The leaves of `state` by path, but the empty ones, which Orbax refuses."""
-  leaves, _ = jax.tree.flatten_with_path(state)
-  return {_name(path): x for path, x in leaves if x.size}
-
-
 def shapes(make: Callable, *args: Any) -> Any:
   """What `make` would return, as shapes on the first device."""
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -35,45 +32,35 @@ def shapes(make: Callable, *args: Any) -> Any:
 
 
 def save(
-  checkpointer: ocp.training.Checkpointer, step: int, state: Any, **notes: Any
+  checkpointer: ocp.training.Checkpointer, tx: Any, state: dict, step: int
 ) -> None:
   """Starts to write `state`; it is copied now, so it may be donated next."""
-  checkpointer.wait()  # a save still under way would make Orbax skip this one
-  checkpointer.save_async(step, by_name(state), custom_metadata=notes)
+  so.checkpoint.save(
+    checkpointer, tx, state['params'], state['opt_state'], step
+  )
 
 
-def notes(checkpointer: ocp.training.Checkpointer) -> dict[str, Any]:
-  """What was noted with the newest complete checkpoint, if there is one."""
-  newest = checkpointer.latest
-  if newest is None:
-    return {}
-  noted: Any = checkpointer.metadata(newest.step).custom_metadata
-  return noted or {}
+class Restored(NamedTuple):
+  """The newest complete checkpoint."""
+
+  step: int  # 0 if there is none
+  state: dict[str, Any]
+  changes: tuple[str, ...]  # what the run has otherwise than before
 
 
 def restore(
-  checkpointer: ocp.training.Checkpointer, like: Any
-) -> tuple[int, Any]:
-  """(step, state) of the newest complete checkpoint, or (0, `like`).
+  checkpointer: ocp.training.Checkpointer, tx: Any, like: dict
+) -> Restored:
+  """The newest checkpoint, for `tx` and on the mesh of `like`.
 
-  The state has the shardings of `like`, of arrays or `jax.ShapeDtypeStruct`s,
-  on whatever mesh and by however many processes it was saved.
+  Of `like`, the state's shapes, if there is none.
   """
   if checkpointer.latest is None:
-    return 0, like
-  step = checkpointer.latest.step
-  loaded = checkpointer.load(step, jax.tree.map(_abstract, by_name(like)))
-  pick = lambda path, x: loaded[_name(path)] if x.size else _empty(x)
-  return step, jax.tree.map_with_path(pick, like)
-
-
-def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='.')
-
-
-def _empty(x: Any) -> jax.Array:
-  return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return Restored(0, like, ())
+  places = mesh.shardings(like['opt_state'])
+  with warnings.catch_warnings(action='ignore'):  # the caller says `changes`
+    run = so.checkpoint.restore(
+      checkpointer, tx, like['params'], shardings=places
+    )
+  state = {'params': run.params, 'opt_state': run.state}
+  return Restored(run.step, state, run.changes)

@@ -270,6 +270,7 @@ def job(
   names = ('validation_loss', 'validation_accuracy')
   score = lambda state: validate(state['params'], c.eval_batches)
   return loop.Job(
+    method.tx,
     method.like,
     method.init,
     lambda: compiled(c, task, method),

@@ -214,6 +214,7 @@ def job(
     return {'validation_loss': held(merged, c.eval_batches)}
 
   return loop.Job(
+    method.tx,
     method.like,
     method.init,
     lambda: program.compile(next(batches(c, rows, 0))),

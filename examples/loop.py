@@ -18,14 +18,13 @@ import settings
 class Job(NamedTuple):
   """What a loop runs."""
 
+  tx: Any  # the optimizer or step whose state it is
   like: Any  # the state, or its shapes and shardings
   init: Callable  # () -> the state to begin with
   compiled: Callable  # () -> ((state, batch) -> (state, metrics))
   batches: Callable  # step -> the batches of the steps from this one on
   rate: Callable  # step -> learning rate
   validate: Callable  # state -> metrics
-  # rank -> the state's shapes at it, and (such a state -> one of this run)
-  of_rank: Callable | None = None
   unit: str = 'nats/token'  # of the loss
 
 
@@ -54,29 +53,15 @@ def run(c: settings.Config, job: Job) -> Ended:
   with checkpoint.open_folder(out / 'checkpoints') as saved:
     newest = saved.latest.step if saved.latest else 0
     mesh.check_agree(f'checkpoint {newest}')  # before all wait for all
-    start, state = restore(c, job, saved)
+    start, state, changes = checkpoint.restore(saved, job.tx, job.like)
     state = state if start else job.init()
     if c.resume:
       report.say(f'{out}: going on after step {start}')
+    for change in changes:
+      report.say(f'{out}: {change}')
     if start >= c.steps:
       return Ended(start, state, 0.0, 0)
     return run_steps(c, job, saved, start, state)
-
-
-def restore(c: settings.Config, job: Job, saved) -> tuple[int, Any]:
-  """The newest checkpoint, taken over to the rank of this run."""
-  rank = checkpoint.notes(saved).get('rank', c.rank)
-  if rank == c.rank:
-    return checkpoint.restore(saved, job.like)
-  if job.of_rank is None:
-    raise ValueError(
-      f'rank={c.rank}, but the checkpoint in out={c.out!r} is of rank {rank}; '
-      'only ordinary steps of an optimizer with a rank can go on at another'
-    )
-  like, resized = job.of_rank(rank)
-  start, state = checkpoint.restore(saved, like)
-  report.say(f'{c.out}: from rank {rank} to rank {c.rank} after step {start}')
-  return start, resized(state)
 
 
 def numbers(row: dict) -> dict:
@@ -110,7 +95,7 @@ def run_steps(c: settings.Config, job: Job, saved, start: int, state) -> Ended:
       if due(c.log_every) or jax.process_count() == 1:  # else it waits
         stopped = mesh.greatest(stop.signal)
       if due(c.save_every) or stopped:
-        checkpoint.save(saved, done, state, rank=c.rank)
+        checkpoint.save(saved, job.tx, state, done)
       if stopped:
         break
   return Ended(done, state, meter.mean, stopped)

@@ -200,10 +200,6 @@ def shardings(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def kinds(tree: Any) -> Any:
-  return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
-
-
 def batch(
   mesh: Mesh, shape: tuple[int, ...], axis: int, read: Callable
 ) -> jax.Array:

@@ -219,37 +219,14 @@ def job(
 ) -> loop.Job:
   read = lambda first: batches(c, corpus, first, devices)
   return loop.Job(
+    run.tx,
     run.like,
     run.init,
     lambda: compiled(run, devices, next(read(0))),
     read,
     recipes.schedule(recipes.rates(c)[0], c.steps, c.schedule),
     lambda state: {'validation_loss': validate(state)},
-    lambda rank: of_rank(c, corpus, run, devices, rank),
   )
-
-
-def of_rank(
-  c: Config, corpus: data.Corpus, run: Plan, devices: Mesh, rank: int
-) -> tuple[Any, Callable]:
-  """The state at another rank, and what takes it over to this run's."""
-  before = plan(dataclasses.replace(c, rank=rank), corpus.vocab, devices)
-  if mesh.kinds(before.like) == mesh.kinds(run.like):
-    return run.like, lambda state: state
-  if c.compressed or not isinstance(run.tx, optax.GradientTransformation):
-    raise ValueError(
-      f'rank={c.rank}, but the checkpoint in out={c.out!r} is of rank {rank}: '
-      'only ordinary steps can go on at another'
-    )
-
-  def resized(state: dict) -> dict:
-    params = state['params']
-    own = so.resize_rank(run.tx, state['opt_state'], params)
-    return jax.device_put(
-      {'params': params, 'opt_state': own}, mesh.shardings(run.like)
-    )
-
-  return before.like, resized
 
 
 def draw(c: Config, corpus: data.Corpus, bar: float | None):

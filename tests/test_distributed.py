@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -53,13 +54,13 @@ def die_at_half(*_):
   if any('tmp' in name for name in os.listdir(config.out + '/checkpoints')):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def new_save(checkpointer, done, state, **notes):
+def new_save(checkpointer, tx, state, done):
   if (done, jax.process_index()) == (fatal, 1):
     # Dies at the first call, in any thread, that finds a folder half written:
     # process 0 cannot end what process 1 has no part in.
     threading.setprofile(die_at_half)
     sys.setprofile(die_at_half)
-  save(checkpointer, done, state, **notes)
+  save(checkpointer, tx, state, done)
   if done != fatal:
     checkpointer.wait()
   if done == noted:
@@ -263,8 +264,8 @@ def test_restored_bit_by_bit_on_other_meshes(killed, text, tmp_path):
   run = pretrain.plan(pretrain.for_optimizer(killed, killed.optimizer), 256,
                       mesh.make(text))  # fmt: skip
   with checkpoint.open_folder(saved_in) as saved:
-    step, state = checkpoint.restore(saved, run.like)
-  assert step == 2
+    step, state, changes = checkpoint.restore(saved, run.tx, run.like)
+  assert step == 2 and not changes
   assert mesh.shardings(state) == mesh.shardings(run.like)
   assert [pretrain.digest(state)] * 2 == [x['state'] for x in notes(killed)]
 
@@ -305,7 +306,10 @@ def sharding(text, optimizer='online_subspace_descent'):
   """The plan of a run on a mesh of four devices, by path."""
   config = pretrain.Config(model='llama_test', optimizer=optimizer, rank=4)
   run = pretrain.plan(config, 256, mesh.make(text))
-  return checkpoint.by_name(run.like)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): x
+    for path, x in jax.tree.leaves_with_path(run.like)
+  }
 
 
 def test_parameters_and_state_are_cut_as_in_megatron():
