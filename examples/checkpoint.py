@@ -1,4 +1,4 @@
-"""Checkpoints by `so.checkpoint`: written in the background, or absent."""
+"""Checkpoints by `so.checkpoint`: complete or absent, in the background."""
 
 from collections.abc import Callable
 import pathlib
@@ -45,7 +45,7 @@ class Restored(NamedTuple):
 
   step: int  # 0 if there is none
   state: dict[str, Any]
-  changes: tuple[str, ...]  # what the run has otherwise than before
+  changes: tuple[str, ...]  # what differs from the run that was saved
 
 
 def restore(
@@ -53,12 +53,15 @@ def restore(
 ) -> Restored:
   """The newest checkpoint, for `tx` and on the mesh of `like`.
 
-  Of `like`, the state's shapes, if there is none.
+  `like` is the state, or its shapes. Where there is no checkpoint it is
+  returned as it is, at step 0.
   """
   if checkpointer.latest is None:
     return Restored(0, like, ())
   places = mesh.shardings(like['opt_state'])
-  with warnings.catch_warnings(action='ignore'):  # the caller says `changes`
+  with warnings.catch_warnings():
+    # The caller says what has changed.
+    warnings.filterwarnings('ignore', 'the checkpoint was saved by another')
     run = so.checkpoint.restore(
       checkpointer, tx, like['params'], shardings=places
     )

@@ -53,7 +53,7 @@ def run(c: settings.Config, job: Job) -> Ended:
   with checkpoint.open_folder(out / 'checkpoints') as saved:
     newest = saved.latest.step if saved.latest else 0
     mesh.check_agree(f'checkpoint {newest}')  # before all wait for all
-    start, state, changes = checkpoint.restore(saved, job.tx, job.like)
+    start, state, changes = restore(c, job, saved)
     state = state if start else job.init()
     if c.resume:
       report.say(f'{out}: going on after step {start}')
@@ -62,6 +62,17 @@ def run(c: settings.Config, job: Job) -> Ended:
     if start >= c.steps:
       return Ended(start, state, 0.0, 0)
     return run_steps(c, job, saved, start, state)
+
+
+def restore(c: settings.Config, job: Job, saved) -> checkpoint.Restored:
+  """The newest checkpoint, taken over to this run."""
+  try:
+    return checkpoint.restore(saved, job.tx, job.like)
+  except ValueError as error:
+    raise ValueError(
+      f'the run in out={c.out!r} can not go on with optimizer={c.optimizer!r} '
+      f'and rank={c.rank}: {error}'
+    ) from error
 
 
 def numbers(row: dict) -> dict:

@@ -392,6 +392,10 @@ def test_what_is_no_checkpoint_or_no_state_of_tx(tmp_path):
   ocp.save(tmp_path / 'run', {'params': params, 'opt_state': state})
   with errors.raises(ValueError, 'was not written by', 'run'):
     restored(tmp_path, tx, params)
+  with ocp.training.Checkpointer(str(tmp_path / 'steps')) as saved:
+    saved.save(1, {'params': params, 'opt_state': state})
+    with errors.raises(ValueError, 'was not written by', "/steps'"):
+      so.checkpoint.restore(saved, tx, params)
 
 
 NOISE = lambda matrix, basis, period: jax.random.normal(

@@ -644,7 +644,7 @@ def test_resumed_run_ends_with_the_same_bits(tiny, with_lora, tmp_path):
 
 def test_run_with_other_arguments_is_not_continued(tiny, with_lora):
   config = dataclasses.replace(alone(tiny, with_lora[0]), rank=3)
-  with pytest.raises(ValueError, match=r',2\] at .*, where params have .*,3\]'):
+  with pytest.raises(ValueError, match="optimizer='lora' and rank=3: the chec"):
     finetune.main(config)
 
 

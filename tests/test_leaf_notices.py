@@ -132,6 +132,7 @@ def test_what_is_named_or_confirmed_needs_no_warning():
   _init({'w': jnp.ones((5, 16, 24))}, weight_dimension_numbers=numbers)
   _init({'h': {'up': jnp.ones((5, 16, 24)), 'down': jnp.ones((5, 24, 16))}})
   _init({'query': jnp.ones((16, 2, 8)), 'out': jnp.ones((2, 8, 16))})
+  _init({'query': {'kernel': jnp.ones((64, 12, 8, 8))}})  # layers on axis 1
   _init({'w': jnp.ones((5, 16, 24)), 'x': jnp.ones((16, 24))}, exclude='w')
 
 

@@ -288,17 +288,19 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 def test_an_unfinished_checkpoint_is_ignored(tmp_path):
-  tx, params = optax.sgd(0.1, momentum=0.9), {'a': jnp.arange(3.0)}
+  tx = optax.sgd(0.1, momentum=0.9)
+  params = {'a': jnp.arange(3.0), 'empty': jnp.zeros((0, 0))}
   state = {'params': params, 'opt_state': tx.init(params)}
   with checkpoint.open_folder(tmp_path) as saved:
     assert checkpoint.restore(saved, tx, state).step == 0
     for step in (1, 2, 3):
-      moved = {**state, 'params': {'a': params['a'] + step}}
+      moved = {**state, 'params': {**params, 'a': params['a'] + step}}
       checkpoint.save(saved, tx, moved, step)
   (tmp_path / '4.orbax-checkpoint-tmp').mkdir()
   with checkpoint.open_folder(tmp_path) as saved:
     step, got, changes = checkpoint.restore(saved, tx, state)
   assert step == 3 and not changes
+  assert got['params']['empty'].shape == (0, 0)
   np.testing.assert_array_equal(got['params']['a'], [3.0, 4.0, 5.0])
 
 
@@ -343,28 +345,43 @@ def test_resume_at_another_rank(going_on, capsys):
   assert again['params_sha256'] == found['params_sha256']
 
 
+def saved_at(config, step):
+  """The first state of a run, kept as that after some step."""
+  run = pretrain.for_optimizer(config, config.optimizer)
+  _, tx, state = pretrain.build(run, 256)
+  folder = pathlib.Path(config.out, 'checkpoints')
+  with checkpoint.open_folder(folder) as saved:
+    checkpoint.save(saved, tx, state, step)
+  return state
+
+
 def test_resume_at_another_rank_of_what_has_none(tiny, tmp_path, capsys):
   config = dataclasses.replace(tiny, optimizer='adamw', out=str(tmp_path))
-  _, tx, state = pretrain.build(pretrain.for_optimizer(config, 'adamw'), 256)
-  with checkpoint.open_folder(tmp_path / 'checkpoints') as saved:
-    checkpoint.save(saved, tx, state, 6)
+  state = saved_at(config, 6)
   (found,) = pretrain.main(dataclasses.replace(config, resume=True, rank=10))
   assert found['params_sha256'] == pretrain.digest(state['params'])
   said = ' '.join(capsys.readouterr().out.split())
   assert 'going on after step 6' in said and 'rank 8' not in said
 
 
-def test_layerwise_steps_at_another_rank(tiny, tmp_path, capsys):
+@pytest.mark.parametrize('name', ['layerwise', 'compressed'])
+def test_other_steps_at_another_rank(name, tiny, tmp_path, capsys):
   config = dataclasses.replace(
-    tiny, optimizer='golore', layerwise=True, accumulation=1,
-    out=str(tmp_path),
-  )  # fmt: skip
-  _, tx, state = pretrain.build(pretrain.for_optimizer(config, 'golore'), 256)
-  with checkpoint.open_folder(tmp_path / 'checkpoints') as saved:
-    checkpoint.save(saved, tx, state, config.steps)
-  pretrain.main(dataclasses.replace(config, resume=True, rank=10))
+    tiny, optimizer='golore', accumulation=1, out=str(tmp_path), **{name: True}
+  )
+  saved_at(config, config.steps - 1)
+  (found,) = pretrain.main(dataclasses.replace(config, resume=True, rank=10))
   said = ' '.join(capsys.readouterr().out.split())
   assert 'rank 8 -> 10 of blocks' in said
+  assert np.isfinite(found['validation_loss'])
+
+
+def test_subproblems_keep_their_rank(tiny, tmp_path):
+  config = dataclasses.replace(tiny, optimizer='rso', out=str(tmp_path))
+  saved_at(config, 2)
+  changed = dataclasses.replace(config, resume=True, rank=10)
+  with pytest.raises(ValueError, match="in out=.*='rso' and rank=10: .*coords"):
+    pretrain.main(changed)
 
 
 def test_a_checkpoint_of_another_text(finished, tmp_path):

@@ -257,8 +257,8 @@ def _by_name(leaf: _Clues) -> Axes | None:
     of_layer = [x.replace('l', '') for x in exact]
     is_sure = of_layer.count(of_layer[0]) == 1
     # A head as wide as a small model fits the other way round by accident.
-    usual = forms[0]
-    is_sure &= usual in exact or _ratio(usual, leaf.shape) > 8
+    usual = forms[0].replace('l', '')
+    is_sure &= usual in of_layer or _ratio(forms[0], leaf.shape) > 8
     return of_form(exact[0], 'name' if is_sure else 'assumed')
   if not forms or leaf.counted is None:
     return None

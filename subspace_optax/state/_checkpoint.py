@@ -169,7 +169,8 @@ class _Saved(NamedTuple):
 
 
 def _open(where: Where) -> _Saved:
-  if isinstance(where, ocp.training.Checkpointer):
+  is_checkpointer = isinstance(where, ocp.training.Checkpointer)
+  if is_checkpointer:
     newest = where.latest
     if newest is None:
       raise FileNotFoundError('where has no complete checkpoint.')
@@ -183,8 +184,9 @@ def _open(where: Where) -> _Saved:
     read = lambda tree: ocp.load(path, tree)
   notes = found.custom_metadata or {}
   if not {'step', 'classes', 'leaves'} <= set(notes):
+    folder = where.directory if is_checkpointer else where
     raise ValueError(
-      f'where={str(where)!r} was not written by `checkpoint.save`; load it by '
+      f'where={str(folder)!r} was not written by `checkpoint.save`; load it by '
       'Orbax, by the shapes of the optimizer that saved it, and save it so.'
     )
   return _Saved(notes, found.metadata, read)
