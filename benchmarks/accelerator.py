@@ -1,12 +1,12 @@
-"""What a machine with a GPU or a TPU, and nothing else, can tell in an hour.
+"""Measures, within an hour, what only a machine with a GPU or a TPU can tell.
 
   python -m benchmarks.accelerator
 
 Pieces run one after another, the most valuable first, each in a process of its
-own that has the device to itself. A process begins nothing after `--seconds`,
-nine minutes, and the next call goes on where it was; what is done is not done
-again. `large` is one unit of work, and needs some minutes.
-Results are in results/<device>/, with a table for people in README.md there:
+own that has the device to itself. A process starts no new work after
+`--seconds`, nine minutes. The next call continues where this one stopped and
+repeats nothing. `large` is one unit of work and needs some minutes.
+Results are in results/<device>/, with a table in README.md there:
 
   tests   those whose results depend on the backend
   step    a step of each ready-made optimizer over one of AdamW, in one run
@@ -50,9 +50,9 @@ class Args:
   """What runs, and for how long; see the module."""
 
   only: tuple[str, ...] = ()  # pieces; all by default
-  piece: str = ''  # the one that this process runs; none: it starts them
-  device: str = ''  # its kind, and
-  platform: str = ''  # its name for jax: the process that starts others asks
+  piece: str = ''  # that this process runs; by default it starts them all
+  device: str = ''  # its kind; the process that starts others sets it
+  platform: str = ''  # its name in jax; set likewise
   seconds: float = 540.0  # of one call
   models: tuple[str, ...] = ('llama_60m', 'llama_350m')  # of `step`
   names: tuple[str, ...] = ()  # of the optimizers in `step`; all by default

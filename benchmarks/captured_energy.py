@@ -1,11 +1,12 @@
 """How much of a LLaMA's gradients each projector's bases capture as it trains.
 
-The main job of the examples trains once. At every step all projectors see its
-gradients, each keeping bases of its own, and `captured_energy` of the basis
-that step would use, the share of ||G||_F^2 that it keeps, is averaged over the
-matrices, beside the most that any basis of that rank could capture. A basis
-refreshed at this very step has seen the gradient that it is judged by; the
-others have not. What is in results/captured_energy.json is only drawn again.
+The main job of the examples trains once, and all projectors see its gradients,
+each with bases of its own. At every step, `captured_energy` of the basis that
+this step would use, the share of ||G||_F^2 that it keeps, is averaged over the
+matrices. It stands beside the most that any basis of that rank could capture.
+A basis that is refreshed at this step has seen the gradient that it is judged
+by; the others have not. Results that are in results/captured_energy.json
+already are only drawn again.
 """
 
 from collections.abc import Callable

@@ -1,15 +1,15 @@
-"""What each optimizer's step moves between devices, and what it keeps on each.
+"""What each optimizer's step moves between devices, and what each device keeps.
 
 Compiles `tx.update` for four TPU chips, for stacks of LLaMA's matrices on a
-mesh of one axis and of two, and reads from the compiled program every
-collective, those in a refresh's branch apart, and XLA's account of memory.
-Without a compiler for TPUs (see `programs.find_devices`) the program is one for
-four virtual CPU devices, whose partitioner is another, and the results say so.
+mesh of one axis and of two. Reads every collective from the compiled program,
+with those of a refresh counted apart, and XLA's account of memory. Without a
+compiler for TPUs (see `programs.find_devices`) the program is compiled for four
+virtual CPU devices, whose partitioner differs, and the results say so.
 
-Gradients are taken to be reduced already and sharded like the parameters, as
-FSDP has them; what FSDP itself moves stands above each table. Results: tables,
-results/communication.json and docs/communication.md; what is in the JSON
-already is not compiled again.
+Gradients are taken to be reduced already and sharded like the parameters, as in
+FSDP; what FSDP itself sends stands above each table. Results: tables,
+results/communication.json and docs/communication.md. Rows that are in the JSON
+already are not compiled again.
 """
 
 from collections.abc import Callable, Iterator, Mapping

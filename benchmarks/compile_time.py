@@ -1,9 +1,9 @@
 """How long XLA takes to compile one update of each optimizer.
 
 Twelve matrices of one shape, each an array of its own as in an unrolled model,
-compiled for a CPU: seconds of processor time to trace and to compile. Results
-of each version of jax stand beside each other in results/compile_time.json;
-those of other versions stay.
+are compiled for a CPU. The figures are seconds of processor time to trace and
+to compile. results/compile_time.json keeps the results of every version of jax
+beside each other; a run replaces only those of its own version.
 """
 
 import json

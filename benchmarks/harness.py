@@ -1,7 +1,7 @@
 """What all benchmarks share: machine, results, timing, tables and pictures.
 
-Results are JSON files: an interrupted benchmark goes on where it was, and
-tables and pictures are made from the files alone.
+Results are JSON files. An interrupted benchmark continues from them, and tables
+and pictures are made from the files alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

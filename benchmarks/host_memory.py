@@ -2,10 +2,10 @@
 
 Layers are updated one by one. Nothing runs: XLA says what a device holds, apart
 from what the host holds for it, and the compiled program says what crosses the
-link between the two. Beside them stands the same step without any state.
+link between the two. The same step without any state stands beside them.
 
-Results: results/host_memory.json, a table in docs/memory.md. Rows in the former
-are not compiled again.
+Results: results/host_memory.json and a table in docs/memory.md. Rows that are
+in the JSON already are not compiled again.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
 """Layer-wise steps beside ordinary ones: temporaries, copies and time.
 
-A LLaMA of 12 layers on this machine's CPU. Both steps recompute their layers,
-hold the same parameters and states, donate them, and run in turns, so that
-ratios of their times share whatever else the machine did. `mesh` compiles both
-for 2 x 2 virtual devices, and counts the bytes of one.
+Both train a LLaMA of 12 layers on this machine's CPU. Both recompute their
+layers, hold the same parameters and states, and donate them. They run in turns,
+so noise of the machine affects both and leaves the ratios of their times alone.
+`mesh` compiles both for 2 x 2 virtual devices and counts the bytes of one.
 
-Results: results/layerwise.json and .png, tables in docs/memory.md. Optimizers
-in the former are not measured again.
+Results: results/layerwise.json and .png, and tables in docs/memory.md.
+Optimizers that are in the JSON already are not measured again.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,10 @@
-"""Whether GaLore goes the same way on one device and on meshes of four.
+"""Whether GaLore takes the same path on one device and on meshes of four.
 
-A small LLaMA (`llama_1m`) takes 100 steps after one refresh, on docstrings:
-with the bases of an exact SVD and of `randomized` on one device, and with
-`auto` on virtual devices, with rows, columns or both of every kernel cut, under
-automatic and explicit sharding. Losses are compared step by step.
+A small LLaMA (`llama_1m`) trains for 100 steps after one refresh, on
+docstrings. On one device it has the bases of an exact SVD and of `randomized`.
+On virtual devices it has those of `auto`, with rows, columns or both of every
+kernel sharded, under automatic and explicit sharding. Losses are compared step
+by step.
 """
 
 import contextlib

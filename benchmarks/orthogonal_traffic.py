@@ -1,12 +1,12 @@
 """What optimizers that orthogonalise send for one layer of LLaMA-350M.
 
-Compiles `tx.update` for four TPU chips, for all seven kernels of a layer in
-stacks of two and of eight, so that matrices of several leaves may share
-devices, on meshes of one axis and of two. Everything is counted as in
+Compiles `tx.update` for four TPU chips on meshes of one axis and of two, for
+all seven kernels of a layer together, so that matrices of several leaves may
+share devices, in stacks of two and of eight. Everything is counted as in
 `benchmarks.communication`, whose account of FSDP's own traffic stands beside
 it. `optax.contrib.muon` and `optax.adamw` are for comparison. Results:
-results/orthogonal_traffic.json and a table in docs/communication.md; what is in
-the JSON already is not compiled again.
+results/orthogonal_traffic.json and a table in docs/communication.md. Rows that
+are in the JSON already are not compiled again.
 """
 
 from collections.abc import Callable

@@ -1,21 +1,21 @@
-"""Test loss against bytes: every optimizer, tuned, at 20 tokens a weight.
+"""Test loss against bytes: every optimizer, tuned, at 20 tokens per weight.
 
-A LLaMA over bytes; model, data, batch and their order are the same for all.
-For each method, peak learning rate (by factors of 2) and weight decay (by
-factors of 3), if it has one, are searched from a start until the best has both
-neighbours of both behind it, by the validation loss of seed 0; further seeds
-run at the best, and what is reported is the loss on a third text. A search
-starts from the best of the one most like it, of another corpus, length or size.
-What betas and warm-up would gain is asked around the best: methods such as
-`adamw, b2 0.95` and `adamw, warm-up 0.2` run once, where `adamw` is best.
-Schedules end at 0; nothing is stopped early.
+Trains a LLaMA over bytes; model, data, batches and their order are the same for
+all methods. The search of a method varies its peak learning rate (by factors of
+2) and its weight decay (by factors of 3), if it has one, until both neighbours
+of the best point have run in both directions, judged by the validation loss of
+seed 0. Further seeds run at the best point, and the reported loss is that on a
+third text. A search starts from the best point of the most similar one, on
+another corpus, length or size. Methods such as `adamw, b2 0.95` and
+`adamw, warm-up 0.2` run once, at the best point of `adamw`, to show what other
+betas and warmups would gain. Schedules end at 0; no run is stopped early.
 
 Every run is a file in runs/pareto, named by a hash of its settings, of its
-whole program and of its text, so that an interrupted benchmark goes on where it
-was, and a run whose code or text has changed runs again. Any number of
-processes may run side by side: `taskset -c 1 nice python -m benchmarks.pareto`
-is one on one core. `--report` writes results/pareto.json, .md and .png of what
-is there.
+whole program and of its text. So an interrupted benchmark can be continued, and
+a run whose code or text has changed runs again. Any number of processes may run
+side by side: `taskset -c 1 nice python -m benchmarks.pareto` starts one on one
+core. `--report` writes results/pareto.json, .md and .png from the runs that are
+there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,15 +55,15 @@ class Args:
   batch: int = 8
   seq: int = 128
   corpora: tuple[str, ...] = tuple(corpora.CORPORA)
-  # Those that are no form of another one, by default.
+  # Without variants, by default.
   methods: tuple[str, ...] = tuple(filter(pareto_report.is_ready_made, ALL))
-  seeds: int = 5
+  seeds: int = 5  # at the best point
   most: int = 14  # points of a search
-  seconds: float = math.inf  # begins no run later than this
-  report: bool = False  # only writes what is there
+  seconds: float = math.inf  # after which no run starts
+  report: bool = False  # only write what is there
   runs: str = str(RUNS)
   out: str = str(harness.RESULTS / 'pareto.json')
-  page: str = ''  # a page whose table is filled in, as README.md
+  page: str = ''  # a page whose table to fill in, such as README.md
 
 
 class Point(NamedTuple):

@@ -15,39 +15,44 @@ from benchmarks.harness import MIB
 
 NOTES = """
 - **loss** is the test loss in nats per byte, on a text that neither training
-  nor the search has seen: the mean over the seeds that ran at the learning rate
-  and decay that the validation loss of seed 0 chose. A seed changes weights and
-  data.
+  nor the search has seen. It is the mean over the seeds that ran at the
+  learning rate and decay with the best validation loss of seed 0. A seed
+  changes weights and data.
 - **decay** is weight_decay times lr, the share of a weight that a step takes
-  away at the peak rate.
-- **optimizer MiB** is the state of the whole model's optimizer. Embedding, head
-  and norms are Adam's at one rate, except where a method is one of whole
-  models, in 8 or 4 bits where its name says so (`normuon_no_momentum`: 8).
-  `lora` counts its factors, `rso` its B.
-- **all MiB** adds weights and what a compiled step takes.
-- **loss vs adamw** and **z** are of the seeds that both have: some are easier.
-  z is the difference to AdamW's loss over its standard error. The error comes
-  from sigma, the standard deviation of one seed, pooled over all methods of a
-  table, as if seeds had nothing in common: z is rather too small. Beyond 3.1 it
-  is no accident.
-- **AdamW needs** is how many times as many tokens AdamW takes to the same loss,
-  at most: by straight lines between its own runs of other lengths, over the
-  logarithm of tokens, which are above any curve that flattens.
+  away at the peak learning rate.
+- **optimizer MiB** is the optimizer state of the whole model. Adam trains
+  embedding, head and norms, at one learning rate for all methods, unless a
+  method covers the whole model. The moments of this Adam have 8 bits where the
+  method's name says 8 or 4 bits, and in `normuon_no_momentum`. The state of
+  `lora` includes its factors, that of `rso` its B.
+- **all MiB** adds the weights and the memory that a compiled step takes.
+- **loss vs adamw** and **z** compare the seeds that both methods ran, since
+  some seeds are easier. z is the difference to AdamW's loss over its standard
+  error. The error comes from sigma, the standard deviation of one seed, pooled
+  over all methods of a table. It treats the seeds of two methods as
+  independent, which makes z too small if anything. A difference with a z
+  beyond 3.1 is not due to chance.
+- **AdamW needs** is an upper bound on the tokens that AdamW needs for the same
+  loss, as a multiple of the method's. It is interpolated between AdamW's own
+  runs of other lengths, linearly in the logarithm of tokens; these lines are
+  above any curve that flattens.
 - **as AdamW after** is the share of a method's steps after which its training
-  loss (of seed 0, the mean of 200 steps) reaches AdamW's last one. Its learning
-  rate has not come down to 0 there.
-- **lacks** counts the runs that are missing: neighbours of the best in the
-  search, and seeds at the best.
-- **The front** has the methods with less loss than all that have no more state.
+  loss (of seed 0, the mean of 200 steps) reaches AdamW's last one. The method's
+  learning rate has not decayed to 0 at that point.
+- **lacks** counts the runs that are missing: neighbours of the best point of
+  the search, and seeds at that point.
+- **The front** has the methods whose loss is below that of every method with no
+  more state.
 
-Momentum of Muon's kind decays by 0.95 where no name says otherwise, and in
-`normuon_4bit` by 0.9. `galore` projects the long side, as optax's does. On two
-kinds of processors the same run of `scale` ended 0.3 % apart, on either corpus.
+Methods of Muon's kind have a momentum of 0.95 unless the name says otherwise;
+`normuon_4bit` has 0.9. `galore` projects the long side, as optax's does. The
+same run of `scale` ended 0.3 % apart on two kinds of processors, on either
+corpus.
 """
 
 VARIED = """
-Other betas and warm-ups (a tenth of the steps above), at a method's best rate
-and decay: the change of the loss of seed 0.
+How other betas and warmups (a tenth of the steps above) change the loss of
+seed 0, at a method's best learning rate and decay.
 """
 HEAD = ('method', 'lr', 'decay', 'loss', 'std', 'seeds', 'optimizer MiB')
 HEAD += ('all MiB', 'loss vs adamw', 'z', 'state vs adamw', 'AdamW needs')
@@ -72,7 +77,7 @@ def mean(search: dict) -> float:
 
 
 def sigma(searches: list[dict]) -> float | None:
-  """The spread of a seed, pooled; None where no method has two."""
+  """The pooled standard deviation of a seed; None if no method has two."""
   groups = [x for x in map(losses, searches) if len(x) > 1]
   groups = [x for x in groups if all(map(math.isfinite, x))]
   free = sum(len(x) - 1 for x in groups)
@@ -81,7 +86,7 @@ def sigma(searches: list[dict]) -> float | None:
 
 
 def on_common_seeds(*searches: dict) -> list[list[float]]:
-  """Test losses of each search, of the seeds that all have: they differ."""
+  """Test losses of each search on the seeds that all have: seeds differ."""
   seeds = set.intersection(
     *({row['seed'] for row in at_best(search)} for search in searches)
   )
@@ -105,7 +110,7 @@ def change(one: dict, other: dict) -> str:
 
 
 def is_ready_made(method: str) -> bool:
-  """Whether it is an optimizer at any rank, and no form that was only tried."""
+  """Whether it is a ready-made optimizer, at any rank, not a variant of one."""
   return ', ' not in re.sub(r', (rank [\d.]+|short side)$', '', method)
 
 
@@ -114,7 +119,7 @@ def select_ready(searches: list[dict]) -> list[dict]:
 
 
 def front(searches: list[dict]) -> list[dict]:
-  """Those with less loss than all that have no more state, smallest first."""
+  """Those with less loss than all with no more state, the smallest first."""
   size = lambda search: search['memory']['optimizer_bytes']
   kept: list[dict] = []
   for search in sorted(searches, key=lambda x: (size(x), mean(x))):
@@ -124,7 +129,7 @@ def front(searches: list[dict]) -> list[dict]:
 
 
 def sentence(searches: list[dict]) -> str:
-  """For how many bytes which optimizer, and what is told apart."""
+  """The front in words: from how many bytes on which method, with z."""
   spread, kept = sigma(searches), front(searches)
   parts = []
   for below, search in zip([None, *kept], kept, strict=False):
@@ -132,11 +137,11 @@ def sentence(searches: list[dict]) -> str:
     text = f'from {size:.3f} MiB on `{search["method"]}` ({mean(search):.4f}'
     z = None if below is None else z_score(search, below, spread)
     parts.append(f'{text}{"" if z is None else f", z {z:.1f}"})')
-  return f'The front: {"; ".join(parts)}; z is of the step from the one before.'
+  return f'The front: {"; ".join(parts)}; z compares each with the one before.'
 
 
 def tokens_of_adamw(search: dict, adamws: list[dict]) -> str:
-  """How many times as many tokens AdamW takes to the loss of a search."""
+  """How many times as many tokens AdamW needs for the loss of a search."""
   alike = ('corpus', 'size', 'batch', 'seq')
   same = [x for x in adamws if all(x[k] == search[k] for k in alike)]
   if len(same) < 2 or search['method'] == 'adamw':
@@ -154,7 +159,7 @@ def tokens_of_adamw(search: dict, adamws: list[dict]) -> str:
 
 
 def share_of_steps(search: dict, base: dict) -> float | None:
-  """The share of steps after which the training loss is AdamW's last one."""
+  """The share of steps after which the training loss reaches AdamW's last."""
   curve, target = (_smooth(x) for x in (search, base))
   reached = np.flatnonzero(curve <= target[-1])
   if search is base or not reached.size:
@@ -203,7 +208,7 @@ def cells(
 
 
 def variations(searches: list[dict]) -> list[list[str]]:
-  """What other betas and warm-ups change, of seed 0 at the method's best."""
+  """How other betas and warmups change seed 0's loss at the method's best."""
   named = {search['method']: search for search in searches}
   rows = []
   for name, search in sorted(named.items()):
@@ -233,7 +238,8 @@ def groups(results: dict) -> dict[str, list[dict]]:
   """The searches of each size, length and corpus, the best first."""
   found: dict[str, list[dict]] = {}
   for search in sorted(results['searches'], key=mean):
-    name = '{corpus}, {size}, {multiple:g} x 20 tokens a weight, {steps} steps'
+    name = '{corpus}, {size}, {multiple:g} x 20 tokens per weight'
+    name += ', {steps} steps'
     found.setdefault(name.format(**search), []).append(search)
   return dict(sorted(found.items()))
 
@@ -286,7 +292,7 @@ def select_shown(searches: list[dict]) -> list[dict]:
 
 
 def summary(results: dict[str, Any]) -> str:
-  """What is shown of the first corpus, the best first, and its other losses."""
+  """What is shown of the first corpus, best first, with the other losses."""
   first, second = (
     {search['method']: search for search in _first_searches(results, corpus)}
     for corpus in corpora.CORPORA

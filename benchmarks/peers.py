@@ -1,7 +1,7 @@
-"""Two optimizers of the Pareto benchmark that are not to be had for stacks.
+"""Two optimizers of the Pareto benchmark that do not support stacks themselves.
 
-`factors` take a quarter of each short side as rank, and `contrib_galore` a
-quarter of the least.
+`factors` use a quarter of each short side as rank, and `contrib_galore` a
+quarter of the smallest.
 """
 
 from typing import Any, NamedTuple

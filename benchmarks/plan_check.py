@@ -1,13 +1,13 @@
-"""What `subspace_optax.plan` says beside XLA's account of the same step.
+"""What `subspace_optax.plan` predicts, beside XLA's account of the same step.
 
 Steps of the example LLaMA are compiled for a TPU topology, which needs libtpu
-and no TPU; nothing runs. Parameters and state are donated. XLA gives two
-figures: the peak of its heap, which is what it holds against a device's memory,
-and the sum of arguments, temporaries, and results that take no argument's
-place, which is above the peak (on a TPU by up to the size of the parameters).
-Where XLA wants a parameter in another layout it copies it first: that is
-counted apart, since no trace knows of it, and does not happen with the layout
-'auto', where XLA says how parameters shall lie. Rows that are in
+but no TPU; nothing runs. Parameters and state are donated. XLA gives two
+figures. The peak of its heap is what it compares with a device's memory. The
+sum of arguments, temporaries, and results that do not reuse an argument's
+memory is above the peak (on a TPU by up to the size of the parameters). If XLA
+wants a parameter in another layout, it copies it first. These copies are
+counted apart, since no trace knows of them. They do not happen with the layout
+'auto', where XLA chooses the layout of parameters. Rows that are in
 results/plan.json already are not compiled again.
 """
 
@@ -113,7 +113,7 @@ class Args:
 
   seq: int = 2048
   topology: str = 'v5p:2x2x1'
-  only: str = ''  # part of model-method-rank-layers-...: leaves out the others
+  only: str = ''  # rows whose model-method-rank-layers-... contain this
   out: str = str(harness.RESULTS / 'plan.json')
   docs: str = str(harness.DOCS / 'plan.md')
 

@@ -1,10 +1,10 @@
 """The time that each projector takes to move a basis, against that of an SVD.
 
-For gradients of LLaMA's MLP shapes, given the coordinates R = P^T G: the whole
-update, with all that the optimizer's state keeps of it, as a ratio of
-`jnp.linalg.svd(full_matrices=False)` in the same run. Beside it the share of
-the best possible energy that the new basis captures of the gradient, and the
-ratios of Liang et al., 2024, Figure 2. A shape that is in
+Gradients have LLaMA's MLP shapes, and the coordinates R = P^T G are given. Each
+rule's whole update, with all that the optimizer's state keeps for it, is
+compared with `jnp.linalg.svd(full_matrices=False)` in the same run. Beside this
+ratio stand the share of the best possible energy that the new basis captures of
+the gradient, and the ratios of Liang et al., 2024, Figure 2. A shape that is in
 results/projectors.json already is not measured again.
 """
 
@@ -39,7 +39,7 @@ class Args:
 
   shapes: tuple[tuple[int, int], ...] = tuple(PAPER)
   ranks: tuple[int, ...] = (128, 256, 512, 1024)
-  seconds: float = 1.0  # at least, of repetitions of one update
+  seconds: float = 1.0  # for which each update is repeated, at least
   out: str = str(harness.RESULTS / 'projectors.json')
 
 

@@ -1,8 +1,8 @@
 """The arithmetic of `scaling.py`: FLOPs, bytes and times, nothing measured.
 
 Every function takes counts and returns counts. FLOPs are multiplications and
-additions, so that a product of b x m and m x n matrices is 2bmn of them; bytes
-are what one chip sends, holds or reads.
+additions, so a product of a b x m and an m x n matrix has 2bmn. Bytes are those
+that one chip sends, holds or reads.
 """
 
 import dataclasses

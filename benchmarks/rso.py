@@ -1,14 +1,15 @@
 """What lifted layers cost and save, counted by XLA; nothing runs.
 
-Parts: FLOPs of one layer; of an 8-layer LLaMA with and without recomputed
-layers; what a block keeps for its backward pass; what x P saves if layers share
-it; what replicas send; the peak memory of training steps. The first five take
-five minutes on two cores, `peak` half a minute to two for each of 78 programs,
-of which `--only` chooses some. It compiles for a TPU where it can (see
-`programs.find_devices`), else for a CPU, as the results say.
+The parts are the FLOPs of one layer; those of an 8-layer LLaMA with and without
+recomputed layers; what a block keeps for its backward pass; what x P saves if
+layers share it; what replicas send; and the peak memory of training steps. The
+first five take five minutes on two cores. `peak` takes half a minute to two for
+each of 78 programs; `--only` chooses some of them. Programs are compiled for a
+TPU if possible (see `programs.find_devices`), else for a CPU, as the results
+say.
 
-What results/rso.json holds is not compiled again without `--again`; `--parts`
-with no name only writes docs/rso.md and results/rso.png anew.
+Parts that are in results/rso.json are not compiled again without `--again`.
+`--parts` without a name only rewrites docs/rso.md and results/rso.png.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,8 +35,8 @@ class Args:
   """What is counted; see the module."""
 
   parts: tuple[str, ...] = PARTS
-  again: bool = False  # whether parts that are there already are counted anew
-  # The LLaMA of `llama` and `traffic`, whose layers are unrolled and scanned.
+  again: bool = False  # whether to count again what is there already
+  # The model of `llama` (unrolled layers) and of `traffic` (scanned layers).
   width: int = 256
   mlp_width: int = 688
   layers: int = 8
@@ -45,7 +46,7 @@ class Args:
   batch: int = 4
   seq: int = 512
   block: str = 'llama_350m'
-  # Of `peak`: tokens of a device, what is compiled for, and some of the runs.
+  # For `peak`: tokens per device, the target, and which runs.
   peak_batch: int = 8
   peak_seq: int = 256
   topology: str = 'v5p:2x2x1'

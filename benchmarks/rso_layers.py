@@ -1,13 +1,13 @@
 """One linear layer, and one LLaMA block: what they compute and keep.
 
-FLOPs of a layer are XLA's. The layer stands inside a model, so that its input
-has a gradient too: the loss is sum(y dy) for a given dy. Bases stay as they
-are, and the optimizer is SGD with momentum, as in the papers' tables.
+FLOPs of a layer are XLA's. The layer is inside a model, so its input has a
+gradient too: the loss is sum(y dy) for a given dy. Bases stay fixed, and the
+optimizer is SGD with momentum, as in the papers' tables.
 
-What the backward pass of a block keeps is read off traces of `jax.vjp`:
-distinct arrays that have an axis of the batch, in numbers per token. No
-parameter, and nothing derived from one, is among them. This is what is kept
-where nothing is fused; XLA recomputes some of the elementwise work.
+What a block keeps for its backward pass is read from traces of `jax.vjp`:
+distinct arrays that have an axis of the batch, in numbers per token, without
+parameters and arrays derived only from them. This is what is kept if nothing is
+fused; XLA recomputes some of the elementwise work.
 """
 
 from collections.abc import Iterator

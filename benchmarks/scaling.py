@@ -1,9 +1,9 @@
 """Predicted time, memory and traffic of training steps on 8 to 4,096 chips.
 
-A roofline, not a measurement: FLOPs and bytes are counted, and divided by what
-the stated chips and links can do. The counts are checked here against XLA's of
-small programs. Every assumption is printed. Results: results/scaling.json and
-.png, and the tables of docs/scaling.md.
+This is a roofline model, not a measurement: FLOPs and bytes are counted and
+divided by what the stated chips and links can do. The counts are compared with
+XLA's for small programs. Every assumption is printed. Results:
+results/scaling.json and .png, and the tables of docs/scaling.md.
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class Args:
 
   chips: tuple[int, ...] = (8, 64, 512, 4096)
   kinds: tuple[str, ...] = tuple(CHIPS)
-  flops: float | None = None  # these six replace every kind's own figure
+  flops: float | None = None  # this and the next five override every kind's
   hbm: float | None = None
   capacity: float | None = None
   fast: float | None = None
@@ -51,9 +51,9 @@ class Args:
   matmul_share: float = 0.5  # of peak FLOP/s that products reach
   hbm_share: float = 0.8  # of HBM's speed
   link_share: float = 0.8  # of links' speed
-  tokens: int = 2**22  # of a step, but at least a sequence a chip
+  tokens: int = 2**22  # per step, but at least one sequence per chip
   sequence: int = 4096
-  micro_tokens: int = 8192  # of a chip at once; the rest is accumulated
+  micro_tokens: int = 8192  # per chip at once; more are accumulated
   rank: float = 0.25  # of the short side
   param_bytes: int = 2
   gradient_bytes: int = 4  # accumulated, and reduced

@@ -1,9 +1,10 @@
 """The time of every single step of each optimizer, refreshes included.
 
 All optimizers update the parameters of a LLaMA from the same gradients, with
-one array per matrix and with one stack of layers. They take turns, a step each,
-so that noise hits all alike; the ratio to AdamW is the median over turns. The
-first step is left out. What is in results/step.json is not measured again.
+one array per matrix and with one stack of layers. They take turns, one step
+each, so that noise affects all alike; the ratio to AdamW is the median over
+turns. The first step is left out. Optimizers that are in results/step.json
+already are not measured again.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Args:
   model: str = 'llama_60m'
   rank: int = 128
   update_proj_gap: int = 200
-  steps: int = 401  # beyond the first; two refreshes of whatever refreshes
+  steps: int = 401  # after the first; enough for two refreshes
   only: tuple[str, ...] = ()  # names of the table; all by default
   out: str = str(harness.RESULTS / 'step.json')
 

@@ -1,9 +1,10 @@
 """What a claim is, how its verdict is found, and where its results are kept.
 
 NAME.py measures one claim: its `run` returns checks, which hold numbers and
-bounds, and the verdict follows from them alone. NAME.md says what is claimed
-and found, with names of numbers in braces. Results and pictures go to
-runs/evidence, which git ignores; `__main__` makes docs/evidence.md of them.
+bounds, and the verdict follows from them alone. NAME.md has the text of the
+claim and of the result, with names of numbers in braces. Results and pictures
+go to runs/evidence, which git ignores; `__main__` writes docs/evidence.md from
+them.
 """
 
 from collections.abc import Sequence

@@ -87,7 +87,7 @@ def checks(rows: list[dict], big: dict) -> Sequence[claim.Check]:
   what, size = f'{one["method"]}, GB in all by XLA', one['sum_bytes'] / GB
   made.append(claim.Check(what, size, 0, TARGET / GB))
   layerwise, ordinary = temporaries()
-  what = '12 layers, temporaries, of ordinary'
+  what = '12 layers: temporaries, layer-wise / ordinary step'
   made.append(claim.Check(what, layerwise / ordinary, 0, 0.5))
   near('GPT-3 by AdamW / 1,620 GB', big['AdamW, all activations'] / SLIDES)
   return made

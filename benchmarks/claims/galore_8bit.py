@@ -1,8 +1,8 @@
-"""States of a byte each: what the code loses, and what training does.
+"""8-bit states: the error of the codes, and its effect on training.
 
-The code's error by octave and the bytes of a 7B model's states are counted
-here; full-rank training is repeated here; rows of the Pareto benchmark, with
-tuned rates and all seeds that both have, are quoted from results/pareto.json.
+Counts the codes' error by octave and the bytes of a 7B model's states, and
+repeats full-rank training. Rows of the Pareto benchmark, with tuned learning
+rates and all seeds that both have, are quoted from results/pareto.json.
 """
 
 from typing import Any

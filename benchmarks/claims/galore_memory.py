@@ -1,7 +1,7 @@
 """The memory columns of GaLore's Tables 2 and 6, recomputed to the byte.
 
-Weights, Adam's state and GaLore's for LLaMA of 60M to 7B parameters in
-bfloat16, counted from the shapes of the library's own states; nothing is
+Counts weights, Adam's state and GaLore's state for LLaMA of 60M to 7B
+parameters in bfloat16, from the shapes of the library's own states; nothing is
 allocated.
 """
 
@@ -80,7 +80,7 @@ def checks(rows: dict) -> Sequence[claim.Check]:
   found = []
   for name, row in rows.items():
     beyond = (row['galore'] - row['formula']) / row['formula']
-    what = f'{name}: bytes beyond the formula, of its bytes'
+    what = f'{name}: bytes beyond the formula, over its bytes'
     found.append(claim.Check(what, beyond, 0, 1e-3))
   for name, printed in PRINTED.items():
     for column in COLUMNS:

@@ -1,8 +1,9 @@
 """Hamiltonian descent: H falls along the ODE, whatever the bases do.
 
-An inner optimizer takes explicit Euler steps of the ODE on coordinates, the
-library projects and takes them back. Arrays in formulas are coordinates, g =
-P^T grad L. dH/dt is measured by differences of H over tiny steps, extrapolated.
+An inner optimizer takes explicit Euler steps of the ODE on coordinates; the
+library projects gradients and maps the steps back. Arrays in formulas are
+coordinates, g = P^T grad L. dH/dt is measured by extrapolated differences of H
+over tiny steps.
 """
 
 import math

@@ -11,20 +11,21 @@ from benchmarks.harness import DOCS
 
 HEAD = """# Evidence
 
-What the founding papers claim, and what this library measures of it. `make
-evidence` recomputes all numbers and pictures here, and each section names the
-script that can be run by itself. Verdicts follow from the checks by code:
-*holds* if all do, *fails* if none does, else *partly*. A check of a mean over
-seeds that is less than two standard errors from its bound is *too close to
-call*, and so is a claim that hangs on one. Numbers of papers are quoted; most
-experiments here are small, and say so.
+This page compares what the founding papers claim with what this library
+measures. `make evidence` recomputes all numbers and pictures here. Each section
+names its script, which you can run by itself. Code derives each verdict from
+the checks: *holds* if all do, *fails* if none does, else *partly*. A check of a
+mean over seeds that is less than two standard errors from its bound is *too
+close to call*, and so is a claim that depends on one. Numbers of papers are
+quoted; most experiments here are small, and say so.
 
 Sources: [GaLore](https://arxiv.org/abs/2403.03507) (Zhao et al., 2024, version
 2), [Online Subspace Descent](https://arxiv.org/abs/2408.12857) (Liang et al.,
 2024), [GoLore](https://arxiv.org/abs/2410.11289) (He et al., 2024), whose
 theorems are quoted as Kun Yuan's slides on subspace training give them,
 [SubTrack++](https://arxiv.org/abs/2502.01586) (Rajabi et al., 2025), and the
-code that their authors published. What a note calls ours is in no paper.
+code that their authors published. Anything that a note calls ours is in no
+paper.
 """
 
 

@@ -87,7 +87,8 @@ def run() -> claim.Found:
   checks: list[claim.Check] = []
   table: claim.Table = [('GD', 'sum ||grad||^2 / (2 m L Delta / r)')]
   for name, ratio in of_gd.items():
-    checks.append(claim.Check(f'GD, {name}: of the bound', max(ratio), 0, 1.02))
+    what = f'GD, {name}: share of the bound'
+    checks.append(claim.Check(what, max(ratio), 0, 1.02))
     table.append((name, max(ratio)))
   for name, found in others.items():
     what = f'{name}: last / first ||grad||^2'

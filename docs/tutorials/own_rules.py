@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Your own projector, residual and transport
 #
-# A subspace optimizer is [five choices](../pieces.md). Three of them are rules
-# that you can write in a few lines: how a basis is found, what becomes of the
-# gradient outside of the subspace, and what becomes of moments when the basis
-# moves. The library takes care of stacks of layers, meshes, dtypes, gradients
-# that are NaN and the time of refreshes.
+# A subspace optimizer is [five choices](../pieces.md). You can write rules for
+# three of them in a few lines: how a basis is found, what happens to the
+# gradient outside the subspace, and what happens to moments when the basis
+# moves. The library takes care of stacks of layers, meshes, dtypes, NaN
+# gradients and the schedule of refreshes.
 #
-# It needs `pip install .` in a clone.
+# You need `pip install .` in a clone.
 
 # %%
 import jax
@@ -19,13 +19,13 @@ import subspace_optax as so
 # %% [markdown]
 # ## A projector
 #
-# Some methods train a few rows of each matrix at a time. As a subspace, that
-# is a basis whose columns are unit vectors, which pick the rows where the
-# gradient is largest.
+# Some methods train a few rows of each matrix at a time. As a subspace, that is
+# a basis whose columns are unit vectors, which pick the rows where the gradient
+# is largest.
 #
-# `draw` is written for one matrix, as in a paper. It gets the matrix, whose
-# gradient is m x n with m the side that the basis spans, the old basis, and
-# the number of the refresh. It returns the new basis, m x r.
+# Write `draw` for one matrix, as in a paper. It gets the matrix, the old basis,
+# and the number of the refresh, and returns the new basis, m x r. The matrix's
+# gradient is m x n, where m is the side that the basis spans.
 
 
 # %%
@@ -41,14 +41,15 @@ def largest_rows(update_proj_gap):
 
 # %% [markdown]
 # `so.testing` trains a small tree with it: a matrix, a stack along a middle
-# axis, and gradients of which one is zero and one NaN. It returns without a
-# word if all is well.
+# axis, and gradients, one of them zero and one NaN. If all is well, it returns
+# silently.
 
 # %%
 so.testing.check_projector(largest_rows(2))
 
 # %% [markdown]
-# A mistake gets a sentence. This rule returns its basis the wrong way round:
+# A mistake raises an error that explains it. This rule returns its basis
+# transposed:
 
 # %%
 turned = so.projectors.periodic('turned', lambda m, basis, t: basis.T, 2)
@@ -60,17 +61,17 @@ except ValueError as error:
 # %% [markdown]
 # `matrix.coordinates(P)` is the product of P transposed with the gradient, and
 # `matrix.image(X)` that of the gradient with X transposed. A rule that uses
-# these alone stays cheap in data-parallel steps, where `matrix.gradient`
-# averages the whole gradient over devices.
+# only these two stays cheap in data-parallel steps, where `matrix.gradient`
+# averages the full gradient over devices.
 #
 # ## A residual
 #
-# What is outside of the subspace is dropped unless a residual takes it. This
+# The gradient outside the subspace is dropped unless a residual takes it. This
 # one takes a plain gradient step with it. It sees a `node`, which is a whole
-# leaf: `node.direction` is what the inner optimizer made of the coordinates,
-# `combine` takes coordinates back to the leaf's shape, and `outside()` is what
-# the basis does not span. It returns the update and its state, of which it has
-# none.
+# leaf: `node.direction` is the inner optimizer's output for the coordinates,
+# `combine` maps coordinates back to the leaf's shape, and `outside()` is the
+# part of the gradient that the basis does not span. It returns the update and
+# its state; this rule has none.
 
 
 # %%
@@ -86,10 +87,10 @@ def gradient_descent(eta):
 # %% [markdown]
 # ## A transport
 #
-# When a basis moves, moments still stand in the coordinates of the old one.
-# This rule maps first moments to the new basis, as GoLore does, and makes them
-# shorter: less is known of the new coordinates. `moment.transition` is the r x
-# r matrix from old coordinates to new ones.
+# When a basis moves, the moments are still in the coordinates of the old one.
+# This rule maps first moments to the new basis, as GoLore does, and shrinks
+# them, because less is known about the new coordinates. `moment.transition` is
+# the r x r matrix from old coordinates to new ones.
 
 
 # %%
@@ -102,13 +103,13 @@ def shorter(factor):
 
 # %% [markdown]
 # `so.testing.check_residual(gradient_descent(0.1))` and
-# `so.testing.check_transport(shorter(0.5))` check both, in half a minute: try
-# them. `tests/test_testing.py` does.
+# `so.testing.check_transport(shorter(0.5))` check the two, in half a minute:
+# try them. `tests/test_testing.py` does.
 #
 # ## All three in an optimizer
 #
-# `so.subspace` takes them where it takes its own, around any inner optimizer
-# of optax.
+# `so.subspace` accepts them in place of its own rules, around any inner optax
+# optimizer.
 
 # %%
 tx = so.subspace(

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # A 7B model on one card
 #
-# AdamW takes 55 GB to train LLaMA-7B on one sequence of 2,048 tokens. A card
-# of 24 GB does, if states are small and gradients never exist all at once.
-# This page plans such a run, and tries its training step on a stand-in.
-# Nothing of 7B parameters is allocated.
+# AdamW takes 55 GB to train LLaMA-7B on one sequence of 2,048 tokens. A card of
+# 24 GB is enough if states are small and gradients never exist all at once.
+# This page plans such a run, and tries its training step on a stand-in. It
+# allocates nothing of 7B parameters.
 #
-# It needs `pip install .` in a clone.
+# You need `pip install .` in a clone.
 
 # %%
 import jax
@@ -20,9 +20,9 @@ import subspace_optax.plan as plan
 # %% [markdown]
 # ## The plan
 #
-# [The planner](../plan.md) traces the training step and counts what its
-# fullest moment holds. `remat` computes layers again in the backward pass, and
-# `layerwise` also updates each layer as soon as its gradient is there.
+# [The planner](../plan.md) traces the training step and counts the memory at
+# its peak. `remat` computes layers again in the backward pass, and `layerwise`
+# also updates each layer as soon as its gradient is known.
 
 # %%
 run = {'batch': 1, 'seq': 2048, 'rank': 1024}
@@ -41,22 +41,22 @@ for name, found in plans.items():
   print(f'{name:<26}{found.total / 1e9:>6.1f} GB  {fits}')
 
 # %% [markdown]
-# Its parts:
+# The parts of the last plan:
 
 # %%
 print(plans['Muon in subspaces, 8 bits'])
 
 # %% [markdown]
-# What is left is bfloat16 weights, most of all. `python -m
-# subspace_optax.plan` prints the same in a shell, and the largest rank and
-# batch that would still fit.
+# Most of what is left is bfloat16 weights. `python -m subspace_optax.plan`
+# prints the same in a shell, and the largest rank and batch that would still
+# fit.
 #
 # ## The training step
 #
-# `so.layerwise` needs the model as three functions: what comes before the
-# layers, one layer, and what comes behind them, up to the loss. Parameters of
-# all layers are stacked along their first axes. The stand-in has 12 layers of
-# a size for this page.
+# `so.layerwise` needs the model as three functions: everything before the
+# layers, one layer, and everything after them, up to the loss. Stack the
+# parameters of all layers along their first axes. The stand-in has 12 layers,
+# small enough for this page.
 
 
 # %%
@@ -90,8 +90,8 @@ def make(key, layers=12, width=64, hidden=256, vocab=128):
 
 
 # %% [markdown]
-# Any optimizer goes; this one compiles faster than the plan's. `layerwise`
-# makes of it a training step with `init` and `step`; donate parameters and
+# Any optimizer works; this one compiles faster than the plan's. `layerwise`
+# makes a training step with `init` and `step` from it. Donate parameters and
 # state, so that they are updated in place.
 
 # %%
@@ -105,8 +105,8 @@ step = jax.jit(train.step, donate_argnums=(0, 1))
 by_layer = step.lower(params, state, tokens).compile()
 
 # %% [markdown]
-# For comparison, the ordinary step of the same model, whose gradient is there
-# as a whole:
+# For comparison, here is the ordinary step of the same model, which holds the
+# full gradient:
 
 
 # %%
@@ -142,8 +142,8 @@ print(f'loss {pairs[1][0]:.3f} -> {pairs[1][-1]:.3f}')
 # %% [markdown]
 # ## The same with 7B
 #
-# All of this works on shapes, too. The planner has those of LLaMA-7B, and its
-# functions:
+# All of this also works on shapes. The planner has the shapes of LLaMA-7B, and
+# its functions:
 
 # %%
 model = plan.named('llama_7b', 'bfloat16')
@@ -156,9 +156,9 @@ seven = so.layerwise(
 print(so.memory_report(seven, model.params))
 
 # %% [markdown]
-# "gradients" are those of one layer, embedding and head, which is all that is
-# alive at a time. The step itself can be traced, too; it hands back parameters
-# and state of the shapes that it was given.
+# "gradients" are those of one layer, embedding and head: nothing else is alive
+# at a time. You can also trace the step itself; it returns parameters and state
+# of the shapes that it was given.
 
 # %%
 state = jax.eval_shape(seven.init, model.params)
@@ -171,8 +171,8 @@ print(metrics.loss)
 # %% [markdown]
 # ## Where to go
 #
-# - bfloat16 weights want `so.round_updates()` last in the chain:
+# - With bfloat16 weights, put `so.round_updates()` last in the chain:
 #   [memory](../memory.md) has this and every other remedy with its price.
-# - [Layer by layer](../layerwise.md), and what clipping becomes there.
-# - With `examples/` it is `python examples/pretrain.py --model llama_7b
-#   --preset one_card --rank 1024 --batch 1 --seq 2048`.
+# - [Layer by layer](../layerwise.md), and how clipping changes there.
+# - With `examples/`, run `python examples/pretrain.py --model llama_7b --preset
+#   one_card --rank 1024 --batch 1 --seq 2048`.
