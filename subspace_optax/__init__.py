@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training in gradient subspaces: composable optax transformations.
 
-The gradient of a matrix is projected on a subspace of rank r, an optimizer runs
-on its coordinates there, and directions come back as updates of the matrix:
+The gradient of a matrix is projected onto a subspace of rank r, an optimizer
+runs on its coordinates there, and its directions are mapped back to updates of
+the matrix:
 
   project -> in_subspace -> unproject, or `subspace`, which chains them.
 
-A subspace optimizer is a choice of each of these:
+A subspace optimizer combines one of each of these:
 
-  SubspaceSpec   which leaves, as which matrices, at which rank
-  projectors     how bases are found and moved
+  SubspaceSpec   which leaves to project, as which matrices, at which rank
+  projectors     how to find and move bases
   an optax transformation, which runs on coordinates; `quantize_moments` keeps
                  its moments in 8 or 4 bits
-  transports     what happens to its moments when a basis moves
+  transports     what happens to the moments when a basis moves
   residuals      what happens to the rest of the gradient
 
-Ready made: `galore`, `golore`, `online_subspace_descent`, `fira_adamw`,
-`apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`, `dion`, `trion`;
-and without a subspace, `normuon` and `scale`. `from_hf` takes the arguments of
-Hugging Face's trainer, `from_torch` a state of `galore-torch`.
+Ready-made optimizers: `galore`, `golore`, `online_subspace_descent`,
+`fira_adamw`, `apollo_adamw`, `ldadamw`, `subspace_adamw`, `subspace_muon`,
+`dion`, `trion`; and without a subspace, `normuon` and `scale`. `from_hf` takes
+the arguments of Hugging Face's trainer, `from_torch` a state of `galore-torch`.
 
-Before and during training: `describe`, `memory_report`, `subspace_metrics`,
-`state_sharding`, `resize_rank`, `checkpoint`, and
-`python -m subspace_optax.plan`; `offload` for states on the host. Steps that
-need more than gradients: `layerwise`, `data_parallel_step`, `rso`; all are
-`TrainStep`s, as is the plain `train_step`.
+For use before and during training: `describe`, `memory_report`,
+`subspace_metrics`, `state_sharding`, `resize_rank`, `checkpoint`, and
+`python -m subspace_optax.plan`; `offload` for states on the host. Training
+steps that need more than gradients: `layerwise`, `data_parallel_step`, `rso`.
+All of them are `TrainStep`s, as is the plain `train_step`.
 """
 
 from importlib import metadata as _metadata
@@ -144,7 +145,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-  """Imports `plan` when it is asked for: nothing else here needs it."""
+  """Imports `plan` on first use, since nothing else here needs it."""
   if name != 'plan':
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   import importlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of runs that may go on on another mesh, rank or projector."""
+"""Checkpoints that may be continued with another mesh, rank or projector."""
 
 from subspace_optax.state._checkpoint import Restored as Restored
 from subspace_optax.state._checkpoint import restore as restore

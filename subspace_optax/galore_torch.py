@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of the PyTorch package `galore-torch`, taken over.
+"""Conversion of states of the PyTorch package `galore-torch`.
 
-Its AdamW keeps for each parameter 'step', 'exp_avg', 'exp_avg_sq' and, where it
-projects, a 'projector' with the basis in 'ortho_matrix', which is refreshed in
-the steps that its gap divides, from 0 on; Zhao et al., `GaLore
-<https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
+Its AdamW keeps 'step', 'exp_avg' and 'exp_avg_sq' for each parameter and, if it
+projects the parameter, a 'projector' with the basis in 'ortho_matrix'. It
+refreshes the basis at step 0 and at all multiples of the gap; Zhao et al.,
+`GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
 """
 
 from collections.abc import Mapping
@@ -31,38 +31,39 @@ def from_torch(
   *,
   transpose: str | None = r'(^|/)kernel$',
 ) -> Any:
-  """Returns a state for `tx`, made from one of `galore-torch`'s `GaLoreAdamW`.
+  """Returns a state for `tx` from a state of `galore-torch`'s `GaLoreAdamW`.
 
-  Training goes on as it would have there, up to rounding, until bases are next
-  refreshed: that finds the same subspaces, whose singular vectors may have
-  other signs, as they may on another machine there. Counters, those of
-  schedules too, are at the step of the state. Moments in 8 or 4 bits
+  Training continues as it would in PyTorch, up to rounding, until bases are
+  next refreshed. The refresh finds the same subspaces, but singular vectors may
+  have other signs, as on another machine in PyTorch. All counters, including
+  those of schedules, start at the step of the state. Moments in 8 or 4 bits
   (`moment_bits`) are rounded to the nearest code.
 
-  What is not in the state has to be said to `tx`: learning rate, betas, epsilon
-  and `scale`. docs/migrate.md tells how to write the state to a file, and what
-  differs in epsilon and weight decay.
+  Pass to `tx` what the state does not contain: learning rate, betas, epsilon
+  and `scale`. docs/migrate.md shows how to write the state to a file, and how
+  epsilon and weight decay differ.
 
   Args:
-    tx: as `from_hf` or `galore` makes it, with the ranks, gap and sides of the
-      state; `galore` wants `spec=SubspaceSpec(rank)` for 'std'.
-    state: from parameter names, or the numbers of `state_dict()`, to what is
-      kept of each: arrays, or what `numpy.asarray` makes arrays of. A projector
-      is a dict of its attributes, or has them. Or all of `state_dict()`.
+    tx: an optimizer from `from_hf` or `galore`, with the ranks, gap and sides
+      of the state. For 'std', `galore` needs `spec=SubspaceSpec(rank)`.
+    state: maps parameter names, or the numbers of `state_dict()`, to the
+      entries of each: arrays, or values that `numpy.asarray` converts. A
+      projector is a dict of its attributes, or an object with them. Or pass all
+      of `state_dict()`.
     params: the parameters.
-    names: from the path of each leaf to its key in `state`; of a stack of
-      layers, to a list of keys, one a matrix.
-    transpose: a regular expression of paths whose matrices are (in, out) here
-      and (out, in) there, as flax's kernels are; None for none.
+    names: maps the path of each leaf to its key in `state`; for a stack of
+      layers, to a list of keys, one per matrix.
+    transpose: a regular expression for paths whose matrices are (in, out) here
+      and (out, in) in PyTorch, as flax's kernels are; None for no path.
 
   Returns:
     A state with the structure, dtypes and shardings of `tx.init(params)`.
 
   Raises:
-    ValueError: a leaf without a key, or a key without a leaf; a state of 8-bit
-      codes, of another `proj_type` than 'std' or of tensors of more axes; a
-      rank, gap, side, shape or step that `tx`, `params` or another parameter
-      does not have; a `tx` without SVD or without Adam.
+    ValueError: a leaf without a key, or a key without a leaf; a state with
+      8-bit codes, a `proj_type` other than 'std' or tensors with more axes; a
+      rank, gap, side, shape or step that differs from `tx`, `params` or another
+      parameter; a `tx` without SVD or without Adam.
 
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2
@@ -117,13 +118,13 @@ def from_torch(
   return _coded_state.all_encoded(new, start)
 
 
-# --- What tx is --------------------------------------------------------------
+# --- The settings of tx ------------------------------------------------------
 
 
 def _layouts_and_gap(
   tx: Any, params: Any
 ) -> tuple[dict[str, _layout.Layout], int]:
-  """Returns the matrices that are projected, and T of the SVDs."""
+  """Returns the layouts of projected matrices, and T of the SVDs."""
   layouts, gap = {}, 0
   for record in _describe.records_of(tx, params):
     name = record.projector.name
@@ -166,7 +167,7 @@ def _is_count(path: tuple[Any, ...]) -> bool:
   return any(getattr(key, 'name', None) == 'count' for key in path)
 
 
-# --- Into the state ----------------------------------------------------------
+# --- Writing into the state --------------------------------------------------
 
 
 def _fill_adam(
@@ -201,7 +202,7 @@ def _map_leaves(f: Any, tree: Any) -> Any:
 
 
 def _put(path: str, x: Any, like: jax.Array) -> jax.Array:
-  """Returns an array as one of the state is: of its dtype, and in its place."""
+  """Returns an array with the dtype and placement of one in the state."""
   if x.shape != like.shape:
     raise ValueError(
       f'tx keeps an array of shape {like.shape} of leaf {path!r}, where the '

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers by the arguments that Hugging Face's trainer has for them."""
+"""Optimizers from the arguments of Hugging Face's trainer."""
 
 from collections.abc import Callable, Sequence
 import re
@@ -12,7 +12,8 @@ from subspace_optax._chain import _spec
 from subspace_optax.low_precision import _quantize_moments
 
 _SIDES = {'std': 'short', 'reverse_std': 'long', 'right': 'in', 'left': 'out'}
-# Theirs are left out by their class, as no linear layers; heads are linear.
+# Hugging Face leaves embeddings out by class, since they are not linear layers;
+# heads are linear.
 _EMBEDDING = r'(^|/)(\w*embed\w*|wte|wpe|shared)(/|$)'
 _NOT_LINEAR = rf'{_EMBEDDING}|(^|/)(\w*norm\w*|\w*conv\w*)(/|$)'
 
@@ -32,41 +33,42 @@ def from_hf(
 ) -> optax.GradientTransformationExtraArgs:
   """Makes the optimizer that Hugging Face's `TrainingArguments` describe.
 
-  Arguments have their names and defaults there. Modules are found by the paths
-  of leaves without the last name, with a slash in the place of each dot:
-  'self_attn.q_proj' finds `layers/0/self_attn/q_proj/kernel`. A list finds what
-  contains one of its strings, or is matched whole by it; a single string must
-  match whole, as a regular expression. What it finds may be a head, which this
-  library's own optimizers leave out; embeddings are left out there and here.
+  Arguments have the names and defaults of `TrainingArguments`. A module is
+  found by the path of a leaf without its last name, with slashes instead of
+  dots: 'self_attn.q_proj' finds `layers/0/self_attn/q_proj/kernel`. A list
+  finds paths that contain one of its strings, or match one as a whole. A single
+  string is a regular expression that must match the whole path. Both may find a
+  head, which this library's own optimizers leave out; embeddings are left out
+  by Hugging Face and here.
 
-  What stays different: weights decay, where their trainer forgets it for GaLore
-  and APOLLO, and all of them without a `mask`, where theirs leaves out biases
-  and norms; epsilon is added to the root of the corrected second moment; codes
-  of 8 bits are this library's; random bases have other numbers. `describe`
-  shows what is projected.
+  Some differences remain. Weights decay, which their trainer forgets for GaLore
+  and APOLLO; without a `mask` all weights decay, while theirs leaves out biases
+  and norms. Epsilon is added to the square root of the corrected second moment.
+  Codes of 8 bits are this library's, and random bases have other numbers.
+  `describe` shows what is projected.
 
   Args:
     learning_rate: a float or a schedule.
     optim: 'galore_adamw', 'galore_adamw_8bit', 'apollo_adamw' or 'adamw_8bit',
-      which 'adamw_bnb_8bit' is, too.
-    optim_args: as 'rank=128, update_proj_gap=200, scale=0.25, proj_type=std'.
-      APOLLO's `scale` is the square of the one here, which this sees to.
-    optim_target_modules: which modules are projected; None only for Adam,
-      'all-linear' for all but embeddings.
-    adam_beta1: decay of first moments.
-    adam_beta2: decay of second moments.
-    adam_epsilon: added to the root of second moments.
-    weight_decay: decoupled, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    seed: of random bases and of rounding.
+      also called 'adamw_bnb_8bit'.
+    optim_args: such as 'rank=128, update_proj_gap=200, scale=0.25,
+      proj_type=std'. Pass APOLLO's `scale` as in Hugging Face; it is the square
+      of the one here, and is converted.
+    optim_target_modules: which modules are projected; 'all-linear' for all
+      except embeddings, None only for Adam.
+    adam_beta1: decay rate of first moments.
+    adam_beta2: decay rate of second moments.
+    adam_epsilon: added to the square root of second moments.
+    weight_decay: decoupled weight decay; `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    seed: seed of random bases and of stochastic rounding.
 
   Returns:
     An optimizer.
 
   Raises:
-    ValueError: an optimizer, an argument of `optim_args` or a value of one that
-      is not here; a layer-wise optimizer, which `layerwise` is for; no target
-      modules.
+    ValueError: an unsupported optimizer, argument or value in `optim_args`; a
+      layer-wise optimizer, for which use `layerwise`; no target modules.
 
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024; Zhu et al.,
@@ -146,8 +148,8 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 def _adamw_8bit(
   learning_rate: Any, adam: Any, seed: int, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
-  # Theirs keeps embeddings in float32, and small arrays: norms and biases,
-  # which pass for matrices in stacks.
+  # Hugging Face keeps embeddings and small arrays in float32. Small arrays are
+  # norms and biases, which would pass for matrices in stacks.
   exclude = ('auto', _EMBEDDING)
   moments = _quantize_moments.quantize_moments(
     optax.scale_by_adam(**adam), 8, exclude=exclude, seed=seed
@@ -173,7 +175,7 @@ def _make_spec(
 
 
 def _parse(optim_args: str) -> dict[str, str]:
-  """Returns names and values of a string as 'rank=128, scale=0.25'."""
+  """Returns the names and values in a string such as 'rank=128, scale=0.25'."""
   parts = [x for x in optim_args.replace(' ', '').split(',') if x]
   if not all(x.count('=') == 1 for x in parts):
     raise ValueError(
@@ -217,7 +219,7 @@ def _unknown(optim: str) -> str:
 
 
 def _pattern(modules: str | Sequence[str] | None) -> str | None:
-  """Returns what finds the paths of target modules' leaves; None for all."""
+  """Returns a pattern for paths of target modules' leaves; None for all."""
   if not modules:
     raise ValueError(
       'optim_target_modules must name modules, as ["attn", "mlp"], or be '

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ready-made optimizers in optax's own form.
 
-All take (learning_rate, rank), those of whole matrices learning_rate alone, and
-then keywords, which mean the same wherever they are; `galore` takes the
-arguments of `optax.contrib.galore` before them.
+All take (learning_rate, rank) by position; optimizers of whole matrices take
+learning_rate alone. Keyword arguments follow and mean the same in every
+optimizer. `galore` takes the arguments of `optax.contrib.galore` before them.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,9 +39,9 @@ _T = TypeVar('_T')
 
 
 class _Default:
-  """A default that can be told from an equal value that a caller passed.
+  """A default that can be told apart from an equal value passed by a caller.
 
-  It is no number, so that `optax.inject_hyperparams` does not trace it.
+  It is not a number, so `optax.inject_hyperparams` does not trace it.
   """
 
   def __init__(self, value: Any):
@@ -58,7 +58,7 @@ class _Default:
 
 
 def _default(value: _T) -> _T:
-  """Returns a default of an argument that must be static."""
+  """Returns the default of an argument that must be static."""
   return cast(_T, _Default(value))
 
 
@@ -67,7 +67,8 @@ def _unwrap(argument: Any) -> Any:
   return argument.value if isinstance(argument, _Default) else argument
 
 
-# By name: what tests, benchmarks, the planner and the example trainer go over.
+# Optimizers by name. Tests, benchmarks, the planner and the example trainer
+# iterate over them.
 READY_MADE: dict[str, Callable[..., Transformation]] = {}
 
 _Make = TypeVar('_Make', bound=Callable[..., Transformation])
@@ -79,15 +80,15 @@ def takes(make: Callable[..., Any], argument: str) -> bool:
 
 
 def with_rank(make: Callable[..., Any], rank: Any) -> Callable[..., Any]:
-  """Returns an optimizer of some rank; one without a rank as it is."""
+  """Returns `make` with this rank, or unchanged if it takes no rank."""
   return functools.partial(make, rank=rank) if takes(make, 'rank') else make
 
 
 def _ready_made(*static: str) -> Callable[[_Make], _Make]:
-  """Adds an optimizer to `READY_MADE`, and checks what it is called with.
+  """Adds an optimizer to `READY_MADE` and checks its arguments.
 
   Args:
-    *static: the names of arguments that can't be traced.
+    *static: names of the arguments that can't be traced.
   """
 
   def add(make: _Make) -> _Make:
@@ -113,7 +114,7 @@ def _ready_made(*static: str) -> Callable[[_Make], _Make]:
 
 
 def _check_static(optimizer: str, arguments: Mapping[str, Any]) -> None:
-  """Raises if any of the optimizer's arguments is an array, traced maybe."""
+  """Raises if any of these arguments is a jax array, traced or not."""
   traced = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
   if traced:
     names = tuple(k for k, x in arguments.items() if _is_passed(x))
@@ -126,7 +127,7 @@ def _check_static(optimizer: str, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_spec_alone(arguments: Mapping[str, Any]) -> None:
-  """Raises for arguments whose place a spec takes, beside a spec."""
+  """Raises if a spec is passed with arguments that it replaces."""
   spec = arguments['spec']
   if spec is None:
     return
@@ -166,41 +167,42 @@ def galore(
 ) -> Transformation:
   """GaLore: an optimizer in the gradient's leading singular subspace.
 
-  Takes the arguments of `optax.contrib.galore` and takes the same steps on
-  trees of plain kernels. Beyond it: stacked and sharded kernels, any dtypes,
-  zero and NaN gradients; embeddings, heads, norms and biases stay plain, see
-  `describe`.
+  Takes the arguments of `optax.contrib.galore` and, on trees of plain kernels,
+  makes the same steps. It also handles stacked and sharded kernels, any dtypes,
+  and zero and NaN gradients. Embeddings, heads, norms and biases stay plain,
+  that is, they are not projected; see `describe`.
 
-  The GaLore of its authors and of Hugging Face differs in two defaults: it
-  projects the short side (`proj_type='std'`), as `spec=SubspaceSpec(128)` does
-  here, where this one, like contrib, projects the long side (their
-  'reverse_std'); and its `scale` is 0.25.
+  The implementations of the authors and of Hugging Face have two other
+  defaults. They project the short side (`proj_type='std'`); this one, like
+  contrib, projects the long side (their 'reverse_std') unless you pass
+  `spec=SubspaceSpec(128)`. And their `scale` is 0.25.
 
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
     update_proj_gap: T, steps between SVDs; the first is at step 0.
-    scale: alpha, factor of the projected leaves' updates.
-    base_optimizer: the optimizer in the subspace and of plain leaves,
+    scale: alpha, multiplies the updates of projected leaves.
+    base_optimizer: the optimizer in the subspace and for plain leaves,
       `optax.scale_by_adam()` by default. It must return directions along the
-      gradient, since `learning_rate` and sign are applied behind it.
-      `optax.adam(...)` steps against the gradient and is an error here;
-      contrib's galore takes it, and the loss grows. With
+      gradient, since the learning rate and the sign are applied after it.
+      `optax.adam(...)` steps against the gradient and raises an error here;
+      contrib's galore accepts it, and the loss grows. With
       `optax.inject_hyperparams` and bfloat16 parameters, pass
       `hyperparam_dtype=jnp.float32`: in bfloat16 a b2 of 0.999 is 1, and Adam
       divides by zero.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
     weight_dimension_numbers: which axes form matrices; see `SubspaceSpec`.
-    plain: optimizer of the leaves that are not projected, `base_optimizer` by
+    plain: optimizer for leaves that are not projected, `base_optimizer` by
       default.
-    stagger: whether matrices are refreshed in different steps of every T, so
-      that no step computes all SVDs. Their bases then start as random samples.
-    every_k: number of micro-steps in one step, whose gradients are accumulated
-      in their subspaces; see `subspace`. None for 1.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of the first bases if staggered, and of rounding.
-    spec: a `SubspaceSpec` in the place of `rank`, `seed` and
+    stagger: whether matrices are refreshed at different steps within every T,
+      so that no step computes all SVDs. The bases then start as random samples.
+    every_k: number of micro-steps per step. Their gradients are accumulated in
+      the subspace; see `subspace`. None means 1.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of the first bases, if staggered, and of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank`, `seed` and
       `weight_dimension_numbers`; passing both is an error.
 
   Returns:
@@ -209,7 +211,7 @@ def galore(
   Raises:
     ValueError: see `SubspaceSpec` and `projectors.svd`; at `init`, a
       `base_optimizer` that steps against the gradient.
-    TypeError: likewise.
+    TypeError: see the same.
 
   References:
     Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
@@ -263,36 +265,39 @@ def golore(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """GoLore: GaLore with random bases, in which noise cannot trap training.
+  """GoLore: GaLore with random bases, so that noise cannot trap training.
 
   Bases come from the gradient's SVD before step `random_from` and are Haar
-  samples after it; first moments move along (momentum projection). A tree
-  without a matrix to project is left to the inner optimizer, see `describe`.
+  samples from that step on. First moments follow the bases (momentum
+  projection). If a tree has no matrix to project, the inner optimizer updates
+  all of it; see `describe`.
 
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
     update_proj_gap: tau, steps between refreshes.
-    scale: factor of the projected leaves' updates.
+    scale: multiplies the updates of projected leaves.
     random_from: first step with random bases; 0 for pure GoLore, 8,000 for
       GoLore@20% of 10,000 steps.
-    regenerate: whether bases are random columns of the cosine transform, made
-      again at every step, in place of Haar samples that are stored. What the
-      proofs ask of a random basis holds for both, see `projectors.dct`.
-    inner: the optimizer in the subspace and of plain leaves, whose first
-      moments must be known: see `in_subspace`. `optax.scale_by_adam()` by
-      default. It must return directions along the gradient, as
+    regenerate: whether bases are random columns of the cosine transform,
+      recomputed at every step, instead of stored Haar samples. Both have the
+      properties that the proofs require of a random basis; see
+      `projectors.dct`.
+    inner: the optimizer in the subspace and for plain leaves,
+      `optax.scale_by_adam()` by default. Its first moments must be registered;
+      see `in_subspace`. It must return directions along the gradient, which
       `optax.adam(...)` does not.
-    plain: optimizer of the leaves that are not projected, `inner` by default.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    every_k: number of micro-steps in one step, whose gradients are accumulated
-      in their subspaces; see `subspace`. None for 1.
-    stagger: whether matrices are refreshed in different steps of every tau, so
-      that no step refreshes all of them.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of the random bases.
-    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+    plain: optimizer for leaves that are not projected, `inner` by default.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    every_k: number of micro-steps per step. Their gradients are accumulated in
+      the subspace; see `subspace`. None means 1.
+    stagger: whether matrices are refreshed at different steps within every tau,
+      so that no step refreshes all of them.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of the random bases and of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank` and `seed`; passing both is an
       error.
 
   Returns:
@@ -303,7 +308,7 @@ def golore(
     ValueError: `regenerate` together with `random_from`; see `SubspaceSpec` and
       `projectors.switch`; at `init`, an `inner` that steps against the
       gradient.
-    TypeError: likewise, or `random_from` is no int.
+    TypeError: see the same; `random_from` is not an int.
 
   References:
     He et al., `Subspace Optimization for Large Language Models with
@@ -360,34 +365,35 @@ def online_subspace_descent(
 ) -> Transformation:
   """Online Subspace Descent: bases learned along with the weights, no SVD.
 
-  A tree without a matrix to project is left to the inner optimizer, see
+  If a tree has no matrix to project, the inner optimizer updates all of it; see
   `describe`.
 
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
-    scale: factor of the projected leaves' updates. The authors' scripts take
+    scale: multiplies the updates of projected leaves. The authors' scripts use
       0.25, and a learning rate of 0.005 times the schedule for the bases.
-    alpha: learning rate of the bases over that of the weights.
+    alpha: learning rate of the bases divided by that of the weights.
     orthogonality: lambda of Eq. (6).
-    basis_optimizer: OptimizerP with its own learning rate; Adam at `alpha`
-      times `learning_rate` by default. `optax.sgd` saves its 2mr of state.
-    inner: OptimizerW, the optimizer in the subspace and of plain leaves,
+    basis_optimizer: OptimizerP with its own learning rate, by default Adam at
+      `alpha` times `learning_rate`. `optax.sgd` saves Adam's 2mr of state.
+    inner: OptimizerW, the optimizer in the subspace and for plain leaves,
       `optax.scale_by_adam()` by default. It must return directions along the
-      gradient, as `optax.adam(...)` does not.
-    plain: optimizer of the leaves that are not projected, `inner` by default.
-    weight_decay: of the weights, decoupled, before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    every_k: number of micro-steps in one step, whose gradients are accumulated
-      in their subspaces; see `subspace`. None for 1.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of the first bases.
-    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+      gradient, which `optax.adam(...)` does not.
+    plain: optimizer for leaves that are not projected, `inner` by default.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    every_k: number of micro-steps per step. Their gradients are accumulated in
+      the subspace; see `subspace`. None means 1.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of the first bases and of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank` and `seed`; passing both is an
       error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: 3mr + 2nr, or
-    mr + 2nr with SGD on the bases.
+    mr + 2nr with SGD for the bases.
 
   Raises:
     ValueError: a negative `alpha`; see `SubspaceSpec` and
@@ -442,29 +448,31 @@ def fira_adamw(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """Fira: GaLore's Adam in the subspace, and the scaled residual beside it.
+  """Fira: GaLore's Adam in the subspace, plus the scaled residual.
 
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
     update_proj_gap: T, steps between SVDs; the first is at step 0.
-    scale: alpha, factor of what comes back from the subspace; the residual is
-      not multiplied by it. The authors take 0.25, and 0.0625 from a billion
-      parameters on.
-    b1: decay of first moments.
-    b2: decay of second moments.
-    eps: added to the root of second moments.
-    eps_root: added under that root; above 0 for derivatives through a step.
-    limiter: gamma, the most that the residual's norm may grow in a step.
-    plain: optimizer of the leaves that are not projected, Adam by default. It
-      returns directions along the gradient.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices are refreshed in different steps of every T. Their
-      bases then start as random samples.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of the first bases if staggered.
-    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+    scale: alpha, multiplies the update from the subspace but not the residual.
+      The authors use 0.25, and 0.0625 from a billion parameters on.
+    b1: decay rate of first moments.
+    b2: decay rate of second moments.
+    eps: added to the square root of second moments.
+    eps_root: added under that square root; use a value above 0 to differentiate
+      through a step.
+    limiter: gamma, the largest factor by which the residual's norm may grow per
+      step.
+    plain: optimizer for leaves that are not projected, Adam by default. It must
+      return directions along the gradient.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices are refreshed at different steps within every T.
+      The bases then start as random samples.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of the first bases, if staggered, and of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank` and `seed`; passing both is an
       error.
 
   Returns:
@@ -515,32 +523,35 @@ def apollo_adamw(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """APOLLO: whole gradients, scaled column by column or matrix by matrix.
+  """APOLLO: whole gradients, scaled per column or per matrix.
 
-  The random bases are drawn anew at every step from their seeds instead of
-  stored. APOLLO-Mini is `rank=1, scale=128**0.5, granularity='tensor'`.
+  The random bases are not stored, but drawn again from their seeds at every
+  step. APOLLO-Mini is `rank=1, scale=128**0.5, granularity='tensor'`.
 
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
     update_proj_gap: T, steps between new bases.
-    scale: alpha, factor of the scaled gradients. The authors' and Hugging
-      Face's `scale` is its square: their 128 is 128**0.5 here, and 128 here
-      would be steps 11.3 times as long.
+    scale: alpha, multiplies the scaled gradients. The `scale` of the authors
+      and of Hugging Face is its square: pass 128**0.5 for their 128. Passing
+      128 here makes steps 11.3 times as long.
     granularity: 'channel' or 'tensor'; see `residuals.apollo`.
-    b1: decay of first moments.
-    b2: decay of second moments.
-    eps: added to the root of second moments.
-    eps_root: added under that root; above 0 for derivatives through a step.
-    limiter: gamma, the most that an update's norm may grow in a step.
-    plain: optimizer of the leaves that are not projected, Adam by default. It
-      returns directions along the gradient.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices get new bases in different steps of every T.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of the bases.
-    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+    b1: decay rate of first moments.
+    b2: decay rate of second moments.
+    eps: added to the square root of second moments.
+    eps_root: added under that square root; use a value above 0 to differentiate
+      through a step.
+    limiter: gamma, the largest factor by which an update's norm may grow per
+      step.
+    plain: optimizer for leaves that are not projected, Adam by default. It must
+      return directions along the gradient.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices get new bases at different steps within every T.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of the bases and of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank` and `seed`; passing both is an
       error.
 
   Returns:
@@ -593,35 +604,37 @@ def ldadamw(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """LDAdam: power iteration, transport of both moments, error feedback.
+  """LDAdam: power iteration, transport of both moments and error feedback.
 
-  The first power step starts from Haar samples; the authors' code starts from
-  an SVD.
+  The first power step starts from Haar samples; in the authors' code it starts
+  from an SVD.
 
   Args:
     learning_rate: a float or a schedule.
     rank: r, clipped to the short side; see `SubspaceSpec`.
-    scale: factor of the projected leaves' updates.
-    b1: decay of first moments.
-    b2: decay of second moments.
-    eps: added to the root of second moments.
-    eps_root: added under that root; above 0 for derivatives through a step.
+    scale: multiplies the updates of projected leaves.
+    b1: decay rate of first moments.
+    b2: decay rate of second moments.
+    eps: added to the square root of second moments.
+    eps_root: added under that square root; use a value above 0 to differentiate
+      through a step.
     momentum: rho, the weight of past coordinates in the power steps.
-    error_feedback: whether the residual returns with the next gradient, for
-      which a buffer of the whole matrix is kept.
-    plain: optimizer of the leaves that are not projected, Adam by default. It
-      returns directions along the gradient.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of the first bases.
-    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+    error_feedback: whether to add the residual to the next gradient. This keeps
+      a buffer of the size of the matrix.
+    plain: optimizer for leaves that are not projected, Adam by default. It must
+      return directions along the gradient.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of the first bases and of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank` and `seed`; passing both is an
       error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mr + 3nr, and mn
-    for error feedback; all of it in float32, of narrower parameters, too,
-    unless `spec` says otherwise.
+    for error feedback. Unless `spec` says otherwise, all of it is float32, even
+    for narrower parameters.
 
   Raises:
     ValueError: see `SubspaceSpec`, `projectors.power_iteration` and
@@ -669,41 +682,45 @@ def subspace_adamw(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """AdamW for whole matrices with the moments of a quarter of their rows.
+  """AdamW for whole matrices with moments of a quarter of their rows.
 
-  Our recipe for memory: Adam in random columns of the cosine transform, drawn
-  every T steps and not stored, first moments carried along, and Fira's residual
-  at the paper's alpha = 1. With N Adam's direction, L its limiter and phi the
-  ratio of |N| to |R| in each column,
+  Our recipe for low memory: Adam on coordinates in random columns of the cosine
+  transform. The columns are drawn every T steps and not stored, and first
+  moments follow them. Fira's residual is added at the paper's alpha = 1. With N
+  Adam's direction, L Fira's limiter and phi the ratio of |N| to |R| in each
+  column,
 
     W <- W - lr (P N + L(phi (G - P R))).
 
-  In a random basis every column has about r / m of its energy inside, so that
-  phi, and with it the step, is the same at every rank.
+  In a random basis every column has about r / m of its energy inside the
+  subspace, so phi, and with it the step, is the same at every rank.
 
   Args:
     learning_rate: a float or a schedule, about Adam's.
-    rank: r, here a share of the short side; see `SubspaceSpec`.
+    rank: r, by default a fraction of the short side; see `SubspaceSpec`.
     update_proj_gap: T, steps between new bases.
-    scale: alpha, factor of what comes back from the subspace.
-    b1: decay of first moments.
-    b2: decay of second moments, which stay as they are when a basis moves.
-    eps: added to the root of second moments.
-    eps_root: added under that root; above 0 for derivatives through a step.
-    limiter: gamma, the most that the residual's norm may grow in a step.
-    plain: optimizer of the leaves that are not projected, Adam by default. It
-      returns directions along the gradient.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices get new bases in different steps of every T.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of the bases.
-    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+    scale: alpha, multiplies the update from the subspace.
+    b1: decay rate of first moments.
+    b2: decay rate of second moments, which do not change when a basis moves.
+    eps: added to the square root of second moments.
+    eps_root: added under that square root; use a value above 0 to differentiate
+      through a step.
+    limiter: gamma, the largest factor by which the residual's norm may grow per
+      step.
+    plain: optimizer for leaves that are not projected, Adam by default. It must
+      return directions along the gradient.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices get new bases at different steps within every T.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of the bases and of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank` and `seed`; passing both is an
       error.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: 2nr numbers, and a
-    few more.
+    An optimizer. State per m x n matrix, m the short side: 2nr and a few
+    numbers.
 
   Raises:
     ValueError: see `SubspaceSpec`, `projectors.dct`, `residuals.fira`.
@@ -750,42 +767,43 @@ def subspace_muon(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """Muon with the momentum of a random subspace, and no basis in its state.
+  """Muon with momentum in a random subspace, and no basis in its state.
 
-  Our recipe for quality: Muon orthogonalises momentum. Here the momentum is
-  that of r coordinates in random columns of the cosine transform, drawn every T
-  steps and carried along by GoLore's C. What is orthogonalised is Nesterov's
-  momentum inside and this step's gradient outside, E, with the weight that it
-  has inside:
+  Our recipe for quality. Muon orthogonalises momentum; here it keeps momentum
+  only of r coordinates, in random columns of the cosine transform. The columns
+  are drawn every T steps, and GoLore's C carries the momentum to the new ones.
+  The update orthogonalises Nesterov momentum inside the subspace plus E, this
+  step's gradient outside it, with the weight that the gradient has inside:
 
-    M <- b M + R,   W <- W - lr alpha NS(P (R + b M) + (1 + b) E),
+    M <- b M + R,   W <- W - lr alpha NS(P (R + b M) + (1 + b) E).
 
-  and then output neurons are brought to one size, as in NorMuon. Updates have
-  singular values near `scale` times the learning rate (times sqrt(out / in)
-  for kernels that widen) whatever the rank and the width, so that one learning
-  rate serves all of them. A step costs Muon's products and 2 products with a
-  basis.
+  It then brings output neurons to one size, as NorMuon does. Updates have
+  singular values near `scale` times the learning rate (times sqrt(out / in) for
+  kernels with more outputs than inputs) at any rank and width, so that one
+  learning rate serves all of them. A step costs Muon's products and 2 products
+  with a basis.
 
   Args:
     learning_rate: a float or a schedule, about Adam's for embeddings, heads
       and norms.
-    rank: r, here a share of the short side; see `SubspaceSpec`.
+    rank: r, by default a fraction of the short side; see `SubspaceSpec`.
     update_proj_gap: T, steps between new bases.
-    scale: alpha, the step of matrices over that of the other leaves.
-    b: decay of the momentum, in [0, 1).
-    b2: decay of the mean squares of output neurons, in [0, 1); None leaves
-      them as Muon has them. See `residuals.orthogonal`, as for the next two.
+    scale: alpha, the step size of matrices relative to that of other leaves.
+    b: decay rate of the momentum, in [0, 1).
+    b2: decay rate of the mean squares of output neurons, in [0, 1). None leaves
+      neurons as in Muon. For this and the next two, see `residuals.orthogonal`.
     ns_coeffs: coefficients of the Newton-Schulz iteration.
-    preconditioning: what brings singular values to at most 1 before it.
-    plain: optimizer of the leaves that are not projected,
-      `optax.scale_by_adam()` by default; it returns directions along the
-      gradient, as `optax.adam(...)` does not.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    stagger: whether matrices get new bases in different steps of every T.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of the bases.
-    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+    preconditioning: how to bring singular values to at most 1 before it.
+    plain: optimizer for leaves that are not projected,
+      `optax.scale_by_adam()` by default. It must return directions along the
+      gradient, which `optax.adam(...)` does not.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    stagger: whether matrices get new bases at different steps within every T.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of the bases and of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank` and `seed`; passing both is an
       error.
 
   Returns:
@@ -793,7 +811,7 @@ def subspace_muon(
     output unless `b2` is None, and a few numbers.
 
   Raises:
-    ValueError: b or b2 outside of [0, 1); see `SubspaceSpec`, `projectors.dct`,
+    ValueError: b or b2 outside [0, 1); see `SubspaceSpec`, `projectors.dct`,
       `residuals.orthogonal`.
     TypeError: see `projectors.dct`.
 
@@ -845,7 +863,7 @@ def normuon(
 ) -> Transformation:
   """NorMuon on whole matrices, without a subspace; Adam on the rest.
 
-  What `subspace_muon` is compared with: Muon's momentum of whole matrices, and
+  The baseline for `subspace_muon`: Muon's momentum of whole matrices, with
   output neurons brought to one size; see `scale_by_normuon`. Steps are as long
   as those of `subspace_muon`: singular values are near `scale` times the
   learning rate.
@@ -853,31 +871,31 @@ def normuon(
   Args:
     learning_rate: a float or a schedule, about Adam's for embeddings, heads
       and norms.
-    scale: alpha, the step of matrices over that of the other leaves.
-    b: decay of the momentum, in [0, 1). None keeps no momentum, and hardly any
-      state of matrices; the best learning rate is then about four times as
+    scale: alpha, the step size of matrices relative to that of other leaves.
+    b: decay rate of the momentum, in [0, 1). None keeps no momentum, and hardly
+      any state for matrices; the best learning rate is then about four times as
       high.
-    b2: decay of the mean squares of output neurons; None for Muon, without any.
-    ns_coeffs: see `scale_by_normuon`, as for the next.
-    preconditioning: what comes before the iteration.
-    plain: optimizer of the leaves that are no matrices,
-      `optax.scale_by_adam()` by default. It returns directions along the
-      gradient.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of the rounding in 8 bits.
-    spec: a `SubspaceSpec` that tells which leaves are matrices, and their axes;
-      its rank, side and bases do not matter. Passing `seed` beside it is an
+    b2: decay rate of the mean squares of output neurons; None for plain Muon.
+    ns_coeffs: see `scale_by_normuon`.
+    preconditioning: see `scale_by_normuon`.
+    plain: optimizer for leaves that are not matrices, `optax.scale_by_adam()`
+      by default. It must return directions along the gradient.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of the stochastic rounding in 8 bits.
+    spec: a `SubspaceSpec` that says which leaves are matrices, and their axes;
+      its rank, side and bases do not matter. Passing `seed` with it is an
       error.
 
   Returns:
-    An optimizer. State per matrix: with `b` one of its size, and with `b2` a
-    number per output.
+    An optimizer. State per matrix: with `b`, an array of the matrix's size;
+    with `b2`, a number per output.
 
   Raises:
     ValueError: see `scale_by_normuon`.
-    TypeError: `plain` is no optimizer.
+    TypeError: `plain` is not an optimizer.
 
   References:
     Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1
@@ -917,41 +935,42 @@ def dion(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """Dion: orthogonal updates of rank r from a momentum of whole matrices.
+  """Dion: orthogonal updates of rank r from the momentum of whole matrices.
 
-  For B = M + G one half of a power step finds the basis P, from the last step's
-  coordinates; what it holds of the momentum decays, what it does not hold adds
-  up:
+  Half a power step on B = M + G, from the last step's coordinates, finds the
+  basis P. The part of the momentum inside the subspace decays; the part outside
+  accumulates:
 
     P = orth(B Q^T),  R = P^T B,  M <- B - (1 - b) P R,  Q <- unit rows of R,
     W <- W - lr alpha sqrt(out / in) P Q.
 
-  Nothing is orthogonalised but the m x r basis, and what crosses devices is r
-  wide.
+  Only the m x r basis is orthogonalised, and only arrays of width r cross
+  devices.
 
   Args:
     learning_rate: a float or a schedule, about Adam's for embeddings, heads
       and norms.
-    rank: r, here a share of the short side; see `SubspaceSpec`.
-    scale: alpha, the step of matrices over that of the other leaves.
-    b: mu, decay of the momentum inside of the subspace, in [0, 1).
-    plain: optimizer of the leaves that are not projected,
-      `optax.scale_by_adam()` by default; it returns directions along the
-      gradient, as `optax.adam(...)` does not.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of the moments of `plain`.
-      The momentum of whole matrices takes the dtype that `spec` says.
-    seed: of the first bases and of rounding.
-    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+    rank: r, by default a fraction of the short side; see `SubspaceSpec`.
+    scale: alpha, the step size of matrices relative to that of other leaves.
+    b: mu, decay rate of the momentum inside the subspace, in [0, 1).
+    plain: optimizer for leaves that are not projected,
+      `optax.scale_by_adam()` by default. It must return directions along the
+      gradient, which `optax.adam(...)` does not.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 or 4 to quantize the moments of `plain`; see
+      `quantize_moments`. `spec` sets the dtype of the momentum of matrices.
+    seed: seed of the first bases and of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank` and `seed`; passing both is an
       error.
 
   Returns:
     An optimizer. State per m x n matrix, m the short side: mn + mr + nr. The
-    paper keeps mn + nr, and no basis.
+    paper keeps mn + nr, since it stores no basis.
 
   Raises:
-    ValueError: b outside of [0, 1); see `SubspaceSpec`.
+    ValueError: b outside [0, 1); see `SubspaceSpec`.
     TypeError: see `SubspaceSpec`.
 
   References:
@@ -988,10 +1007,11 @@ def trion(
   seed: int = _default(0),
   spec: _spec.SubspaceSpec | None = None,
 ) -> Transformation:
-  """Trion: Dion with columns of the cosine transform, and nothing factorised.
+  """Trion: Dion with columns of the cosine transform, without factorisations.
 
-  The basis of each step is the r columns along which the momentum B = M + G has
-  the largest l1 norm, and Newton-Schulz runs on its r x n coordinates:
+  The basis of each step is the r columns along which B = M + G, momentum plus
+  gradient, has the largest l1 norm. Newton-Schulz runs on its r x n
+  coordinates:
 
     R = P^T B,  M <- B - (1 - b) P R,
     W <- W - lr alpha sqrt(out / in) P NS(R).
@@ -999,26 +1019,27 @@ def trion(
   Args:
     learning_rate: a float or a schedule, about Adam's for embeddings, heads
       and norms.
-    rank: r, here a share of the short side; see `SubspaceSpec`.
-    scale: alpha, the step of matrices over that of the other leaves.
-    b: mu, decay of the momentum inside of the subspace, in [0, 1).
-    plain: optimizer of the leaves that are not projected,
-      `optax.scale_by_adam()` by default; it returns directions along the
-      gradient, as `optax.adam(...)` does not.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of the moments of `plain`.
-      The momentum of whole matrices takes the dtype that `spec` says.
-    seed: of rounding.
-    spec: a `SubspaceSpec` in the place of `rank` and `seed`; passing both is an
+    rank: r, by default a fraction of the short side; see `SubspaceSpec`.
+    scale: alpha, the step size of matrices relative to that of other leaves.
+    b: mu, decay rate of the momentum inside the subspace, in [0, 1).
+    plain: optimizer for leaves that are not projected,
+      `optax.scale_by_adam()` by default. It must return directions along the
+      gradient, which `optax.adam(...)` does not.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 or 4 to quantize the moments of `plain`; see
+      `quantize_moments`. `spec` sets the dtype of the momentum of matrices.
+    seed: seed of stochastic rounding.
+    spec: a `SubspaceSpec` instead of `rank` and `seed`; passing both is an
       error.
 
   Returns:
-    An optimizer. State per m x n matrix, m the short side: mn, and the numbers
+    An optimizer. State per m x n matrix, m the short side: mn, and the indices
     of r columns.
 
   Raises:
-    ValueError: b outside of [0, 1); see `SubspaceSpec`, `projectors.dct`.
+    ValueError: b outside [0, 1); see `SubspaceSpec`, `projectors.dct`.
     TypeError: see `SubspaceSpec`.
 
   References:
@@ -1050,7 +1071,7 @@ def _assemble_momentum(
   plain: optax.GradientTransformation | None,
   **rest: Any,
 ) -> Transformation:
-  """Returns an optimizer whose momentum is that of whole matrices."""
+  """Returns an optimizer that keeps the momentum of whole matrices."""
   _arguments.check_decay(b, 'b')
   return _assemble(
     spec,
@@ -1079,42 +1100,43 @@ def scale(
 ) -> Transformation:
   """SCALE: normalised gradients, with momentum for the head alone.
 
-  The floor of memory: no subspace, and of all matrices only the head has state.
-  With M = G or, of the head, M <- b M + (1 - b) G, each output j of a matrix
-  moves by a root mean square of lr:
+  The optimizer with the least state: it has no subspace, and among matrices
+  only the head has state. M is G, or for the head M <- b M + (1 - b) G. Each
+  output j of a matrix moves by a root mean square of lr:
 
     W_ij <- W_ij - lr alpha M_ij / max(sqrt(mean_i M_ij^2), 1e-8).
 
-  An embedding's inputs are its tokens. The table of a tied model makes the
-  logits, and counts as the head: its inputs are the width. `describe` shows
-  what is done with each leaf. A gradient that is not finite stays in the head's
-  momentum, as with optax; see `optax.apply_if_finite`.
+  The inputs of an embedding are its tokens. The table of a tied model computes
+  the logits and counts as the head; its inputs are the width. `describe` shows
+  how each leaf is treated. A gradient that is not finite stays in the head's
+  momentum, as in optax; see `optax.apply_if_finite`.
 
   Args:
-    learning_rate: a float or a schedule; the paper takes 1e-3 at 350M.
-    scale: alpha, the step of matrices over that of the other leaves.
-    b: decay of the head's momentum, in [0, 1).
-    head: 'auto' for heads by their names or, if there is none, the largest
-      embedding, with a warning; or a regular expression of the paths of heads,
-      which may be of embeddings; None for a model without one, in which nothing
-      has momentum.
-    plain: optimizer of norms, biases and all else that is no matrix,
-      `optax.scale_by_adam()` by default; it returns directions along the
-      gradient, as `optax.adam(...)` does not.
-    weight_decay: decoupled, on the weights before the step, not scaled.
-    mask: which leaves decay; see `optax.add_decayed_weights`.
-    moment_bits: 32, or 8 or 4 for `quantize_moments` of all moments.
-    seed: of rounding.
-    spec: a `SubspaceSpec` that says which leaves are matrices, of which axes;
-      its rank has no meaning here. Passing it with `seed` is an error.
+    learning_rate: a float or a schedule; the paper uses 1e-3 at 350M.
+    scale: alpha, the step size of matrices relative to that of other leaves.
+    b: decay rate of the head's momentum, in [0, 1).
+    head: 'auto' finds heads by name or, if there is none, takes the largest
+      embedding, with a warning. A regular expression matches the paths of
+      heads, which may be embeddings. None is for a model without a head; no
+      matrix then has momentum.
+    plain: optimizer for norms, biases and all other leaves that are not
+      matrices, `optax.scale_by_adam()` by default. It must return directions
+      along the gradient, which `optax.adam(...)` does not.
+    weight_decay: decoupled weight decay, of the weights before the step;
+      `scale` does not multiply it.
+    mask: which leaves get weight decay; see `optax.add_decayed_weights`.
+    moment_bits: 32, or 8 or 4 to quantize all moments; see `quantize_moments`.
+    seed: seed of stochastic rounding.
+    spec: a `SubspaceSpec` that says which leaves are matrices, and their axes;
+      its rank does not matter. Passing `seed` with it is an error.
 
   Returns:
-    An optimizer. State per i x j matrix: nothing, and ij of the head.
+    An optimizer. State per i x j matrix: none, except ij for the head.
 
   Raises:
-    ValueError: b outside of [0, 1); see `SubspaceSpec`; at `init`, a regular
-      expression that finds no head.
-    TypeError: `head` is no string; see `SubspaceSpec`.
+    ValueError: b outside [0, 1); see `SubspaceSpec`; at `init`, a regular
+      expression that matches no head.
+    TypeError: `head` is neither a string nor None; see `SubspaceSpec`.
 
   References:
     Glentis et al., `A Minimalist Optimizer Design for LLM Pretraining
@@ -1152,7 +1174,7 @@ def scale(
 def _choose_spec(
   spec: _spec.SubspaceSpec | None, **fields: Any
 ) -> _spec.SubspaceSpec:
-  """Returns the spec, or one that takes a tree without matrices, too."""
+  """Returns the spec, or one that also allows trees without matrices."""
   if spec is not None:
     return spec
   return _spec.SubspaceSpec(**fields, allow_empty=True)
@@ -1178,19 +1200,19 @@ def _scale_schedule(alpha: Any, learning_rate: Any) -> Any:
 
 
 def _has_wide_moments(optimizer: optax.GradientTransformation) -> bool:
-  """Whether an optimizer has moments in 32 bits, as far as types tell."""
+  """Whether an optimizer has 32-bit moments, judged by the state's types."""
   try:
-    # Of types alone: arrays would start the backend.
+    # `init` runs on types alone: arrays would start the backend.
     one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     state = jax.eval_shape(optimizer.init, {'x': one})
-  except Exception:  # an optimizer of certain trees; `init` will say more
+  except Exception:  # an optimizer for certain trees; `init` will say more
     return True
   coded = _moments.holds_codes(state)
   return not coded and bool(_moments.moments_in(state))
 
 
 def _check_number(name: str, value: Any, rest: str = '') -> None:
-  """Raises for what is in the place of a number, as by its position."""
+  """Raises for other than a number, such as a misplaced positional argument."""
   if isinstance(value, jax.Array | np.ndarray) or (rest and callable(value)):
     return
   if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -1220,11 +1242,11 @@ def _assemble(
   every_k: int | None = None,
   **how: Any,
 ) -> Transformation:
-  """Returns `subspace`, its moments in so many bits, and what comes after.
+  """Returns `subspace` with moments in `moment_bits`, followed by `after`.
 
-  `every_k` is None for one micro-step, since `inject_hyperparams` would trace
-  a number. `inner_name` and `plain_name` are those of the arguments if a caller
-  passed them, who may have passed optimizers that step against the gradient.
+  `every_k` is None for one micro-step, since `inject_hyperparams` would trace a
+  number. `inner_name` and `plain_name` are the arguments' names if a caller
+  passed the optimizers, which may then step against the gradient; else ''.
   """
   _check_number('scale', scale)
   _check_bits(moment_bits)
@@ -1246,12 +1268,12 @@ def _assemble(
 def _plain_or_adam(
   plain: optax.GradientTransformation | None,
 ) -> tuple[optax.GradientTransformation, str]:
-  """Returns what `_quantize` takes: the optimizer, and its name if passed."""
+  """Returns the optimizer and, if it was passed, its name for `_quantize`."""
   return (optax.scale_by_adam(), '') if plain is None else (plain, 'plain')
 
 
 def _quantize(bits: int, seed: int, optimizer: Any, name: str) -> Any:
-  """Returns an optimizer with moments in `bits`, checked if it has a name."""
+  """Returns an optimizer with moments in `bits`; checks it if it has a name."""
   if name:
     _arguments.require_optimizer(optimizer, name)
   if bits != 32 and _has_wide_moments(optimizer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Randomized subspace optimization: gradients that never exist whole."""
+"""Randomized subspace optimization, which never computes whole gradients."""
 
 from subspace_optax.lifted._lifted import LINEAR_OUT as LINEAR_OUT
 from subspace_optax.lifted._lifted import PROJECTED_INPUT as PROJECTED_INPUT

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of rules that are written outside of this package.
+"""Checks for rules written outside this package.
 
-Each trains a small tree with the rule, of a matrix, a stack of matrices along a
-middle axis and a vector, and raises an AssertionError that names the property
-which does not hold.
+Each check trains a small tree with the rule: a matrix, a stack of matrices
+along a middle axis, and a vector. It raises an AssertionError that names the
+property which does not hold.
 """
 
 from typing import Any
@@ -37,17 +37,17 @@ _SHAPES = {'matrix': (8, 12), 'stack': (12, 2, 8), 'vector': (12,)}
 
 
 def check_projector(projector: projectors.Projector) -> None:
-  """Checks that a projector can be trusted with a training run.
+  """Checks that a projector is fit for a training run.
 
-  It keeps structure, shapes and dtypes of its state through jitted steps
-  without a second compilation; the same steps come out of `jax.lax.scan` in
-  float32; bases stay finite, and orthonormal where the projector says so,
-  whatever gradients are zero, NaN or bfloat16; every matrix of a stack gets
-  one; and none that a rule draws is refused for not being orthonormal.
-  Compiling takes most of a minute.
+  The state must keep its structure, shapes and dtypes through jitted steps
+  without a second compilation. `jax.lax.scan` must give the same steps in
+  float32. Bases must stay finite, and orthonormal if the projector says so,
+  with zero, NaN or bfloat16 gradients. Every matrix of a stack must get a
+  basis, and no basis that the rule draws may be rejected as not orthonormal.
+  Most of a minute goes into compiling.
 
   Args:
-    projector: from `subspace_optax.projectors.periodic`, say.
+    projector: the rule, for example from `subspace_optax.projectors.periodic`.
 
   Raises:
     AssertionError: a property does not hold.
@@ -63,11 +63,11 @@ def check_projector(projector: projectors.Projector) -> None:
 
 
 def check_residual(residual: residuals.Residual) -> None:
-  """Checks that a residual rule can be trusted with a training run.
+  """Checks that a residual rule is fit for a training run.
 
-  It keeps structure, shapes and dtypes of updates and state through jitted
-  steps without a second compilation, the same steps come out of `jax.lax.scan`,
-  a zero gradient makes a finite update, and one that is NaN does not stay in
+  Updates and state must keep their structure, shapes and dtypes through jitted
+  steps without a second compilation. `jax.lax.scan` must give the same steps. A
+  zero gradient must make a finite update, and a NaN gradient must not stay in
   the updates of other matrices.
 
   Args:
@@ -91,11 +91,12 @@ def check_residual(residual: residuals.Residual) -> None:
 
 
 def check_transport(transport: transports.Transport) -> None:
-  """Checks that a transport can be trusted with a training run.
+  """Checks that a transport is fit for a training run.
 
-  It keeps structure, shapes and dtypes of moments through jitted steps without
-  a second compilation, also where each matrix has a state of its own; the same
-  steps come out of `jax.lax.scan`; and nothing happens while no basis moves.
+  Moments must keep their structure, shapes and dtypes through jitted steps
+  without a second compilation, also if each matrix has its own state.
+  `jax.lax.scan` must give the same steps, and nothing may change while no basis
+  moves.
 
   Args:
     transport: the rule, or its name.
@@ -118,7 +119,7 @@ def check_transport(transport: transports.Transport) -> None:
       per_matrix=per_matrix,
     )
 
-  # What resets has one state for each matrix, whatever is asked for.
+  # A transport that resets has one state per matrix in any case.
   for per_matrix in {transport.resets, True}:
     _train(make(2, transport, per_matrix), jnp.float32)
   resting = [
@@ -136,7 +137,7 @@ def check_transport(transport: transports.Transport) -> None:
 
 
 def _gradients(step: int, dtype: Any) -> Any:
-  """Returns gradients: zero once, NaN once, in one matrix of the stack."""
+  """Returns gradients, once zero and once NaN in one matrix of the stack."""
   rng = np.random.default_rng(step)
   made = {k: rng.standard_normal(shape) for k, shape in _SHAPES.items()}
   if step == 2:
@@ -146,7 +147,7 @@ def _gradients(step: int, dtype: Any) -> Any:
 
 
 def _run(tx: Any, dtype: Any) -> tuple[list[Any], list[Any]]:
-  """Returns the updates and states of some jitted steps."""
+  """Returns the updates and states of a few jitted steps."""
   params = jax.tree.map(jnp.zeros_like, _gradients(0, dtype))
   state, traces = tx.init(params), []
   all_updates, states = [], []
@@ -174,7 +175,7 @@ def _run(tx: Any, dtype: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _run_finitely(tx: Any, dtype: Any) -> tuple[list[Any], list[Any]]:
-  """The same, of updates that are finite."""
+  """Like `_run`, and checks that updates are finite."""
   all_updates, states = _run(tx, dtype)
   for t, updates in enumerate(all_updates):
     for name, x in updates.items():
@@ -185,7 +186,7 @@ def _run_finitely(tx: Any, dtype: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _train(tx: Any, dtype: Any) -> list[Any]:
-  """Returns the states of some steps, which a scan repeats."""
+  """Returns the states of a few steps, and checks that a scan repeats them."""
   all_updates, states = _run_finitely(tx, dtype)
 
   def step(state: Any, gradients: Any) -> tuple[Any, Any]:
@@ -231,7 +232,7 @@ def _kinds(tree: Any) -> Any:
 
 def _check_bases(projector: projectors.Projector, state: Any) -> None:
   ((_, own),) = _tree.find(state, _projection.ProjectState)
-  if int(own.count) != 3:  # behind gradients that are zero or NaN
+  if int(own.count) != 3:  # after gradients that are zero or NaN
     _check_taken(own.projector)
   if projector.rebuild:  # not in the state
     return

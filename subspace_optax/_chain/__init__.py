@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three pieces of a subspace optimizer, and what chains them."""
+"""The three pieces of a subspace optimizer, and functions that chain them."""

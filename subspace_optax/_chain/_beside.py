@@ -13,8 +13,8 @@ from subspace_optax._matrix import _tree
 class BesideState(NamedTuple):
   """State of two optimizers that share a tree."""
 
-  projected: Any  # of `inner`; `MaskedNode` for plain leaves
-  plain: Any  # of `plain`; `MaskedNode` for projected leaves
+  projected: Any  # state of `inner`; `MaskedNode` for plain leaves
+  plain: Any  # state of `plain`; `MaskedNode` for projected leaves
 
 
 def run_beside(
@@ -25,7 +25,7 @@ def run_beside(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns `inner` on leaves with paths in `projected`, `plain` on the rest.
 
-  Only `plain` is given the parameters, unless `takes_params`.
+  Only `plain` gets the parameters, unless `takes_params`.
   """
   plain = optax.with_extra_args_support(plain)
 
@@ -47,7 +47,7 @@ def run_beside(
 
 
 def split(tree: Any, projected: Iterable[str]) -> tuple[Any, Any]:
-  """Returns the tree without plain leaves, and that without projected ones."""
+  """Splits a tree: one without plain leaves, one without projected leaves."""
   tree, hide = _tree.unbox(tree), optax.MaskedNode()
   mine = lambda path, x: x if path in projected else hide
   rest = lambda path, x: hide if path in projected else x

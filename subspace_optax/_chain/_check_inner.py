@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of `in_subspace` for inner optimizers that it cannot run.
+"""Errors of `in_subspace` for inner optimizers that it can't run.
 
 The checks trace an optimizer on the types of its arguments, and never run it.
 """
@@ -25,14 +25,14 @@ def check_runs(
   takes_params: bool,
   per_matrix: bool,
 ) -> None:
-  """Raises for an optimizer that needs params, keeps them, or one matrix.
+  """Raises if an optimizer needs params, copies them, or needs one matrix.
 
   Args:
     inner: the optimizer.
     templates: the tree that it will see.
     matrices: that tree without plain leaves.
-    batch_axes: the axes of each leaf that count matrices.
-    takes_params: whether it is given params.
+    batch_axes: axes of each leaf that count matrices.
+    takes_params: whether it gets params.
     per_matrix: whether it sees one matrix at a time.
   """
   if not jax.tree.leaves(templates):
@@ -65,7 +65,7 @@ def check_runs(
 
 
 def _works(run: Any, tree: Any, params: Any) -> bool:
-  """Whether an optimizer takes a step on a tree, as far as types tell."""
+  """Whether an optimizer can step on a tree, judged by types alone."""
   return _is_traceable(lambda u, p: run.update(u, run.init(u), p), tree, params)
 
 
@@ -78,7 +78,7 @@ def _copies_params(run: Any, templates: Any) -> bool:
     shifted = jax.tree.map(lambda x: x + shift.astype(x.dtype), templates)
     return run.init(shifted)
 
-  # Nothing that depends on a mapped value leaves `vmap` without its axis.
+  # A value that depends on a mapped value leaves `vmap` with its axis.
   two = jax.ShapeDtypeStruct((2,), jnp.float32)
   return not _is_traceable(jax.vmap(init_at, out_axes=None), two)
 
@@ -87,12 +87,12 @@ def _is_traceable(f: Any, *args: Any) -> bool:
   try:
     jax.eval_shape(f, *args)
     return True
-  except Exception:  # for any reason: an extra argument may be missing, too
+  except Exception:  # for any reason; an extra argument may be missing, too
     return False
 
 
 def check_moments(run: Any, state: Any, coords: Any) -> None:
-  """Raises for the leaf whose moments don't fit its coordinates, if any."""
+  """Raises for a leaf whose moments don't fit its coordinates, if any."""
   pairs, treedef = _tree.flatten(coords)
   paths = treedef.unflatten([path for path, _ in pairs])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `init` says of the matrices that a spec finds in a tree."""
+"""Errors and warnings of `init` on the matrices that a spec finds in a tree."""
 
 from collections.abc import Iterable
 
@@ -15,9 +15,9 @@ _SMALLER = (
 def check_matches(
   spec: _spec.SubspaceSpec, matches: Iterable[_spec.Match | None]
 ) -> None:
-  """Raises if nothing is left to project; warns of what is not as asked for.
+  """Raises if nothing is left to project; warns of deviations from the spec.
 
-  Called once for an optimizer, by the piece that owns the bases.
+  The piece that owns the bases calls it, once per optimizer.
   """
   known = [match for match in matches if match is not None]
   wanted = [match for match in known if match.selected]

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is projected, and why the rest is not.
+"""Shows what is projected, and why the rest is not.
 
-A chain shows nothing of what it is made of, so every `project` tells at `init`
-what it was made with, to whoever listens in a context. That is the one thing
-here which is neither an argument nor a result. It can't be either:
+A chain does not reveal its parts. So every `project` records its arguments at
+`init`, if a context variable holds a list. This is the only data here that is
+neither an argument nor a result, since neither would work:
 
 - A box around each parameter could carry the list to `init`. But masks and
   labels are functions of the parameters, and those that read the last key of a
   path or a leaf's `ndim` fail on such boxes. A tree that is masked as a whole
   would carry nothing.
-- An extra argument could carry it to `update`. But an optimizer that hands on
-  none, or one that needs arguments of its own, would go undescribed, and every
-  factorisation of a step would be traced for a table.
-- A state that names its spec would hold what is no array, and two optimizers
-  with equal specs would have states of different structures.
+- An extra argument could carry it to `update`. But `describe` would then fail
+  for optimizers that do not pass on extra arguments or need their own, and a
+  table would trace every factorisation of a step.
+- A state that names its spec would hold a value that is not an array, and two
+  optimizers with equal specs would have states of different structures.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ _records: contextvars.ContextVar[list | None] = contextvars.ContextVar(
 
 
 class Record(NamedTuple):
-  """What a `project` was initialised with."""
+  """The arguments of an initialised `project`."""
 
   spec: _spec.SubspaceSpec
   matches: Matches
@@ -45,10 +45,10 @@ class Record(NamedTuple):
 
 
 class Whole(NamedTuple):
-  """What an optimizer of whole matrices was initialised with."""
+  """The arguments of an initialised optimizer of whole matrices."""
 
   name: str
-  rows: list[tuple[str, ...]]  # of path, shape, role, inputs and what is done
+  rows: list[tuple[str, ...]]  # path, shape, role, inputs and treatment
 
 
 def record_whole(
@@ -56,12 +56,12 @@ def record_whole(
   matches: Matches,
   tell: Callable[[_spec.Match], tuple[str, str, str] | None],
 ) -> None:
-  """Adds a `Whole` to the list of whoever listens.
+  """Adds a `Whole` to the current list, if there is one.
 
   Args:
-    name: of the optimizer.
-    matches: of its leaves.
-    tell: from a match to its role, inputs and what is done; None for a leaf
+    name: name of the optimizer.
+    matches: matches of its leaves.
+    tell: maps a match to its role, inputs and treatment; to None for a leaf
       that stays plain.
   """
   records = _records.get()
@@ -76,13 +76,13 @@ def record_whole(
     for match in matches
     if match
   ]
-  # An `init` may be traced more than once, for boxes and for codes.
+  # `init` may be traced more than once, for boxes and for codes.
   if Whole(name, rows) not in records:
     records.append(Whole(name, rows))
 
 
 def record(spec: _spec.SubspaceSpec, matches: Matches, *args: Any) -> None:
-  """Adds a `Record` to the list of whoever listens."""
+  """Adds a `Record` to the current list, if there is one."""
   records = _records.get()
   if records is not None:
     # No tracer may outlive its trace.
@@ -91,7 +91,7 @@ def record(spec: _spec.SubspaceSpec, matches: Matches, *args: Any) -> None:
 
 @contextlib.contextmanager
 def _listening(records: list | None) -> Iterator[None]:
-  """A context in which `record` adds to a list, or to none."""
+  """A context in which `record` adds to this list, or for None to no list."""
   token = _records.set(records)
   try:
     yield
@@ -105,7 +105,7 @@ def unheard() -> contextlib.AbstractContextManager[None]:
 
 
 def is_asked() -> bool:
-  """Whether somebody traces `init` for its records alone."""
+  """Whether `init` is traced only for its records."""
   return _records.get() is not None
 
 
@@ -126,21 +126,21 @@ def records_of(tx: Any, params: Any) -> list[Record]:
 
 
 def projections_of(tx: Any, params: Any) -> list[Record]:
-  """Returns what `records_of` does, or an empty list."""
+  """Returns the result of `records_of`, or an empty list if it would raise."""
   return [x for x in _heard(tx, params) if isinstance(x, Record)]
 
 
 def _heard(tx: Any, params: Any) -> list[Record | Whole]:
-  """Returns what all parts of an optimizer tell of themselves at `init`."""
+  """Returns the records of all parts of an optimizer at `init`."""
   records: list[Record | Whole] = []
   with _listening(records), _notices.quiet(errors=True):
-    # A new function each time: jax would serve a traced one from its cache.
+    # A new function each time, since jax caches traces by function.
     jax.eval_shape(lambda p: tx.init(p), params)
   return records
 
 
 def describe(tx_or_spec: Any, params: Any) -> str:
-  """Shows for every leaf how it is projected, or why it is not.
+  """Shows how every leaf is projected, or why it is not.
 
   Args:
     tx_or_spec: a `SubspaceSpec`, or an optimizer with `project`,
@@ -148,12 +148,13 @@ def describe(tx_or_spec: Any, params: Any) -> str:
     params: the parameters, or their shapes (`jax.eval_shape`).
 
   Returns:
-    A table with a line for each leaf: its path and shape, the number and shape
-    of its matrices, their rank, the side that the basis spans, how the matrix's
+    A table with one line per leaf: its path and shape, the number and shape of
+    its matrices, their rank, the side that the basis spans, how the matrix's
     axes were found (see `SubspaceSpec`), and the dtype and shape of the basis
     in the state, or why there is none. Blocks of fused kernels show as
-    `64 x (16 + 4 + 4)`. Of `normuon` and `scale`, which have no subspace, what
-    they take each leaf for, the number of its inputs and what they do with it.
+    `64 x (16 + 4 + 4)`. For `normuon` and `scale`, which have no subspace, the
+    table shows the role of each leaf, the number of its inputs and the form of
+    its update.
 
   Raises:
     ValueError: the optimizer holds none of these.

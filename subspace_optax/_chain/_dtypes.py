@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dtypes of gradients, bases and moments, and where updates are rounded.
 
-A gradient of bfloat16 gets an update of bfloat16. If the update were rounded
-where it leaves the subspace, the weight decay that is added next would be lost:
-it is smaller than half the spacing of bfloat16 there. So updates are rounded
-once, behind the last transformation of a chain.
+A bfloat16 gradient gets a bfloat16 update. If the update were rounded where it
+leaves the subspace, the weight decay that is added next would be lost, since it
+is smaller than half the spacing of bfloat16 there. So updates are rounded once,
+after the last transformation of a chain.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ Transformation = optax.GradientTransformationExtraArgs
 
 
 def is_float(dtype: Any) -> bool:
-  """Whether a dtype is one of those that are projected and widened."""
+  """Whether arrays of a dtype are projected and widened."""
   return _dtype_name(dtype) in FLOATS
 
 
@@ -31,14 +31,14 @@ def is_real(dtype: Any) -> bool:
 
 
 def bits(dtype: Any) -> int:
-  """Returns the bits of an element where XLA holds it, which packs int4."""
+  """Returns the bits of an element in XLA's memory, where int4 is packed."""
   return 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
 
 
 def check_dtype(
   argument: str, dtype: Any, allowed: tuple[str, ...], hint: str = ''
 ) -> None:
-  """Raises unless the dtype is one of those allowed."""
+  """Raises unless the dtype is allowed."""
   name = _dtype_name(dtype)
   if name not in allowed:
     raise ValueError(f'{argument} must be one of {allowed}, got {name}{hint}.')

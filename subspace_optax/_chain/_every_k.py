@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accumulation of gradients in their subspaces.
 
-`optax.MultiSteps` around an optimizer keeps sums of whole gradients; inside
-`in_subspace` it keeps r-sized ones, but bases may move within a window and
-whatever follows runs at every micro-step. Here the basis stays for a window,
-and all that follows the sum waits for its end.
+`optax.MultiSteps` around an optimizer keeps sums of whole gradients. Inside
+`in_subspace` it keeps sums of coordinates, but bases may move within a window,
+and later transformations run at every micro-step. Here the basis does not move
+within a window, and all later transformations run once, at its end.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,13 @@ from subspace_optax._matrix import _varying
 
 
 class EveryKState(NamedTuple):
-  """State of k micro-steps to a step."""
+  """State for k micro-steps per step."""
 
   micro_step: jax.Array  # shape=(), dtype=int32, gradients so far
   mean: Any  # tree, leaf shape=the coordinates' or leaf's, dtype=float32
   project: Any
   in_subspace: Any
-  rest: Any  # of what follows, once a window
+  rest: Any  # state of later transformations, which run once per window
 
 
 def every_k(
@@ -44,10 +44,10 @@ def every_k(
   in_subspace: _in_subspace.InSubspace,
   rest: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-  """Chains the three, taking a step with the mean of every k gradients.
+  """Chains the three stages, with a step for the mean of every k gradients.
 
-  Bases are refreshed with the first gradient of a window and tracked with its
-  last one. The other updates are zero.
+  The first gradient of a window refreshes bases, and the last one tracks them.
+  The other updates are zero.
   """
 
   def init(params):
@@ -72,7 +72,7 @@ def every_k(
     **extra_args,
   ):
     given = given or _projection.Given()
-    # Beyond it if the state is of a larger k: its window ends here.
+    # `micro_step` exceeds k - 1 if the state had a larger k; end its window.
     first, last = state.micro_step == 0, state.micro_step >= k - 1
     seen = project.refresh_and_project(
       updates, state.project, params, refresh_gradients, given, first
@@ -107,11 +107,11 @@ def every_k(
 def _run_if(
   wanted: jax.Array, f: Callable[[Any], tuple[Any, Any]], state: Any
 ) -> tuple[Any, Any]:
-  """Returns what `f` makes of a state; or zeros like it, and that state."""
+  """Returns `f(state)` if wanted, else zeros like its result and the state."""
 
   def run(state):
     result, new = f(state)
-    # Whatever dtypes it is computed in: both branches must agree.
+    # Both branches must agree in dtypes.
     return result, jax.tree.map(_sharding.like, new, state)
 
   def wait(state):
@@ -122,7 +122,7 @@ def _run_if(
 
 
 def _make_zeros(match: _spec.Match | None) -> Any:
-  """Returns where the mean of a leaf's gradients, or coordinates, goes."""
+  """Returns zeros for the mean of a leaf's gradients, or coordinates."""
   if match is None:
     return optax.MaskedNode()
   wide = jnp.promote_types(match.leaf.dtype, jnp.float32)
@@ -134,7 +134,7 @@ def _make_zeros(match: _spec.Match | None) -> Any:
 def _add_to_mean(
   micro_step: jax.Array, path: str, mean: Any, entry: Any
 ) -> Any:
-  """Returns the mean of the window's gradients so far, however many follow."""
+  """Returns the mean of the window's gradients so far."""
   del path
   if _tree.is_masked(entry):
     return mean
@@ -146,7 +146,7 @@ def _add_to_mean(
 
 
 def _put_mean(path: str, entry: Any, mean: Any) -> Any:
-  """Returns an entry with the mean of its window in the gradient's place."""
+  """Returns an entry with its gradient replaced by the mean of its window."""
   del path
   if _tree.is_masked(entry):
     return entry

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States as `init` makes them: placed and boxed as the parameters are.
+"""First states, placed and boxed as the parameters are.
 
-The first bases are random samples, from a seed per matrix.
+The first bases are random samples, from one seed per matrix.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from subspace_optax.projectors import _base
 def make_state(
   spec: _spec.SubspaceSpec, make: Callable[..., Any], params: Any
 ) -> Any:
-  """Returns a first state on the mesh, and in boxes, of the parameters.
+  """Returns a first state on the parameters' mesh and in their boxes.
 
   Args:
-    spec: what matches the parameters.
+    spec: the spec that matches the parameters.
     make: (params, matches, treedef) -> the state, with the treedef of the
       parameters without their boxes.
     params: the parameters.
@@ -42,20 +42,20 @@ def make_state(
 
 
 def plain_template(spec: _spec.SubspaceSpec, leaf: Any) -> Any:
-  """Returns what stands for a leaf when the state of its moments is made."""
+  """Returns the stand-in for a plain leaf when its moments are made."""
   dtype = spec.dtype_of_moments(leaf.dtype)
   return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
 def zero_coords(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
-  """Returns zeros where a leaf's coordinates will be."""
+  """Returns zeros, placed like a leaf's coordinates."""
   return layout.zeros(layout.coords_axes(), leaf, dtype)
 
 
 def make_seeds(
   spec: _spec.SubspaceSpec, path: str, leaf: Any, layout: _layout.Layout
 ) -> jax.Array:
-  """Returns a seed per matrix: the same on every host and after a resume."""
+  """Returns one seed per matrix, the same on every host and after a resume."""
   # crc32, since Python's hash of a string differs between processes.
   group = spec.key_group(path) if spec.key_group else path
   path_hash = np.uint32(zlib.crc32(group.encode()))
@@ -71,8 +71,8 @@ def make_basis(
   leaf: Any,
   layout: _layout.Layout,
 ) -> Any:
-  """Returns what a first state stores for the bases of a leaf."""
-  assert storage.first is not None  # of bases that a state stores
+  """Returns the first stored value for the bases of a leaf."""
+  assert storage.first is not None  # only called for stored bases
   return storage.first(
     sample, make_seeds(spec, path, leaf, layout), layout, leaf
   )

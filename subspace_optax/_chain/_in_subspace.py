@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inner optimizer on coordinates: the piece that owns its state."""
+"""`in_subspace`: the inner optimizer on coordinates, and its state."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -42,35 +42,35 @@ def in_subspace(
 ) -> optax.GradientTransformationExtraArgs:
   """Runs an optimizer on coordinates, as if they were the gradients.
 
-  The inner optimizer sees one tree: coordinates in place of projected leaves,
-  everything else as it is. Its state has the dtype that `spec.moment_dtype`
-  says, float32 or wider by default. It computes in float32 or wider on
-  coordinates, and on other leaves in the wider dtype of gradient and moments.
+  The inner optimizer sees one tree, with coordinates in place of projected
+  leaves and all other leaves unchanged. `spec.moment_dtype` sets the dtype of
+  its state, float32 or wider by default. On coordinates it computes in float32
+  or wider, on other leaves in the wider dtype of gradient and moments.
 
   Args:
     inner: any optax transformation.
-    spec: the one given to `project`.
-    transport: what happens to the inner state when a basis moves, from
-      `subspace_optax.transports`, or 'keep', 'first' or 'reset'. Moments are
-      known for Adam, Lion, momentum, RMSProp and others; see
+    spec: the spec passed to `project`.
+    transport: what happens to the inner state when a basis moves: 'keep',
+      'first' or 'reset', or a transport from `subspace_optax.transports`.
+      Moments of Adam, Lion, momentum, RMSProp and others are registered; see
       `register_moments`.
-    params: 'coordinates' gives `inner` the coordinates of the parameters,
+    params: 'coordinates' passes `inner` the coordinates of the parameters,
       (P^T P)^-1 P^T W, for weight decay or trust ratios in the subspace. That
-      costs 2mnr FLOPs a step. `inner.init` is given zeros.
+      costs 2mnr FLOPs per step. `inner.init` gets zeros.
     per_matrix: whether `inner` runs on one matrix at a time, each with its own
       state and counters. Rules that look at a whole matrix, such as Muon, LAMB
-      or Adafactor, need that where leaves are stacks of matrices.
-    plain: optimizer of the leaves that are not projected, `inner` by default.
+      or Adafactor, need this if leaves are stacks of matrices.
+    plain: optimizer for leaves that are not projected, `inner` by default.
 
   Returns:
     A transformation whose state is the inner optimizer's.
 
   Raises:
     ValueError: an unknown transport or `params`; at `init`, an inner optimizer
-      that needs params without them or keeps a copy of them, or one whose
-      moments `transport` does not know; at `update`, gradients that `project`
-      has not seen, or params that are missing.
-    TypeError: `inner` or `plain` is no optimizer.
+      that needs params but gets none, that keeps a copy of params, or whose
+      moments are not registered although `transport` needs them; at `update`,
+      gradients that `project` has not seen, or missing params.
+    TypeError: `inner` or `plain` is not an optimizer.
 
   References:
     He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024; Robert et
@@ -95,9 +95,9 @@ def in_subspace(
 class InSubspace:
   """The phases of `in_subspace`: `carry_before`, `run` and `carry_after`.
 
-  The first carries moments to the bases that moved before the coordinates were
-  taken. The second runs the inner optimizer. The third carries moments to the
-  bases that moved after that. Takes the arguments of `in_subspace`.
+  `carry_before` carries moments to the bases that moved before the coordinates
+  were computed. `run` runs the inner optimizer. `carry_after` carries moments
+  to the bases that moved afterwards. The arguments are those of `in_subspace`.
   """
 
   def __init__(
@@ -153,7 +153,7 @@ class InSubspace:
   def update(
     self, updates: Any, state: InSubspaceState, params: Any = None, **extra: Any
   ) -> tuple[Any, InSubspaceState]:
-    """Gives every node its direction: all phases, one after the other."""
+    """Adds its direction to every node: all phases, one after the other."""
     own = self.carry_before(updates, state)
     directions, new = self.run(updates, own, params, **extra)
     new = jax.tree.map(_sharding.like, new, own)
@@ -191,14 +191,14 @@ class InSubspace:
     directions: Any,
     new: Any,
   ) -> tuple[Any, InSubspaceState]:
-    """Returns nodes with directions, and the state in the bases that follow.
+    """Returns nodes with directions, and the state in the next bases.
 
     Args:
       updates: the nodes.
-      state: as it was before the step.
-      own: of `carry_before`.
-      directions: of `run`, as the next.
-      new: the inner state after it.
+      state: the state before the step.
+      own: the result of `carry_before`.
+      directions: the directions from `run`.
+      new: the inner state from `run`.
     """
     nodes = _find_nodes(updates)
     moves = {path: (x, x.after) for path, x in nodes.items() if x.after}
@@ -226,7 +226,7 @@ class InSubspace:
     return own if self.plain is None else state._replace(projected=own)
 
   def _show_updates(self, updates: Any) -> Any:
-    """Returns what the inner optimizer sees in the place of gradients."""
+    """Returns the tree that the inner optimizer sees as gradients."""
 
     def see(path: str, entry: Any) -> Any:
       del path
@@ -237,7 +237,7 @@ class InSubspace:
     return _tree.map_entries(see, _tree.unbox(updates))
 
   def _show_params(self, updates: Any, params: Any) -> Any:
-    """Returns what optimizers see in the place of params; None for nothing."""
+    """Returns the tree that optimizers see as params; None for none."""
     if params is None and self.takes_params:
       raise ValueError(
         "params='coordinates' needs the parameters: call update(gradients, "
@@ -257,7 +257,7 @@ class InSubspace:
     return _tree.map_entries(see, _tree.unbox(updates), params)
 
   def _make_runner(self, batch_axes: _per_matrix.BatchAxes) -> Any:
-    """Returns the inner optimizer, and beside it that of plain leaves."""
+    """Returns the inner optimizer, combined with that of plain leaves."""
     run: Any = self.inner
     if self.each:
       run = _per_matrix.per_matrix(run, batch_axes)
@@ -270,7 +270,7 @@ class InSubspace:
 
 
 def _find_nodes(updates: Any) -> dict[str, _projected.Projected]:
-  """Returns the nodes of a tree by their paths."""
+  """Returns the nodes of a tree by path."""
   pairs, _ = _tree.flatten(updates)
   return {path: node for path, node in pairs if _is_projected(node)}
 
@@ -280,7 +280,8 @@ def _find_means(
 ) -> dict[str, jax.Array]:
   """Returns means of gradients by path, for leaves that carry their gradients.
 
-  The first that are found, where a state holds several; none if none is known.
+  If a state holds several, it returns the first; if it holds none, an empty
+  dict.
   """
   wanted = {p: x.layout for p, x in nodes.items() if x.gradient is not None}
   known = _moments.moments_in(state) if wanted else []
@@ -300,7 +301,7 @@ def _find_means(
 
 
 def _make_template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
-  """Returns what stands for a parameter when the inner state is made."""
+  """Returns the stand-in for a parameter when the inner state is made."""
   if match is None:
     return optax.MaskedNode()
   layout, leaf = match.layout, match.leaf
@@ -311,7 +312,7 @@ def _make_template(spec: _spec.SubspaceSpec, match: _spec.Match | None) -> Any:
 
 
 def _check_projected(spec: _spec.SubspaceSpec, updates: Any) -> None:
-  """Raises where `project` should have been, and was not."""
+  """Raises if `project` did not run before."""
   nodes = _find_nodes(updates)
   for path, node in nodes.items():
     if node.direction is not None:

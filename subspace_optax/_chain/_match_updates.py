@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees that `update` is given, matched as `init` matched the parameters."""
+"""Matches the trees that `update` gets as `init` matched the parameters."""
 
 from collections.abc import Callable, Sequence
 import itertools
@@ -44,10 +44,10 @@ def _check_placed(
   seed: jax.Array,
   basis: Any,
 ) -> None:
-  """Raises if a stack and its state are cut differently on explicit axes."""
+  """Raises if a stack and its state differ in sharding over explicit axes."""
   wanted = _sharding.entries_of(gradient, layout.batch)
   found = [_sharding.entries_of(seed, range(seed.ndim))]
-  if isinstance(basis, jax.Array):  # neither codes nor drawn again
+  if isinstance(basis, jax.Array):  # neither codes nor recomputed
     axes = map(layout.basis_axes().index, layout.batch_axes)
     found.append(_sharding.entries_of(basis, axes))
   for axis, of_gradient, *of_state in zip(
@@ -64,8 +64,8 @@ def _check_placed(
       )
 
 
-# What `init` makes for each matrix: its name, the tree in the state, and from a
-# layout to the shape.
+# State that `init` makes for each matrix: its name, its tree in the state, and
+# a function from layout to shape.
 Made = tuple[str, Any, Callable[[_layout.Layout], tuple[int, ...]]]
 
 
@@ -75,13 +75,13 @@ def match_to_state(
   """Returns the matches of the gradients for which `init` made a state.
 
   Args:
-    spec: what matches them.
+    spec: the spec that matches them.
     updates: the gradients.
-    *made: what the state holds, the first of all leaves of the tree.
+    *made: parts of the state; the first must cover all leaves of the tree.
 
   Raises:
-    ValueError: the gradients have another tree, or other shapes; they came
-      without names of axes, and those of different inits fit.
+    ValueError: the gradients have another tree or other shapes; they have no
+      names of axes, and names from different inits fit.
   """
   _check_tree(updates, made[0][1])
   known = _find_names(updates)
@@ -96,7 +96,7 @@ def match_to_state(
 
 
 def _check_whole(updates: Any) -> None:
-  """Raises for gradients that `project` has already been given."""
+  """Raises for gradients that are projected already."""
   for path, entry in _tree.flatten(updates)[0]:
     if isinstance(entry, _projected.Projected):
       raise ValueError(
@@ -110,8 +110,8 @@ def _check_tree(updates: Any, known: Any) -> None:
   for new, old in itertools.zip_longest(*pairs, fillvalue=(None, None)):
     if new[0] != old[0]:
       raise ValueError(
-        'gradients must have the tree of the parameters at init, where leaf '
-        f'{old[0]!r} stands at the place of gradient {new[0]!r}.'
+        'gradients must have the tree of the parameters at init, which has '
+        f'leaf {old[0]!r} in place of gradient {new[0]!r}.'
       )
 
 
@@ -128,17 +128,17 @@ def _find_fits(
   made: Sequence[Made],
   known: list[_tree.AxisNames],
 ) -> list[list[_spec.Match | None]]:
-  """Returns what names of axes make of a tree, where `init` made it so."""
+  """Returns the matches by names of axes that fit the state from `init`."""
   readings = (spec.match(updates, names) for names in known)
   return [x for x in readings if _find_misfit(x, made) is None]
 
 
 def check_alike(paths: list[str], readings: list[list[Any]]) -> None:
-  """Raises if a leaf may be two matrices, by the boxes of different inits.
+  """Raises if boxes of different inits make different matrices of a leaf.
 
   Args:
-    paths: of the leaves.
-    readings: for each, what may be done with these leaves.
+    paths: paths of the leaves.
+    readings: for each possible reading, how it treats these leaves.
   """
   for path, *found in zip(paths, *readings, strict=True):
     if any(x != found[0] for x in found):
@@ -149,9 +149,9 @@ def check_alike(paths: list[str], readings: list[list[Any]]) -> None:
       )
 
 
-# By the paths and shapes of a tree, the names of axes at its inits, the latest
-# first. `nnx.Optimizer` gives `init` boxes and `update` bare arrays, which must
-# be the same matrices, and names are no arrays that a state could hold.
+# The names of axes at the inits of a tree, the latest first, by its paths and
+# shapes. `nnx.Optimizer` passes boxes to `init` and bare arrays to `update`,
+# which must form the same matrices, and a state can't hold names.
 _names_at_init: dict[Any, list[_tree.AxisNames]] = {}
 _MOST_TREES = 256
 # Hashes of the paths and shapes of trees that came without names.
@@ -160,7 +160,7 @@ _MOST_HASHES = 1 << 16
 
 
 def remember_names(params: Any) -> None:
-  """Keeps the names of axes that `init` sees for `update`."""
+  """Keeps, for `update`, the names of axes that `init` sees."""
   if _describe.is_asked():
     return
   names, shapes = _tree.axis_names(params), _shapes(params)
@@ -176,7 +176,7 @@ def remember_names(params: Any) -> None:
 
 
 def _find_names(updates: Any) -> list[_tree.AxisNames]:
-  """Returns the names of axes in boxes, or those that the tree may have had."""
+  """Returns the names of axes in boxes, or all names that the tree had."""
   names = _tree.axis_names(updates)
   if names:
     return [names]
@@ -194,13 +194,13 @@ def _shapes(tree: Any) -> tuple[tuple[str, Any], ...]:
 def _find_misfit(
   matches: list[_spec.Match | None], made: Sequence[Made]
 ) -> str | None:
-  """Returns an error for the first leaf that `init` made other arrays for."""
+  """Returns an error for the first leaf whose state has another shape."""
   trees = [
     (what, dict(_tree.flatten(tree)[0]), shape) for what, tree, shape in made
   ]
   for match, path in zip(matches, trees[0][1], strict=True):
     for what, arrays, shape in trees:
-      if path not in arrays:  # as bases that are made again at every step
+      if path not in arrays:  # such as bases that are recomputed at every step
         continue
       array = arrays[path]
       expected = shape(match.layout) if match and match.layout else None
@@ -222,7 +222,7 @@ def _explain_misfit(
   if what != 'a basis':
     return message
   return (
-    f'{message} A state of another rank is taken over by '
+    f'{message} Convert a state of another rank with '
     'subspace_optax.resize_rank.'
   )
 
@@ -230,7 +230,7 @@ def _explain_misfit(
 def check_shapes(updates: Any, others: Any, name: str) -> None:
   """Raises unless gradients have the shapes of another tree, if it is given.
 
-  The bases know only one side of a matrix.
+  Bases can't detect a mismatch in the side that they do not span.
   """
   known = {} if others is None else dict(_tree.flatten(others)[0])
   for path, gradient in _tree.flatten(updates)[0]:
@@ -242,9 +242,9 @@ def check_shapes(updates: Any, others: Any, name: str) -> None:
 
 
 def mask_like(updates: Any, refresh_gradients: Any) -> Any:
-  """Returns refresh gradients without what a wrapper hid of the gradients.
+  """Returns refresh gradients, masked like the gradients.
 
-  Wrappers such as `optax.masked` hand on extra arguments as they are.
+  Wrappers such as `optax.masked` pass extra arguments on unchanged.
   """
   pairs, treedef = _tree.flatten(updates)
   known = dict(_tree.flatten(refresh_gradients)[0])

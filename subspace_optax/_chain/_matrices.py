@@ -45,13 +45,13 @@ def wrap_gradients(
   """Returns the tree of the matrices of gradients.
 
   Args:
-    state: of `project`.
-    matches: of the gradients.
-    axis_name: of a mapped axis, along which they are averaged.
-    keep_gradient: whether whole gradients are averaged, now.
-    hand_out: whether each device gets matrices of its own, where they are so
-      many that all get as many.
-    gradients: the tree.
+    state: the state of `project`.
+    matches: matches of the gradients.
+    axis_name: a mapped axis along which they are averaged.
+    keep_gradient: whether to average whole gradients now.
+    hand_out: whether each device gets its own matrices, if their number divides
+      equally.
+    gradients: the tree of gradients.
   """
   seeds = dict(_tree.flatten(state.seed)[0])
   average_now = keep_gradient and axis_name is not None
@@ -65,7 +65,7 @@ def wrap_gradients(
     if own is None:
       return matrix
     matrix = dataclasses.replace(matrix, like=own, gradient=own, home=leaf)
-    # Else the compiler has the gradient lie as what it is measured for does.
+    # Otherwise the compiler would place the gradient like these values.
     energy, ok = (value_at_home(matrix, x) for x in (matrix.energy, matrix.ok))
     return dataclasses.replace(matrix, energy=energy, ok=ok)
 
@@ -78,7 +78,7 @@ def _measure(
   energy = layout.mean(layout.energy(gradient))
   # A sum of squares is finite only if all elements are.
   ok = jnp.isfinite(energy) & (energy > 0)
-  energy = jnp.where(ok, energy, 1.0)  # a divisor, whatever the gradient
+  energy = jnp.where(ok, energy, 1.0)  # a valid divisor for any gradient
   return _base.Matrix(gradient, gradient, layout, seed, energy, ok)
 
 
@@ -88,13 +88,13 @@ def wrap_parameters(
   params: Any,
   axis_name: Any = None,
 ) -> Any:
-  """Returns the tree of matrices whose gradients nobody looks at.
+  """Returns the tree of matrices for a step that looks at no gradients.
 
   Args:
     seed: the tree of the seeds in a `ProjectState`.
-    matches: of the parameters.
-    params: the parameters, or gradients in their place.
-    axis_name: of a mapped axis, along which coordinates are averaged.
+    matches: matches of the parameters.
+    params: the parameters, or gradients instead.
+    axis_name: a mapped axis along which coordinates are averaged.
   """
   seeds = dict(_tree.flatten(seed)[0])
 
@@ -109,11 +109,11 @@ def wrap_parameters(
 
 
 def take_coordinates(updates: Any, matrices: Any) -> tuple[Any, Any]:
-  """Returns coordinates that were given as gradients, and their matrices.
+  """Returns coordinates that were passed as gradients, and their matrices.
 
   Args:
-    updates: the tree with coordinates in the place of gradients.
-    matrices: of `wrap_parameters`.
+    updates: the tree with coordinates instead of gradients.
+    matrices: the matrices from `wrap_parameters`.
   """
   given = dict(_tree.flatten(updates)[0])
 
@@ -134,14 +134,14 @@ def take_coordinates(updates: Any, matrices: Any) -> tuple[Any, Any]:
 
 
 def _check_energy(matrix: _base.Matrix, coords: jax.Array) -> _base.Matrix:
-  """Returns a matrix that knows whether its coordinates are good."""
+  """Returns a matrix whose `ok` says whether its coordinates are good."""
   energy = matrix.layout.coords_energy(coords)
   ok = jnp.isfinite(energy) & (energy > 0)
   return dataclasses.replace(matrix, ok=ok)
 
 
 def project(matrix: _base.Matrix, basis: jax.Array) -> jax.Array:
-  """Returns P^T G, or the mean of all of them along a mapped axis."""
+  """Returns P^T G, or its mean along a mapped axis."""
   layout = matrix.layout
   coords = layout.project(matrix.gradient, basis)
   if matrix.home is not None:
@@ -153,9 +153,9 @@ def project(matrix: _base.Matrix, basis: jax.Array) -> jax.Array:
 def captured_energy(
   matrix: _base.Matrix, coords: jax.Array, basis: jax.Array, last: jax.Array
 ) -> jax.Array:
-  """Returns ||P^T G||^2 / ||G||^2, or the last value where G tells nothing.
+  """Returns ||P^T G||^2 / ||G||^2, or the last value if G is not good.
 
-  For P with columns of length 1 on average, whatever its scale.
+  P is first scaled so that its columns have length 1 on average.
   """
   layout = matrix.layout
   scale = layout.basis_energy(_linalg.widen(basis)) / layout.rank
@@ -165,5 +165,5 @@ def captured_energy(
 
 
 def value_at_home(matrix: _base.Matrix, x: jax.Array) -> jax.Array:
-  """Returns one value per matrix where state of its leaf is."""
+  """Returns one value per matrix, placed where the state of its leaf lies."""
   return matrix.at_home(x, matrix.layout.batch_axes)

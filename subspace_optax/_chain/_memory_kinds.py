@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which arrays of a state live in the memory of the host."""
+"""Which arrays of a state live in host memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +14,14 @@ import numpy as np
 
 from subspace_optax._matrix import _tree
 
-# The one memory that types tell from a device's inside of a program.
+# The only memory that types tell apart from device memory inside a program.
 _HOST = 'pinned_host'
 
 Kinds = str | Callable[[str], str | None]
 
 
 def with_memory_kinds(tx: Any, state: Any, shardings: Any, kinds: Kinds) -> Any:
-  """Returns shardings that name a memory each; see `state_sharding`."""
+  """Returns shardings with memory kinds; see `state_sharding`."""
 
   def place(path: Any, x: Any, sharding: Any) -> NamedSharding:
     name, sharding = _tree.path_str(path), _on_mesh(sharding)
@@ -39,7 +39,7 @@ def with_memory_kinds(tx: Any, state: Any, shardings: Any, kinds: Kinds) -> Any:
 
 
 def _on_mesh(sharding: Any) -> NamedSharding:
-  """Returns a sharding of a mesh: of others, results of jit lose the kind."""
+  """Returns a sharding on a mesh; jit drops the memory kind of all others."""
   if isinstance(sharding, NamedSharding):
     return sharding
   devices = np.array(list(sharding.device_set))
@@ -48,7 +48,7 @@ def _on_mesh(sharding: Any) -> NamedSharding:
 
 
 def _kind_of(name: str, x: Any, sharding: NamedSharding, kinds: Kinds) -> str:
-  """Returns the memory of an array, which its devices have."""
+  """Returns the memory kind of an array; raises if its devices lack it."""
   device = next(iter(sharding.device_set))
   own = device.default_memory().kind
   found = kinds if isinstance(kinds, str) else kinds(name) or own

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updates whose state lives on the host.
 
-An update is traced, and what it returns is put into groups, none of which needs
-another's part of the state: as a rule, a group is a parameter. Groups come in
-one after the other. Each is a loop of one turn whose length the compiler can't
-know; otherwise it would begin a program by fetching all of the state.
+An update is traced, and its results are split into groups such that no group
+needs the state of another; usually, a group is a parameter. The state of groups
+is fetched one after the other. Each group runs in a loop of one turn whose
+length the compiler can't know; otherwise the compiler would fetch all of the
+state at the start of the program.
 """
 
 from collections.abc import Callable
@@ -23,26 +24,27 @@ from subspace_optax._matrix import _varying
 def offload(
   tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """Makes an optimizer whose state may live in the memory of the host.
+  """Makes an optimizer whose state may live in host memory.
 
-  Arrays of state that are on the host, as `so.state_sharding(...,
-  memory_kind='pinned_host')` places them, come to the device for the update of
-  their parameter, and go back after it. Parameters take turns, so that the
-  device holds the state of one at a time, a stack of layers being one
-  parameter; `so.layerwise` cuts stacks, too. What couples parameters, such as
-  the trust in a norm of all updates, has their state there together. Without an
-  array on the host, nothing is changed.
+  Arrays of state on the host, placed there by `so.state_sharding(...,
+  memory_kind='pinned_host')`, move to the device for the update of their
+  parameter, and back afterwards. Parameters take turns, so that the device
+  holds the state of one at a time. A stack of layers is one parameter;
+  `so.layerwise` cuts stacks, too. If a transformation couples parameters, such
+  as a trust ratio of the norm of all updates, their states are on the device
+  together. Without arrays on the host, nothing changes.
 
-  `so.train_step` and `so.layerwise` do the same by themselves.
+  `so.train_step` and `so.layerwise` already do this.
 
   Args:
     tx: the optimizer.
 
   Returns:
-    The optimizer, whose state is that of `tx`.
+    The optimizer, with the same state as `tx`.
 
   Raises:
-    TypeError: `tx` is no optimizer, such as a `TrainStep` or `rso.subproblems`.
+    TypeError: `tx` is not an optimizer but, for example, a `TrainStep` or
+      `rso.subproblems`.
     ValueError: at `update`, a new state that differs in structure, shapes or
       dtypes.
 
@@ -84,14 +86,14 @@ def update_in_turns(
   params: Any,
   layer: Any = None,
 ) -> tuple[Any, Any]:
-  """Returns `update(updates, state, params)`, of far state group by group.
+  """Returns `update(updates, state, params)`, with far state group by group.
 
   Args:
-    update: the function; its state is on the device.
-    updates: as it takes them.
-    state: likewise, but that its arrays may be far.
-    params: likewise.
-    layer: if given, far arrays are stacks, and this one's state is wanted.
+    update: the function, which gets its state on the device.
+    updates: its first argument.
+    state: its state, whose arrays may be far, that is, on the host.
+    params: its last argument.
+    layer: if given, far arrays are stacks, and only this layer's state is used.
   """
   if not any(map(_memories.is_far, jax.tree.leaves(state))):
     return update(updates, state, params)
@@ -110,7 +112,7 @@ def update_at_once(
   params: Any,
   layer: Any = None,
 ) -> tuple[Any, Any]:
-  """Returns what `update_in_turns` does; the compiler orders the transfers."""
+  """Like `update_in_turns`, but lets the compiler order the transfers."""
   at = () if layer is None else (layer,)
   near = lambda x: (
     _update_program.fetch_whole(x, at) if _memories.is_far(x) else x
@@ -127,7 +129,7 @@ def _run_group(
   group: _update_program.Group,
   at: tuple[Any, ...],
 ) -> dict[int, Any]:
-  """Returns the outputs of a group, those that replace far inputs far."""
+  """Returns the outputs of a group; those that replace far inputs are far."""
   outputs = sorted(group.outputs)
   jaxpr, used = _update_program.only(program.jaxpr, outputs)
   if not group.far:
@@ -138,7 +140,7 @@ def _run_group(
   parts, jaxpr = _update_program.in_rows(program, group, jaxpr, used, at)
   kinds = dict(zip(used, jaxpr.in_avals, strict=True))
 
-  # Directions are written over gradients.
+  # Directions overwrite gradients.
   over = {
     k
     for k, x in whole.items()
@@ -184,5 +186,5 @@ def _alike(x: Any, y: Any) -> bool:
 def _rows_at(
   j: Any, whole: tuple[int, ...], part: tuple[int, ...]
 ) -> tuple[Any, ...]:
-  """Returns the index of the j-th part, if it is one."""
+  """Returns the index of the j-th part, or () for the whole array."""
   return () if whole == part else (j * part[0],)

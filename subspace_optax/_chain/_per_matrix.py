@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An inner optimizer with a state of its own for every matrix.
+"""An inner optimizer with a separate state for every matrix.
 
-Counters that a tree-wide state shares among leaves can be restarted for one
-matrix only if each has its own, as `transport='reset'` needs: with Adam's
+`transport='reset'` restarts the state of one matrix. A tree-wide state shares
+counters among leaves, which can't be restarted for one matrix. With Adam's
 moments at zero but its count at T, bias correction would be off for 1/(1-b2)
 steps.
 """
@@ -21,17 +21,17 @@ from subspace_optax._matrix import _varying
 
 _AXES = 'abcdefghijklmnopqrstuvw'
 
-# From path to the axes of a leaf that count matrices; a plain leaf has none.
+# From a leaf's path to its axes that count matrices; a plain leaf has none.
 BatchAxes = Mapping[str, tuple[int, ...]]
 
 
 def per_matrix(
   inner: optax.GradientTransformation, batch_axes: BatchAxes
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns `inner` run on each matrix alone.
+  """Returns an optimizer that runs `inner` on each matrix separately.
 
-  Every field of its state is a tree with the parameters' structure, in which
-  the first axes of a leaf's arrays count its matrices.
+  Every field of its state is a tree with the parameters' structure. The first
+  axes of a leaf's arrays count its matrices.
   """
   inner = optax.with_extra_args_support(inner)
 
@@ -77,13 +77,13 @@ def restart(
   coords: Any,
   moves: Mapping[str, Any],
 ) -> Any:
-  """Returns the state of `per_matrix(inner)`, anew for matrices that moved.
+  """Resets the state of `per_matrix(inner)` for matrices that moved.
 
   Args:
-    inner: what `per_matrix` wraps.
-    state: of `per_matrix(inner)`.
+    inner: the optimizer that `per_matrix` wraps.
+    state: the state of `per_matrix(inner)`.
     coords: the tree of coordinates and plain leaves.
-    moves: from path to the leaf's `Projected` node and its `Move`.
+    moves: maps a path to the leaf's `Projected` node and its `Move`.
   """
   pairs, treedef = _tree.flatten(coords)
   batch_axes = {
@@ -118,7 +118,7 @@ def restart(
   return _join_rows(structure, rows, treedef)
 
 
-# The leaves of one matrix's, or one leaf's, inner state.
+# The arrays of the inner state of one matrix, or of one leaf.
 Row = tuple[Any, ...]
 
 
@@ -128,7 +128,7 @@ def _init_leaf(
   leaf: Any,
   axes: tuple[int, ...],
 ) -> Row:
-  """Returns the states of a leaf's matrices, all of which start alike."""
+  """Returns the states of a leaf's matrices, which all start equal."""
   if _tree.is_masked(leaf):
     return (leaf,) * structure.num_leaves
   one = jnp.zeros(_shape_of_one(leaf, axes), leaf.dtype) if axes else leaf
@@ -154,7 +154,7 @@ def _shape_of_one(leaf: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
 def _repeat_per_matrix(
   x: jax.Array, leaf: Any, axes: tuple[int, ...]
 ) -> jax.Array:
-  """Returns one matrix's `x` for each matrix, sharded along with the leaf."""
+  """Repeats one matrix's `x` for each matrix, sharded like the leaf."""
   names = _AXES[: len(leaf.shape)]
   first = ''.join(names[i] for i in axes)
   rest = ''.join(c for c in names if c not in first)
@@ -171,12 +171,12 @@ def _repeat(counts: tuple[int, ...], x: jax.Array) -> jax.Array:
 def _map_over_matrices(
   f: Callable[[Any, Row, Any], tuple[Any, Row]], axes: tuple[int, ...]
 ) -> Callable[[Any, Row, Any], tuple[Any, Row]]:
-  """Maps `f` over the axes of a leaf, which in a row come first."""
+  """Maps `f` over the axes of a leaf, which are the first axes in a row."""
 
   def mapped(u: Any, row: Row, weight: Any) -> tuple[Any, Row]:
     run = f
     for k in reversed(range(len(axes))):
-      of_leaf = axes[k] - k  # the axes before it are gone by then
+      of_leaf = axes[k] - k  # earlier axes are mapped already
       of_weight = None if weight is None else of_leaf
       run = jax.vmap(
         run, in_axes=(of_leaf, 0, of_weight), out_axes=(of_leaf, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From gradients to coordinates: the piece that owns the bases."""
+"""`project`: from gradients to coordinates, with the bases as its state."""
 
 from typing import Any
 
@@ -18,30 +18,30 @@ def project(
   keep_gradient: bool = False,
   axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes gradients to the coordinates of their subspaces.
+  """Maps gradients to coordinates in their subspaces.
 
-  A leaf that `spec` selects becomes a `Projected` node with R = P^T G; others
-  pass unchanged. The bases start as random samples and move as `projector`
-  says; no basis is made from a gradient that is zero or not finite.
+  A leaf that `spec` selects becomes a `Projected` node with R = P^T G; other
+  leaves pass unchanged. The bases start as random samples and move as
+  `projector` says. No basis is made from a gradient that is zero or not finite.
 
-  `update` takes `refresh_gradients`, a tree like the gradients. Bases are then
-  refreshed from these and not from the gradients of the step: at every T-th
-  step they may be those of a larger batch (large-batch GaLore).
+  `update` accepts `refresh_gradients`, a tree like the gradients, and refreshes
+  bases from these instead of the gradients of the step. For large-batch GaLore,
+  pass gradients of a larger batch at every T-th step.
 
   With `axis_name`, every device passes the gradient of its own part of the
   batch, and `project` averages coordinates over the devices instead of
-  gradients: it moves at most r (m + n) numbers for an m x n matrix. Plain
-  leaves are averaged as they are, and rules that factorise the gradient average
-  it first; both hold for refresh gradients, too. No device knows the norm of
-  the mean gradient. The mean of the squared norms replaces its square, so that
-  `captured_energy` is a lower bound. See `data_parallel_step`.
+  gradients: it moves at most r (m + n) numbers for an m x n matrix. It averages
+  plain leaves directly, and for rules that factorise the gradient it averages
+  the gradient first; the same holds for refresh gradients. The norm of the mean
+  gradient is not known: the mean of the squared norms replaces its square, so
+  that `captured_energy` is a lower bound. See `data_parallel_step`.
 
   Args:
-    spec: which leaves, as which matrices, at which rank.
-    projector: how bases are found and moved, from `subspace_optax.projectors`.
-    keep_gradient: whether the gradient travels along, for a residual rule,
-      which then costs averaging all of it.
-    axis_name: the name of a mapped axis, as `jax.shard_map` has, or a tuple.
+    spec: which leaves to project, as which matrices, at which rank.
+    projector: how to find and move bases, from `subspace_optax.projectors`.
+    keep_gradient: whether nodes carry the gradient, for a residual rule. With
+      `axis_name`, all of it is then averaged.
+    axis_name: the name of a mapped axis, as in `jax.shard_map`, or a tuple.
 
   Returns:
     A transformation whose state holds the bases, (*batch and projected axes,
@@ -50,11 +50,11 @@ def project(
     that moves is rounded and made orthonormal again before the step uses it.
 
   Raises:
-    ValueError: at `init`, what `SubspaceSpec.match` raises; bases in integers
-      for a projector that moves them by small steps, or draws them again at
-      every step; at `update`, a tree unlike that at `init`, of refresh
-      gradients too, or gradients that are already projected.
-    TypeError: `spec` or `projector` is something else.
+    ValueError: at `init`, errors of `SubspaceSpec.match`; bases in integers for
+      a projector that moves them by small steps, or recomputes them at every
+      step; at `update`, gradients or refresh gradients whose tree differs from
+      that at `init`, or gradients that are already projected.
+    TypeError: `spec` is not a `SubspaceSpec`, or `projector` not a projector.
 
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Eq. (9)

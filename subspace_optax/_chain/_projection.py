@@ -2,7 +2,7 @@
 """The phases of `project`: refresh, coordinates, track.
 
 Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Eq. (9). Steps
-that are more than `project`, `in_subspace`, `unproject` in a row compose them.
+that do more than chain `project`, `in_subspace` and `unproject` compose them.
 """
 
 from collections.abc import Mapping
@@ -33,15 +33,15 @@ from subspace_optax.projectors import _base
 
 
 class Given(NamedTuple):
-  """What a training step does itself, so that `project` leaves it out.
+  """Work that a training step does, so that `project` does not repeat it.
 
   The step passes it to an optimizer's `update` as the extra argument `given`.
 
   Attributes:
-    axis_name: a mapped axis along which coordinates are to be averaged; plain
-      leaves are averages already.
-    refreshed: by the paths of its leaves, what each `project` makes of its
-      bases in this step. Updates are coordinates then.
+    axis_name: a mapped axis along which to average coordinates; plain leaves
+      are averaged already.
+    refreshed: the refreshed bases of each `project`, by the paths of its
+      leaves. Updates are then coordinates.
   """
 
   axis_name: Any = None
@@ -70,14 +70,14 @@ class Projection:
   """The phases of `project`: `refresh`, `take_coordinates`, `track_bases`.
 
   Attributes:
-    spec: see `project`, as the next three.
-    projector: how bases are found and moved.
-    keep_gradient: whether nodes carry the gradient.
-    axis_name: of a mapped axis, along which plain leaves are averaged, too.
+    spec: see `project`.
+    projector: see `project`.
+    keep_gradient: see `project`.
+    axis_name: see `project`.
     keep_wide: whether updates come back in float32 or wider, and plain leaves
-      in the dtype of their moments, to be rounded behind all that follows.
-    hand_out: whether each device gets matrices of its own in the step, for a
-      residual rule that wants whole ones.
+      in the dtype of their moments, to be rounded after all transformations.
+    hand_out: whether each device gets its own matrices in the step, for a
+      residual rule that needs whole ones.
   """
 
   spec: _spec.SubspaceSpec
@@ -97,7 +97,7 @@ class Projection:
 
   @property
   def storage(self) -> bases.Storage:
-    """How bases live between steps."""
+    """How bases are stored between steps."""
     return bases.storage(self.spec.basis_dtype, self.projector)
 
   def init(self, params: Any) -> Any:
@@ -106,7 +106,7 @@ class Projection:
     _check_matches.check_matches(self.spec, matches)
     _check_matches.check_sides(self.projector, matches)
     _match_updates.remember_names(params)
-    _ = self.storage  # which raises for what it can't hold
+    _ = self.storage  # raises for bases that it can't hold
     _describe.record(self.spec, matches, self.projector, self.keep_gradient)
     return _first_states.make_state(self.spec, self._first_state, params)
 
@@ -129,7 +129,7 @@ class Projection:
       count=jnp.zeros((), jnp.int32),
       seed=seed,
       subspaces=subspaces,
-      # Whether a basis moves may depend on the gradient, and so what counts it.
+      # Moves may depend on the gradient, so counters of moves vary like it.
       projector=_varying.vary_as_any(
         self.projector.init(subspaces, matrices),
         [m.leaf for m in matches if m],
@@ -147,7 +147,7 @@ class Projection:
     given: Given | None = None,
     **extra_args: Any,
   ) -> tuple[Any, ProjectState]:
-    """Takes gradients to nodes: all phases, one after the other."""
+    """Maps gradients to nodes: all phases, one after the other."""
     del extra_args
     given = given or Given()
     always = jnp.array(True)
@@ -165,14 +165,14 @@ class Projection:
     given: Given,
     active: jax.Array,
   ) -> Seen:
-    """Refreshes bases and takes coordinates of the gradients.
+    """Refreshes bases and computes coordinates of the gradients.
 
     Args:
       updates: gradients; or coordinates, if `given.refreshed`.
-      state: of `init`.
+      state: the state of `project`.
       params: the parameters, if they are known.
       refresh_gradients: see `project`.
-      given: what the caller does itself.
+      given: work that the caller does.
       active: a boolean scalar: whether bases may be refreshed.
     """
     axis_name = self._averaged_axis(given)
@@ -195,7 +195,7 @@ class Projection:
   def refresh(
     self, state: ProjectState, matrices: Any, sources: Any, active: jax.Array
   ) -> _refresh_bases.Refreshed:
-    """Moves the bases that are due, if `active`, by the gradients `sources`."""
+    """Moves bases that are due, if `active`, by the gradients in `sources`."""
     return _refresh_bases.refresh_bases(
       self.storage, self.projector, state, matrices, sources, active
     )
@@ -203,7 +203,7 @@ class Projection:
   def refresh_without_gradients(
     self, state: ProjectState, params: Any, active: jax.Array
   ) -> _refresh_bases.Refreshed:
-    """Moves the bases that are due in a step without gradients."""
+    """Moves bases that are due in a step without gradients."""
     matches = _match_updates.match_as_at_init(self.spec, state, params)
     matrices = _matrices.wrap_parameters(state.seed, matches, params)
     return self.refresh(state, matrices, matrices, active)
@@ -211,7 +211,7 @@ class Projection:
   def take_coordinates(
     self, matrices: Any, refreshed: _refresh_bases.Refreshed
   ) -> Seen:
-    """Takes P^T G of every matrix, and notes how much of G that is."""
+    """Computes P^T G of every matrix, and records how much of G it captures."""
     basis = refreshed.subspaces.basis
     coords = jax.tree.map(_matrices.project, matrices, basis)
     captured = jax.tree.map(
@@ -221,7 +221,7 @@ class Projection:
       basis,
       refreshed.subspaces.captured_energy,
     )
-    # Automatic sharding knows no home but by constraints on what comes out.
+    # Under automatic sharding, only constraints on results set their placement.
     home = functools.partial(jax.tree.map, _matrices.value_at_home, matrices)
     subspaces = _base.Subspaces(
       basis,
@@ -240,13 +240,13 @@ class Projection:
     given: Given,
     active: jax.Array | None = None,
   ) -> tuple[Any, ProjectState]:
-    """Moves the bases behind the coordinates; returns nodes and the state.
+    """Moves bases after the coordinates; returns nodes and the new state.
 
     Args:
       updates: the gradients, whose plain leaves pass.
-      state: as it was before the step.
-      seen: of `refresh_and_project`.
-      given: what the caller does itself.
+      state: the state before the step.
+      seen: the result of `refresh_and_project`.
+      given: work that the caller does.
       active: a boolean scalar: whether bases move and the step counts; None
         for always.
     """
@@ -269,7 +269,7 @@ class Projection:
   def _make_nodes(
     self, updates: Any, seen: Seen, after: Any, given: Given
   ) -> Any:
-    """Returns gradients with a node in the place of every projected leaf."""
+    """Returns gradients with every projected leaf replaced by a node."""
     refreshed = seen.refreshed
     basis = refreshed.subspaces.basis
     nothing = jax.tree.map(lambda _: None, basis)
@@ -308,7 +308,7 @@ class Projection:
     )
 
   def _pass_plain(self, gradient: Any, given: Given) -> Any:
-    """Returns what passes of a leaf that is not projected."""
+    """Returns the output for a leaf that is not projected."""
     if _tree.is_masked(gradient):
       return gradient
     if self.axis_name is not None and given.axis_name is None:
@@ -332,11 +332,10 @@ class Projection:
     return Seen(matrices, coords, known)
 
   def _check_compressed(self, params: Any, refresh_gradients: Any) -> None:
-    """Raises where coordinates alone are not enough."""
+    """Raises if coordinates alone are not enough."""
     if params is None:
       raise ValueError(
-        'a compressed step needs params, which tell the shapes of the '
-        'gradients.'
+        'a compressed step needs params, for the shapes of the gradients.'
       )
     if self.keep_gradient or refresh_gradients is not None:
       what = 'a residual rule' if self.keep_gradient else 'refresh_gradients'
@@ -348,7 +347,7 @@ class Projection:
     self, state: ProjectState, gradients: Any, axis_name: Any
   ) -> Any:
     matches = _match_updates.match_as_at_init(self.spec, state, gradients)
-    # Bases that are stored are where the leaf is.
+    # Stored bases lie where the leaf lies.
     hand_out = self.hand_out and self.projector.rebuild is not None
     return _matrices.wrap_gradients(
       state, matches, axis_name, self.keep_gradient, hand_out, gradients
@@ -365,7 +364,7 @@ class Projection:
 
 
 def paths(state: ProjectState) -> tuple[str, ...]:
-  """Returns the paths of the leaves that a state has bases for."""
+  """Returns the paths of the leaves for which a state has bases."""
   pairs, _ = _tree.flatten(state.seed)
   return tuple(path for path, seed in pairs if not _tree.is_masked(seed))
 

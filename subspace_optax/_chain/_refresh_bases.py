@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refresh, the first phase of `project`: bases before the coordinates."""
+"""Refresh, the first phase of `project`, before the coordinates."""
 
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ from subspace_optax.projectors import _base
 
 
 class Refreshed(NamedTuple):
-  """What a refresh makes of a state; trees like those in it."""
+  """The result of a refresh; trees like those in the state."""
 
   old_basis: Any  # before the refresh
   subspaces: _base.Subspaces  # after it
-  moves: Any  # from one to the other; None if the rule makes none
+  moves: Any  # from the old to the new basis; None if the rule makes none
   own: Any  # the projector's own state
-  stored: Any  # the basis as it is kept
+  stored: Any  # the basis as the state stores it
 
 
 def refresh_bases(
@@ -27,7 +27,7 @@ def refresh_bases(
   sources: Any,
   active: jax.Array,
 ) -> Refreshed:
-  """Moves the bases that are due, if `active`, by the gradients `sources`."""
+  """Moves bases that are due, if `active`, by the gradients in `sources`."""
   stored = state.subspaces.basis
   basis = storage.read(matrices, stored, state.projector)
   subspaces, moves, own = projector.refresh(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which leaves are projected, as which matrices, at which rank."""
+"""Which leaves to project, as which matrices, at which rank."""
 
 from collections.abc import Callable, Iterable
 import dataclasses
@@ -31,14 +31,15 @@ class DimensionNumbers(NamedTuple):
   Attributes:
     reduction_axis: axis or axes of the rows (the input side).
     output_axis: axis or axes of the columns (the output side).
-    output_blocks: widths of the kernels that a fused one holds side by side
-      along its output axis, as (3072, 1024, 1024) of query, key and value.
-      `residuals.orthogonal` and `scale_by_normuon`, and what is made of them,
-      orthogonalise each alone; one basis serves all of them, and to all else,
-      `dion` and `trion` too, they are one matrix. None for one kernel.
+    output_blocks: widths of the kernels that a fused kernel holds side by side
+      along its output axis, such as (3072, 1024, 1024) for query, key and
+      value. `residuals.orthogonal`, `scale_by_normuon` and the optimizers made
+      from them orthogonalise each kernel separately, with one basis for all of
+      them. To everything else, including `dion` and `trion`, they are one
+      matrix. None for one kernel.
 
-  Heads need no blocks: with `DimensionNumbers(0, 2)` the heads of a kernel of
-  (embed, heads, head_dim) are a stack, and each head a matrix.
+  Heads need no blocks: with `DimensionNumbers(0, 2)`, the heads of a kernel of
+  shape (embed, heads, head_dim) are a stack, with one matrix per head.
 
   Example:
     >>> import subspace_optax as so
@@ -56,7 +57,7 @@ Rank = int | float | Callable[[str, Any], int | float]
 
 
 class Match(NamedTuple):
-  """What a spec makes of one leaf.
+  """How a spec treats one leaf.
 
   Attributes:
     path: the leaf's path.
@@ -65,10 +66,10 @@ class Match(NamedTuple):
     selected: whether the spec selects it, even if it is too small to project.
     reason: why it stays plain.
     how: how its matrix was found, see `SubspaceSpec`; '' if it has none.
-    is_clipped: whether the rank that was asked for exceeds its short side.
-    is_reversed: whether its bias is as long as what is read as its inputs.
-    kind: 'an embedding', 'a head' and so on, of a leaf that stays plain by its
-      name; else ''.
+    is_clipped: whether the requested rank exceeds its short side.
+    is_reversed: whether its bias has the length of its supposed inputs.
+    kind: 'an embedding', 'a head' and so on, for a leaf that stays plain
+      because of its name; else ''.
   """
 
   path: str
@@ -83,9 +84,9 @@ class Match(NamedTuple):
 
   @property
   def matrices(self) -> str:
-    """The leaf as `3 x (64 x 16)`, inputs by outputs, or why it is none.
+    """The leaf as `3 x (64 x 16)`, inputs by outputs, or why it has no matrix.
 
-    The outputs of blocks stand apart, as in `64 x (16 + 4 + 4)`.
+    The outputs of blocks are separate, as in `64 x (16 + 4 + 4)`.
     """
     if self.layout is None:
       return self.reason
@@ -104,56 +105,58 @@ class SubspaceSpec:
     rank: r, as an int, a fraction of the short side in (0, 1], or a callable
       of (path, leaf) that returns either. A rank above the short side is
       clipped to it, and `init` warns.
-    include: regular expression; only leaves whose path it finds are projected.
-      Paths look like `blocks/mlp/up`. None for all.
-    exclude: regular expression; leaves whose path it finds stay plain. 'auto'
-      keeps embeddings, heads, norms, biases and convolutions out, by the names
-      of the usual libraries in whole components of a path: `head/kernel` is a
-      head, `head_gate` in a layer is not. None keeps nothing out. Not used if
-      `weight_dimension_numbers` is a tree, which then names the leaves.
+    include: regular expression; only leaves in whose path `re.search` finds it
+      are projected. Paths look like `blocks/mlp/up`. None for all.
+    exclude: regular expression; leaves in whose path `re.search` finds it stay
+      plain, that is, they are not projected. 'auto' excludes embeddings, heads, norms, biases
+      and convolutions, by the names that the usual libraries give to whole
+      components of a path: `head/kernel` is a head, `head_gate` in a layer is
+      not. None excludes nothing. Not used if `weight_dimension_numbers` is a
+      tree, which then names the leaves.
     side: the side the basis spans: 'short' (the papers), 'long'
       (`optax.contrib.galore`), 'in' (rows) or 'out' (columns).
-    weight_dimension_numbers: the axes that form each matrix: a
-      `DimensionNumbers` for every leaf, a tree of them with None for leaves
+    weight_dimension_numbers: the axes that form each matrix: one
+      `DimensionNumbers` for all leaves, a tree of them with None for leaves
       that stay plain, or a callable from the parameters to such a tree
-      ('named' in the column `axes` of `describe`). With None, the axes are
-      decided by the first of these that tells:
+      ('named' in the column `axes` of `describe`). With None, the first of
+      these rules that applies decides:
       1. A leaf of two axes is a matrix ('two axes'), unless it may be a stack
-         of vectors beside stacks of matrices.
+         of vectors next to stacks of matrices.
       2. Flax's metadata names the axes ('metadata').
-      3. Other leaves tell ('siblings'): a norm of (layers, width) shows that
-         layers are stacked, a bias of (heads, head_dim) shows the outputs.
-      4. The leaf's name and sizes tell ('name'), as of query, key and out.
-      5. The last two axes are taken ('assumed'), and `init` warns.
-    only_if_smaller: keep leaves plain whose basis and two moments would take
-      no fewer bytes than Adam's two moments. 'moments' counts no basis, which
-      `subspace`, and so any ready-made optimizer, does by itself if its
-      projector stores none; False projects all.
-    allow_empty: accept trees in which no leaf is matched.
-    seed: what all randomness is derived from, folded with each leaf's path.
+      3. Other leaves show the axes ('siblings'): a norm of (layers, width)
+         shows that layers are stacked, a bias of (heads, head_dim) the outputs.
+      4. The leaf's name and sizes show them ('name'), as for query, key and
+         out.
+      5. The last two axes form the matrix ('assumed'), and `init` warns.
+    only_if_smaller: whether a leaf stays plain if its basis and two moments
+      would not take fewer bytes than Adam's two moments. 'moments' does not
+      count the basis; `subspace`, and so every ready-made optimizer, chooses
+      this if its projector stores no basis. False projects all leaves.
+    allow_empty: whether to accept trees in which no leaf is matched.
+    seed: seed of all randomness, folded with each leaf's path.
     key_group: a function from a leaf's path to a name that replaces the path in
       random keys. Leaves with the same name and shape, such as query, key and
       value, draw the same random bases, unless they are staggered.
     basis_dtype: dtype of the bases: a float, 'int8' or 'int4'. Integers are
-      codes, with a float32 scale for every 128 rows of a column (int8) or 64
-      (int4) at most; every step makes the decoded bases orthonormal. Projectors
-      that move bases by small steps, or draw them again, take floats only.
-    moment_dtype: dtype of the inner optimizer's state, of projected leaves and
-      of plain ones. None takes float32, or the parameter's dtype if that is
-      wider, since in bfloat16 a second moment cannot decay by 0.1 % a step, and
-      in float16 the square of a gradient of 1e-4 is 0. 'parameter' takes the
-      parameter's dtype, as optax does. Coordinates are always float32 or wider.
-    outputs_first: whether kernels are (out, in), as those of equinox, haliax
-      and PyTorch, and not (in, out), as those of Flax and haiku; not where
-      `weight_dimension_numbers` say it, nor where heads are axes of their own.
-      It matters to the sides 'in' and 'out', to which side a square matrix is
-      projected on, to `subspace_muon`, `dion` and `trion`, whose steps are
-      longer the more outputs there are, and to `scale`.
+      codes, with one float32 scale for at most 128 rows of a column (int8) or
+      64 (int4); every step makes the decoded bases orthonormal. Projectors that
+      move bases by small steps, or recompute them, accept only floats.
+    moment_dtype: dtype of the inner optimizer's state, for projected and plain
+      leaves. None is float32, or the parameter's dtype if that is wider: in
+      bfloat16 a second moment cannot decay by 0.1 % per step, and in float16
+      the square of a gradient of 1e-4 is 0. 'parameter' is the parameter's
+      dtype, as in optax. Coordinates are always float32 or wider.
+    outputs_first: whether kernels are (out, in), as in equinox, haliax and
+      PyTorch, instead of (in, out), as in Flax and haiku. It has no effect
+      where `weight_dimension_numbers` names the axes, or heads are separate
+      axes. It affects the sides 'in' and 'out'; the side on which a square
+      matrix is projected; `subspace_muon`, `dion` and `trion`, whose steps grow
+      with the number of outputs; and `scale`.
 
   Raises:
     ValueError: a rank that is not positive, a fraction outside (0, 1], an
-      unknown side, another rule or dtype of bases or moments.
-    TypeError: a rank that is no number; a pattern that is no string.
+      unknown side, `only_if_smaller`, or dtype of bases or moments.
+    TypeError: a rank that is not a number; a pattern that is not a string.
 
   Example:
     >>> import jax.numpy as jnp, subspace_optax as so
@@ -209,8 +212,8 @@ class SubspaceSpec:
     Raises:
       ValueError: no leaf of a non-empty tree is matched; dimension numbers
         that overlap or name a missing axis; a bad rank from a callable.
-      TypeError: a leaf is no array, or in a box that nobody has registered; a
-        selected one is of another dtype than float16, bfloat16, float32 and
+      TypeError: a leaf that is not an array, or is in an unregistered box; a
+        selected leaf with a dtype other than float16, bfloat16, float32 and
         float64.
     """
     pairs, _ = _tree.flatten_params(params)
@@ -277,14 +280,14 @@ class SubspaceSpec:
     wanted = self.moment_dtype
     if isinstance(wanted, str) and wanted == 'parameter':
       return dtype
-    if not _dtypes.is_float(dtype):  # jax promotes none of those with 8 bits
+    if not _dtypes.is_float(dtype):  # jax does not promote 8-bit floats
       return jnp.dtype('float32') if _dtypes.is_real(dtype) else dtype
     if self.moment_dtype is None:
       return jnp.promote_types(dtype, jnp.float32)
     return jnp.dtype(self.moment_dtype)
 
   def _is_smaller(self, layout: _layout.Layout, dtype: Any) -> bool:
-    """Whether what the rule counts takes fewer bytes than Adam's moments."""
+    """Whether `only_if_smaller` counts fewer bytes than Adam's moments take."""
     r, m, n = layout.rank, layout.m, layout.n
     basis = m * r * _dtypes.bits(self.basis_dtype) // 8
     if self.only_if_smaller == 'moments':
@@ -311,7 +314,7 @@ class SubspaceSpec:
   def _layout(
     self, path: str, leaf: Any, rows, cols
   ) -> tuple[_layout.Layout, bool]:
-    """Returns the layout, and whether the rank was clipped for it."""
+    """Returns the layout, and whether its rank was clipped."""
     m = math.prod(leaf.shape[i] for i in rows)
     n = math.prod(leaf.shape[i] for i in cols)
     project_rows = {
@@ -361,7 +364,7 @@ class SubspaceSpec:
       )
 
   def _unlikeness(self, match: Match) -> tuple[int, float]:
-    """Matrices come first, then what looks like the pattern."""
+    """Sorts matrices first, then paths that resemble the pattern."""
     words = difflib.SequenceMatcher(None, self.include or '', match.path)
     return -len(match.leaf.shape), -words.ratio()
 
@@ -379,5 +382,5 @@ def _check_distinct(paths: list[str]) -> None:
 
 
 def _is_dims(x: Any) -> bool:
-  """Whether `x` is dimension numbers, ours or optax's, told by the fields."""
+  """Whether `x` has the fields of dimension numbers, ours or optax's."""
   return hasattr(x, 'reduction_axis') and hasattr(x, 'output_axis')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks and axes that a `SubspaceSpec` is given, checked for one leaf."""
+"""Checks the ranks and axes of a `SubspaceSpec` for one leaf."""
 
 import numbers
 import operator
@@ -9,7 +9,7 @@ import jax
 
 
 def check_rank(rank: Any, path: str) -> int | float:
-  """Returns a rank, which may be a fraction of the short side."""
+  """Returns a valid rank, which may be a fraction of the short side."""
   where = f' for leaf {path!r}' if path else ''
   if isinstance(rank, jax.Array):
     raise TypeError(
@@ -34,7 +34,7 @@ def check_rank(rank: Any, path: str) -> int | float:
 def name_axes(
   path: str, leaf: Any, dims: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Returns the axes of the rows and of the columns, as they are named."""
+  """Returns the axes of rows and columns that dimension numbers name."""
   rows = _normalize(path, leaf, 'reduction_axis', dims.reduction_axis)
   cols = _normalize(path, leaf, 'output_axis', dims.output_axis)
   both = rows + cols
@@ -49,7 +49,7 @@ def name_axes(
 def name_blocks(
   path: str, leaf: Any, dims: Any, cols: tuple[int, ...]
 ) -> tuple[int, ...]:
-  """Returns the widths of fused kernels; optax's numbers have none."""
+  """Returns the widths of fused kernels, which optax's numbers lack."""
   blocks = getattr(dims, 'output_blocks', None)
   if blocks is None:
     return ()

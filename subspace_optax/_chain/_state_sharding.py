@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where every array of an optimizer's state lives on a mesh.
 
-Tracers know their shardings only where mesh axes are explicit. So `init` is
-traced on shapes over a twin of the mesh whose axes all are: no array is made,
-and what it says of each array of state is what eager `init` does with it.
+Tracers know their shardings only if mesh axes are explicit. So `init` is traced
+on shapes, over a twin of the mesh with explicit axes. This makes no array, and
+gives each array of state the sharding that eager `init` would give it.
 """
 
 from collections.abc import Callable
@@ -39,39 +39,42 @@ def state_sharding(
 
   Bases are sharded like the projected axes of their parameter, coordinates like
   its other axes, and both like its batch axes. Mesh axes that shard none of
-  these shard the rank. All other state, inside `optax.chain`, `partition`,
-  `masked` or `MultiSteps`, too, is where its `init` puts it: as a rule sharded
-  like the parameter, and replicated where the parameter is no guide.
+  these shard the rank. All other state, including state inside `optax.chain`,
+  `partition`, `masked` or `MultiSteps`, has the sharding that its `init` gives
+  it: usually that of the parameter, or replicated if there is no such
+  parameter.
 
-  Pass the result to `jax.jit` as the `out_shardings` of `init`, and no device
-  ever holds all of the state; pass it as those of the step, and the state stays
-  where it is.
+  Pass the result to `jax.jit` as the `out_shardings` of `init`, so that no
+  device ever holds all of the state. Pass it as the `out_shardings` of the step
+  to keep the state in place.
 
   Args:
     tx: the optimizer, `rso.subproblems` or a `TrainStep`.
     params: arrays, or `jax.ShapeDtypeStruct`s with shardings, or either in
-      flax's boxes, whose names of axes, by flax's rules if they are logical,
-      are taken where an array has no sharding. The `optimizer_sharding` of an
-      `nnx.Variable` goes before both. Arrays on one device are replicated if
-      others have a mesh.
-    replicated: mesh axes along which all state is the same, such as the axis of
-      `data_parallel_step` or one of slow links; no parameter may be cut there.
-    memory_kind: 'pinned_host' for state in the memory of the host, whose steps
-      are `so.train_step`, `so.layerwise`, and those of `so.offload(tx)`. Keys,
-      scalars and vectors stay on the device. A function is given the path of
-      each array in the state, as `0/mu/blocks/w`, and returns its kind, None
-      for the device's.
+      flax's boxes. If an array has no sharding, the axis names of its box are
+      used, by flax's rules if they are logical. The `optimizer_sharding` of an
+      `nnx.Variable` has precedence over both. Arrays on one device are
+      replicated if others have a mesh.
+    replicated: mesh axes along which all state is replicated, such as the axis
+      of `data_parallel_step` or an axis of slow links. No parameter may be
+      sharded over them.
+    memory_kind: 'pinned_host' for state in host memory, which `so.train_step`,
+      `so.layerwise` and steps of `so.offload(tx)` support. Keys, scalars and
+      vectors stay on the device. Or a function that gets the path of each array
+      in the state, such as `0/mu/blocks/w`, and returns its memory kind, None
+      for that of the device.
 
   Returns:
     A tree like `tx.init(params)`, without boxes, of
-    `jax.sharding.NamedSharding`; if all of the arrays are on one device and no
-    mesh is set, of their own sharding, or with a `memory_kind` on a mesh of
-    that device.
+    `jax.sharding.NamedSharding`. If all arrays are on one device and no mesh is
+    set, it holds their own sharding or, with a `memory_kind`, a sharding on a
+    mesh of that device.
 
   Raises:
-    ValueError: parameters of two meshes; or of none, while no mesh is set; an
-      axis to replicate that cuts a parameter or is not the mesh's; a memory
-      that the devices do not have, or that `tx` cannot take its state from.
+    ValueError: parameters on two meshes, or on none while no mesh is set; an
+      axis in `replicated` that shards a parameter or is not an axis of the
+      mesh; a memory kind that the devices do not have, or from which `tx` can't
+      take its state.
 
   Example:
     >>> import jax, subspace_optax as so
@@ -109,7 +112,7 @@ def _on_device(
   twin = _twin(mesh, replicated)
   whole = _placement.whole_ranks_along(_placement.axes_without_rank(mesh))
   set_mesh = jax.sharding.use_abstract_mesh(twin.abstract_mesh)
-  # From one mesh to another there is no way but over none.
+  # Changing from one mesh to another requires going through no mesh.
   with _notices.quiet(), whole, _sharding.no_mesh(), set_mesh:
     state = jax.eval_shape(tx.init, _shapes(params, twin))
 
@@ -135,7 +138,7 @@ def _twin(mesh: Mesh, without: tuple[str, ...]) -> Mesh:
 
 
 def _shapes(params: Any, mesh: Mesh) -> Any:
-  """Returns the tree of shapes, boxes kept, with shardings on a mesh."""
+  """Returns the tree of shapes, in its boxes, with shardings on a mesh."""
 
   def entry(x: Any) -> Any:
     of_state, default = _spec_of_state(x), _spec_of_box(x)
@@ -155,7 +158,7 @@ def _shapes(params: Any, mesh: Mesh) -> Any:
 
 
 def _check_spec(spec: PartitionSpec, mesh: Mesh) -> None:
-  """Raises if a parameter is cut along an axis that the mesh has not."""
+  """Raises if a parameter is sharded over an axis that the mesh lacks."""
   used = {name for entry in spec for name in _sharding.names(entry)}
   if not used <= set(mesh.axis_names):
     raise ValueError(
@@ -166,7 +169,7 @@ def _check_spec(spec: PartitionSpec, mesh: Mesh) -> None:
 
 
 def _spec_of_state(x: Any) -> PartitionSpec | None:
-  """Returns the spec that a flax variable names for optimizer states alone."""
+  """Returns the spec that a flax variable names for optimizer states."""
   if not isinstance(x, nnx.Variable) or not _boxes.axes_for_state(x):
     return None
   names = _boxes.axes_for_state(x)
@@ -174,7 +177,7 @@ def _spec_of_state(x: Any) -> PartitionSpec | None:
 
 
 def _spec_of_box(x: Any) -> PartitionSpec:
-  """Returns the spec that a flax box names, that of replication otherwise."""
+  """Returns the spec that a flax box names, or else a replicated one."""
   if isinstance(x, nnx.Variable):
     x = jax.tree.leaves(nnx.get_partition_spec(x))
     return x[0] if x else PartitionSpec()
@@ -187,7 +190,7 @@ def _spec_of_box(x: Any) -> PartitionSpec:
 
 
 def _mesh(params: Any) -> Mesh | None:
-  """Returns the mesh of parameters, or the one that is set."""
+  """Returns the mesh of the parameters, or the mesh that is set."""
   shardings = [getattr(x, 'sharding', None) for x in jax.tree.leaves(params)]
   named = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
   meshes = {mesh for mesh in named if isinstance(mesh, Mesh)}

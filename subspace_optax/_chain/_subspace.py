@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front door: the three pieces in a row."""
+"""`subspace`: the three pieces, chained."""
 
 from collections.abc import Callable
 import dataclasses
@@ -38,44 +38,45 @@ def subspace(
 ) -> optax.GradientTransformationExtraArgs:
   """Chains `project`, `in_subspace` and `unproject`.
 
-  A residual rule with feedback, as `residuals.error_feedback`, adds what one
-  step left over to the next gradient, before `project`.
+  A residual rule with feedback, such as `residuals.error_feedback`, adds the
+  residual of one step to the next gradient, before `project`.
 
   Args:
-    spec: which leaves, as which matrices, at which rank. Where its
-      `only_if_smaller` is True and the projector stores no basis, none is
-      counted.
-    projector: how bases are found and moved.
-    inner: the optimizer that runs on coordinates; with a residual, one that
-      returns directions along the gradient, as `optax.scale_by_adam` does.
+    spec: which leaves to project, as which matrices, at which rank. If its
+      `only_if_smaller` is True and the projector stores no basis, the basis is
+      not counted.
+    projector: how to find and move bases.
+    inner: the optimizer that runs on coordinates. With a residual, it must
+      return directions along the gradient, as `optax.scale_by_adam` does.
     transport: see `in_subspace`.
     params: see `in_subspace`.
     per_matrix: see `in_subspace`.
     plain: see `in_subspace`.
     residual: see `unproject`.
     scale: see `unproject`.
-    every_k: k, the number of micro-steps in one step. Every micro-step adds its
+    every_k: k, the number of micro-steps per step. Every micro-step adds its
       coordinates to a mean of rank r. The last one runs the inner optimizer,
       `unproject` and `after` on the mean; the other k - 1 updates are zero.
       Bases do not move within a step: its first gradient, or
-      `refresh_gradients`, refreshes them, and its last one tracks them. Gaps
-      count steps. (`optax.MultiSteps` as `inner` keeps means of rank r, too,
-      but bases may then move between micro-steps, and transformations that are
-      chained behind run at every one.)
+      `refresh_gradients`, refreshes them, and its last gradient tracks them.
+      Gaps count steps. (`optax.MultiSteps` as `inner` also keeps means of rank
+      r, but then bases may move between micro-steps, and transformations
+      chained after it run at every micro-step.)
     after: a transformation of whole updates, such as weight decay and learning
-      rate. It runs once in k micro-steps; what is chained behind runs in all.
+      rate. It runs once every k micro-steps; transformations chained after
+      `subspace` run at every one.
 
   Returns:
-    A transformation from gradients to updates of their dtypes, without learning
-    rate. Updates are float32 or wider until `after` has seen them.
+    A transformation from gradients to updates of the same dtypes, without
+    learning rate. Updates are float32 or wider until `after` has run.
 
   Raises:
-    ValueError: see the three pieces; `every_k` below 1, or together with a
-      residual, which needs gradients that accumulation does not keep; at
+    ValueError: see the three pieces; `every_k` below 1; `every_k` above 1 with
+      a residual, which needs gradients that accumulation does not keep; at
       `init`, an inner optimizer that steps against the gradient although there
-      is a residual, or one of `inner` and `plain` that steps along the gradient
-      while the other steps against it.
-    TypeError: see the three pieces; `every_k` is no int.
+      is a residual, or `inner` and `plain` that step in opposite directions
+      relative to the gradient.
+    TypeError: see the three pieces; `every_k` is not an int.
 
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, and Liang
@@ -131,7 +132,7 @@ def subspace(
 
 
 def _count_stored(project: _projection.Projection) -> _spec.SubspaceSpec:
-  """Returns a spec that counts no basis where the projector stores none."""
+  """Returns a spec that counts no basis if the projector stores none."""
   spec = project.spec
   if spec.only_if_smaller is True and project.projector.rebuild is not None:
     return dataclasses.replace(spec, only_if_smaller='moments')
@@ -144,9 +145,9 @@ def _chain_stages(
   unproject: optax.GradientTransformationExtraArgs,
   feedback: Callable | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Runs the stages in a row.
+  """Runs the stages one after the other.
 
-  With `feedback`, what one step left over is added to the next gradient.
+  With `feedback`, the residual of one step is added to the next gradient.
   """
 
   def init(params):
@@ -169,7 +170,7 @@ def _chain_stages(
 
 
 def _add_left_over(feedback: Callable, gradients: Any, left_over: Any) -> Any:
-  """Returns gradients plus what the residual rule kept in the last step."""
+  """Returns the gradients plus the residuals that the last step kept."""
   known = dict(_tree.flatten(left_over)[0])
 
   def add(path: str, gradient: Any) -> Any:

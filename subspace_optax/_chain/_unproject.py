@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From directions back to updates of whole leaves."""
+"""`unproject`: from directions back to updates of whole leaves."""
 
 from collections.abc import Callable
 import functools
@@ -20,7 +20,7 @@ from subspace_optax.residuals import _base
 
 
 class ResidualState(NamedTuple):
-  """State of `unproject` with a residual rule that has any."""
+  """State of `unproject` with a residual rule that has state."""
 
   count: jax.Array  # shape=(), dtype=int32
   # tree, leaf shape=(*batch,) or the leaf's, as the rule says
@@ -36,12 +36,12 @@ def unproject(
   """Turns directions in subspaces into updates of whole leaves.
 
   Args:
-    scale: factor of the projected leaves' updates, alpha in GaLore.
+    scale: multiplies the updates of projected leaves, alpha in GaLore.
     residual: rule for the part of the gradient outside the subspace, from
       `subspace_optax.residuals`; needs `project(..., keep_gradient=True)`.
     spec: the spec of `project`, which says for which leaves a residual rule has
-      state. By default these are all leaves of two axes or more, with their
-      last two axes as the matrix.
+      state. By default, these are all leaves of two or more axes, with the last
+      two axes as the matrix.
 
   Returns:
     A transformation that turns `Projected` nodes into updates of the leaf's
@@ -49,10 +49,10 @@ def unproject(
 
   Raises:
     ValueError: a residual rule that changes gradients, which needs
-      `subspace_optax.subspace`; at `update`, if nothing is projected,
-      `in_subspace` has not run, or a residual rule lacks the gradient or has
+      `subspace_optax.subspace`; at `update`, if nothing is projected, if
+      `in_subspace` has not run, or if a residual rule lacks the gradient or has
       state of another shape.
-    TypeError: `residual` is something else.
+    TypeError: `residual` is not a residual rule.
 
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Eq. (9)
@@ -63,8 +63,8 @@ def unproject(
   """
   if isinstance(residual, _base.Residual) and residual.feedback:
     raise ValueError(
-      f'residual {residual.name!r} changes the gradients that are projected, '
-      'which `unproject` comes too late for; use `subspace_optax.subspace`.'
+      f'residual {residual.name!r} changes gradients before they are '
+      'projected, which `unproject` can not do; use `subspace_optax.subspace`.'
     )
   allow_empty = isinstance(spec, _spec.SubspaceSpec) and spec.allow_empty
   return unproject_any(scale, residual, spec, allow_empty=allow_empty)
@@ -77,7 +77,7 @@ def unproject_any(
   *,
   allow_empty: bool,
 ) -> optax.GradientTransformationExtraArgs:
-  """As `unproject`; `allow_empty` where pieces can't be in the wrong order."""
+  """Like `unproject`; `allow_empty` if pieces can't be in the wrong order."""
   if residual is not None and not isinstance(residual, _base.Residual):
     raise TypeError(
       f'residual must come from subspace_optax.residuals, got {residual!r}.'
@@ -161,10 +161,11 @@ def _update_leaves(
 def _drop(
   node: _projected.Projected, scale: Any, count: Any, last: Any
 ) -> tuple[jax.Array, Any]:
-  """GaLore's update: what is outside of the subspace is lost."""
+  """Returns GaLore's update, which drops the part outside the subspace."""
   del count
-  # Multiplied in the gradient's dtype, like all products of the step, but for
-  # float16, which may be too narrow for a direction. Scaled while it is small.
+  # Multiply in the gradient's dtype, like all products of the step, except for
+  # float16, which may be too narrow for a direction. Scale before the product,
+  # while the array is small.
   dtype = jnp.float32 if node.dtype == jnp.float16 else node.dtype
   direction = (scale * node.direction).astype(dtype)
   basis = node.basis.astype(dtype)
@@ -194,7 +195,7 @@ def _check_state(
 def _check_directed(
   pairs: list, needs_gradient: bool, allow_empty: bool
 ) -> None:
-  """Raises where `in_subspace` or `project` should have been, and was not."""
+  """Raises if `project` or `in_subspace` did not run before."""
   nodes = [(p, e) for p, e in pairs if isinstance(e, _projected.Projected)]
   if pairs and not nodes and not allow_empty:
     raise ValueError(

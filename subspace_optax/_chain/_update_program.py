@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Updates as programs that can be run in parts.
 
-A traced update tells which of its results need which part of the state, and
-whether each number of a result depends on those at its own place alone.
+A traced update shows which of its results need which part of the state, and
+whether each number of a result depends only on numbers at the same position.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from subspace_optax._matrix import _memories
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _sharding
 
-# An update that is elementwise comes in by so many bytes of state at a time.
+# An elementwise update fetches at most this many bytes of state at a time.
 _MOST_BYTES = 2**26
 
 _ELEMENTWISE = frozenset(
@@ -31,17 +31,17 @@ _CALLS = frozenset(['jit', 'pjit', 'closed_call', 'custom_jvp_call'])
 
 
 class Program(NamedTuple):
-  """An update as a function of lists; inputs and outputs have numbers."""
+  """An update as a function of lists, with numbered inputs and outputs."""
 
   run: Callable[..., Any]
-  inputs: list[Any]  # far where they are
+  inputs: list[Any]  # far arrays stay far
   kinds: list[Any]  # the inputs' types on the device
   jaxpr: Any
   treedef: Any  # of the outputs
-  directions: int  # of how many inputs the first outputs take the place
+  directions: int  # number of first inputs that the first outputs replace
   params: dict[int, int]  # from gradients to their parameters
   slots: dict[int, int]  # from far inputs to the outputs that replace them
-  turns: Any  # one, which no compiler knows
+  turns: Any  # one, unknown to the compiler
 
 
 class Group(NamedTuple):
@@ -74,7 +74,7 @@ def trace(
     for slot, k in enumerate(of_old, first)
     if _memories.is_far(inputs[k])
   }
-  # Trees are like the gradients, unless an optimizer is odd.
+  # Parameters normally have the tree of the gradients.
   alike = len(gradients) == len(of_params)
   return Program(
     run,
@@ -90,35 +90,36 @@ def trace(
 
 
 def _check_same(old: Any, new: Any) -> None:
-  """Raises if a new state does not fit into the place of the old one."""
+  """Raises if a new state can't replace the old one."""
   must = 'a state on the host must keep its structure, shapes and dtypes'
   pairs, one = jax.tree.flatten_with_path(old)
   leaves, other = jax.tree.flatten(new)
   if one != other:
-    raise ValueError(f'{must}; an update made {other} of {one}.')
+    raise ValueError(f'{must}; an update changed {one} to {other}.')
   for (path, x), y in zip(pairs, leaves, strict=True):
     kinds = [f'{k.dtype}{list(k.shape)}' for k in (x, y)]
     if kinds[0] != kinds[1]:
       name = jax.tree_util.keystr(path)
       raise ValueError(
-        f'{must}; an update made {kinds[1]} of {kinds[0]} at state{name}.'
+        f'{must}; an update changed {kinds[0]} to {kinds[1]} at state{name}.'
       )
 
 
 def _unknown_one(updates: Any) -> jax.Array:
-  """Returns the number one, of which no compiler can know that it is."""
+  """Returns the number one in a form that the compiler can't evaluate."""
   smallest = min(jax.tree.leaves(updates), key=lambda x: x.size)
   return 1 + jnp.any(smallest > jnp.inf).astype(jnp.int32)
 
 
 def groups(program: Program) -> list[Group]:
-  """Returns outputs in groups that need no far input of one another's."""
+  """Returns groups of outputs such that no two groups share a far input."""
   of_slot = {slot: k for k, slot in program.slots.items()}
   groups: list[Group] = []
   for output in range(program.treedef.num_leaves):
     _, used = only(program.jaxpr, [output])
     far = {k for k in program.slots if k in used}
-    # What is replaced is at hand, even if nothing is read of it.
+    # An output belongs to the input that it replaces, even if it reads nothing
+    # of that input.
     far |= {of_slot[output]} if output in of_slot else set()
     one = Group(frozenset([output]), frozenset(far))
     alike = [x for x in groups if x.far & one.far or x.far == one.far]
@@ -149,11 +150,11 @@ def in_rows(
   used: list[int],
   at: tuple[Any, ...],
 ) -> tuple[int, Any]:
-  """Returns a program of some rows, and how many such parts there are.
+  """Returns the number of parts, and a program for the rows of one part.
 
-  The update is traced again, with fewer rows in the group's arrays. But for
-  these it must be the same program, down to the numbers in it, and nothing but
-  scalars may be common to two places of an array.
+  The update is traced again, with fewer rows in the group's arrays. Except for
+  these shapes it must be the same program, including its constants, and two
+  positions of an array may share only scalars.
   """
   shape = program.kinds[min(group.far)].shape
   parts = _count_parts(program, group, shape, at)
@@ -168,7 +169,7 @@ def in_rows(
   try:
     with _notices.quiet():
       found = jax.make_jaxpr(program.run)(*kinds)
-  except (TypeError, ValueError):  # of an optimizer that knows its shapes
+  except (TypeError, ValueError):  # the optimizer depends on its shapes
     return 1, jaxpr
   found, needed = only(found, sorted(group.outputs))
   same = needed == used and _same_consts(found, jaxpr)
@@ -193,7 +194,7 @@ def _equal(x: Any, y: Any) -> bool:
 
 
 def _text(jaxpr: Any, shape: tuple[int, ...], name: str) -> str:
-  """Returns a program as text in which a shape has a name."""
+  """Returns a program as text, with a name in place of a shape."""
   text = str(jaxpr.jaxpr).replace(f'{shape}', name)
   return text.replace(f'[{",".join(map(str, shape))}]', name)
 
@@ -204,7 +205,7 @@ def _count_parts(
   shape: tuple[int, ...],
   at: tuple[Any, ...],
 ) -> int:
-  """Returns into how many parts the rows of a group's arrays are cut."""
+  """Returns into how many parts to cut the rows of a group's arrays."""
   far = [program.kinds[k] for k in group.far]
   size = sum(x.size * x.dtype.itemsize for x in far)
   cut = tuple(range(len(at) + 1))
@@ -216,7 +217,7 @@ def _count_parts(
 
 
 def _is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
-  """Whether arrays of a shape are all there is, and numbers meet at no time."""
+  """Whether all arrays have this shape and all operations are elementwise."""
 
   def is_fine(eqn: Any) -> bool:
     shapes = {x.aval.shape for x in (*eqn.invars, *eqn.outvars)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of arguments, which raise with the name, the value and what to do."""
+"""Checks of arguments. Errors give the name, the value and what to do."""
 
 import numbers
 import re
@@ -13,7 +13,7 @@ MOST_STEPS = 2**31 - 1
 
 
 def check_decay(rate: Any, name: str) -> None:
-  """Raises unless a decay rate lies in [0, 1); nothing is known of arrays."""
+  """Raises unless a decay rate lies in [0, 1); accepts any array."""
   if isinstance(rate, jax.Array | np.ndarray):
     return
   if not isinstance(rate, numbers.Real):
@@ -47,7 +47,7 @@ def check_int(
 
 
 def check_pattern(name: str, pattern: Any) -> None:
-  """Raises for an argument that is no regular expression of paths, nor None."""
+  """Raises unless an argument is a regular expression or None."""
   if pattern is None:
     return
   if not isinstance(pattern, str):
@@ -64,6 +64,6 @@ def check_pattern(name: str, pattern: Any) -> None:
 
 
 def require_optimizer(optimizer: Any, name: str) -> None:
-  """Raises unless an argument is an optimizer, as `optax.adam` is not."""
+  """Raises unless an argument is an optimizer; `optax.adam` itself is not."""
   if not hasattr(optimizer, 'init') or not hasattr(optimizer, 'update'):
     raise TypeError(f'{name} must be an optax optimizer, got {optimizer!r}.')

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which axes of each leaf form its matrix, and what says so.
+"""Which axes of each leaf form its matrix, and how that is known.
 
 A leaf of three axes may be a stack of layers' matrices, an attention kernel
-whose heads are axes of their own, or a convolution. What other leaves, the
-names of axes in flax's metadata, and the leaf's own name say is put together
-here; where it is not enough, the last two axes are assumed, and said to be.
+with separate axes for heads, or a convolution. This module combines the
+evidence of other leaves, of axis names in flax's metadata and of the leaf's own
+name. If it is not enough, the last two axes are assumed, and reported as such.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from subspace_optax._matrix import _names
 from subspace_optax._matrix import _siblings
 
-# Names of axes in flax's metadata and haliax's.
+# Names of axes in the metadata of flax and haliax.
 _COUNTS = re.compile(
   # Not `expert` or `stage`, which are axes of meshes, too.
   r'([a-z_]*_)?(layers?|blocks?|experts)|exp|num_activations|qkv|o_groups'
@@ -36,8 +36,8 @@ class Axes(NamedTuple):
     cols: the axes of the columns; all others count matrices.
     how: 'two axes', 'named', 'metadata', 'siblings', 'name' or 'assumed'.
     reason: why there is no matrix.
-    order: 'in_out' or 'out_in' if a bias tells it of a kernel with one axis on
-      each side, else ''.
+    order: 'in_out' or 'out_in' if a bias shows the order of a kernel with one
+      axis on each side, else ''.
   """
 
   rows: tuple[int, ...]
@@ -49,7 +49,7 @@ class Axes(NamedTuple):
   def reversed(self) -> 'Axes':
     """Returns the axes of a kernel that has its outputs first.
 
-    Where heads are axes of their own, it is known which side they are on.
+    Separate axes for heads already show which side they are on.
     """
     if len(self.rows) != 1 or len(self.cols) != 1:
       return self
@@ -59,7 +59,7 @@ class Axes(NamedTuple):
 def of_form(form: str, how: str) -> Axes:
   """Returns the axes of a form such as 'bio': `i` rows, `o` columns.
 
-  All others, `b` in a layer's own form and `l` of layers, count matrices.
+  All others, `b` in a layer's own form and `l` for layers, count matrices.
   """
   of = lambda kind: tuple(i for i, c in enumerate(form) if c == kind)
   return Axes(of('i'), of('o'), how)
@@ -70,14 +70,14 @@ def _without_matrix(reason: str, how: str = '') -> Axes:
 
 
 class Decisions:
-  """What is decided of the leaves of a tree, by path, when it is asked for."""
+  """Decisions on the leaves of a tree, by path, computed on first use."""
 
   def __init__(self, leaves: Iterable[_siblings.Leaf]):
     self._leaves = tuple(leaves)
 
   @functools.cached_property
   def family(self) -> _siblings.Family:
-    """The leaves, and what those near each other tell together."""
+    """The leaves, and what leaves near each other show together."""
     return _siblings.Family(self._leaves)
 
   @functools.cached_property
@@ -87,13 +87,13 @@ class Decisions:
 
   @functools.cached_property
   def plain_kinds(self) -> dict[str, str]:
-    """What keeps leaves plain by their names: 'a head', '' if nothing."""
+    """The kinds that keep leaves plain by name, such as 'a head'; else ''."""
     return {leaf.path: _plain_kind(leaf, self.family) for leaf in self._leaves}
 
 
 @functools.lru_cache(maxsize=256)
 def decisions_of(leaves: tuple[_siblings.Leaf, ...]) -> Decisions:
-  """Returns the decisions on a tree, which every `update` asks for again."""
+  """Returns the decisions on a tree, cached since every `update` needs them."""
   return Decisions(leaves)
 
 
@@ -108,13 +108,13 @@ def _plain_kind(leaf: _siblings.Leaf, family: _siblings.Family) -> str:
 
 
 class _Clues(NamedTuple):
-  """What is known of a leaf.
+  """What is known about a leaf.
 
   Attributes:
     path: the leaf's path.
-    shape: its shape.
-    counted: its axes of layers or experts; None if nothing tells.
-    bias: the shape of its bias, if it has one.
+    shape: the leaf's shape.
+    counted: the leaf's axes of layers or experts; None if unknown.
+    bias: the shape of the leaf's bias, if it has one.
   """
 
   path: str
@@ -129,7 +129,7 @@ class _Clues(NamedTuple):
 
 
 def _axes_of(leaf: _siblings.Leaf, family: _siblings.Family) -> Axes:
-  """Asks what needs no other leaves, then all that is known."""
+  """Tries rules that need no other leaves, then all other rules."""
   ndim, bias = len(leaf.shape), family.bias(leaf)
   if ndim < 2:
     return _without_matrix('has fewer than two axes')
@@ -145,10 +145,10 @@ def _axes_of(leaf: _siblings.Leaf, family: _siblings.Family) -> Axes:
 
 
 def _by_clues(leaf: _Clues) -> Axes:
-  """Asks other leaves, then the name."""
+  """Tries the evidence of other leaves, then the name."""
   if len(leaf.shape) == 2:
     return _two_axes(leaf)
-  if len(leaf.core) < 2:  # the layers are as many as the units
+  if len(leaf.core) < 2:  # there are as many layers as units
     return _assumed(leaf._replace(counted=(0,)))
   found = _by_bias(leaf) or _by_bias(leaf._replace(counted=None))
   if len(leaf.core) == 2 and not found:
@@ -161,7 +161,7 @@ def _by_clues(leaf: _Clues) -> Axes:
 def _with_order(
   axes: Axes, shape: tuple[int, ...], bias: tuple[int, ...] | None
 ) -> Axes:
-  """Returns the axes with what a bias tells of their order, if it does."""
+  """Returns the axes, with their order if a bias shows it."""
   if not len(axes.rows) == len(axes.cols) == 1:
     return axes
   inputs, outputs = (shape[i] for i in axes.rows + axes.cols)
@@ -172,7 +172,7 @@ def _with_order(
 
 
 def _two_axes(leaf: _Clues) -> Axes:
-  """Takes a leaf for a matrix, or for a vector in each layer, by its name.
+  """Takes a leaf for a matrix, or by its name for one vector per layer.
 
   If other leaves are stacked along one of its axes, it may be either.
   """
@@ -185,7 +185,7 @@ def _two_axes(leaf: _Clues) -> Axes:
 
 
 def _by_metadata(leaf: _siblings.Leaf) -> Axes | None:
-  """Reads the names of axes, if they tell all sides apart."""
+  """Reads the names of axes, if they determine both sides."""
   names = [str(name) for name in leaf.names or ()]
   if len(names) != len(leaf.shape):
     return None
@@ -208,7 +208,7 @@ def _by_metadata(leaf: _siblings.Leaf) -> Axes | None:
 
 
 def _spread(forms: Iterable[str], leaf: _Clues) -> list[str]:
-  """Returns a layer's forms with `l` where axes of layers may stand."""
+  """Returns a layer's forms with `l` wherever axes of layers may be."""
   spread = []
   for form in forms:
     if leaf.counted is None:
@@ -222,7 +222,7 @@ def _spread(forms: Iterable[str], leaf: _Clues) -> list[str]:
 
 
 def _by_bias(leaf: _Clues) -> Axes | None:
-  """Finds the columns as the axes that the bias of a kernel has."""
+  """Takes the axes that a kernel's bias has for its columns."""
   own = (*_names.forms(leaf.path), *_names.attention_forms(leaf.path))
   for forms in (own, ('io', 'ioo', 'iio')):
     fits = [
@@ -236,7 +236,7 @@ def _by_bias(leaf: _Clues) -> Axes | None:
 
 
 def _bias_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the shape of a bias, whose layers stand where the kernel's do."""
+  """Returns the shape of a bias whose axes of layers are the kernel's."""
   axes = list(zip(shape, form, strict=True))
   bias = [n for n, c in axes if c in 'bo']
   for i, (n, c) in enumerate(axes):
@@ -246,29 +246,29 @@ def _bias_shape(form: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _by_name(leaf: _Clues) -> Axes | None:
-  """Takes what a name stands for in every library, if the sizes agree."""
+  """Takes the meaning of a name in every library, if the sizes agree."""
   forms = [x for x in _names.forms(leaf.path) if len(x) == len(leaf.core)]
   if forms:
     return of_form(squarest(_spread(forms, leaf), leaf.shape), 'name')
   forms = _spread(_names.attention_forms(leaf.path), leaf)
   exact = [form for form in forms if _is_exact(form, leaf)]
   if exact:
-    # Where layers are as many as units, they may stand on either side.
+    # If there are as many layers as units, they may be on either side.
     of_layer = [x.replace('l', '') for x in exact]
     is_sure = of_layer.count(of_layer[0]) == 1
-    # A head as wide as a small model fits the other way round by accident.
+    # A head as wide as a small model also fits the other way round by accident.
     usual = forms[0].replace('l', '')
     is_sure &= usual in of_layer or _ratio(forms[0], leaf.shape) > 8
     return of_form(exact[0], 'name' if is_sure else 'assumed')
   if not forms or leaf.counted is None:
     return None
   form = squarest(forms, leaf.shape)
-  # Far from square, it is not what the name says.
+  # If it is far from square, the name has another meaning.
   return of_form(form, 'name') if _ratio(form, leaf.shape) <= 8 else None
 
 
 def squarest(forms: Iterable[str], shape: tuple[int, ...]) -> str:
-  """Returns the form whose two sides differ least, the first within twice."""
+  """Returns the squarest form, the first one among those up to a ratio of 2."""
   return min(forms, key=lambda form: max(2.0, _ratio(form, shape)))
 
 
@@ -278,7 +278,7 @@ def _ratio(form: str, shape: tuple[int, ...]) -> float:
 
 
 def _widths(form: str, shape: tuple[int, ...]) -> tuple[int, int]:
-  """Returns the width of all heads, and the model's."""
+  """Returns the width of all heads, and the width of the model."""
   size = lambda kind: math.prod(
     n for n, c in zip(shape, form, strict=True) if c == kind
   )
@@ -287,9 +287,9 @@ def _widths(form: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _is_exact(form: str, leaf: _Clues) -> bool:
-  """Whether all heads are as wide as the model, or key's a part of that.
+  """Whether all heads are as wide as the model, or a part of it for keys.
 
-  Heads around the model's axis may as well be layers, unless that is known.
+  Heads around the model's axis may also be layers, unless layers are known.
   """
   heads, width = _widths(form, leaf.shape)
   is_known = leaf.counted is not None
@@ -299,7 +299,7 @@ def _is_exact(form: str, leaf: _Clues) -> bool:
 
 
 def _convolution(leaf: _Clues) -> Axes | None:
-  """Tells convolutions, which are no matrices: each author flattens another.
+  """Detects convolutions, which have no standard form as matrices.
 
   Flax keeps (height, width, in, out), equinox (out, in, height, width).
   """
@@ -314,7 +314,7 @@ def _convolution(leaf: _Clues) -> Axes | None:
 
 
 def _assumed(leaf: _Clues) -> Axes:
-  """Takes the squarest matrix for attention's kernels, or the last two axes."""
+  """Takes the squarest matrix for attention kernels, else the last two axes."""
   forms = _names.attention_forms(leaf.path)[:1]
   if forms:
     layers = leaf.counted or ((0,) if leaf.shape[0] <= leaf.shape[1] else (1,))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes: what libraries wrap arrays in, to name the axes that meshes cut.
+"""Boxes: wrappers in which libraries name the axes of arrays for sharding.
 
-Trainers read from the boxes of a state how it is to be sharded, and take a bare
-array for one that every device holds. So the arrays of a state are in boxes
-like their parameter's, with names for the axes that they have.
+Trainers read the sharding of a state from its boxes, and replicate a bare
+array. So the arrays of a state are in boxes like their parameter's, with names
+for their own axes.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ Names = tuple[str | None, ...]
 
 
 class _Kind(NamedTuple):
-  """How the boxes of a class are read and made."""
+  """How to read and make the boxes of a class."""
 
   axes: Callable[[Any], Iterable[Any] | None]
   wrap: Callable[[Any, jax.Array, Names], Any]
@@ -41,22 +41,22 @@ def register_box(
   axes: Callable[[Any], Iterable[Any] | None],
   wrap: Callable[[Any, jax.Array, Names], Any],
 ) -> None:
-  """Tells of a class that wraps one array each, such as haliax's `NamedArray`.
+  """Registers a class that wraps one array, such as haliax's `NamedArray`.
 
-  Parameters in such boxes are then read as the matrices that the names of their
-  axes say, and state comes in boxes of its own. flax's boxes, `Partitioned`,
-  `LogicallyPartitioned` and `nnx.Variable`, are known.
+  The axis names of parameters in such boxes then determine their matrices, and
+  state comes in its own boxes. The boxes of flax, `Partitioned`,
+  `LogicallyPartitioned` and `nnx.Variable`, are registered already.
 
   Args:
-    cls: the class, a node of jax's trees with one leaf.
-    axes: from a box to the names of its array's axes, None for one without a
-      name; or None if it names none.
-    wrap: (box, array, names) -> a box like `box` around `array`. A rank has the
-      name of the first axis that it stands for, so that it is sharded as that
-      axis is; what other numbers there are, None.
+    cls: the class, a pytree node with one leaf.
+    axes: maps a box to the names of its array's axes, None for an axis without
+      a name; or to None if it names no axes.
+    wrap: (box, array, names) -> a box like `box` around `array`. A rank axis
+      has the name of the first axis that it replaces, so that it is sharded
+      like that axis; other new axes have None.
 
   Raises:
-    TypeError: `cls` is no class, or is an array.
+    TypeError: `cls` is not a class, or is an array.
 
   Example:
     >>> import dataclasses, jax, jax.numpy as jnp, subspace_optax as so
@@ -84,7 +84,7 @@ def is_box(x: Any) -> bool:
 
 
 def axes_of(box: Any) -> Names | None:
-  """Returns the names of a box's axes; of several in a tuple, none."""
+  """Returns the names of a box's axes; None for an axis with several names."""
   names = _kind(box).axes(box)
   if names is None:
     return None
@@ -101,26 +101,26 @@ def unbox(tree: Any, is_leaf: Callable[[Any], bool] = lambda x: False) -> Any:
 
 
 def content(box: Any) -> Any:
-  """Returns what is in a box.
+  """Returns the content of a box.
 
-  A box is a pytree node with one child; reading it as such needs no API of the
+  A box is a pytree node with one child. Reading it as such needs no API of the
   box, and adds none of its sharding constraints.
   """
   return jax.tree.leaves(box, is_leaf=lambda x: x is not box)[0]
 
 
 def is_unknown(x: Any) -> bool:
-  """Whether `x` poses as an array, and is a node around one."""
+  """Whether `x` looks like an array, but is a node around one."""
   if not (hasattr(x, 'shape') and hasattr(x, 'dtype')) or is_box(x):
     return False
   return not jax.tree_util.all_leaves([x]) and len(jax.tree.leaves(x)) == 1
 
 
 def box_state(init: Callable[[Any], Any], params: Any) -> Any:
-  """Returns `init(params)`, its arrays in boxes like their parameters'.
+  """Returns `init(params)`, with its arrays in boxes like their parameters'.
 
-  Which axes of a parameter an array has is what their shardings would be on a
-  mesh with one axis for each.
+  The axes that an array shares with its parameter are found from its sharding
+  on a mesh with one axis per parameter axis.
   """
   state, boxes = init(params), _boxes_by_path(params)
   if not boxes or _is_off.get():
@@ -143,7 +143,7 @@ _is_off: contextvars.ContextVar[bool] = contextvars.ContextVar(
 
 
 def without_boxes(tx: Any) -> Any:
-  """Returns an optimizer for which `box_state` puts nothing into boxes."""
+  """Returns an optimizer whose state `box_state` does not put into boxes."""
 
   def init(params: Any) -> Any:
     token = _is_off.set(True)
@@ -156,7 +156,7 @@ def without_boxes(tx: Any) -> Any:
 
 
 def bare(update: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns `update` for a state in boxes, which it is handed without."""
+  """Returns `update` for a state in boxes, which it removes for `update`."""
 
   def boxed(updates, state, params=None, **extra_args):
     new_updates, new = update(updates, unbox(state), params, **extra_args)
@@ -175,9 +175,9 @@ def _boxes_by_path(params: Any) -> dict[Path, Any]:
 
 
 def _owner(boxes: dict[Path, Any], path: Path) -> Any:
-  """Returns the box of the parameter whose path a path in a state holds."""
+  """Returns the box of the parameter whose path a path in a state contains."""
   lengths = range(len(path), 0, -1)
-  # The last one, since what wraps a tree of parameters may be a tuple, too.
+  # The last one, since a wrapper of a tree of parameters may be a tuple, too.
   parts = (
     path[i : i + n] for n in lengths for i in range(len(path) - n, -1, -1)
   )
@@ -185,11 +185,11 @@ def _owner(boxes: dict[Path, Any], path: Path) -> Any:
 
 
 def _traced_by_axes(init: Callable[[Any], Any], params: Any) -> Any:
-  """Returns the types of a state whose parameters are cut along every axis."""
+  """Returns the types of a state whose parameters are sharded on every axis."""
   most = max([1, *(len(x.shape) for x in jax.tree.leaves(params))])
   names = tuple(map(str, range(most)))
   explicit = (AxisType.Explicit,) * most
-  # Axes of one device divide everything.
+  # Mesh axes of one device divide any size.
   mesh = AbstractMesh((1,) * most, names, axis_types=explicit)
 
   def shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -197,20 +197,20 @@ def _traced_by_axes(init: Callable[[Any], Any], params: Any) -> Any:
     sharding = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-  # From one mesh to another there is no way but over none.
+  # Changing from one mesh to another requires going through no mesh.
   with _sharding.no_mesh(), jax.sharding.use_abstract_mesh(mesh):
     return jax.eval_shape(init, jax.tree.map(shape, params))
 
 
 def _box_like(box: Any, x: jax.Array, kind: jax.ShapeDtypeStruct) -> Any:
-  """Returns an array in a box like its parameter's, if there is one."""
+  """Returns an array, in a box like its parameter's if it has one."""
   if box is None:
     return x
   name_of = {str(i): name for i, name in enumerate(_axes_for_state(box))}
   spec = getattr(kind.sharding, 'spec', ())  # some scalars have none
   names: list[Any] = [None] * x.ndim
   for i, entry in enumerate(spec):
-    # Ranks are split along all axes of a mesh, those of longer leaves, too.
+    # Ranks are split along all mesh axes, including those of longer leaves.
     found = [name_of[k] for k in _sharding.names(entry) if name_of.get(k)]
     if found and _divides(box, found[0], x.shape[i]):
       names[i] = found[0]
@@ -218,10 +218,10 @@ def _box_like(box: Any, x: jax.Array, kind: jax.ShapeDtypeStruct) -> Any:
 
 
 def _divides(box: Any, name: Any, size: int) -> bool:
-  """Whether a mesh, if it is known, can cut `size` numbers along an axis."""
+  """Whether a mesh, if known, can divide `size` numbers along an axis."""
   mesh = getattr(box, 'mesh', None) or jax.sharding.get_abstract_mesh()
   sizes = dict(mesh.shape)
-  # Rules take logical names to axes of meshes; the first of a name decides.
+  # Rules map logical names to mesh axes; the first rule of a name decides.
   rules = getattr(box, 'rules', None) or getattr(box, 'sharding_rules', None)
   rules = list(rules or linen.get_logical_axis_rules() or ())
   axes = dict(reversed(rules)).get(name, name)
@@ -230,7 +230,7 @@ def _divides(box: Any, name: Any, size: int) -> bool:
 
 
 def axes_for_state(box: nnx.Variable) -> tuple[Any, ...]:
-  """Returns the names that a variable has for its optimizer state, if any."""
+  """Returns the axis names of a variable for its optimizer state, if any."""
   names = box.get_metadata().get(_OF_STATE)
   return tuple(getattr(names, 'spec', names) or ())
 
@@ -245,9 +245,9 @@ def _kind(box: Any) -> _Kind:
   return next(_kinds[cls] for cls in type(box).__mro__ if cls in _kinds)
 
 
-# The keys under which a variable's metadata hold names of axes.
+# The keys under which a variable's metadata holds names of axes.
 _SHARDINGS = ('out_sharding', 'sharding', 'sharding_names')
-_OF_STATE = 'optimizer_sharding'  # in their place for state
+_OF_STATE = 'optimizer_sharding'  # used instead for optimizer state
 
 
 def _axes_of_variable(box: nnx.Variable) -> Iterable[Any] | None:
@@ -264,7 +264,7 @@ def _wrap_in_variable(box: nnx.Variable, x: jax.Array, names: Names) -> Any:
 
 
 def _wrap_in_metadata(box: Any, x: jax.Array, names: Names) -> Any:
-  """Returns what a box of unknown axes can hold: arrays of the same shape."""
+  """Boxes an array if that is possible for unknown axes: in the same shape."""
   del names
   return box.replace_boxed(x) if x.shape == content(box).shape else x
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The orthonormal cosine transform, and columns of it made from their numbers.
+"""The orthonormal cosine transform, and its columns computed from indices.
 
-Column k of D, m x m, is c_k cos(pi (2i + 1) k / 2m) in row i, with c_0 the root
-of 1/m and all other c_k the root of 2/m (the DCT-II). A column costs m cosines,
-so that a basis of D's columns needs no memory between two steps.
+Column k of D, m x m, is c_k cos(pi (2i + 1) k / 2m) in row i, with c_0 the
+square root of 1/m and all other c_k the square root of 2/m (the DCT-II). A
+column costs m cosines, so a basis of D's columns need not be stored between
+steps.
 """
 
 import math
@@ -17,7 +18,7 @@ from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _noise
 from subspace_optax._matrix import _placement
 
-# Of a side, so that phases can be found in 32 bits.
+# The longest side whose phases can be computed in 32 bits.
 MOST_ROWS = 2**20
 
 _LOW_BITS = 10
@@ -29,10 +30,10 @@ def make_basis(
   """Returns columns of D, or of diag(s) D with random signs s, as bases.
 
   Args:
-    layout: of the leaf.
-    leaf: an array with the leaf's sharding; each device makes its own rows.
-    columns: (*batch, r), their numbers.
-    seed: (*batch), uint32, of the signs; None for D's own columns.
+    layout: layout of the leaf.
+    leaf: an array with the leaf's sharding; each device computes its own rows.
+    columns: (*batch, r), indices of the columns.
+    seed: (*batch), uint32, seeds of the signs; None for the columns of D.
 
   Returns:
     (*batch and projected axes, r), float32.
@@ -69,48 +70,49 @@ def draw_basis(
   """Returns diag(s) D[:, k] with random signs s and a random subset k.
 
   Args:
-    layout: of the leaf.
+    layout: layout of the leaf.
     leaf: see `make_basis`.
     seed: (*batch), uint32.
-    period: integers, a scalar or (*batch); signs are new in each, too.
+    period: integers, a scalar or (*batch); signs and columns depend on it.
   """
   keys = _noise.hashed(seed, jnp.asarray(period).astype(jnp.uint32))
-  # Signs from other bits than those by which columns are chosen.
+  # Signs use other bits than the choice of columns.
   return make_basis(layout, leaf, draw_columns(layout, keys), ~keys)
 
 
 def draw_columns(layout: _layout.Layout, keys: jax.Array) -> jax.Array:
-  """Returns a random subset of r column numbers for every key, in order.
+  """Returns a random subset of r column indices for every key, in order.
 
   Args:
-    layout: of the leaf.
+    layout: layout of the leaf.
     keys: (*batch), uint32.
   """
   numbers = jnp.arange(layout.m, dtype=jnp.uint32)
   numbers = jnp.expand_dims(numbers, tuple(range(keys.ndim)))
-  # 31 bits, so that they are integers of the same order.
+  # 31 bits, so that signed integers have the same order.
   bits = (_noise.hashed(keys[..., None], numbers) >> 1).astype(jnp.int32)
   return largest(bits, layout.rank)
 
 
 def largest(values: jax.Array, rank: int) -> jax.Array:
-  """Returns the places of the r largest of the last axis, in order."""
+  """Returns the indices of the r largest along the last axis, in order."""
   return jnp.sort(lax.top_k(values, rank)[1], axis=-1)
 
 
 def cosines(rows: jax.Array, numbers: jax.Array, m: int) -> jax.Array:
   """Returns entries of D, float32, with errors of one part in 10^7.
 
-  Elementwise in arrays that broadcast, so that a shard makes its own rows.
+  It is elementwise in arrays that broadcast, so that each shard computes its
+  own rows.
 
   Args:
     rows: i, integers from 0 to m - 1.
-    numbers: k, likewise.
+    numbers: k, integers from 0 to m - 1.
     m: the transform's size, at most `MOST_ROWS`.
   """
   phase = _phase(2 * rows.astype(jnp.uint32) + 1, numbers.astype(jnp.uint32), m)
-  # cos is even and turns its sign half way: fold 4m phases into 0 to m, where
-  # float32 holds the angle best.
+  # cos is even and changes its sign half way, so fold 4m phases into 0 to m,
+  # where float32 represents the angle best.
   phase = jnp.minimum(phase, 4 * m - phase)
   is_negative = phase > m
   phase = jnp.where(is_negative, 2 * m - phase, phase)
@@ -125,5 +127,5 @@ def _phase(odd: jax.Array, number: jax.Array, m: int) -> jax.Array:
     return (odd * number % (4 * m)).astype(jnp.int32)
   high = odd * (number >> _LOW_BITS) % (4 * m) << _LOW_BITS
   low = odd * (number & ((1 << _LOW_BITS) - 1))
-  # Each below 2^32; their sum is not.
+  # Each product is below 2^32, but their sum is not.
   return ((high % (4 * m) + low % (4 * m)) % (4 * m)).astype(jnp.int32)

@@ -3,7 +3,7 @@
 
 Brent and Luk, `The solution of singular-value and symmetric eigenvalue problems
 on multiprocessor arrays <https://doi.org/10.1137/0906007>`_, 1985. It compiles
-within seconds for a TPU, where XLA takes minutes for its own method.
+within seconds for a TPU, while XLA's own method takes minutes.
 """
 
 import functools
@@ -15,17 +15,17 @@ import jax.numpy as jnp
 
 from subspace_optax._matrix import _varying
 
-# A sweep rotates every pair of rows once. Of matrices up to 512 x 512, whatever
-# their spectrum, nine leave nothing beside the diagonal that float32 can tell.
+# A sweep rotates every pair of rows once. For matrices up to 512 x 512 with any
+# spectrum, nine sweeps leave off-diagonal entries within float32 rounding.
 _SWEEPS = 9
 
 
 def eigenvectors(square: jax.Array) -> jax.Array:
   """Returns the eigenvectors of a symmetric matrix, the leading one first.
 
-  Rows i and i + k of 2k are rotated so that their entry becomes zero, for all i
-  at once; then all but the first move on by one seat, as in a round-robin
-  tournament, and are back when each has met every other.
+  It rotates rows i and i + k of 2k so that their entry becomes zero, for all i
+  at once. Then all rows except the first move by one position, as in a
+  round-robin tournament; they are back when each has met every other row.
 
   References:
     Brent and Luk, `The solution of singular-value and symmetric eigenvalue
@@ -43,7 +43,7 @@ def eigenvectors(square: jax.Array) -> jax.Array:
 
   a, rows = _varying.fori_loop(0, _SWEEPS * (2 * k - 1), one_round, (a, rows))
   rows = rows[:n, :n][jnp.argsort(-jnp.diagonal(a)[:n])]
-  # One step of Newton and Schulz's iteration takes off the rounding of so many.
+  # One Newton-Schulz step removes the accumulated rounding of all rotations.
   multiply = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
   return 1.5 * rows.T - 0.5 * multiply(rows.T, multiply(rows, rows.T))
 
@@ -60,7 +60,7 @@ def _rotations(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _rotate(cos: jax.Array, sin: jax.Array, x: jax.Array) -> jax.Array:
-  """Returns rows rotated in pairs (i, i + k) and one seat on."""
+  """Returns rows rotated in pairs (i, i + k) and moved by one position."""
   k = x.shape[-2] // 2
   top = cos * x[:k] - sin * x[k:]
   low = sin * x[:k] + cos * x[k:]

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A leaf of any number of axes, seen as a batch of matrices.
 
-Every product keeps the leaf's own axes (einsum, no reshape): merging sharded
-axes is an error under explicit sharding and a gather under automatic sharding.
-With the matrix G (m x n, m the projected side) of one batch element:
+Every product keeps the leaf's own axes (einsum, no reshape), since merging
+sharded axes is an error under explicit sharding and a gather under automatic
+sharding. With the matrix G (m x n, m the projected side) of one batch element:
 
   leaf    (..., m axes, ..., n axes, ...)   the parameter or gradient
   basis   (batch and m axes, r)             P
   coords  the leaf's axes, r for the m axes R = P^T G
 
-If the columns of the leaf are the projected side, all of it reads as G^T.
+If the columns of the leaf are the projected side, read G^T for G.
 """
 
 from collections.abc import Sequence
@@ -36,14 +36,14 @@ class Layout:
   Attributes:
     shape: the leaf's shape.
     rows: axes of the matrix's rows (optax's reduction axes).
-    cols: axes of its columns (optax's output axes).
+    cols: axes of the matrix's columns (optax's output axes).
     project_rows: whether the basis spans the rows' space (P^T G) or the
       columns' (G Q).
     rank: r, at most the short side.
     axis_name: a mapped axis along which leaves are parts of a mean, so that
-      what products with them return is averaged.
-    blocks: widths of the matrices that stand side by side along the columns'
-      axis, as those of a fused kernel; none for one matrix.
+      products with them are averaged.
+    blocks: widths of the matrices side by side along the columns' axis, as in a
+      fused kernel; empty for one matrix.
   """
 
   shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class Layout:
 
   @property
   def free(self) -> tuple[int, ...]:
-    """Axes of the matrix that stay as they are."""
+    """Axes of the matrix that are not projected."""
     return self.cols if self.project_rows else self.rows
 
   def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
@@ -95,7 +95,7 @@ class Layout:
 
   @property
   def outputs(self) -> int:
-    """Length of its columns' axes, a kernel's outputs."""
+    """Length of the matrix's columns' axes, a kernel's outputs."""
     return math.prod(self._sizes(self.cols))
 
   @property
@@ -140,7 +140,7 @@ class Layout:
 
   @property
   def longest_axis(self) -> int:
-    """The longest of the axes that a basis has in place of its rows."""
+    """The longest of a basis's axes except batch and rank axes."""
     longest = max(self.projected, key=lambda i: (self.shape[i], i))
     return self._basis_axes.index(longest)
 
@@ -157,9 +157,9 @@ class Layout:
     """Axes of the coordinates that count matrices."""
     return tuple(map(self.coords_axes().index, self.batch_axes))
 
-  # Products. Those with the whole gradient run at the default precision and in
-  # the gradient's dtype, like any other product of the training step, with
-  # float32 sums; those of bases and transitions alone run in full float32.
+  # Products with the whole gradient run at the default precision and in the
+  # gradient's dtype, like all other products of the training step, with float32
+  # sums. Products of only bases and transitions run in full float32.
 
   def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
     """Returns R = P^T G."""
@@ -170,9 +170,9 @@ class Layout:
     return self.multiply(leaf, coords, self.coords_axes(), self.basis_axes())
 
   def unproject(self, basis, coords, sharding) -> jax.Array:
-    """Returns P R, of the leaf's shape and, where explicit, sharding.
+    """Returns P R with the leaf's shape and, if explicit, sharding.
 
-    In float32 or wider, as wide as the wider factor.
+    The dtype is float32, or that of the wider factor if it is wider.
     """
     eq = f'{self.basis_axes()},{self.coords_axes()}->{self.leaf_axes}'
     wide = jnp.promote_types(_wide(basis), coords.dtype)
@@ -206,7 +206,7 @@ class Layout:
   def multiply(
     self, leaf: jax.Array, other: jax.Array, axes: str, result_axes: str
   ) -> jax.Array:
-    """Returns the product of a leaf and of what has `axes`."""
+    """Returns the product of a leaf and an array with `axes`."""
     wide = _wide(leaf)
     product = functools.partial(
       _sharding.einsum,
@@ -215,7 +215,7 @@ class Layout:
     )
     other = _sharding.with_whole_rank(other, axes).astype(leaf.dtype)
     if leaf.dtype == jnp.bfloat16 and not self._is_in_order:
-      # XLA:CPU has no kernel for these products of bfloat16.
+      # XLA:CPU has no kernel for these bfloat16 products.
       result = lax.platform_dependent(
         leaf,
         other,
@@ -280,7 +280,7 @@ class Layout:
     return jnp.sum(jnp.square(x), axis=self._of_matrix(axes))
 
   def _of_matrix(self, axes: str) -> tuple[int, ...]:
-    """Returns where axes of a matrix stand, and not those that count them."""
+    """Returns the positions of a matrix's own axes among `axes`."""
     return tuple(i for i, c in enumerate(axes) if c not in self.batch_axes)
 
   # One value per column: the leaf's axes without the projected ones.
@@ -294,7 +294,7 @@ class Layout:
     return jnp.sum(coords, axis=self.rank_axis)
 
   def sum_columns(self, x: jax.Array) -> jax.Array:
-    """Returns the sum of a matrix's values, one of them per column."""
+    """Returns the sum over a matrix's columns, given one value per column."""
     return jnp.sum(x, axis=self._of_matrix(self.coords_axes(r='')))
 
   def along_columns(self, x: jax.Array) -> jax.Array:
@@ -311,28 +311,28 @@ class Layout:
 
   @property
   def rank_axis(self) -> int:
-    """Where the rank stands among the axes of coordinates."""
+    """The position of the rank among the axes of coordinates."""
     return self.coords_axes().index('y')
 
-  # Where arrays of state live, given where the leaf lives.
+  # Placement of arrays of state, given the placement of the leaf.
 
   def zeros(
     self, axes: str, leaf: jax.Array, dtype: Any = jnp.float32
   ) -> jax.Array:
-    """Returns zeros of some axes, sharded as `leaf`."""
+    """Returns zeros with some axes, sharded like `leaf`."""
     static = (self._shape(axes), jnp.dtype(dtype))
     return self._place(jnp.zeros, static, (), leaf, axes)
 
   def place_leaf(self, make, static, args, leaf) -> jax.Array:
-    """Returns `make(*static, *args)`, of the leaf's shape, sharded as it."""
+    """Returns `make(*static, *args)`, of the leaf's shape, sharded like it."""
     return self._place(make, static, args, leaf, self.leaf_axes)
 
   def place_basis(self, make, static, args, leaf) -> jax.Array:
-    """Returns `make(*static, *args)`, a basis, sharded as `leaf`."""
+    """Returns `make(*static, *args)`, a basis, sharded like `leaf`."""
     return self._place(make, static, args, leaf, self.basis_axes())
 
   def place_coords(self, make, static, args, leaf) -> jax.Array:
-    """Returns `make(*static, *args)`, coordinates, sharded as `leaf`."""
+    """Returns `make(*static, *args)`, coordinates, sharded like `leaf`."""
     return self._place(make, static, args, leaf, self.coords_axes())
 
   def place_values(self, make, static, args, leaf) -> jax.Array:
@@ -340,25 +340,25 @@ class Layout:
     return self._place(make, static, args, leaf, self.batch_axes)
 
   def place_numbers(self, make, static, args, leaf) -> jax.Array:
-    """Returns `make(*static, *args)`, (*batch, r), with the rank not split."""
+    """Returns `make(*static, *args)`, (*batch, r), with an unsharded rank."""
     return self._place(make, static, args, leaf, f'{self.batch_axes}x')
 
   def _place(self, make, static, args, leaf, axes: str) -> jax.Array:
     return _placement.place(make, static, args, leaf, self.leaf_axes, axes)
 
   def align_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Returns `x` with the sharding that products with `leaf` give it."""
+    """Returns `x` with the sharding of products with `leaf`."""
     return _placement.align(x, leaf, self.leaf_axes, self.basis_axes())
 
   def settle_basis(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Returns `x` where `place_basis` puts it, under explicit sharding."""
+    """Returns `x` sharded as by `place_basis`, under explicit sharding."""
     return _placement.settle(x, leaf, self.leaf_axes, self.basis_axes())
 
   def settle_coords(self, x: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Returns `x` where `place_coords` puts it, under explicit sharding."""
+    """Returns `x` sharded as by `place_coords`, under explicit sharding."""
     return _placement.settle(x, leaf, self.leaf_axes, self.coords_axes())
 
-  # One matrix of a stack, its batch axes kept at size 1.
+  # One matrix of a stack, with batch axes of size 1.
 
   @property
   def one(self) -> 'Layout':
@@ -368,7 +368,7 @@ class Layout:
     return dataclasses.replace(self, shape=shape)
 
   def take(self, x: jax.Array, axes: str, i: jax.Array) -> jax.Array:
-    """Returns the part of `x`, of `axes`, that belongs to the i-th matrix."""
+    """Returns the part of `x`, with `axes`, that belongs to the i-th matrix."""
     letters = zip(axes, x.shape, strict=True)
     sizes = [1 if c in self.batch_axes else n for c, n in letters]
     return lax.dynamic_slice(x, self._start(axes, i), sizes)
@@ -382,7 +382,7 @@ class Layout:
     at = dict(zip(self.batch_axes, indices, strict=True))
     return [at.get(c, jnp.zeros_like(i)) for c in axes]
 
-  # Plain matrices, for factorisations that need them; never of sharded axes.
+  # Plain matrices, for factorisations that need them. Never with sharded axes.
 
   def to_matrix(self, leaf: jax.Array) -> jax.Array:
     """Returns the leaf as (*batch, rows, columns)."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orthonormal bases by matrix products: batched, sharding-safe, float32.
 
-Only r x r matrices are factorised, so that a basis whose rows are spread over
-devices costs all-reduces of r x r blocks, where QR or SVD would gather it.
+Only r x r matrices are factorised. A basis with rows sharded over devices then
+costs all-reduces of r x r blocks, while QR or SVD would gather it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from subspace_optax._matrix import _sharding
 
 _HIGHEST = lax.Precision.HIGHEST
 
-# Relative to the trace of the Gram matrix. The first two passes of Cholesky QR
-# are shifted, which keeps them finite at condition numbers up to about 1e6 in
-# float32; the last two, of a matrix that is nearly orthonormal, are not.
+# Shifts of the passes of Cholesky QR, relative to the trace of the Gram matrix.
+# The first two passes are shifted, which keeps them finite at condition numbers
+# up to about 1e6 in float32. The last two act on a nearly orthonormal matrix.
 SHIFTS = (1e-6, 1e-6, 0.0, 0.0)
-# Enough up to 1e5; a well-conditioned basis of the same space; enough for tall
-# Gaussian matrices.
+# `FEW_SHIFTS` is enough up to 1e5. `ROUGH` gives a well-conditioned basis of
+# the same space. `_NONE` is enough for tall Gaussian matrices.
 FEW_SHIFTS = (1e-6, 0.0, 0.0)
 ROUGH = (1e-6,)
 _NONE = (0.0, 0.0)
@@ -41,7 +41,7 @@ def haar(
   on the Stiefel manifold; Cholesky QR gives that factor.
 
   Args:
-    layout: of the leaf.
+    layout: layout of the leaf.
     seeds: (*batch), uint32, one per matrix.
     period: int32, a scalar or (*batch), folded into every key.
 
@@ -56,7 +56,7 @@ def haar(
 def gaussian(
   layout: _layout.Layout, seeds: jax.Array, period: jax.Array | int
 ) -> jax.Array:
-  """Returns standard normal matrices of the basis's shape, a key for each."""
+  """Returns standard normal matrices of the basis's shape, one key for each."""
 
   def draw(key: jax.Array) -> jax.Array:
     return jax.random.normal(key, (layout.m, layout.rank), jnp.float32)
@@ -67,7 +67,7 @@ def gaussian(
 
 
 def gumbel(size: int, seeds: jax.Array, period: jax.Array | int) -> jax.Array:
-  """Returns `size` standard Gumbel numbers for every matrix, (*batch, size)."""
+  """Returns `size` standard Gumbel numbers per matrix, (*batch, size)."""
   draw = lambda key: jax.random.gumbel(key, (size,), jnp.float32)
   return draw_each(draw, seeds, period).reshape(*seeds.shape, size)
 
@@ -77,27 +77,27 @@ def draw_each(
   seeds: jax.Array,
   period: jax.Array | int,
 ) -> jax.Array:
-  """Returns what `draw` makes of a key for every matrix, in one row."""
+  """Returns `draw(key)` with one key per matrix, stacked on the first axis."""
   seeds, period = map(_sharding.replicate, (seeds, jnp.asarray(period)))
   period = jnp.broadcast_to(period, seeds.shape).reshape(-1)
   seeds = seeds.reshape(-1)
   one = lambda seed, k: draw(jax.random.fold_in(_key(seed), k))
-  if len(seeds) == 1:  # XLA compiles the same numbers without a map in half
-    return one(seeds[0], period[0])[None]  # of the time
+  if len(seeds) == 1:  # without a map, XLA compiles the same numbers in half
+    return one(seeds[0], period[0])[None]  # the time
   return jax.vmap(one)(seeds, period)
 
 
 def seeds(
   seed: int, batch_shape: tuple[int, ...], path_hash: jax.Array
 ) -> jax.Array:
-  """Returns a seed for every matrix of a leaf, (*batch), uint32."""
+  """Returns one seed per matrix of a leaf, (*batch), uint32."""
   key = jax.random.fold_in(_key(seed), path_hash)
   return jax.random.bits(key, batch_shape, jnp.uint32)
 
 
 def _key(seed: jax.Array | int) -> jax.Array:
-  # Whatever generator the program has chosen: what others draw may depend on
-  # the backend, and for a matrix of a batch on the batch.
+  # Not the generator that the program has chosen: the numbers of others may
+  # depend on the backend and, for a matrix in a batch, on the batch.
   return jax.random.key(seed, impl='threefry2x32')
 
 
@@ -107,12 +107,12 @@ def orthonormalize(
   """Returns the Q factors of `y` by shifted Cholesky QR.
 
   Y = Q R with R's diagonal positive, by Q <- Q L^-T with L L^T = Q^T Q + shift,
-  repeated. The result is not finite where `y` is too far from full rank.
+  repeated. The result is not finite if `y` is too far from full rank.
 
   Args:
-    layout: of the leaf.
+    layout: layout of the leaf.
     y: (*batch and projected axes, r).
-    shifts: one for each pass, relative to the trace of the Gram matrix.
+    shifts: one shift per pass, relative to the trace of the Gram matrix.
 
   Returns:
     The same shape, float32 or wider, orthonormal to rounding.
@@ -134,7 +134,7 @@ def orthonormalize(
 def _inverse_factor(square: jax.Array, eye: jax.Array) -> jax.Array:
   """Returns L^-1 of a matrix L L^T, given the identity.
 
-  Under a map over a stack that is sharded, both must be sharded alike.
+  When mapped over a sharded stack, both must have the same sharding.
   """
   chol = jnp.linalg.cholesky(square)
   return lax.linalg.triangular_solve(chol, eye, left_side=True, lower=True)
@@ -143,21 +143,21 @@ def _inverse_factor(square: jax.Array, eye: jax.Array) -> jax.Array:
 def each(f: Callable[..., Any], *stacks: jax.Array) -> Any:
   """Maps a factorisation over the matrices of (*batch, rows, columns) arrays.
 
-  One after another on CPUs. There jaxlib 0.10's LAPACK calls spread a batch
-  over the very threads that run them, and wait: as many at once as there are
-  threads wait for ever.
+  On CPUs it runs one matrix after the other. jaxlib 0.10's LAPACK calls there
+  distribute a batch over the threads that run the calls, and wait for them; as
+  many calls at once as there are threads would wait forever.
 
   Args:
     f: (matrix, ...) -> one or more arrays.
-    *stacks: of the same batch axes.
+    *stacks: arrays with the same batch axes.
 
   Returns:
-    What `f` returns, with the batch axes in front.
+    The results of `f`, with the batch axes in front.
   """
   batch_shape = stacks[0].shape[:-2]
 
   def together(*stacks: jax.Array) -> Any:
-    # Mapped: of a batch that is sharded explicitly, jax's own raise errors.
+    # Use vmap: jax's own batching raises errors for explicitly sharded batches.
     batched = f
     for _ in batch_shape:
       batched = jax.vmap(batched)
@@ -180,9 +180,8 @@ def transition(
 ) -> jax.Array:
   """Returns C = P_n^T P_o (P_o^T P_o)^-1, (*batch, r, r), float32.
 
-  C R is what the new basis makes of the matrix P_o (P_o^T P_o)^-1 R, the
-  smallest one whose old coordinates are R; for orthonormal bases it is
-  P_n^T P_o.
+  C R are the new coordinates of P_o (P_o^T P_o)^-1 R, the smallest matrix whose
+  old coordinates are R. For orthonormal bases, C is P_n^T P_o.
   """
   new, old = widen(new), widen(old)
   return _right_solve(layout.gram(new, old), layout.gram(old, old))
@@ -193,8 +192,8 @@ def change(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns `transition` and the mean squared cosine of principal angles.
 
-  The latter, (*batch), is tr(P_n^T P_o (P_o^T P_o)^-1 P_o^T P_n (P_n^T
-  P_n)^-1) / r: 1 for the same subspace, 0 for orthogonal ones.
+  The cosine, (*batch), is tr(P_n^T P_o (P_o^T P_o)^-1 P_o^T P_n (P_n^T
+  P_n)^-1) / r: 1 for equal subspaces, 0 for orthogonal ones.
   """
   new, old = widen(new), widen(old)
   cross = layout.gram(new, old)
@@ -207,7 +206,7 @@ def change(
 def coordinates(
   layout: _layout.Layout, leaf: jax.Array, basis: jax.Array
 ) -> jax.Array:
-  """Returns (P^T P)^-1 P^T W: P times it is the part of W in P's span."""
+  """Returns (P^T P)^-1 P^T W; P times this is the part of W in P's span."""
   return solve_gram(layout, widen(basis), layout.project(leaf, basis))
 
 
@@ -240,20 +239,20 @@ def order_basis(
 ) -> jax.Array:
   """Returns P V, where V holds the eigenvectors of R R^T.
 
-  For orthonormal P and R = P^T G these are the singular vectors of P P^T G, the
-  leading one first. The sign of each is that of a weighted sum of its entries:
-  with weights that follow no pattern, rounding does not decide it.
+  For orthonormal P and R = P^T G, these are the singular vectors of P P^T G,
+  the leading one first. A weighted sum of its entries fixes the sign of each
+  vector; the weights follow no pattern, so rounding does not decide it.
 
   Args:
-    layout: of the leaf.
+    layout: layout of the leaf.
     basis: P.
     coords: R, scaled so that its squares can't overflow.
 
   Returns:
-    The same shape, spanning the same space.
+    A basis of the same shape and the same space.
   """
   gram = layout.gram_coords(coords, coords)
-  # LAPACK may never return from what is not finite.
+  # LAPACK may never return if the input is not finite.
   turn = each(_eigenvectors, jnp.where(jnp.isfinite(gram), gram, 0.0))
   weights = _weights(layout, basis)
   sums = matmul(layout.gram(weights, basis), turn)
@@ -262,7 +261,7 @@ def order_basis(
 
 def _weights(layout: _layout.Layout, basis: jax.Array) -> jax.Array:
   """Returns numbers in [1, 2] that follow no pattern, as bases of rank 1."""
-  # The fractional parts of the multiples of the golden ratio, exactly.
+  # The fractional parts of multiples of the golden ratio, exactly.
   bits = jnp.arange(layout.m, dtype=jnp.uint32) * jnp.uint32(2654435769)
   column = 1.0 + bits.astype(basis.dtype) * 2.0**-32
   shape = (*layout.batch_shape, layout.m, 1)
@@ -273,14 +272,14 @@ def _eigenvectors(square: jax.Array) -> jax.Array:
   """Returns the eigenvectors of a symmetric matrix, the leading one first."""
   return lax.platform_dependent(
     square,
-    # XLA takes minutes to compile jax's own of 512 x 512 for a TPU.
+    # XLA takes minutes to compile jax's own method for 512 x 512 on a TPU.
     tpu=_jacobi.eigenvectors,
     default=lambda square: jnp.linalg.eigh(square)[1][:, ::-1],
   )
 
 
 def safe_sqrt(squares: jax.Array) -> jax.Array:
-  """Returns square roots whose derivative is 0 at 0, where it is infinite."""
+  """Returns square roots with derivative 0 at 0, where it would be infinite."""
   zero = squares == 0
   return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, squares)))
 
@@ -300,7 +299,7 @@ def identity_like(squares: jax.Array) -> jax.Array:
 
 
 def widen(x: jax.Array) -> jax.Array:
-  """Returns `x` in float32, or as it is if it is wider."""
+  """Returns `x` in float32, or unchanged if it is wider."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays in the memory of the host, in the middle of a computation.
+"""Arrays in host memory, in the middle of a computation.
 
-The type of an array says in which memory it lies: *far* is on the host. No
-arithmetic takes far arrays, so they are fetched first and sent back after.
+The type of an array says in which memory it lies; *far* arrays are on the host.
+No arithmetic accepts far arrays, so they are fetched first and sent back
+afterwards.
 """
 
 from collections.abc import Sequence
@@ -19,17 +20,17 @@ def is_far(x: Any) -> bool:
 
 
 def fetch(x: jax.Array, at: Sequence[Any], shape: Sequence[int]) -> jax.Array:
-  """Returns a far array's part of a shape, at an index, on the device."""
+  """Returns a part of a far array, with a shape at an index, on the device."""
   return jax.device_put(take(x, at, shape), jax.memory.Space.Device)
 
 
 def send(x: jax.Array, far: jax.Array, at: Sequence[Any]) -> jax.Array:
-  """Returns a far array with a part replaced that is on the device."""
+  """Returns a far array with one part replaced by an array on the device."""
   return put(far, jax.device_put(x, jax.memory.Space.Host), at)
 
 
 def take(x: jax.Array, at: Sequence[Any], shape: Sequence[int]) -> jax.Array:
-  """Returns the part of a shape, at an index of an array's first axes."""
+  """Returns a part of an array, with a shape at an index of its first axes."""
   if not at:
     return x
   flat, start = _flat(x, at)
@@ -48,9 +49,9 @@ def put(x: jax.Array, part: jax.Array, at: Sequence[Any]) -> jax.Array:
 
 
 def _flat(x: jax.Array, at: Sequence[Any]) -> tuple[jax.Array, list[Any]]:
-  """Returns an array whose first axis holds all of an index, and a start there.
+  """Merges the indexed axes of an array; also returns the new index.
 
-  Copies from a host's memory can't cut two axes at once.
+  Copies from host memory can't cut two axes at once.
   """
   first = 0
   for size, i in zip(x.shape, at, strict=False):

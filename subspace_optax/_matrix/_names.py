@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the names of parameters say in the libraries of the field.
+"""The meaning of parameter names in common libraries.
 
 A name is a whole component of a path, in snake case and without its number:
-`LMHead_0` is `lm_head`, `ln_1` is `ln`. Its words are what underscores part.
+`LMHead_0` is `lm_head`, `ln_1` is `ln`. Underscores separate its words.
 """
 
 from collections.abc import Callable
 import functools
 import re
 
-# Leaves that are named by the module that holds them.
+# Leaves that take their meaning from the module that holds them.
 _WEIGHTS = ('kernel', 'weight', 'w')
 _ONE_AXIS = re.compile(
   r'bias(es)?|scales?|gammas?|betas?|offsets?|sinks|slopes'
@@ -24,7 +24,7 @@ _NO_MATRIX = re.compile(
   r'time_(decay|faaaa|first|mix(_[a-z])?)|'
   r'([a-z]+_)*(inv_freqs?|freqs|sin|cos|mask)'
 )
-# Biases for short; `B_re` and `wq_b` are matrices.
+# Short names of biases; `B_re` and `wq_b` are matrices.
 _B = re.compile(r'b_?\d+|b[qkvoQKVO]|b_\w+|(?![wW])\w+_b\d*')
 _EMBEDDING = re.compile(r'(pos|tok|token|patch)?emb(s|ed|eds|edder|eddings?)?')
 _TABLE = re.compile(
@@ -42,7 +42,7 @@ _ATTENTION = re.compile(r'[a-z]*(attn|attention)|mha')
 _FEED_FORWARD = re.compile(r'mlp|ffn?|moe|experts?')
 _CONVOLUTION = re.compile(r'[a-z]*conv(\dd|s|olution)?')
 _POINTWISE = re.compile(r'(pw|pointwise)_?conv')
-# Heads wherever they stand, and names that are heads outside of layers only.
+# Names of heads anywhere, and names that are heads only outside layers.
 _HEAD = re.compile(
   r'(lm|mlm|vocab)_?head|logitdense|un_?embed[a-z]*|'
   r'([a-z]+_)?logits?(_(dense|fc|head|kernel|layer|linear|out|output|proj))?'
@@ -58,8 +58,8 @@ _ATTENTION_OUT = re.compile(
   r'out|o|wo|to_out|c_proj|(o|out)_proj|(attn|attention)_(out|output|out_proj)'
 )
 
-# Axes of one layer's leaf: `i` of the rows, `o` of the columns, `b` counts
-# matrices. Names that mean this in every library.
+# Axes of one layer's leaf: `i` for rows, `o` for columns, `b` counts matrices.
+# These names mean the same in every library.
 _FORMS = {
   'q_einsum': ('oio',),
   'kv_einsum': ('boio',),
@@ -76,9 +76,9 @@ _FORMS = {
 
 @functools.lru_cache(maxsize=4096)
 def components(path: str) -> tuple[str, ...]:
-  """Returns the names in a path; wrappers of arrays are left out.
+  """Returns the names in a path, without wrappers of arrays.
 
-  A leaf called `ln_w` is taken for `ln/w`.
+  A leaf named `ln_w` counts as `ln/w`.
   """
   names = [_snake(part) for part in _parts(path)]
   words = names[-1].split('_')
@@ -89,7 +89,7 @@ def components(path: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _parts(path: str) -> tuple[str, ...]:
-  """Returns the components of a path as they are spelt."""
+  """Returns the components of a path as they are spelled."""
   parts = [part for part in re.split(r'[/.]', path) if part.strip('_~')]
   if len(parts) > 1 and (_snake(parts[-1]) == 'array' or parts[-1].isdigit()):
     name = _snake(parts[-2])
@@ -105,18 +105,18 @@ def _snake(part: str) -> str:
 
 
 def module(path: str) -> str:
-  """Returns the name of what a weight belongs to: `query` of `query/kernel`."""
+  """Returns the name of a weight's module: `query` for `query/kernel`."""
   *above, leaf = components(path)
   return above[-1] if leaf in _WEIGHTS and above else leaf
 
 
 def is_weight(path: str) -> bool:
-  """Whether a leaf is called as weights of any module are."""
+  """Whether a leaf has a generic name for weights."""
   return components(path)[-1] in _WEIGHTS
 
 
 def may_be_vector(path: str) -> bool:
-  """Whether a leaf of two axes may be one vector for each head, as RWKV's u."""
+  """Whether a leaf of two axes may be one vector per head, such as RWKV's u."""
   return components(path)[-1] == 'u'
 
 
@@ -126,12 +126,12 @@ def in_layer(path: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-  """Returns the words of a name without their numbers: ln and g of `ln1_g`."""
+  """Returns the words of a name without numbers: ln and g for `ln1_g`."""
   return [re.sub(r'(?<=[a-z])\d+$', '', word) for word in name.split('_')]
 
 
 def is_norm(path: str) -> bool:
-  """Whether a leaf is a norm's scale, one axis for each layer."""
+  """Whether a leaf is a norm's scale, with one axis per layer."""
   *above, leaf = components(path)
   name, owner = _words(module(path)), above[-1:] or ['']
   if len(name) > 1 and name[-1] in ('g', 'b', 'gain'):
@@ -145,7 +145,7 @@ def is_norm(path: str) -> bool:
 
 
 def is_bias(path: str) -> bool:
-  """Whether a leaf is a bias, or another vector of no matrix."""
+  """Whether a leaf is a bias, or another vector without a matrix."""
   leaf, name = components(path)[-1], module(path).split('_')
   words = leaf.split('_')
   if 'bias' in words and words[-1] not in _MATRIX:
@@ -156,7 +156,7 @@ def is_bias(path: str) -> bool:
 
 
 def shortens_bias(path: str) -> bool:
-  """Whether a leaf is called as a bias is for short: `b1`, `b_q`, `attn_b`."""
+  """Whether a leaf has a short name for a bias: `b1`, `b_q`, `attn_b`."""
   leaf = _parts(path)[-1]
   words = _snake(leaf).split('_')
   is_matrix = 'lora' in words or words[-1] in _MATRIX
@@ -164,12 +164,12 @@ def shortens_bias(path: str) -> bool:
 
 
 def plain_kind(path: str, axes: int, in_attention: bool) -> str:
-  """Returns what keeps a leaf out of a subspace by its name, '' if nothing.
+  """Returns the kind that keeps a leaf plain by its name, '' for none.
 
   Args:
     path: the leaf's path.
-    axes: how many it has.
-    in_attention: whether query, key or value stand beside it.
+    axes: the leaf's number of axes.
+    in_attention: whether query, key or value are next to the leaf.
   """
   if is_norm(path):
     return 'a norm'
@@ -185,15 +185,15 @@ def plain_kind(path: str, axes: int, in_attention: bool) -> str:
 
 
 def is_convolution(path: str) -> bool:
-  """Whether a leaf is called a convolution."""
+  """Whether a leaf's name is that of a convolution."""
   words = module(path).split('_')
   return words[-1] == 'filter' or any(map(_CONVOLUTION.fullmatch, words))
 
 
 def _has_window(path: str) -> bool:
-  """Whether a leaf of two axes is called a convolution along one of them.
+  """Whether a leaf of two axes has the name of a convolution along one axis.
 
-  Those over a single point are matrices, as are `conv_ffn_in`'s.
+  Convolutions over a single point are matrices, and so is `conv_ffn_in`.
   """
   name = module(path)
   last = _CONVOLUTION.fullmatch(name.split('_')[-1])
@@ -204,7 +204,7 @@ def _is_embedding(path: str) -> bool:
   names = components(path)
   if names[-1] in ('embedding', 'embeddings') or _is_table(path):
     return True
-  # An embedder that has layers has matrices in them.
+  # The layers of an embedder have matrices.
   above = enumerate(_layered(path, _is_layers)[:-1])
   layers = [i for i, is_layer in above if is_layer]
   names = names[layers[-1] + 1 if layers else 0 :]
@@ -215,7 +215,7 @@ def _is_embedding(path: str) -> bool:
 
 
 def _is_table(path: str) -> bool:
-  """Whether a leaf itself is called a table of tokens, queries or words."""
+  """Whether a leaf's own name is a table of tokens, queries or words."""
   leaf = _parts(path)[-1]
   return leaf in ('W_E', 'W_pos') or bool(_ROWS.fullmatch(_snake(leaf)))
 
@@ -231,8 +231,8 @@ def _embeds(name: str) -> bool:
 def may_be_model(part: str, path: str) -> bool:
   """Whether a component of a path is a head or an embedder by its name.
 
-  These may hold layers; an embedder may as well hold tables, whose leaves are
-  not called `kernel`.
+  These may hold layers. An embedder may also hold tables, whose leaves are not
+  named `kernel`.
   """
   name = _snake(part)
   if _embeds(name):
@@ -241,7 +241,7 @@ def may_be_model(part: str, path: str) -> bool:
 
 
 def _layered(path: str, is_layer: Callable[[str], bool]) -> list[bool]:
-  """Whether each name is a layer's, by itself or by a number above a module."""
+  """Whether each name is that of a layer, or a number above a module."""
   parts = _parts(path)
   above = parts[: -2 if _snake(parts[-1]) in _WEIGHTS else -1]
   first = sum(part in ('params', 'model') for part in parts[:2])
@@ -253,10 +253,10 @@ def _layered(path: str, is_layer: Callable[[str], bool]) -> list[bool]:
 
 
 def _is_numbered(part: str, is_first: bool) -> bool:
-  """Whether a name is a layer's by its number.
+  """Whether the number in a name makes it a layer.
 
-  As of `encoder/3`, `cell_2`, `stage1/unit2`; not of `gpt2`, which is a model,
-  of Flax's `Transformer_0`, or of one of several heads.
+  It does in `encoder/3`, `cell_2` and `stage1/unit2`. It does not in `gpt2`,
+  which is a model, in Flax's `Transformer_0`, or in one of several heads.
   """
   name = _snake(part)
   if part.isdigit():
@@ -313,19 +313,19 @@ def _in_layers(name: str) -> bool:
 
 
 def is_attention_in(path: str) -> bool:
-  """Whether a leaf is called query, key or value."""
+  """Whether a leaf's name is that of query, key or value."""
   return bool(_ATTENTION_IN.fullmatch(module(path)))
 
 
 def forms(path: str) -> tuple[str, ...]:
-  """Returns the layouts of three or more axes that a name has everywhere."""
+  """Returns the forms with three or more axes that a name has everywhere."""
   return _FORMS.get(module(path), ())
 
 
 def attention_forms(path: str) -> tuple[str, ...]:
-  """Returns the layouts that a name has if heads are axes, likeliest first.
+  """Returns the forms that a name has if heads are axes, likeliest first.
 
-  Flax keeps inputs first, Keras heads, haliax outputs, query's in groups.
+  Flax has inputs first, Keras heads, haliax outputs, with groups for queries.
   """
   if _in_feed_forward(path):
     return ()
@@ -337,7 +337,7 @@ def attention_forms(path: str) -> tuple[str, ...]:
 
 
 def _in_feed_forward(path: str) -> bool:
-  """Whether the nearest block above a leaf is an MLP or of experts."""
+  """Whether the nearest block above a leaf is an MLP or experts."""
   for name in reversed(components(path)):
     words = name.split('_')
     if any(map(_is_block, words)):
@@ -346,7 +346,7 @@ def _in_feed_forward(path: str) -> bool:
 
 
 def is_attention_out(path: str) -> bool:
-  """Whether a leaf takes heads back to the model's width."""
+  """Whether a leaf maps heads back to the model's width."""
   return bool(_ATTENTION_OUT.fullmatch(module(path)))
 
 

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon's orthogonalisation of whole matrices, in the leaf's own axes.
+"""Muon's orthogonalisation of whole matrices, with the leaf's own axes.
 
 Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024. With
 X the matrix, its m rows on the short side, and A = X X^T, each step is
 
   X <- a X + Z X,   Z = b A + c A^2.
 
-Long matrices (n > 2m) are iterated on by their m x m Gram matrices alone:
-after s steps X is Q X with Q = q I + Y, where
+Long matrices (n > 2m) are iterated on through their m x m Gram matrices alone.
+After s steps, X is Q X with Q = q I + Y, where
 
   Y <- q Z + a Y + Y Z,   q <- a q,   A <- (a I + Z) A (a I + Z).
 
-In FLOPs, a step on X is 4m^2 n + 2m^3, and s steps on A, with the products
-that make A and Q X, are 4m^2 n + (8s - 6) m^3: less for n > 1.5m. Rounding of A
-grows with a^2 in every step, so that X and A are made anew after three.
+A step on X costs 4m^2 n + 2m^3 FLOPs. s steps on A, with the products for A and
+Q X, cost 4m^2 n + (8s - 6) m^3: less for n > 1.5m. Rounding errors of A grow
+with a^2 in every step, so X and A are recomputed after three steps.
 """
 
 import math
@@ -30,7 +30,7 @@ from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _varying
 
-# Triples (a, b, c), one for all steps or one for each: Muon's, and Dion's.
+# Triples (a, b, c), one for all steps or one per step: Muon's, and Dion's.
 PRESETS: dict[str, Any] = {
   'standard': (3.4445, -4.7750, 2.0315),
   'dion': (
@@ -43,19 +43,20 @@ PRESETS: dict[str, Any] = {
 }
 PRECONDITIONING = ('frobenius', 'spectral', 'aol', 'schatten')
 
-# Below a saving of an eighth, products of X alone keep more of its digits.
+# Below this, Gram matrices save less than an eighth, and products with X keep
+# more of its digits.
 _LEAST_RATIO = 2.0
-# With products of bfloat16, five steps in parts of 3 and 2 end up to 4 % from
-# the exact ones; whole products 1.6 %, and iterates in bfloat16 35 %.
+# With bfloat16 products, five steps in parts of 3 and 2 end up to 4 % from the
+# exact ones; with whole products 1.6 %, and with iterates in bfloat16 35 %.
 _MOST_IN_A_ROW = 3
-# Of power iteration, for the largest singular value to a few percent.
+# Rounds of power iteration, for the largest singular value to a few percent.
 _ROUNDS = 32
 
 Triple = tuple[float, float, float]
 
 
 class Iteration(NamedTuple):
-  """How matrices are orthogonalised.
+  """How to orthogonalise matrices.
 
   Attributes:
     coefficients: (a, b, c) of every step.
@@ -67,12 +68,12 @@ class Iteration(NamedTuple):
 
 
 def iteration(ns_coeffs: Any, steps: int, preconditioning: str) -> Iteration:
-  """Returns an `Iteration`, or raises for what is none.
+  """Returns an `Iteration`; raises for invalid arguments.
 
   Args:
     ns_coeffs: the name of a preset, a triple for all steps, or a triple for
       each step.
-    steps: number of steps, where `ns_coeffs` does not tell.
+    steps: number of steps, if `ns_coeffs` does not set it.
     preconditioning: one of `PRECONDITIONING`.
   """
   if preconditioning not in PRECONDITIONING:
@@ -86,7 +87,7 @@ def iteration(ns_coeffs: Any, steps: int, preconditioning: str) -> Iteration:
   try:
     table = np.asarray(given, np.float64)
   except (TypeError, ValueError):
-    pass  # no table, which the next lines say
+    pass  # not a table, for which the next lines raise
   if table.ndim not in (1, 2) or table.shape[-1] != 3 or not table.size:
     raise ValueError(
       f'ns_coeffs must be one of {tuple(PRESETS)}, three numbers, or three for '
@@ -104,11 +105,11 @@ def newton_schulz(
 ) -> jax.Array:
   """Returns matrices with the singular vectors of `x` and values near 1.
 
-  At the default precision of products, which the iteration forgives. Zeros stay
-  zeros.
+  Products run at the default precision, which the iteration tolerates. Zeros
+  stay zeros.
 
   Args:
-    layout: of the leaf; its rank and side do not matter.
+    layout: layout of the leaf; its rank and side do not matter.
     x: the leaf, float32 or wider.
     how: the coefficients and the preconditioning.
 
@@ -117,9 +118,9 @@ def newton_schulz(
   """
   original = x
   products = _Products(layout)
-  # Every device has the short side, so that A is a sum of the devices' own.
+  # Every device has the whole short side, so that A is a sum over devices.
   x = _sharding.regroup(x, products.short, products.long)
-  largest = layout.largest(x)  # the squares of what is left can't overflow
+  largest = layout.largest(x)  # divided by it, x has squares without overflow
   x = x / layout.along_leaf(jnp.where(largest > 0, largest, 1.0))
   x, gram = _precondition(products, x, how.preconditioning)
   iterate = _iterate_grams if products.are_long else _iterate
@@ -143,7 +144,7 @@ class _Products:
 
   @property
   def are_long(self) -> bool:
-    """Whether iterating on Gram matrices is cheaper, by enough."""
+    """Whether iterating on Gram matrices is sufficiently cheaper."""
     short, long = sorted((self.layout.m, self.layout.n))
     return long > _LEAST_RATIO * short
 
@@ -164,7 +165,7 @@ class _Products:
     return _sharding.like(_sharding.einsum(eq, a, x), x)
 
   def times(self, a: jax.Array, v: jax.Array) -> jax.Array:
-    """Returns A v for one number per row, (*batch, *short)."""
+    """Returns A v, for one number per row, (*batch, *short)."""
     eq = f'{self._batch}{self._i}{self._j},{self._batch}{self._j}->'
     eq = f'{eq}{self._batch}{self._i}'
     return _sharding.einsum(eq, a, v, precision=lax.Precision.HIGHEST)
@@ -183,7 +184,7 @@ class _Products:
     return a * jnp.expand_dims(s, last) * jnp.expand_dims(s, middle)
 
   def sum_short(self, x: jax.Array) -> jax.Array:
-    """Returns sums over the last short side: of rows of A, or of such sums."""
+    """Returns sums over the last short side, of rows of A or of such sums."""
     return jnp.sum(x, axis=tuple(range(-len(self._i), 0)))
 
 
@@ -215,8 +216,8 @@ def _schatten(products: _Products, gram: jax.Array) -> jax.Array:
 
 
 def _largest_eigenvalue(products: _Products, gram: jax.Array) -> jax.Array:
-  """Returns that of A by power iteration, at most the true one."""
-  # A start that follows no pattern: it is orthogonal to no singular vector.
+  """Returns a lower bound of A's largest eigenvalue, by power iteration."""
+  # A start without a pattern is not orthogonal to any singular vector.
   row = products.sum_short(gram)
   one = row.shape[len(products.layout.batch) :]
   start = jnp.cos(jnp.arange(1.0, 1.0 + math.prod(one)) ** 2).reshape(one)
@@ -271,7 +272,7 @@ def _iterate_grams(
 
 
 def _cut_evenly(coefficients: tuple[Triple, ...]) -> list[tuple[Triple, ...]]:
-  """Returns parts of at most three steps, the longer ones first."""
+  """Returns parts of at most three steps, longer parts first."""
   count = math.ceil(len(coefficients) / _MOST_IN_A_ROW)
   parts, rest = [], coefficients
   for left in range(count, 0, -1):
@@ -284,8 +285,8 @@ def _cut_evenly(coefficients: tuple[Triple, ...]) -> list[tuple[Triple, ...]]:
 def _take_steps(
   products: _Products, x: jax.Array, gram: jax.Array, coefficients: Any
 ) -> jax.Array:
-  """Returns Q X of some steps, given A = X X^T."""
-  # The identity's share q is kept out of Q, for products round what is in it.
+  """Returns Q X after some steps, given A = X X^T."""
+  # q I is kept out of Q, since products round everything in Q.
   (q, b, c), *more = coefficients
   y = z = b * gram + c * products.square(gram, gram)
   last = q

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random bits for rounding and choosing, the same however arrays are sharded.
+"""Random bits for rounding and choosing, the same under any sharding.
 
-A hash of each number's place in its array, of a seed and of the step: a few
-integer operations that fuse with what is rounded, where a counter-based
-generator would cost more than the optimizer. Good enough to round by, to
-choose columns and signs by, and for nothing else.
+The bits are a hash of each number's position in its array, of a seed and of the
+step. This takes a few integer operations that fuse with the rounding, while a
+counter-based generator would cost more than the optimizer. The bits are only
+good enough to round, and to choose columns and signs.
 """
 
 from typing import Any
@@ -34,10 +34,10 @@ def bits(
   """Returns 32 random bits for each number of an array.
 
   Args:
-    salt: uint32, of the array.
-    count: the step.
-    like: the array, whose shape and, where explicit, sharding the bits take.
-    start: the number of the first, of a part of an array.
+    salt: uint32, the salt of the array.
+    count: the number of the step.
+    like: the array, with the shape and, if explicit, sharding of the bits.
+    start: for a part of an array, the index of its first entry.
   """
   index = jnp.zeros(like.shape, jnp.uint32)
   for axis in range(like.ndim):
@@ -59,13 +59,14 @@ def uniform(
 def hashed(seed: jax.Array, number: jax.Array) -> jax.Array:
   """Returns 32 random bits for every pair of a seed and a number, uint32.
 
-  Elementwise in arrays that broadcast, so that a shard makes its own bits.
+  It is elementwise in arrays that broadcast, so that each shard computes its
+  own bits.
   """
   return _mixed(number ^ _mixed(seed))
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-  """Returns a hash of each number: the finalizer of MurmurHash3, once more."""
+  """Returns a hash of each number, by the finalizer of MurmurHash3."""
   for factor in (0x85EBCA6B, 0xC2B2AE35):
     x = (x ^ (x >> 16)) * jnp.uint32(factor)
   return x ^ (x >> 15)

@@ -17,7 +17,7 @@ _RAISED, _WARNED_OF, _IGNORED = range(3)
 _INSIDE = ('subspace_optax.', 'optax.', 'jax.', 'flax.', 'contextlib.')
 
 
-# What becomes of a refusal, and whether warnings are left out.
+# What happens on a refusal, and whether warnings are suppressed.
 _rules: contextvars.ContextVar[tuple[int, bool]] = contextvars.ContextVar(
   'rules', default=(_RAISED, False)
 )
@@ -26,22 +26,23 @@ _rules: contextvars.ContextVar[tuple[int, bool]] = contextvars.ContextVar(
 def lenient() -> contextlib.AbstractContextManager[None]:
   """A context for a part of a tree, in which nothing need be projected.
 
-  As for the parameters outside of a stack. Small matrices are still told of.
+  An example is the parameters outside a stack. Small matrices still cause
+  warnings.
   """
   return _loosened(_WARNED_OF)
 
 
 def quiet(errors: bool = False) -> contextlib.AbstractContextManager[None]:
-  """A context in which `init` is only traced for what it would make.
+  """A context without warnings, for tracing `init` only for its types.
 
-  With `errors` not even a tree without anything to project is refused.
+  With `errors`, even a tree with nothing to project is accepted.
   """
   return _loosened(_IGNORED if errors else _RAISED, silent=True)
 
 
 @contextlib.contextmanager
 def _loosened(refusals: int, silent: bool = False) -> Iterator[None]:
-  """A context that is at least as loose as the one that it is in."""
+  """A context at least as loose as the one around it."""
   outer = _rules.get()
   token = _rules.set((max(refusals, outer[0]), silent or outer[1]))
   try:
@@ -51,7 +52,7 @@ def _loosened(refusals: int, silent: bool = False) -> Iterator[None]:
 
 
 def refuse(message: str) -> None:
-  """Raises a ValueError, or warns of a part of a tree."""
+  """Raises a ValueError or, for a part of a tree, warns."""
   refusals, _ = _rules.get()
   if refusals == _RAISED:
     raise ValueError(message)
@@ -60,12 +61,12 @@ def refuse(message: str) -> None:
 
 
 def takes_empty() -> bool:
-  """Whether what was asked for may be missing, as in a part of a tree."""
+  """Whether a tree may lack matrices to project, as a part of a tree may."""
   return _rules.get()[0] != _RAISED
 
 
 def warn(message: str) -> None:
-  """Warns at the line of the user's that called for it."""
+  """Warns at the line of user code that caused the warning."""
   _, silent = _rules.get()
   if not silent:
     warnings.warn(message, UserWarning, stacklevel=_levels_to_user())
@@ -74,8 +75,8 @@ def warn(message: str) -> None:
 def warning_of_ones(tx: Any, **rates: Any) -> Any:
   """Returns an optimizer whose `init` warns of decay rates rounded to 1.
 
-  At `init`, since `optax.inject_hyperparams` makes the optimizer again in every
-  update. Nothing is known of traced rates.
+  It warns at `init`, since `optax.inject_hyperparams` makes the optimizer again
+  in every update. Traced rates can't be checked.
   """
 
   def init(params: Any) -> Any:
@@ -99,7 +100,7 @@ def _is_rounded_to_one(rate: Any) -> bool:
 
 
 def _levels_to_user() -> int:
-  """Returns the `stacklevel` of the nearest frame outside of libraries."""
+  """Returns the `stacklevel` of the nearest frame outside libraries."""
   level, frame = 0, inspect.currentframe()
   while frame and frame.f_back and _is_inside(frame):
     level, frame = level + 1, frame.f_back

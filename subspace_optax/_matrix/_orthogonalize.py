@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon's direction of whole matrices, and NorMuon's.
+"""Directions of whole matrices by Muon and NorMuon.
 
 Muon's is sqrt(max(1, out / in)) O, where O is X orthogonalised. Li et al.,
 `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1, divides each
-output neuron's part of O by the root of its own mean square,
+output neuron's part of O by the square root of its own mean square,
 
   v <- b2 v + (1 - b2) mean_in(O^2),   O' = O / (sqrt(v) + eps),
 
@@ -27,12 +27,12 @@ from subspace_optax._matrix import _spread
 
 
 class Rule(NamedTuple):
-  """From matrices to directions.
+  """How to compute directions from matrices.
 
   Attributes:
     how: the iteration.
-    b2: decay of the mean squares, None for Muon.
-    eps: added to their roots.
+    b2: decay rate of the mean squares, None for Muon.
+    eps: added to the square roots of the mean squares.
   """
 
   how: _newton_schulz.Iteration
@@ -43,15 +43,15 @@ class Rule(NamedTuple):
 def make_rule(
   ns_coeffs: Any, steps: int, preconditioning: str, b2: Any, eps: Any
 ) -> Rule:
-  """Returns a `Rule`, or raises for arguments that make none."""
+  """Returns a `Rule`; raises for invalid arguments."""
   how = _newton_schulz.iteration(ns_coeffs, steps, preconditioning)
   return Rule(how, b2, eps)
 
 
 def first_squares(layout: _layout.Layout, leaf: Any) -> jax.Array:
-  """Returns the zeros from which mean squares start, one for each output.
+  """Returns zeros as the first mean squares, one per output.
 
-  Of the leaf's shape, with 1 for the inputs' axes.
+  They have the leaf's shape, with 1 for the inputs' axes.
   """
   dtype = jnp.promote_types(leaf.dtype, jnp.float32)
   static = (squares_shape(layout), dtype)
@@ -59,7 +59,7 @@ def first_squares(layout: _layout.Layout, leaf: Any) -> jax.Array:
 
 
 def squares_shape(layout: _layout.Layout) -> tuple[int, ...]:
-  """Returns the shape of one number for each output."""
+  """Returns the shape of an array with one number per output."""
   sizes = enumerate(layout.shape)
   return tuple(1 if i in layout.rows else size for i, size in sizes)
 
@@ -71,17 +71,18 @@ def orthogonalize(
   squares: Sequence[Any],
   homes: Sequence[Any] | None = None,
 ) -> tuple[list[jax.Array], list[Any]]:
-  """Returns directions of leaves, and their mean squares after them.
+  """Returns the directions of leaves, and their new mean squares.
 
-  All leaves at once, since those of one shape may share devices.
+  It takes all leaves at once, since leaves of one shape may share devices.
 
   Args:
-    rule: what to do.
-    layouts: of the leaves, whose blocks are matrices of their own.
-    leaves: float32 or wider.
-    squares: of `first_squares`; anything for a rule without b2.
-    homes: arrays where directions are to be, for leaves that have been handed
-      out; None where these are, as for all by default.
+    rule: how to compute directions.
+    layouts: layouts of the leaves; their blocks are separate matrices.
+    leaves: the leaves, float32 or wider.
+    squares: mean squares like those of `first_squares`; any values for a rule
+      without b2.
+    homes: for leaves that were handed out, arrays placed where the directions
+      must be; None for other leaves, and for all by default.
   """
   if not leaves:
     return [], []
@@ -106,7 +107,7 @@ def orthogonalize(
 def _cut(
   layout: _layout.Layout, x: jax.Array, home: Any
 ) -> list[tuple[_layout.Layout, jax.Array, Any]]:
-  """Returns the matrices that stand side by side in a leaf, and their homes."""
+  """Returns the matrices that lie side by side in a leaf, and their homes."""
   if not layout.blocks:
     return [(layout, x, home)]
 
@@ -127,7 +128,7 @@ def _finish(
   parts: Sequence[jax.Array],
   squares: Any,
 ) -> tuple[jax.Array, Any]:
-  """Returns the direction of a leaf of some blocks, and its mean squares."""
+  """Returns the direction of a leaf with blocks, and its mean squares."""
   if len(parts) == 1:
     return _scale(rule, narrow[0], parts[0], squares)
   axis, olds = layout.cols[0], [squares] * len(parts)
@@ -152,7 +153,7 @@ def _with_width(layout: _layout.Layout, width: int) -> _layout.Layout:
 def _scale(
   rule: Rule, layout: _layout.Layout, x: jax.Array, squares: Any
 ) -> tuple[jax.Array, Any]:
-  """Returns the direction of a leaf that is orthogonal, and mean squares."""
+  """Returns the direction of an orthogonalised leaf, and mean squares."""
   if rule.b2 is not None:
     x, squares = _equalize_neurons(rule, layout, x, squares)
   return max(1.0, layout.outputs / layout.inputs) ** 0.5 * x, squares
@@ -161,7 +162,7 @@ def _scale(
 def _equalize_neurons(
   rule: Rule, layout: _layout.Layout, x: jax.Array, squares: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns O' of the norm of O, and new mean squares, the old for NaN."""
+  """Returns O' with the norm of O, and mean squares, unchanged for NaN."""
   mean = jnp.mean(x * x, axis=layout.rows, keepdims=True)
   new = rule.b2 * squares + (1.0 - rule.b2) * mean
   scaled = x / (_linalg.safe_sqrt(new) + rule.eps)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where arrays of state live, given where their leaf lives.
+"""The placement of arrays of state, given the placement of their leaf.
 
 State is placed once, at `init`, from the shardings of the parameters. Axes that
-it shares with its leaf are split alike, and the mesh axes that are left split
-the rank.
+it shares with its leaf have the same sharding, and the remaining mesh axes
+shard the rank.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -32,12 +32,12 @@ def place(
   leaf_axes: str,
   axes: str,
 ) -> jax.Array:
-  """Returns `make(*static, *args)`, of `axes`, sharded along with `leaf`.
+  """Returns `make(*static, *args)`, with `axes`, sharded along with `leaf`.
 
-  An axis that both name is sharded alike. All other mesh axes go to the rank
-  axis where they divide it, so that bytes per device fall with the mesh.
-  (Joined to an axis that is split already, they made the compiler pass the
-  gradient around.)
+  An axis that both have is sharded alike. All other mesh axes shard the rank
+  axis if they divide it, so that bytes per device fall with the size of the
+  mesh. (When they were added to an axis that is sharded already, the compiler
+  moved the gradient between devices.)
   """
   sharding = _sharding.of_leaf(leaf)
   if sharding is None:
@@ -51,9 +51,9 @@ def place(
 
 
 def zeros_along(leaf: Any, counts: tuple[int, ...]) -> jax.Array:
-  """Returns float32 zeros, one for each block of a leaf, sharded as it is.
+  """Returns float32 zeros, one per block of a leaf, sharded like it.
 
-  An axis is not cut where that would cut blocks.
+  An axis is not sharded if that would cut blocks.
   """
   axes = ascii_lowercase[: len(counts)]
   static = (counts, jnp.dtype(jnp.float32))
@@ -73,7 +73,7 @@ def _compiled(
 def settle(
   x: jax.Array, leaf: jax.Array, leaf_axes: str, axes: str
 ) -> jax.Array:
-  """Returns `x` sharded along with `leaf` as `place` does, where explicit."""
+  """Returns `x` sharded along with `leaf` as by `place`, if explicit."""
   sharding = _sharding.explicit(leaf)
   if sharding is None:
     return x
@@ -84,9 +84,9 @@ def settle(
 def align(
   x: jax.Array, leaf: jax.Array, leaf_axes: str, axes: str
 ) -> jax.Array:
-  """Returns `x` sharded along with `leaf`, its rank not split, where explicit.
+  """Returns `x` sharded along with `leaf`, with whole ranks, if explicit.
 
-  That is the sharding that products with the leaf have.
+  Products with the leaf have this sharding.
   """
   sharding = _sharding.explicit(leaf)
   if sharding is None:
@@ -98,7 +98,7 @@ def align(
 
 
 def _splits(sharding: Any, leaf_axes: str) -> dict[str, tuple[str, ...]]:
-  """Returns the mesh axes that split each axis of a leaf."""
+  """Returns the mesh axes that shard each axis of a leaf."""
   entries = _sharding.pad(sharding.spec, len(leaf_axes))
   return dict(zip(leaf_axes, map(_sharding.names, entries), strict=True))
 
@@ -110,7 +110,7 @@ def spec_at_rest(
   axes: str,
   shape: tuple[int, ...],
 ) -> PartitionSpec:
-  """Returns the spec of state of a shape, its rank axis split as well."""
+  """Returns the spec of state with a shape, with a sharded rank axis."""
   mesh, of_leaf = sharding.mesh, _splits(sharding, leaf_axes)
   whole = dict(zip(leaf_axes, leaf.shape, strict=True))
   splits = [
@@ -121,7 +121,7 @@ def spec_at_rest(
     i = axes.index(_sharding.RANK[0])
     kept = {name for split in splits for name in split}
     of_rest = [name for axis in leaf_axes for name in of_leaf[axis]]
-    # Those of the rest of the leaf, then those that the leaf does not use.
+    # Mesh axes of other axes of the leaf, then those that it does not use.
     usable = [name for name in _rank_axes(mesh) if name not in kept]
     left = dict.fromkeys([name for name in of_rest if name in usable] + usable)
     for name in left:
@@ -134,11 +134,11 @@ def spec_at_rest(
 def _cuts(
   mesh: Any, split: tuple[str, ...], size: int, of_leaf: int
 ) -> tuple[str, ...]:
-  """Returns the mesh axes that cut an axis of a state that is one of its leaf.
+  """Returns the mesh axes that shard an axis that state shares with its leaf.
 
-  Blocks of rows may be fewer than devices: the first mesh axes cut those, as
-  many as XLA would let. Of the meshes that boxes stand for, whose axes are of
-  one device here, nothing is known.
+  There may be fewer blocks of rows than devices. Then the first mesh axes shard
+  them, as many as XLA allows. The meshes that boxes imply are not known; their
+  axes have one device here.
   """
   while split:
     count = _sharding.parts(mesh, split)
@@ -149,17 +149,17 @@ def _cuts(
 
 
 def _rank_axes(mesh: Any) -> tuple[str, ...]:
-  """Returns the mesh axes that may split a rank.
+  """Returns the mesh axes that may shard a rank.
 
-  On a mesh of both types the compiler decides about automatic axes: what it
-  makes of an entry that mixes both would change the type of the state.
+  On a mesh with both types of axes, the compiler decides about automatic axes.
+  Its choice for an entry that mixes both would change the type of the state.
   """
   usable = mesh.explicit_axes or mesh.axis_names
   return tuple(name for name in usable if name not in _whole_along.get())
 
 
 def axes_without_rank(mesh: Mesh) -> frozenset[str]:
-  """Returns the axes of a mesh that split no rank."""
+  """Returns the axes of a mesh that shard no rank."""
   return frozenset(mesh.axis_names) - frozenset(_rank_axes(mesh))
 
 
@@ -170,7 +170,7 @@ _whole_along: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def whole_ranks_along(axes: frozenset[str]) -> Iterator[None]:
-  """A context in which ranks are not split along some axes of meshes."""
+  """A context in which ranks are not sharded over some mesh axes."""
   token = _whole_along.set(axes)
   try:
     yield
@@ -181,7 +181,7 @@ def whole_ranks_along(axes: frozenset[str]) -> Iterator[None]:
 def as_jit_spells(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
   """Returns a spec in the form that jit gives its results.
 
-  P('x') and P('x', None) are one placement, but two keys of jit's cache.
+  P('x') and P('x', None) are one placement, but two keys in jit's cache.
   """
   entries = list(spec)
   used = {name for entry in entries for name in _sharding.names(entry)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pytree node that stands where a projected matrix stood in the tree."""
+"""The pytree node that replaces a projected matrix in the tree."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from subspace_optax._matrix import _spread
 
 
 class Selection(NamedTuple):
-  """C of bases whose columns are columns of one orthonormal matrix.
+  """C for bases whose columns are columns of one orthonormal matrix.
 
-  A partial permutation: a coordinate moves to its column's new place, and is 0
-  where a column is new.
+  It is a partial permutation: a coordinate moves to its column's new position,
+  and is 0 if its column is new.
   """
 
-  # shape=(*batch, r), dtype=int32: where each new column stands in the old
-  # basis, r if it does not
+  # shape=(*batch, r), dtype=int32: position of each new column in the old
+  # basis, r if it is not in it
   source: jax.Array
 
   @property
@@ -33,11 +33,11 @@ class Selection(NamedTuple):
 
 
 def select_columns(new: jax.Array, old: jax.Array) -> Selection:
-  """Returns how the old columns of bases stand in the new ones.
+  """Returns the positions of new columns in the old bases.
 
   Args:
-    new: (*batch, r), numbers of columns, each at most once.
-    old: likewise.
+    new: (*batch, r), indices of columns, each at most once.
+    old: (*batch, r), indices of columns, each at most once.
   """
   same = new[..., :, None] == old[..., None, :]
   found = jnp.any(same, axis=-1)
@@ -48,11 +48,11 @@ def select_columns(new: jax.Array, old: jax.Array) -> Selection:
 def carry(
   layout: _layout.Layout, transition: Any, coords: jax.Array
 ) -> jax.Array:
-  """Returns C X of each matrix, for the transition C of a `Move`."""
+  """Returns C X for each matrix, with the transition C of a `Move`."""
   if not isinstance(transition, Selection):
     return layout.mix_coords(transition, coords)
   if _sharding.explicit(coords) is not None:
-    # jax can't tell how what it gathers along a split axis is sharded.
+    # jax can't infer the sharding of a gather along a sharded axis.
     return layout.mix_coords(transition.dense, coords)
   source = layout.ranks_along(transition.source, layout.coords_axes())
   taken = jnp.take_along_axis(
@@ -65,11 +65,11 @@ class Move(NamedTuple):
   """One change of a leaf's basis, from P_o to P_n.
 
   Attributes:
-    moved: which matrices of the leaf moved. Branch on `jnp.any` of it, outside
-      of any vmap: under one, a `cond` runs both its branches.
+    moved: which matrices of the leaf moved. Branch on `jnp.any(moved)` outside
+      any vmap: under vmap, a `cond` runs both of its branches.
     transition: C = P_n^T P_o (P_o^T P_o)^-1, which maps coordinates in the old
-      basis to coordinates in the new one; the identity where nothing moved.
-      Rules that know it to be a partial permutation return a `Selection`.
+      basis to coordinates in the new one; the identity if nothing moved. Rules
+      for which it is a partial permutation return a `Selection`.
   """
 
   moved: jax.Array  # shape=(*batch,), dtype=bool
@@ -80,7 +80,7 @@ class QuantizedBasis(NamedTuple):
   """A leaf's bases in int8 or int4, as `project` stores them."""
 
   codes: jax.Array  # shape=(*batch and projected axes, r), dtype=int8 or int4
-  scales: jax.Array  # the same, with blocks in place of rows, dtype=float32
+  scales: jax.Array  # the same shape with blocks for rows, dtype=float32
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ class QuantizedBasis(NamedTuple):
 
 
 def _seal() -> jax.Array:
-  """Returns what makes arithmetic on all arrays of a node fail."""
+  """Returns an array on which arithmetic fails; see `Projected.seal`."""
   data = jnp.zeros((1, 1, 2), jnp.uint32)
   return jax.random.wrap_key_data(data, impl='threefry2x32')
 
@@ -107,43 +107,45 @@ def _seal() -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projected:
-  """A matrix in the coordinates of its subspace, on its way down the chain.
+  """A matrix in the coordinates of its subspace, between stages of the chain.
 
-  Made by `project`, given a direction by `in_subspace`, and turned into a full
-  update by `unproject`. A transformation between those that maps over arrays
-  would change every array in here, the basis included; `seal` makes it fail.
+  `project` makes it, `in_subspace` adds a direction, and `unproject` turns it
+  into a full update. A transformation in between that maps over arrays would
+  change every array here, the basis included; `seal` makes it fail.
 
   Attributes:
-    coords: P^T G (or G Q), float32 or wider, the leaf's axes with the rank in
-      place of the projected ones.
+    coords: P^T G (or G Q), float32 or wider, with the leaf's axes but the rank
+      instead of the projected ones.
     basis: P (or Q), (*batch and projected axes, r).
-    before: the basis's move before this step's coordinates, None if its
+    before: the basis's move before this step's coordinates; None if its
       projector never moves it there.
-    after: the basis's move after them, None likewise.
+    after: the basis's move after the coordinates; None if its projector never
+      moves it there.
     gradient: the gradient itself, if `project(..., keep_gradient=True)`.
-    home: an array where the leaf is between steps, as coordinates and direction
-      are, if gradient and basis are where each device has matrices of its own.
+    home: an array placed where the leaf lies between steps, like coordinates
+      and direction, if gradient and basis were handed out so that each device
+      has its own matrices.
     old_basis: with the gradient, the basis before `before`.
     old_mean: with the gradient, the inner optimizer's first moment before it
-      was carried along with the basis, if it is known.
-    mean: that moment as it was carried.
-    direction: what the inner optimizer made of the coordinates; None until
-      `in_subspace` has run.
-    seal: a random key, (1, 1), which no arithmetic takes: jax says of what
-      scales or clips all arrays that it does not accept dtype key<fry>, and of
-      other arithmetic that a method of a key is abstract.
+      was carried to the new basis, if it is known.
+    mean: that moment after it was carried.
+    direction: the inner optimizer's direction; None until `in_subspace` has
+      run.
+    seal: a random key, (1, 1), on which arithmetic fails. For functions that
+      scale or clip all arrays, jax reports that they do not accept dtype
+      key<fry>; for other arithmetic, that a method of a key is abstract.
     layout: which axes are projected.
     orthonormal: whether P^T P = I, up to rounding.
-    dtype: the gradient's dtype.
-    update_dtype: of the update that `unproject` returns.
-    sharding: the gradient's, under explicit sharding.
+    dtype: dtype of the gradient.
+    update_dtype: dtype of the update that `unproject` returns.
+    sharding: sharding of the gradient, under explicit sharding.
   """
 
   coords: jax.Array
   basis: jax.Array
   before: Move | None
   after: Move | None = None
-  # Arrays, or None where a step has no need of them.
+  # Arrays, or None in steps that do not need them.
   gradient: Any = None
   home: Any = None
   old_basis: Any = None
@@ -158,9 +160,10 @@ class Projected:
   sharding: Any = dataclasses.field(metadata={'static': True})
 
   def combine(self, weights: jax.Array) -> jax.Array:
-    """Returns P C for weights C of P's columns, of the leaf's shape.
+    """Returns P C, of the leaf's shape, for weights C of P's columns.
 
-    In float32 or wider; C has the shape of `coords`, and is where they are.
+    The dtype is float32 or wider. C has the shape and the placement of
+    `coords`.
     """
     if self.home is not None:
       axes = self.layout.coords_axes()
@@ -169,14 +172,14 @@ class Projected:
     return self.layout.unproject(basis, weights, self.sharding)
 
   def weights_of(self, coords: jax.Array, basis: jax.Array) -> jax.Array:
-    """Returns the weights of a basis's columns whose sum has coordinates."""
+    """Returns weights of a basis's columns whose sum has these coordinates."""
     coords = _linalg.widen(coords)
     if self.orthonormal:
       return coords
     return _linalg.solve_gram(self.layout, _linalg.widen(basis), coords)
 
   def inside(self) -> jax.Array:
-    """Returns (P^T P)^-1 R: P times it is the part of G in P's span."""
+    """Returns (P^T P)^-1 R; P times this is the part of G in P's span."""
     return self.weights_of(self.coords, self.basis)
 
   def outside(self) -> jax.Array:

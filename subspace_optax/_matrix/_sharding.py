@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays on meshes, in the middle of a computation.
 
-Under explicit sharding every operand's spec is part of its type, so products
-say where their result lives. Under automatic sharding the compiler decides.
+Under explicit sharding, every operand's spec is part of its type, so products
+must set the sharding of their result. Under automatic sharding, the compiler
+decides.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,9 +36,9 @@ def explicit(x: Any) -> NamedSharding | None:
 
 
 def mesh_of(tree: Any) -> contextlib.AbstractContextManager:
-  """Sets the mesh of arrays on explicit axes, which tracers of them need.
+  """Sets the mesh of arrays on explicit axes, as their tracers require.
 
-  Not within a trace, where jax allows no mesh to be set.
+  It sets none within a trace, where jax does not allow it.
   """
   for x in jax.tree.leaves(tree):
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
@@ -69,17 +70,17 @@ def names(entry: Any) -> tuple[str, ...]:
 
 
 def spec_of(axes: Iterable[tuple[str, ...]]) -> PartitionSpec:
-  """Returns the spec that splits every axis over some mesh axes."""
+  """Returns the spec that shards every axis over some mesh axes."""
   return PartitionSpec(*[k[0] if len(k) == 1 else k or None for k in axes])
 
 
 def parts(mesh: Any, axes: Iterable[str]) -> int:
-  """Returns into how many parts some axes of a mesh cut an array."""
+  """Returns into how many parts some mesh axes cut an array."""
   return math.prod(mesh.shape[name] for name in axes)
 
 
 def entries_of(x: jax.Array, axes: Iterable[int]) -> list[tuple[str, ...]]:
-  """Returns the explicit mesh axes that split each of some axes of `x`."""
+  """Returns the explicit mesh axes that shard each of some axes of `x`."""
   spec = _explicit_spec(x)
   return [() if spec is None else names(spec[i]) for i in axes]
 
@@ -92,16 +93,16 @@ def einsum(
   out_sharding: NamedSharding | None = None,
   **kwargs: Any,
 ) -> jax.Array:
-  """Einsum that keeps the larger operand's sharding of every axis it names.
+  """Computes an einsum that keeps the larger operand's sharding of its axes.
 
-  `out_sharding`, of explicit axes, goes before both operands' shardings.
+  `out_sharding`, of explicit axes, has precedence over both operands.
   """
   mesh = next((s.mesh for s in map(explicit, (a, b)) if s is not None), None)
   if mesh is None:
     return jnp.einsum(eq, a, b, **kwargs)
   inputs, output = eq.split('->')
   operands = list(zip(inputs.split(','), (a, b), strict=True))
-  # The rank axis is split at rest only: products of r x r are for every device.
+  # The rank axis is sharded only between steps; r x r products are replicated.
   placed: dict[str, Any] = dict.fromkeys(RANK)
   if out_sharding is not None:
     placed.update(zip(output, pad(out_sharding.spec, len(output)), strict=True))
@@ -119,16 +120,13 @@ def einsum(
 
 
 def like(x: jax.Array, reference: Any) -> jax.Array:
-  """Returns `x` with the dtype of an array, or of a type, and its sharding.
-
-  The sharding only if it is explicit.
-  """
+  """Returns `x` with the dtype and explicit sharding of an array or a type."""
   x = x if x.dtype == reference.dtype else x.astype(reference.dtype)
   return place_like(_varying.vary_as(x, reference), reference)
 
 
 def place_like(x: jax.Array, reference: Any) -> jax.Array:
-  """Returns `x` with the sharding of an array, or of a type, if explicit."""
+  """Returns `x` with the sharding of an array or type, if explicit."""
   sharding = explicit(reference)
   return x if sharding is None else jax.reshard(x, sharding)
 
@@ -136,9 +134,9 @@ def place_like(x: jax.Array, reference: Any) -> jax.Array:
 def regroup(
   x: jax.Array, whole: tuple[int, ...], split: tuple[int, ...]
 ) -> jax.Array:
-  """Returns `x` with no axis of `whole` split, where explicit.
+  """Returns `x` with no axis of `whole` sharded, if explicit.
 
-  Their mesh axes go to the first axis of `split` that they divide.
+  Their mesh axes move to the first axis of `split` that they divide.
   """
   sharding = explicit(x)
   if sharding is None:
@@ -155,7 +153,7 @@ def regroup(
 
 
 def replicate(x: jax.Array) -> jax.Array:
-  """Returns `x` on every device, where its type says that it is not."""
+  """Returns `x` replicated on every device, if its type says that it is not."""
   sharding = explicit(x)
   if sharding is None:
     return x
@@ -163,9 +161,9 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def result_types(f: Callable[..., Any], *args: Any) -> Any:
-  """Returns the types of what `f` returns, explicit shardings included.
+  """Returns the types of the results of `f`, with explicit shardings.
 
-  `jax.eval_shape` drops these on a mesh that has automatic axes, too.
+  `jax.eval_shape` drops these on a mesh that also has automatic axes.
   """
   program, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
   types = map(kind_of, program.out_avals)
@@ -183,7 +181,7 @@ def zeros(kind: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def automatic(f: Callable[..., Any], like: Any, *args: Any) -> Any:
-  """Returns `f(*args)`, whose inside the compiler shards, placed as `like`."""
+  """Returns `f(*args)` under automatic sharding, placed like `like`."""
   placed = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
   return jax.sharding.auto_axes(f, out_sharding=placed)(*args)
 
@@ -194,9 +192,9 @@ def no_mesh() -> contextlib.AbstractContextManager:
 
 
 def is_sharded(x: jax.Array) -> bool:
-  """Whether a matrix may be spread over devices.
+  """Whether a matrix may be sharded over devices.
 
-  On a mesh of automatic axes the type does not tell, so it may.
+  On a mesh of automatic axes the type does not tell, so the answer is yes.
   """
   if _is_alone(x):
     return False
@@ -205,7 +203,7 @@ def is_sharded(x: jax.Array) -> bool:
 
 
 def _is_alone(x: jax.Array) -> bool:
-  """Whether one device is all there is, as far as the program can see."""
+  """Whether there is only one device, as far as the program can see."""
   mesh = jax.typeof(x).sharding.mesh
   return mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
 
@@ -213,7 +211,7 @@ def _is_alone(x: jax.Array) -> bool:
 def is_whole(x: jax.Array, axes: tuple[int, ...]) -> bool:
   """Whether every device surely holds all of `x` along `axes`.
 
-  Taking one element of an axis that is split gathers the whole array.
+  Taking one element along a sharded axis would gather the whole array.
   """
   if _is_alone(x):
     return True
@@ -224,17 +222,17 @@ def is_whole(x: jax.Array, axes: tuple[int, ...]) -> bool:
 
 
 def cuts_fit(x: jax.Array, cuts: tuple[int, ...]) -> bool:
-  """Whether each axis, by its type, is split into a divisor of its `cuts`."""
+  """Whether the type of `x` shards each axis into a divisor of its `cuts`."""
   mesh = jax.typeof(x).sharding.mesh
   splits = entries_of(x, range(x.ndim))
   return all(n % parts(mesh, k) == 0 for n, k in zip(cuts, splits, strict=True))
 
 
 def with_whole_rank(x: jax.Array, axes: str) -> jax.Array:
-  """Returns `x` with a rank axis that automatic sharding may not split.
+  """Returns `x` with a rank axis that automatic sharding must not shard.
 
-  Products with the gradient would otherwise take over the split of moments or
-  bases at rest, for which the compiler may gather the gradient.
+  Otherwise products with the gradient would adopt the sharding that moments or
+  bases have between steps, for which the compiler may gather the gradient.
   """
   mesh = jax.typeof(x).sharding.mesh
   if _is_alone(x) or mesh.explicit_axes:
@@ -245,7 +243,7 @@ def with_whole_rank(x: jax.Array, axes: str) -> jax.Array:
 
 
 def of_leaf(leaf: Any) -> NamedSharding | None:
-  """Returns where a leaf lives, if that is known at this point."""
+  """Returns the sharding of a leaf, if it is known at this point."""
   if isinstance(leaf, Tracer):
     return explicit(leaf)
   sharding = getattr(leaf, 'sharding', None)
@@ -253,10 +251,10 @@ def of_leaf(leaf: Any) -> NamedSharding | None:
 
 
 def on_mesh_of(leaves: list[Any], tree: Any) -> Any:
-  """Returns state with arrays that no leaf places put on the leaves' mesh.
+  """Places arrays of state that follow no leaf on the leaves' mesh.
 
-  A scalar made on one device would change its sharding in the first step, and
-  so cost a second compilation.
+  A scalar made on one device would change its sharding in the first step, which
+  would cost a second compilation.
   """
   known = [of_leaf(x) for x in leaves]
   meshes = {s.mesh for s in known if s is not None and isinstance(s.mesh, Mesh)}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves of a tree tell of each other's axes.
+"""What the leaves of a tree show about each other's axes.
 
-Norms have a single axis in a layer, so one of two axes says that layers are
-stacked, and along which; biases have the axes of their kernel's outputs; the
-kernels of an MLP differ in the order of their two sides.
+Norms have a single axis in a layer, so a norm of two axes shows that layers are
+stacked, and along which axis. Biases have the axes of their kernel's outputs.
+The kernels of an MLP differ in the order of their two sides.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ class Leaf(NamedTuple):
 
 
 class Family:
-  """The leaves of a tree, and what those near each other tell together."""
+  """The leaves of a tree, and what leaves near each other show together."""
 
   def __init__(self, leaves: Iterable[Leaf]):
     self._shapes = {leaf.path: leaf.shape for leaf in leaves}
@@ -34,9 +34,9 @@ class Family:
     self._known: dict[Any, tuple] = {}
 
   def in_attention(self, path: str) -> bool:
-    """Whether two of query, key and value stand beside a leaf, or its module.
+    """Whether two of query, key and value are next to a leaf or its module.
 
-    One alone may be the value of a policy.
+    A single one may be the value of a policy.
     """
     parts = _parts(path)
     is_inside = _names.is_weight(path) and '_' not in parts[-1]
@@ -49,7 +49,7 @@ class Family:
     return len(beside) > 1
 
   def is_bias(self, path: str) -> bool:
-    """Whether a leaf is a bias called `b`, and not the half of a pair a, b."""
+    """Whether a leaf is a bias named `b`, and not one half of a pair a, b."""
     *above, name = _parts(path)
     has = lambda other: '/'.join([*above, other]) in self._shapes
     if name == 'b':
@@ -61,7 +61,7 @@ class Family:
   def without_models(self, path: str) -> str:
     """Returns a path without heads and embedders that hold several weights.
 
-    Such as `classifier` with layers below it, which are matrices.
+    An example is `classifier` with layers below it, which are matrices.
     """
     kept = list(_parts(path))
     for i, part in enumerate(_parts(path)):
@@ -71,7 +71,7 @@ class Family:
     return '/'.join(kept)
 
   def _is_model(self, above: tuple[str, ...]) -> bool:
-    """Whether several weights stand below a component."""
+    """Whether there are several weights below a component."""
     weights = [
       x
       for x in self._below.get(above, ())
@@ -91,12 +91,12 @@ class Family:
     return self._shapes.get(''.join([*parts[:i], name, *parts[i + 1 :]]))
 
   def counted(self, leaf: Leaf) -> tuple[int, ...] | None:
-    """Returns the axes that count layers or experts; None if nothing tells.
+    """Returns the axes that count layers or experts; None if unknown.
 
-    The nearest norm tells of layers, kernels tell of experts inside of them.
+    The nearest norm shows layers, and kernels show experts within layers.
     """
     ndim = len(leaf.shape) if _is_kernel(leaf) else 0
-    # The weight of a router may share an axis with its experts.
+    # A router's weight may share an axis with its experts.
     is_matrix = len(leaf.shape) == 2 and _names.is_weight(leaf.path)
     told = []
     for above in _ancestors(leaf.path):
@@ -108,7 +108,7 @@ class Family:
     return tuple(sorted({*itertools.chain(*told)})) if told else None
 
   def _told(self, above: tuple[str, ...], ndim: int) -> tuple:
-    """Returns what norms tell, and kernels of `ndim` axes, or all of them."""
+    """Returns what norms and kernels show, those of `ndim` axes or all."""
     if (above, ndim) not in self._known:
       leaves = self._below[above]
       of_all = _by_kernels(leaves, ndim) if ndim else _shared_by_all(leaves)
@@ -121,7 +121,7 @@ def _parts(path: str) -> tuple[str, ...]:
 
 
 def _ancestors(path: str) -> list[tuple[str, ...]]:
-  """Returns the places above a leaf, the nearest one first."""
+  """Returns the ancestors of a leaf, the nearest one first."""
   parts = _parts(path)
   return [parts[:i] for i in range(len(parts) - 1, -1, -1)]
 
@@ -131,7 +131,7 @@ def _by_norms(
 ) -> tuple[int, ...] | None:
   """Returns the axis of layers, () if norms of a layer have a single axis.
 
-  A last norm, which stands outside of layers, tells nothing of them.
+  A final norm, which is outside layers, shows nothing about them.
   """
   norms = [x for x in leaves if _names.is_norm(x.path)]
   ndims = {len(x.shape) for x in norms}
@@ -143,9 +143,9 @@ def _by_norms(
 
 
 def _layers(leaves: list[Leaf]) -> tuple[int, ...] | None:
-  """Returns the axis that all leaves share; layers are fewer than units.
+  """Returns the axis that all leaves share, if layers are fewer than units.
 
-  If they are as many, nothing tells.
+  If there are as many, the axis is unknown.
   """
   axes = {_size(leaves, axis): (axis,) for axis in (0, 1)}
   if len(axes) < 2:
@@ -156,16 +156,17 @@ def _layers(leaves: list[Leaf]) -> tuple[int, ...] | None:
 def _size(leaves: list[Leaf], axis: int) -> int | None:
   """Returns the size of an axis, if it is the same in all leaves.
 
-  Of leaves of a single axis, which may be a number for each layer, that axis.
+  For a leaf with a single axis, which may hold one number per layer, it uses
+  that axis.
   """
   sizes = {x.shape[axis if len(x.shape) > 1 else 0] for x in leaves if x.shape}
   return sizes.pop() if len(sizes) == 1 else None
 
 
 def _by_kernels(leaves: list[Leaf], ndim: int) -> tuple[int, ...] | None:
-  """Returns shared axes of kernels whose other axes are in another order.
+  """Returns the shared axes of kernels whose other axes differ in order.
 
-  Such as those of (L, width, hidden) and (L, hidden, width).
+  An example is (L, width, hidden) and (L, hidden, width).
   """
   kernels = [x for x in leaves if len(x.shape) == ndim and _is_kernel(x)]
   axes = []
@@ -179,7 +180,7 @@ def _by_kernels(leaves: list[Leaf], ndim: int) -> tuple[int, ...] | None:
 
 
 def _shared_by_all(leaves: list[Leaf]) -> tuple[int, ...] | None:
-  """Returns the axes that kernels tell and every other leaf shares."""
+  """Returns the axes that kernels show and every other leaf shares."""
   if any(_names.is_norm(x.path) for x in leaves):
     return None
   ndims = {len(x.shape) for x in leaves if _is_kernel(x)}
@@ -198,9 +199,10 @@ def _is_kernel(leaf: Leaf) -> bool:
 
 
 def _has_vectors(leaves: list[Leaf], kernels: list[Leaf], axis: int) -> bool:
-  """Whether one of a kernel's sides has a vector for each layer beside it.
+  """Whether a kernel has a vector per layer next to it, for one of its sides.
 
-  Layers are fewer than units; along axis 1 only what is called a bias tells.
+  Layers are fewer than units. Along axis 1, only a vector named as a bias
+  counts.
   """
   if _size(leaves, axis) is None:
     return False
@@ -216,7 +218,7 @@ def _has_vectors(leaves: list[Leaf], kernels: list[Leaf], axis: int) -> bool:
 
 
 def has_window(shape: tuple[int, ...]) -> bool:
-  """Whether a convolution's height and width stand first or last."""
+  """Whether a convolution's height and width are first or last."""
   if len(shape) < 4:
     return False
   is_window = lambda sizes, out: (

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which way an optimizer steps: along the gradient or against it.
+"""Whether an optimizer steps along the gradient or against it.
 
 `optax.scale_by_adam` returns directions along the gradient, for a learning rate
-that is chained behind; `optax.adam` brings its learning rate and steps against
-the gradient. One in the place of the other climbs.
+that is chained after it. `optax.adam` includes its learning rate and steps
+against the gradient. If one replaces the other, the loss grows.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def require_along(
 
   Args:
     optimizer: an optax transformation that returns directions.
-    name: of the argument.
-    with_params: whether the optimizer is given params where it runs.
+    name: name of the argument.
+    with_params: whether the optimizer gets params when it runs.
   """
   return _checked(
     {name: optimizer},
@@ -53,7 +53,7 @@ def require_against(optimizer: Any, name: str) -> Any:
 
 
 def require_same_side(plain: Any, inner: Any, *, with_params: bool) -> Any:
-  """Returns `plain`, whose `init` raises if one of the two would climb."""
+  """Returns `plain`; its `init` raises if the two step in opposite senses."""
   return _checked(
     {'plain': plain, 'inner': inner},
     lambda: _sign(plain) * _sign(inner, with_params) >= 0,
@@ -64,7 +64,7 @@ def require_same_side(plain: Any, inner: Any, *, with_params: bool) -> Any:
 
 
 def require_one_turn(inner: Any, after: Any, *, with_params: bool) -> Any:
-  """Returns `inner`, whose `init` raises if `after` turns its steps uphill."""
+  """Returns `inner`; its `init` raises if `after` turns its steps uphill."""
   return _checked(
     {'inner': inner, 'after': after},
     lambda: _sign(inner, with_params) >= 0 or _sign(after) >= 0,
@@ -77,9 +77,9 @@ def require_one_turn(inner: Any, after: Any, *, with_params: bool) -> Any:
 def _checked(
   optimizers: dict[str, Any], is_right: Callable[[], bool], error: str
 ) -> Any:
-  """Returns the first optimizer, which checks at `init`.
+  """Returns the first optimizer, with the check at `init`.
 
-  Not before, since arrays start the backend.
+  It does not check earlier, since arrays start the backend.
   """
   for name, optimizer in optimizers.items():
     _arguments.require_optimizer(optimizer, name)
@@ -97,21 +97,20 @@ def _checked(
 def _sign(optimizer: Any, with_params: bool = True) -> int:
   """Returns 1 for steps along the gradient, -1 against it, 0 if unknown.
 
-  It is unknown where hyperparameters are traced or `update` takes more
-  arguments.
+  It is unknown if hyperparameters are traced or `update` takes more arguments.
   """
   try:
     with jax.ensure_compile_time_eval(), _sharding.no_mesh():
       return _first_sign(optimizer, with_params)
-  except Exception:  # whatever an optimizer says to inputs that are not its own
+  except Exception:  # an optimizer may raise anything for these inputs
     return 0
 
 
 def _first_sign(optimizer: Any, with_params: bool) -> int:
-  """Returns the sign of the first update that a constant gradient changes.
+  """Returns the sign of the first update that depends on a constant gradient.
 
-  Of the difference between the updates of 1 and of -1, so that noise does not
-  decide.
+  It is the sign of the difference between the updates for 1 and for -1, so that
+  noise does not decide.
   """
   zeros = {'x': jnp.zeros((1, 1))}
   params = zeros if with_params else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sketch of a matrix's range at the price of reading it."""
+"""A sketch of a matrix's range at the cost of reading the matrix."""
 
 import jax
 from jax import lax
@@ -17,15 +17,15 @@ def sketch(
   seeds: jax.Array,
   period: jax.Array | int,
 ) -> jax.Array:
-  """Returns G S for a random sign matrix S with one entry a row.
+  """Returns G S for a random sign matrix S with one entry per row.
 
   Each of the r columns sums every r-th column of G with random signs
   (CountSketch; Clarkson and Woodruff, `Low rank approximation
-  <https://arxiv.org/abs/1207.6365>`_, 2013). As a sum where a device has all of
-  the free axes, else as the product that it is.
+  <https://arxiv.org/abs/1207.6365>`_, 2013). It is computed as a sum if a
+  device has all of the free axes, else as a product.
 
   Args:
-    layout: of the leaf.
+    layout: layout of the leaf.
     leaf: G.
     seeds: (*batch), uint32, one per matrix.
     period: int32, a scalar or (*batch), folded into every key.
@@ -49,7 +49,7 @@ def _sum_blocks(
   g = jnp.transpose(leaf, (*map(layout.leaf_axes.index, axes), *layout.free))
   g = _linalg.widen(g).reshape(*g.shape[: len(axes)], n)
   signs = layout.along(signs, axes)
-  # A sum over an axis of blocks would be some ten times slower on a CPU.
+  # A sum over an axis of blocks would be about ten times slower on a CPU.
   block = lambda x, k: lax.dynamic_slice_in_dim(x, k * r, r, axis=-1)
   even = n - n % r
   y = g[..., even:] * signs[..., even:]

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices of its own for every device, in the middle of a computation.
+"""Gives every device its own matrices, in the middle of a computation.
 
-An iteration on matrices that are cut over D devices sends parts of them in each
-of its steps. Here the axis that counts matrices is cut instead: a device hands
-out its parts of all matrices but its own, iterates alone, and gets its parts of
-the results back. It sends 2 (D - 1) / D^2 of each matrix, which is less than
-one sum of Gram matrices takes.
+An iteration on matrices that are sharded over D devices sends parts of them in
+each of its steps. Here, the axis that counts matrices is sharded instead: each
+device sends away its parts of all matrices but its own, iterates alone, and
+gets back its parts of the results. It sends 2 (D - 1) / D^2 of each matrix,
+which is less than one sum of Gram matrices takes.
 
-Where D does not divide the number of matrices, those of other leaves of the
-same shape are counted with them (under automatic sharding, if these are as
-many), and zeros fill up what is left; under automatic sharding not where most
-would be zeros. Where it does, a step may hand out gradients first of all:
-products with bases then need no other device, and coordinates go home for the
-inner optimizer, and come back.
+If D does not divide the number of matrices, matrices of other leaves of the
+same shape are added (under automatic sharding, only of leaves with as many
+matrices), and zeros fill the rest; under automatic sharding, unless most would
+be zeros. If D divides the number, a step may hand out gradients at its start.
+Products with bases then need no other device; coordinates go home for the inner
+optimizer, and come back.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,21 +29,22 @@ from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
 
-# The share of zeros that is taken rather than more leaves at once.
+# The fraction of zeros up to which no more leaves are added.
 _MOST_ZEROS = 1 / 8
 
 
 class _Trip(NamedTuple):
-  """The way of an array from its home to where its matrices are whole.
+  """The path of an array from its home to where its matrices are whole.
 
-  One mesh axis moves at a time: the compiler has an all-to-all for that, and
-  gathers everything everywhere if two move at once. Of those that cut one axis
-  the last, which cuts finest, moves first, for the same reason.
+  One mesh axis moves at a time: the compiler uses an all-to-all for that, but
+  would gather everything everywhere if two moved at once. For the same reason,
+  among mesh axes that shard one axis, the last one, which cuts finest, moves
+  first.
 
   Attributes:
     mesh: the mesh.
-    explicit: whether types tell where arrays are.
-    specs: of all stations, home first.
+    explicit: whether types show where arrays are.
+    specs: specs of all stations, home first.
   """
 
   mesh: Any
@@ -73,9 +74,9 @@ class _Stack(NamedTuple):
 
   Attributes:
     x: the leaf.
-    layout: of `x`.
-    axis: the one that counts.
-    names: the mesh axes that are to cut it, none if nothing is to move.
+    layout: layout of `x`.
+    axis: the axis that counts matrices.
+    names: mesh axes that will shard this axis; empty if nothing moves.
     before: the spec of `x` under explicit sharding.
   """
 
@@ -107,10 +108,11 @@ class _Stack(NamedTuple):
 
   @property
   def kind(self) -> Any:
-    """What leaves that are counted together have in common.
+    """Properties that leaves must share to be grouped.
 
-    Of unlike placements, which no automatic type tells, the compiler gathers
-    one: leaves of unlike numbers of matrices are likely to have such.
+    If placements differ, the compiler gathers one of them. Automatic types do
+    not show placements, but leaves with different numbers of matrices are
+    likely to differ.
     """
     sizes = self.x.shape[: self.axis] + self.x.shape[self.axis + 1 :]
     axes = (self.axis, self.layout.rows, self.layout.cols)
@@ -124,20 +126,22 @@ def spread(
   leaves: Sequence[jax.Array],
   homes: Sequence[Any] | None = None,
 ) -> list[jax.Array]:
-  """Returns `f(layout, leaf)` of leaves, each matrix whole on one device.
+  """Returns `f(layout, leaf)` of leaves, with each matrix whole on one device.
 
-  Under explicit sharding matrices go to the devices that have parts of them.
-  Where the axis that counts is cut and can't be cut further, nothing moves.
+  Under explicit sharding, matrices move to devices that have parts of them. If
+  the axis that counts matrices is sharded and can't be sharded further, nothing
+  moves.
 
-  Under automatic sharding no type tells where parts are. Matrices are spread
-  over all automatic axes of the mesh that `jax.set_mesh` has set, without one
-  nothing moves, and the axis that counts is taken to be whole.
+  Under automatic sharding, types do not show where parts are. Matrices are
+  spread over all automatic axes of the mesh set by `jax.set_mesh`; without a
+  mesh nothing moves. The axis that counts matrices is assumed to be whole.
 
   Args:
-    f: maps every matrix by itself, and zeros to zeros.
-    layouts: of the leaves; rank and side do not matter.
-    leaves: of floating point.
-    homes: for leaves of `hand_out`, what was handed out; None for others.
+    f: maps every matrix separately, and zeros to zeros.
+    layouts: layouts of the leaves; rank and side do not matter.
+    leaves: the leaves, of floating point.
+    homes: for leaves that `hand_out` returned, the leaf that was handed out;
+      None for others.
   """
   results = list(leaves)
   for i, home in enumerate(homes or ()):
@@ -155,8 +159,9 @@ def spread(
 def hand_out(layout: _layout.Layout, leaf: jax.Array) -> jax.Array | None:
   """Returns a leaf with each of its matrices whole on one device.
 
-  None where nothing is to move, the devices do not divide the matrices, or
-  stacks are known to be cut already: values of each matrix would be, too.
+  It returns None if nothing has to move, if the devices do not divide the
+  matrices, or if stacks are known to be sharded already, since per-matrix
+  values would then be sharded, too.
   """
   if not layout.batch or any(_sharding.entries_of(leaf, layout.batch)):
     return None
@@ -169,13 +174,13 @@ def hand_out(layout: _layout.Layout, leaf: jax.Array) -> jax.Array | None:
 def go_along(
   layout: _layout.Layout, x: jax.Array, axes: str, home: jax.Array
 ) -> jax.Array:
-  """Returns what goes with a leaf on the devices it has been handed out to.
+  """Moves an array that belongs to a leaf to where the leaf was handed out.
 
   Args:
-    layout: of the leaf.
-    x: an array of `axes`, where state of the leaf is.
-    axes: by the names that `layout` has for them.
-    home: what was handed out.
+    layout: layout of the leaf.
+    x: an array with `axes`, placed where state of the leaf lies.
+    axes: its axes, by the names that `layout` has for them.
+    home: the leaf that was handed out.
   """
   return _trip_along(layout, x, axes, home).go(x)
 
@@ -183,17 +188,17 @@ def go_along(
 def back_along(
   layout: _layout.Layout, x: jax.Array, axes: str, home: jax.Array
 ) -> jax.Array:
-  """Returns what goes with a leaf that was handed out where state of it is."""
+  """Moves an array that belongs to a handed-out leaf back to its state."""
   return _trip_along(layout, x, axes, home).back(x)
 
 
 def keep_along(
   layout: _layout.Layout, x: jax.Array, axes: str, home: jax.Array
 ) -> jax.Array:
-  """Returns state of a leaf that was handed out, which stays where it is.
+  """Returns state of a handed-out leaf, constrained to its placement.
 
-  Automatic sharding knows it by this alone. Of what is elsewhere, wherever that
-  is, the compiler gathers all: for a few numbers of each matrix.
+  Under automatic sharding, only this constraint fixes the placement. Otherwise
+  the compiler would gather everything for a few numbers per matrix.
   """
   return _trip_along(layout, x, axes, home).start(x)
 
@@ -243,7 +248,7 @@ def _mesh_axes(
 
 
 def _groups(stacks: dict[int, _Stack]) -> Iterator[dict[int, _Stack]]:
-  """Yields the leaves that are counted together."""
+  """Yields groups of leaves that share devices."""
   waiting: dict[Any, dict[int, _Stack]] = {}
   for i, stack in stacks.items():
     if not stack.names:
@@ -256,8 +261,8 @@ def _groups(stacks: dict[int, _Stack]) -> Iterator[dict[int, _Stack]]:
   for group in waiting.values():
     first = next(iter(group.values()))
     if first.before is None and _missing(group) > _count(group):
-      # Leaves that are whole everywhere would be on every device, with more
-      # zeros than there is of them. The compiler shares the work as it sees.
+      # Leaves that are replicated would be on every device, with more zeros
+      # than their own numbers. Leave it to the compiler to share the work.
       yield from ({i: x._replace(names=())} for i, x in group.items())
     else:
       yield group
@@ -268,21 +273,21 @@ def _count(group: dict[int, _Stack]) -> int:
 
 
 def _missing(group: dict[int, _Stack]) -> int:
-  """Returns how many zeros fill up a group."""
+  """Returns how many matrices of zeros fill up a group."""
   return -_count(group) % next(iter(group.values())).devices
 
 
 def _run(
   f: Callable[[_layout.Layout, jax.Array], jax.Array], group: list[_Stack]
 ) -> list[jax.Array]:
-  """Returns the results of leaves that are counted together."""
+  """Returns the results of leaves in one group."""
   first = group[0]
   if not first.names:
     return [f(first.layout, first.x)]
   axis, trip = first.axis, first.trip
   x = jnp.concatenate([trip.start(stack.x) for stack in group], axis)
-  # Without the barrier the compiler takes what `x` is made of, gradient and
-  # momentum, for cut as `x` will be, and sends both of them.
+  # Without the barrier, the compiler would shard the operands of `x`, gradient
+  # and momentum, as `x` will be, and send both of them.
   x = trip.go(lax.optimization_barrier(_fill_up(first, x)))
   x = trip.back(f(dataclasses.replace(first.layout, shape=x.shape), x))
   counts = [stack.count for stack in group]
@@ -295,8 +300,8 @@ def _return(stack: _Stack, x: jax.Array) -> jax.Array:
   """Returns results on the devices that have the leaf."""
   if stack.before is not None:
     return _sharding.place_like(x, stack.x)
-  # The compiler has an elementwise result lie as its operands do: that is how
-  # it learns where this came from.
+  # The compiler places an elementwise result like its operands. This tells it
+  # the placement of the leaf.
   return jnp.where(jnp.isfinite(stack.x), x, jnp.nan)
 
 
@@ -312,7 +317,7 @@ def _fill_up(stack: _Stack, x: jax.Array) -> jax.Array:
 def _explicit_specs(
   names: tuple[str, ...], axis: int, before: Iterable[tuple[str, ...]]
 ) -> tuple[PartitionSpec, ...]:
-  """Returns specs from where an array is, on to where `names` cut an axis."""
+  """Returns specs from an array's own to one in which `names` shard an axis."""
   entries = [list(entry) for entry in before]
   specs = [_sharding.spec_of(map(tuple, entries))]
   for name in names[len(entries[axis]) :]:
@@ -327,10 +332,10 @@ def _explicit_specs(
 def _automatic_specs(
   names: tuple[str, ...], axis: int, ndim: int
 ) -> tuple[PartitionSpec, ...]:
-  """Returns specs in which first nothing, and then more and more cuts an axis.
+  """Returns specs in which ever more mesh axes shard an axis, at first none.
 
-  At last no other axis is cut; the compiler would else cut gradients as they
-  come by the last of these specs.
+  In the last spec no other axis is sharded; otherwise the compiler would shard
+  incoming gradients by that spec.
   """
   specs = []
   for k in range(len(names) + 1):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees of parameters: boxes, paths, and maps with several results.
 
-A parameter tree reaches an optimizer in many dresses: bare arrays, `nnx.State`
-of `nnx.Param`, linen's `Partitioned` boxes, or with `optax.MaskedNode` where a
-wrapper hid a leaf. Everything here sees *entries*: one array, `Projected` or
-`MaskedNode` per parameter, in tree order.
+A parameter tree reaches an optimizer in many forms: bare arrays, `nnx.State` of
+`nnx.Param`, linen's `Partitioned` boxes, or with `optax.MaskedNode` where a
+wrapper hid a leaf. All functions here work on *entries*: one array, `Projected`
+or `MaskedNode` per parameter, in tree order.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from subspace_optax._matrix import _projected
 
 
 def is_masked(x: Any) -> bool:
-  """Whether `x` stands where a wrapper or a spec left a leaf out."""
+  """Whether `x` replaces a leaf that a wrapper or a spec left out."""
   return isinstance(x, optax.MaskedNode)
 
 
 def is_entry(x: Any) -> bool:
-  """Whether `x` stands for one parameter."""
+  """Whether `x` is the entry of one parameter."""
   ours = _projected.Projected | _projected.QuantizedBasis
   return is_masked(x) or isinstance(x, ours)
 
@@ -45,10 +45,10 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def flatten_params(params: Any) -> tuple[list[tuple[str, Any]], Any]:
-  """Returns what `flatten` does of parameters, which must be arrays.
+  """Like `flatten`, for parameters, which must be arrays.
 
   Raises:
-    TypeError: a leaf is no array, or in a wrapper that nobody registered.
+    TypeError: a leaf is not an array, or is in an unregistered wrapper.
   """
   _check_known(params)
   pairs, treedef = flatten(params)
@@ -57,7 +57,7 @@ def flatten_params(params: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def check_arrays(pairs: Sequence[tuple[str, Any]]) -> None:
-  """Raises unless all entries are arrays, or at least have their shapes."""
+  """Raises unless all entries are arrays, or have shapes like arrays."""
   for path, entry in pairs:
     if not is_entry(entry) and not hasattr(entry, 'shape'):
       raise TypeError(
@@ -69,7 +69,7 @@ def check_arrays(pairs: Sequence[tuple[str, Any]]) -> None:
 
 
 def _check_known(params: Any) -> None:
-  """Raises if an array is in a wrapper that nobody has registered."""
+  """Raises if an array is in an unregistered wrapper."""
   pairs = jax.tree.leaves_with_path(params, is_leaf=_boxes.is_unknown)
   for path, x in pairs:
     if _boxes.is_unknown(x):
@@ -94,7 +94,7 @@ def axis_names(tree: Any) -> AxisNames:
 
 
 def replace_entries(tree: Any, entries: Sequence[Any]) -> Any:
-  """Returns `tree`, boxes and all, with its entries replaced in order."""
+  """Returns `tree` with its boxes, but its entries replaced in order."""
   return jax.tree.structure(tree, is_leaf=is_entry).unflatten(entries)
 
 
@@ -108,12 +108,12 @@ def map_unzip(f: Callable[..., tuple], n: int, tree: Any, *rest: Any) -> tuple:
 
 
 def map_entries(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-  """Returns `tree`, boxes and all, with `f(path, entry, *others)` for entries.
+  """Returns `tree` with its boxes, but `f(path, entry, *others)` for entries.
 
   Args:
     f: the function.
     tree: the tree.
-    *rest: trees with as many entries, in boxes or not.
+    *rest: trees with as many entries, boxed or not.
   """
   pairs, _ = flatten(tree)
   columns = [[entry for _, entry in flatten(x)[0]] for x in rest]
@@ -124,7 +124,7 @@ def map_entries(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def children(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-  """Returns what a node of a tree holds, with key paths, and its treedef."""
+  """Returns the children of a tree's node, with key paths, and its treedef."""
   return jax.tree.flatten_with_path(node, is_leaf=lambda x: x is not node)
 
 
@@ -137,12 +137,12 @@ def find(tree: Any, *kinds: type) -> list[tuple[str, Any]]:
 
 
 def owners(state: Any, params: Any) -> dict[str, str]:
-  """Returns the leaf of each array of a state, by their paths.
+  """Returns the leaf to which each array of a state belongs, by path.
 
-  An array is of the leaf whose keys its own end with: a parameter called
-  `count` is a key of a mapping, and a counter's `count` is a field. (Fields of
-  parameters that are a NamedTuple are not told from a counter's.) Of a tree
-  that is one array all arrays are.
+  An array belongs to the leaf whose keys are the end of its own keys. A
+  parameter named `count` is a key of a mapping, while a counter's `count` is a
+  field. (If parameters are a NamedTuple, their fields can't be told apart from
+  a counter's.) If the parameters are one array, all arrays belong to it.
   """
   every = {path for path, _ in jax.tree.leaves_with_path(unbox(params))}
   lengths = sorted({len(path) for path in every}, reverse=True)

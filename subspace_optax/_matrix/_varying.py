@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control flow inside of `jax.shard_map`, where types say what devices share.
+"""Control flow inside `jax.shard_map`, where types say what devices share.
 
-There the branches of a conditional, and what a loop carries, must vary along
-the same mesh axes. A constant varies along none, a gradient along most.
+There, both branches of a conditional must vary along the same mesh axes, and so
+must the carry of a loop. A constant varies along none, a gradient along most.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,18 +13,18 @@ from jax import lax
 
 
 def vary_as(x: jax.Array, reference: Any) -> jax.Array:
-  """Returns `x`, which may differ along the mesh axes that `reference` does."""
+  """Returns `x`, made to vary along the mesh axes of `reference`."""
   return vary_along(x, _varying(reference))
 
 
 def vary_along(x: jax.Array, names: Iterable[Any]) -> jax.Array:
-  """Returns `x`, which may differ along mesh axes."""
+  """Returns `x`, made to vary along these mesh axes."""
   missing = tuple(sorted(set(names) - _varying(x)))
   return lax.pcast(x, missing, to='varying') if missing else x
 
 
 def vary_as_any(tree: Any, references: Any) -> Any:
-  """Returns arrays that may differ where any of the references does."""
+  """Returns arrays, made to vary along the mesh axes of any reference."""
   if not _is_manual():
     return tree
   for x in jax.tree.leaves(references):
@@ -38,7 +38,7 @@ def cond(
   no: Callable[..., Any],
   *operands: Any,
 ) -> Any:
-  """Returns what `lax.cond` does; its branches may vary along other axes."""
+  """Like `lax.cond`, but its branches may vary along different axes."""
   if not _is_manual():
     return lax.cond(pred, yes, no, *operands)
   shapes = [jax.eval_shape(branch, *operands) for branch in (yes, no)]
@@ -52,14 +52,14 @@ def cond(
 def fori_loop(
   lower: Any, upper: Any, body: Callable[[Any, Any], Any], start: Any
 ) -> Any:
-  """Returns what `lax.fori_loop` does; `start` may vary along fewer axes."""
+  """Like `lax.fori_loop`, but `start` may vary along fewer axes."""
   if not _is_manual():
     return lax.fori_loop(lower, upper, body, start)
 
   def once(state: Any) -> Any:
     return _vary_as_all(state, jax.eval_shape(body, lower, state))
 
-  # What one turn makes vary may make more vary in the next.
+  # Arrays that vary after one turn may make more arrays vary in the next.
   while True:
     before, start = start, once(start)
     if _all_axes(before) == _all_axes(start):
@@ -87,7 +87,7 @@ def _all_axes(tree: Any) -> list[frozenset[Any]]:
 
 
 def _vary_as_all(tree: Any, *others: Any) -> Any:
-  """Returns a tree of arrays that vary along the axes of those of others."""
+  """Returns a tree of arrays that also vary along the axes of the others."""
   for other in others:
     tree = jax.tree.map(vary_as, tree, other)
   return tree

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How bases live between steps: as arrays, as codes, or not at all."""
+"""Storage of bases between steps: as arrays, as codes, or not at all."""
 
 from subspace_optax.bases._base import Storage as Storage
 from subspace_optax.bases._storage import storage as storage

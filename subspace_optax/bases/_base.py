@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of what stands for a basis in the state."""
+"""The interface for storing bases in the state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,20 +11,21 @@ from subspace_optax.projectors import _base
 
 
 class Storage(NamedTuple):
-  """How the bases of a projector live between steps.
+  """How the bases of a projector are stored between steps.
 
-  Projectors see float arrays, whatever the state holds in their place.
+  Projectors always see float arrays, whatever the state holds.
 
   Attributes:
-    first: (sample, seed, layout, leaf) -> what the first state holds for one
-      leaf, sharded as `leaf`, if `sample` draws its basis; None if the state
-      holds nothing.
-    read: (matrices, stored, own) -> the tree of bases that a step begins with,
-      from what the state holds and the projector's own state.
+    first: (sample, seed, layout, leaf) -> the first stored value of one leaf,
+      sharded like `leaf`, for a basis drawn by `sample`; None if the state
+      stores nothing.
+    read: (matrices, stored, own) -> the tree of bases at the start of a step,
+      from the stored values and the projector's own state.
     write: (matrices, stored, old, subspaces, moves) -> (stored, subspaces,
-      moves), after a refresh has moved `old` to `subspaces.basis`: what to
-      store, and the bases that this stands for, which the step goes on with.
-      None if bases are stored as they are, behind `track`, too.
+      moves), called after a refresh has moved `old` to `subspaces.basis`. It
+      returns what to store, and the bases that the stored values represent,
+      with which the step continues. None if bases are stored unchanged, also
+      after `track`.
   """
 
   first: Callable[..., Any] | None

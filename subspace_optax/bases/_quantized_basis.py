@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bases kept as int8 or int4 codes, and made orthonormal again when read.
+"""Bases stored as int8 or int4 codes, and made orthonormal again when read.
 
-A block of some 100 rows of a column has one float32 scale, its largest absolute
-value over the largest code. Of a Haar basis of 4096 x 128 int8 codes are 0.65 %
-off, and int4 codes 10 %, nearly all of it within rounding of orthogonality
-after one or two Newton-Schulz steps towards the polar factor.
+Each block of about 100 rows of a column has one float32 scale: its largest
+absolute value divided by the largest code. For a 4096 x 128 Haar basis, the
+error is 0.65 % with int8 codes and 10 % with int4 codes. One or two
+Newton-Schulz steps towards the polar factor make the basis nearly orthonormal
+again; see `_STEPS`.
 
-A basis that is read is a function of its codes alone: the same at every step
-between two moves. It is encoded when it moves, and never again.
+A basis that is read depends on its codes alone, so it is the same at every step
+between two moves. It is encoded only when it moves.
 """
 
 import functools
@@ -29,20 +30,21 @@ from subspace_optax.projectors import _base
 
 QuantizedBasis = _projected.QuantizedBasis
 
-# Rows of a block, at most: where int4 errs by 11 % (Haar, 4096 x 128: 64 rows
-# 10.4 %, 128 rows 11.7 %, a whole column 15.7 %), and int8's scales are cheap.
+# The largest number of rows in a block. For int4 it keeps the error at 11 %
+# (Haar, 4096 x 128: 10.4 % with 64 rows, 11.7 % with 128, 15.7 % with a whole
+# column); for int8 it makes scales cheap.
 _ROWS = {'int8': 128, 'int4': 64}
-# The fewest steps with ||P^T P - I||_F below 1e-3 and 1e-2.
+# The fewest Newton-Schulz steps with ||P^T P - I||_F below 1e-3 and 1e-2.
 _STEPS = {'int8': 1, 'int4': 2}
 
 
 def is_quantized(basis_dtype: Any) -> bool:
-  """Whether bases of this dtype are codes with scales."""
+  """Whether bases of this dtype are stored as codes with scales."""
   return jnp.issubdtype(jnp.dtype(basis_dtype), jnp.integer)
 
 
 def codes(dtype: Any, projector: _base.Projector) -> _bases.Storage:
-  """Returns the storage of a projector's bases in int8 or int4."""
+  """Returns the storage that keeps a projector's bases in int8 or int4."""
   _check(dtype, projector)
 
   def first(sample, seed, layout, leaf):
@@ -50,7 +52,8 @@ def codes(dtype: Any, projector: _base.Projector) -> _bases.Storage:
       static = (field, sample, layout, dtype)
       return layout.place_basis(_draw_first, static, (seed,), leaf)
 
-    # Apart: scales are not cut along blocks that a mesh does not divide.
+    # Placed separately, since scales can't be sharded where the mesh does not
+    # divide the number of blocks.
     return QuantizedBasis(place('codes'), place('scales'))
 
   def read(matrices, stored, own):
@@ -76,7 +79,7 @@ def _check(dtype: Any, projector: _base.Projector) -> None:
     )
   if projector.rebuild:
     raise ValueError(
-      f'basis_dtype={dtype.name!r} is of bases that are stored, but '
+      f'basis_dtype={dtype.name!r} is for stored bases, but '
       f'{projector.name} makes its bases again at every step; take '
       "'float32' or 'bfloat16', or leave out regenerate=True."
     )
@@ -93,17 +96,17 @@ def encode(
 ) -> QuantizedBasis:
   """Returns the nearest codes of a basis."""
   top = int(jnp.iinfo(dtype).max)  # codes are symmetric
-  # Rows that devices share, in columns that they don't, where they can.
+  # Shard columns instead of rows, if possible, so that blocks stay whole.
   axis = layout.longest_axis
   x = _sharding.regroup(_linalg.widen(basis), (axis,), (basis.ndim - 1,))
   rows = _block(x.shape[axis], dtype)
   shape = (*x.shape[:axis], -1, rows, *x.shape[axis + 1 :])
-  # Not `largest` of the blocks: its care for NaN would cost an all-reduce.
+  # Not `Blocks.largest`, whose handling of NaN would cost an all-reduce.
   scales = jnp.max(jnp.abs(x.reshape(shape)), axis=axis + 1) / top
   scales = scales.astype(jnp.float32)
   blocks = _blocks.Blocks(x.shape, scales.shape)
   steps = blocks.spread(jnp.where(scales > 0, scales, 1.0))
-  # By way of int8, whose arithmetic every backend has.
+  # Through int8, since every backend has int8 arithmetic.
   codes = jnp.clip(jnp.round(x / steps), -top, top).astype(jnp.int8)
   return QuantizedBasis(codes.astype(dtype), scales)
 
@@ -111,7 +114,7 @@ def encode(
 def decode(
   layout: _layout.Layout, stored: QuantizedBasis, orthonormal: bool
 ) -> jax.Array:
-  """Returns the bases that codes stand for, float32."""
+  """Returns the bases that codes represent, float32."""
   codes, scales = stored
   wide = codes.astype(jnp.int8).astype(jnp.float32)
   steps = _blocks.Blocks(codes.shape, scales.shape).spread(scales)
@@ -125,7 +128,7 @@ def decode(
 def _read(
   orthonormal: bool, matrix: _base.Matrix, stored: QuantizedBasis
 ) -> jax.Array:
-  """Returns the bases of a leaf that the state has codes of."""
+  """Returns the bases of a leaf, read from its codes."""
   basis = decode(matrix.layout, stored, orthonormal)
   return matrix.layout.settle_basis(basis, matrix.like)
 
@@ -137,10 +140,10 @@ def _write(
   old: jax.Array,
   bases: _base.Bases,
 ) -> tuple[QuantizedBasis, _base.Bases]:
-  """Encodes the bases of a leaf that moved from `old`, and reads them again."""
+  """Encodes the bases of a leaf that moved from `old`, and reads them back."""
   layout = matrix.layout
   still = bases._replace(basis=old)
-  # Which matrices moved is known: no branch need return it.
+  # `moved` is known already, so no branch needs to return it.
   kept = stored, still._replace(moved=None)
 
   def again() -> tuple[QuantizedBasis, _base.Bases]:
@@ -160,7 +163,7 @@ def _where(
   moved: jax.Array, new: QuantizedBasis, old: QuantizedBasis
 ) -> QuantizedBasis:
   def one(new: jax.Array, old: jax.Array) -> jax.Array:
-    # Selected in int8: not every backend has int4's.
+    # Selected in int8, since not every backend can select int4.
     like = old.astype(jnp.int8) if old.dtype == jnp.int4 else old
     return jnp.where(moved, _sharding.like(new, like), like).astype(old.dtype)
 
@@ -169,10 +172,10 @@ def _where(
 
 @functools.cache
 def _block(size: int, dtype: Any) -> int:
-  """Returns how many of an axis's rows share a scale; they divide it.
+  """Returns how many rows of an axis share a scale; it divides the axis.
 
-  The same on every mesh, so that a checkpoint fits another: blocks of which
-  devices can hold equal numbers, then the largest.
+  It does not depend on the mesh, so that a checkpoint fits other meshes. It
+  favors blocks that divide equally among devices, then large blocks.
   """
   most = _ROWS[jnp.dtype(dtype).name]
   if size <= most:

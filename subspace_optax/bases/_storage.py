@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which storage a spec's `basis_dtype` and a projector ask for.
+"""Chooses the storage for a spec's `basis_dtype` and a projector.
 
-Bases are stored as they are, as codes, or not at all: a projector with
-`rebuild` makes them again from its own state: a seed and a period, or the
-numbers of a fixed transform's columns.
+Bases are stored unchanged, as codes, or not at all. A projector with `rebuild`
+recomputes them from its own state: a seed and a period, or the indices of
+columns of a fixed transform.
 """
 
 from collections.abc import Callable

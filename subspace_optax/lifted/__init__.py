@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels with their steps in a subspace, W + P B."""
+"""Kernels with steps in a subspace, W + P B."""

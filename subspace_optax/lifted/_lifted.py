@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A kernel W and its step in a subspace, W + P B, for one linear layer.
 
-The layer computes x W + (x P) B. With W and P held constant, its backward pass
-needs x P in the place of x, and no product has the shape of W: the gradient of
-B is (x P)^T dy = P^T dW. Where B is 0, x W is all there is to compute, and only
-the gradient of B is not that of W. With a basis of the outputs, W + A Q^T, it
-is x^T (dy Q).
+The layer computes x W + (x P) B. With W and P constant, its backward pass needs
+x P instead of x, and no product has the shape of W: the gradient of B is
+(x P)^T dy = P^T dW. If B is 0, the layer computes x W alone; only the gradient
+differs, since it is that of B instead of W. With a basis of the outputs, W +
+A Q^T, the gradient is x^T (dy Q).
 
 References:
   Chen et al., Randomized Subspace Optimization, arXiv 2502.07222, section 4.
@@ -25,8 +25,8 @@ from jax.sharding import PartitionSpec
 from subspace_optax._matrix import _layout
 from subspace_optax._matrix import _sharding
 
-# Names for remat policies. A policy that goes by products would save three of
-# them per layer.
+# Names for remat policies. A policy that saves products would save three per
+# layer.
 LINEAR_OUT = 'linear_out'
 PROJECTED_INPUT = 'projected_input'
 
@@ -34,20 +34,20 @@ PROJECTED_INPUT = 'projected_input'
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lifted:
-  """W + P B in the place of a kernel, never added up.
+  """W + P B in place of a kernel, never added up.
 
-  It is a tree of three arrays, so that what goes over all arrays of a tree of
-  parameters, such as a norm, takes them for three parameters.
+  It is a tree of three arrays. Functions of all arrays in a tree of parameters,
+  such as a norm, therefore treat it as three parameters.
 
   Attributes:
     kernel: W, the leaf.
-    basis: P, the leaf's batch axes and rows, then the rank r; or Q, with its
-      columns.
-    coords: B, the leaf's axes with r in place of the projected ones.
-    at_zero: whether B is 0, and there for its gradient alone.
+    basis: P, with the leaf's batch axes and rows, then the rank r; or Q, with
+      the columns instead of rows.
+    coords: B, with the leaf's axes, but r instead of the projected ones.
+    at_zero: whether B is 0, and serves only for its gradient.
     layout: which axes of the whole leaf are rows, columns and batch. A scan
-      over layers takes an axis off the arrays, but not from here.
-    path: the leaf's, for messages.
+      over layers removes an axis from the arrays, but not from the layout.
+    path: path of the leaf, for messages.
   """
 
   kernel: jax.Array
@@ -58,7 +58,7 @@ class Lifted:
   path: str = dataclasses.field(default='', metadata={'static': True})
 
   def __getitem__(self, index: Any) -> 'Lifted':
-    """Returns this for `...`, as nnx layers read their kernels."""
+    """Returns itself for `...`, by which nnx layers read their kernels."""
     if index is not Ellipsis:
       raise TypeError(
         f'the lifted leaf {self.path!r} was indexed with {index!r}, as only an '
@@ -85,7 +85,7 @@ class Lifted:
 
   @property
   def here(self) -> _layout.Layout:
-    """The layout of the arrays as they are, their first batch axes gone."""
+    """The layout of the current arrays, which may lack the first batch axes."""
     whole = self.layout
     gone = whole.batch[: len(whole.shape) - self.kernel.ndim]
     kept = [i for i in range(len(whole.shape)) if i not in gone]
@@ -95,7 +95,7 @@ class Lifted:
     )
 
   def with_kernel(self, kernel: jax.Array) -> 'Lifted':
-    """Returns this with another kernel, all in that kernel's dtype."""
+    """Returns a copy with another kernel, with all arrays in its dtype."""
     basis, coords = (x.astype(kernel.dtype) for x in (self.basis, self.coords))
     return dataclasses.replace(self, kernel=kernel, basis=basis, coords=coords)
 
@@ -107,25 +107,25 @@ def dot(
   precision: Any = None,
   out_sharding: Any = None,
 ) -> jax.Array:
-  """Multiplies inputs with a kernel, for models written by hand.
+  """Multiplies inputs by a kernel, for models written by hand.
 
-  Both kinds of kernel give a result called `rso.LINEAR_OUT`, which
+  For both kinds of kernel the result is named `rso.LINEAR_OUT`, which
   `jax.checkpoint_policies.save_only_these_names` can save.
 
   Args:
     x: inputs; their last axes are contracted.
     w: the kernel, lifted or not; its first axes are contracted.
-    axes: how many.
-    precision: of the products, as in `jax.lax.dot_general`.
-    out_sharding: of the result, likewise; under explicit sharding, where a
-      contracted axis is sharded.
+    axes: number of contracted axes.
+    precision: precision of the products, as in `jax.lax.dot_general`.
+    out_sharding: sharding of the result, as in `jax.lax.dot_general`; pass it
+      under explicit sharding, if a contracted axis is sharded.
 
   Returns:
-    An array of x's other axes, then w's, in the dtype that x and the kernel
-    promote to.
+    An array with the other axes of x, then those of w, in the dtype to which x
+    and the kernel promote.
 
   Raises:
-    ValueError: those axes are not the rows of a lifted kernel.
+    ValueError: the contracted axes are not the rows of a lifted kernel.
 
   Example:
     >>> import jax.numpy as jnp
@@ -149,10 +149,10 @@ def dot(
 def dot_general(
   product: Any, x: jax.Array, w: Lifted, numbers: Any, **kwargs: Any
 ) -> jax.Array:
-  """Returns x W + (x P) B, made of `product`s as `jax.lax.dot_general` is.
+  """Returns x W + (x P) B, with `product` in place of `jax.lax.dot_general`.
 
-  All three, whatever the layer's own product does; one that rounds to 8 bits
-  rounds P and B, too.
+  All three products use it. If the layer's product rounds to 8 bits, it rounds
+  P and B, too.
   """
   _check_axes(w, numbers)
   held, of_coords = _in_subspace(product, x, w, numbers, kwargs)
@@ -167,10 +167,11 @@ def dot_general(
 
 
 def _in_subspace(product, x, w: Lifted, numbers, kwargs) -> tuple[Any, Any]:
-  """Returns arrays, and the function of them and B that is to be added.
+  """Returns arrays, and a function of them and B whose result is to be added.
 
-  x P and (x P) B, or (x, Q) and (x A) Q^T for a basis of the outputs. The
-  function holds no arrays itself, which those with their own gradient must not.
+  These are x P and (x P) B, or (x, Q) and (x A) Q^T for a basis of the outputs.
+  The function closes over no arrays, as functions with a custom gradient must
+  not.
   """
   (lhs, rows), (lhs_batch, batch) = numbers
   layout = w.here
@@ -202,7 +203,7 @@ def _in_subspace(product, x, w: Lifted, numbers, kwargs) -> tuple[Any, Any]:
 def _with_gradient_of(
   f: Any, y: jax.Array, held: Any, coords: jax.Array, path: str
 ) -> jax.Array:
-  """Returns y, to differentiate as y + f(held, coords) by y and coords."""
+  """Returns y, but with the gradient of y + f(held, coords) in y and coords."""
 
   @jax.custom_vjp
   def beside(y, held, coords):
@@ -215,7 +216,7 @@ def _with_gradient_of(
   def backward(saved, dy):
     held, coords = saved
     dy = _not_again(path, dy, coords)
-    # Linear in B, so that only the transpose is left of this.
+    # f is linear in B, so that only its transpose is computed.
     _, pull = jax.vjp(lambda b: f(held, b), coords)
     return dy, None, *pull(dy)
 
@@ -225,9 +226,10 @@ def _with_gradient_of(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _not_again(path: str, dy: jax.Array, coords: jax.Array) -> jax.Array:
-  """Returns dy; on its way to the inputs B's part is left out.
+  """Returns dy, and raises if it is differentiated.
 
-  It is 0 where B is, but its derivatives are not.
+  The gradient of the inputs leaves out B's part, which is 0 if B is 0, but its
+  derivatives are not.
   """
   del path, coords
   return dy
@@ -245,7 +247,7 @@ def _differentiated_again(path: str, primals: Any, tangents: Any) -> Any:
 
 
 def _positions(axes: str, others: str) -> dict[int, int]:
-  """Returns where the axes of one array are in another."""
+  """Returns the positions of the axes of one array in another."""
   return {i: others.index(c) for i, c in enumerate(axes) if c in others}
 
 
@@ -279,7 +281,7 @@ def _whole_rank(x: jax.Array, axes: str) -> jax.Array:
 
 
 def _narrow(kwargs: dict[str, Any], columns: int) -> dict[str, Any]:
-  """Returns a product's arguments with the rank for the columns."""
+  """Returns a product's arguments, with the rank in place of the columns."""
   out = kwargs.get('out_sharding')
   if out is None:
     return kwargs

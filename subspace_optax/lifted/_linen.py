@@ -14,19 +14,19 @@ _LINEAR = (nn.Dense, nn.DenseGeneral)
 
 
 def linen_apply(model: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
-  """Applies a linen model some of whose kernels are lifted.
+  """Applies a linen model with lifted kernels.
 
-  In the place of `model.apply`. Kernels of `nn.Dense` and `nn.DenseGeneral` may
-  be lifted, also those in attention, stacked by `nn.scan`, under `nn.remat`.
+  Use it instead of `model.apply`. Kernels of `nn.Dense` and `nn.DenseGeneral`
+  may be lifted, also in attention, stacked by `nn.scan` and under `nn.remat`.
 
   Args:
     model: a linen module, or its `apply`.
-    variables: the model's; its params are `rso.lift`'s.
-    *args: what `apply` takes.
-    **kwargs: likewise.
+    variables: the model's variables, with params from `rso.lift`.
+    *args: arguments of `apply`.
+    **kwargs: keyword arguments of `apply`.
 
   Returns:
-    What `apply` returns.
+    The result of `apply`.
 
   Raises:
     ValueError: a parameter of any other module is lifted.
@@ -64,7 +64,7 @@ def _intercept(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
 
 
 def _apply_layer(module, params, w: _lifted.Lifted, args, kwargs) -> Any:
-  """Applies a copy of a layer, its product replaced, with a plain kernel."""
+  """Applies a copy of a layer with a plain kernel and the lifted product."""
   made = module.dot_general_cls
   product = made() if made else module.dot_general or lax.dot_general
 

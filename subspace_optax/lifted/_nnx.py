@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lifted kernels in the layers of an unmodified nnx model.
 
-`nnx.Linear` and `nnx.LinearGeneral` promote dtypes and multiply by functions
-that they hold, so a lifted kernel needs no other layer: only other functions.
+`nnx.Linear` and `nnx.LinearGeneral` hold the functions by which they promote
+dtypes and multiply. A lifted kernel only needs other functions in these layers.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _LINEAR = (nnx.Linear, nnx.LinearGeneral)
 
 @dataclasses.dataclass(frozen=True)
 class _Promote:
-  """A layer's promotion of dtypes, for a kernel that may be lifted."""
+  """A layer's dtype promotion, for a kernel that may be lifted."""
 
   promote: Any
 
@@ -44,15 +44,15 @@ class _DotGeneral:
 
 
 def nnx_merge(graphdef: Any, params: Any, *states: Any) -> Any:
-  """Merges an nnx model some of whose kernels are lifted.
+  """Merges an nnx model with lifted kernels.
 
-  In the place of `nnx.merge`. Kernels of `nnx.Linear` and `nnx.LinearGeneral`
-  may be lifted, wherever they are: in an `nnx.List`, in attention, stacked by
-  `nnx.vmap` and run by a scan, under `jax.checkpoint`.
+  Use it instead of `nnx.merge`. Kernels of `nnx.Linear` and `nnx.LinearGeneral`
+  may be lifted anywhere: in an `nnx.List`, in attention, stacked by `nnx.vmap`
+  and run by a scan, under `jax.checkpoint`.
 
   Args:
-    graphdef: as from `nnx.split`.
-    params: `rso.lift`'s, of an `nnx.State` or a pure dict.
+    graphdef: the graphdef from `nnx.split`.
+    params: params from `rso.lift`, an `nnx.State` or a pure dict.
     *states: the model's other states.
 
   Returns:
@@ -91,7 +91,7 @@ def _set_hooks(layer: Any) -> None:
   product = made() if made else layer.dot_general or lax.dot_general
   layer.dot_general = _DotGeneral(product)
   if made:
-    layer.dot_general_cls = None  # it would go before `dot_general`
+    layer.dot_general_cls = None  # it would override `dot_general`
   layer.promote_dtype = _Promote(layer.promote_dtype)
 
 

@@ -19,24 +19,24 @@ Spec = _spec.SubspaceSpec | Sequence[_spec.Match | None]
 
 
 def lift(params: Any, bases: Any, coords: Any, spec: Spec) -> Any:
-  """Puts W + P B in the place of every leaf W that has a basis P.
+  """Replaces every leaf W that has a basis P by W + P B.
 
   Args:
     params: the parameters, boxed or not.
-    bases: P of each leaf, `optax.MaskedNode` for leaves that stay plain; all
-      else as in `params`, without boxes or with them.
-    coords: B of each leaf, likewise; None where all are 0 and only their
-      gradients matter, which saves the products with B.
-    spec: which axes are a kernel's inputs; `side` is 'in', whatever it says. Or
-      the matches that a spec of any side made of the parameters.
+    bases: a tree with the structure of `params`, with or without boxes, that
+      holds P of each leaf, and `optax.MaskedNode` for leaves that stay plain.
+    coords: a tree like `bases`, with B of each leaf. None if all B are 0 and
+      only their gradients matter, which saves the products with B.
+    spec: which axes are a kernel's inputs; its `side` is taken to be 'in'. Or
+      the matches of the parameters by a spec with any side.
 
   Returns:
-    The parameters with a `Lifted` for every such leaf, for `nnx_merge`,
+    The parameters, with a `Lifted` for every such leaf, for `nnx_merge`,
     `linen_apply` or `dot`.
 
   Raises:
-    ValueError: the trees' leaves differ; a basis or coordinates for a leaf
-      that the spec leaves plain, or of another shape.
+    ValueError: the trees' leaves differ; a basis or coordinates of the wrong
+      shape, or for a leaf that the spec leaves plain.
 
   Example:
     >>> import jax.numpy as jnp, subspace_optax as so
@@ -73,7 +73,7 @@ def zero_coords(path: str, leaf: Any, layout: _layout.Layout) -> jax.Array:
 
 
 def trained(params: Any, coords: Any) -> Any:
-  """Returns the coordinates of lifted leaves, and all other leaves."""
+  """Returns a tree of the coordinates of lifted leaves and all other leaves."""
   pairs = _tree.flatten(params)[0]
   entries = [
     leaf if _tree.is_masked(b) else b
@@ -90,17 +90,18 @@ def value_and_grad(
   """Differentiates a loss by coordinates, and by leaves that are not lifted.
 
   Args:
-    loss: (lifted parameters, *args) -> a scalar, or a pair with more values.
-    spec: as of `lift`.
-    has_aux: whether it is such a pair.
+    loss: (lifted parameters, *args) -> a scalar, or with `has_aux` a pair of
+      the scalar and auxiliary values.
+    spec: see `lift`.
+    has_aux: whether the loss returns such a pair.
 
   Returns:
-    (params, bases, coords, *args) -> (the loss, its gradient), the latter of
-    the parameters' structure, and of the coordinates' shapes where lifted;
-    coords as for `lift`.
+    (params, bases, coords, *args) -> (the loss, its gradient). The gradient has
+    the structure of the parameters, with the shapes of coordinates for lifted
+    leaves. For coords, see `lift`.
 
   Raises:
-    ValueError: as `lift`, when called.
+    ValueError: see `lift`; raised when called.
 
   Example:
     >>> import jax.numpy as jnp, subspace_optax as so
@@ -123,7 +124,7 @@ def value_and_grad(
 def split(
   loss: Callable[..., Any], spec: Spec, params: Any, bases: Any, coords: Any
 ) -> tuple[Callable[..., Any], Any]:
-  """Returns the loss as a function of what is trained, and that."""
+  """Returns the loss as a function of the trained arrays, and these arrays."""
   join, at = _split(spec, params, bases, coords)
   return lambda at, *args: loss(join(at), *args), at
 
@@ -131,7 +132,7 @@ def split(
 def _split(
   spec: Spec, params: Any, bases: Any, coords: Any
 ) -> tuple[Callable[[Any], Any], Any]:
-  """Returns what makes lifted parameters of what is trained, and that."""
+  """Returns a function from trained arrays to lifted params, and the arrays."""
   matches, at_zero = _matches(params, spec), coords is None
   if at_zero:
     coords = zeros(params, bases, matches)
@@ -154,7 +155,7 @@ def _join(
   matches: Sequence[_spec.Match | None],
   at_zero: bool,
 ) -> Any:
-  """Returns `params` with what is trained in it: coordinates, plain leaves."""
+  """Returns `params` with its trained arrays: coordinates and plain leaves."""
   pairs = _tree.flatten(params)[0]
   bases, trained = (
     _entries(pairs, tree, name)
@@ -209,13 +210,13 @@ def _lift_leaf(
 
 
 def lifted_in(x: Any) -> _lifted.Lifted | None:
-  """Returns the lifted leaf that `x` is, or that it is a box of."""
+  """Returns `x` if it is a lifted leaf, or the lifted leaf in its box."""
   x = _boxes.content(x) if _boxes.is_box(x) else x
   return x if isinstance(x, _lifted.Lifted) else None
 
 
 def not_linear(lifted: Any, module: Any, known: Sequence[type]) -> ValueError:
-  """Returns the error of a lifted leaf in a module that can't use it."""
+  """Returns the error for a lifted leaf in a module that can't use it."""
   names = ' or '.join(
     f'{x.__module__.split(".")[1]}.{x.__name__}' for x in known
   )

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of numbers that share a scale.
 
-A block is a tile of a leaf's last two axes. An array and one value per block
-say by their shapes alone how the blocks lie: the number of blocks along an axis
-either divides its size, or the axis falls into equal pieces, as many as both
-have a common divisor, and the last block of each piece is smaller. So blocks
-depend on no mesh, and a device that holds whole pieces holds whole blocks.
+A block is a tile of a leaf's last two axes. The shapes of an array and of one
+value per block determine where the blocks lie. Either the number of blocks
+along an axis divides its size; or the axis is cut into as many equal pieces as
+the greatest common divisor of both, and the last block of each piece is
+smaller. So blocks do not depend on the mesh, and a device that holds whole
+pieces holds whole blocks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,10 +19,10 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-# Numbers to a block. With 80 a scale takes a twentieth of a byte for each.
+# Numbers per block. With 80, scales add a twentieth of a byte per number.
 _SIZES = (range(128, 513), range(80, 128))
 
-# Rows and columns that can be taken apart where they lie on a TPU.
+# Multiples of rows and columns that a TPU can split without moving them.
 _UNITS = (32, 128)
 
 _Counts = tuple[int, int]
@@ -30,8 +31,8 @@ _Counts = tuple[int, int]
 def counts(shape: Sequence[int]) -> tuple[int, ...]:
   """Returns the number of blocks along each axis of a leaf.
 
-  A block holds at most 512 numbers, and a matrix of 4,096 numbers or more has
-  at most one block for 80 of them.
+  A block holds at most 512 numbers, and a matrix of 4,096 or more numbers has
+  at most one block per 80 numbers.
   """
   return (*shape[:-2], *_counts(*shape[-2:]))
 
@@ -40,11 +41,11 @@ def counts(shape: Sequence[int]) -> tuple[int, ...]:
 def _counts(m: int, n: int) -> _Counts:
   """Returns the number of blocks along both axes of a matrix.
 
-  Blocks of 32k rows, or of 128k columns, that divide an axis are preferred; of
-  these, those that leave both axes in a number of blocks that a mesh can cut.
-  Other sizes get a part of a row that divides it, or a tile that divides both
-  axes, or blocks of which the last is smaller, if these alone are not cut by a
-  mesh: a block that two devices share costs communication.
+  It prefers blocks of 32k rows, or of 128k columns, that divide an axis; among
+  these, blocks whose number along both axes a mesh can divide. For other sizes
+  it takes a part of a row that divides the row, or a tile that divides both
+  axes, or blocks of which the last is smaller, if only these are not cut by a
+  mesh. A block that two devices share costs communication.
   """
   rows, columns = _divisors(m), _divisors(n)
   aligned = [(d, 1) for d in rows if d % 32 == 0]
@@ -65,7 +66,7 @@ def _counts(m: int, n: int) -> _Counts:
 
 
 def _even(m: int, n: int, tiles: Iterable[_Counts]) -> _Counts | None:
-  """Returns the best counts of these tiles, None if none has a good size."""
+  """Returns the best counts for these tiles, None if none has a good size."""
   found = [(a * b, (m // a, n // b)) for a, b in tiles]
   for sizes in _SIZES:
     fits = [pair for size, pair in found if size in sizes]
@@ -75,7 +76,7 @@ def _even(m: int, n: int, tiles: Iterable[_Counts]) -> _Counts | None:
 
 
 def _best_uneven(m: int, n: int, pairs: Iterable[_Counts]) -> _Counts | None:
-  """Returns the best of these counts, None if none is good."""
+  """Returns the best of these counts, None if none fits."""
   return max(
     (pair for pair in pairs if _fits(m, n, pair)),
     key=lambda pair: (_whole_cuts(m, n, pair), -math.prod(pair)),
@@ -90,14 +91,14 @@ def _uneven(n: int, unit: int) -> list[int]:
 
 
 def _fits(m: int, n: int, pair: _Counts) -> bool:
-  """Whether no block holds more than 512, and all hold 128 in the mean."""
+  """Whether blocks hold at most 512 numbers, and at least 128 on average."""
   axes = map(_axis, (m, n), pair, _UNITS)
   largest = math.prod(axis.size for axis in axes)
   return largest <= 512 and m * n >= 128 * math.prod(pair)
 
 
 def _whole_cuts(m: int, n: int, pair: _Counts) -> float:
-  """Returns the share of a mesh's cuts, up to 8 an axis, that cut no block."""
+  """Returns the share of a mesh's cuts, up to 8 per axis, that cut no block."""
   cuts = lambda n: min(8, _power_of_two(n))
   axes = zip((m, n), pair, strict=True)
   return math.prod(cuts(math.gcd(*axis)) / cuts(axis[0]) for axis in axes)
@@ -116,13 +117,13 @@ def _divisors(n: int) -> list[int]:
 class _Axis(NamedTuple):
   """How blocks lie along an axis of equal pieces, each of whole blocks.
 
-  The last block of a piece holds what is left of it.
+  The last block of a piece holds the rest of it.
   """
 
   pieces: int
-  piece: int  # numbers to a piece
-  blocks: int  # blocks to a piece
-  size: int  # numbers to a block
+  piece: int  # numbers per piece
+  blocks: int  # blocks per piece
+  size: int  # numbers per block
 
   def shape(self, *sizes: int) -> tuple[int, ...]:
     """Returns the axis as pieces, if there is more than one, of `sizes`."""
@@ -143,10 +144,10 @@ def _axis(n: int, count: int, unit: int) -> _Axis:
 
 
 class Blocks:
-  """How blocks lie in an array, from its shape and that of one value for each.
+  """How blocks lie in an array, given its shape and the numbers of blocks.
 
-  Where the last block is smaller, arrays are padded with zeros. A TPU writes
-  out the padded arrays, four or five temporary arrays of a leaf's size.
+  If the last block is smaller, arrays are padded with zeros. A TPU writes out
+  the padded arrays, four or five temporary arrays of a leaf's size.
   """
 
   def __init__(self, whole: Sequence[int], counts: Sequence[int]):
@@ -160,24 +161,24 @@ class Blocks:
     return len(self._split()[1])
 
   def cuts(self) -> tuple[int, ...]:
-    """Returns in how many parts each axis can fall without cutting a block."""
+    """Returns into how many parts each axis can be cut between blocks."""
     return tuple(map(math.gcd, self._whole, self._counts))
 
   def largest(self, x: jax.Array) -> jax.Array:
-    """Returns the largest of each block's sizes, NaN if one is not finite."""
+    """Returns each block's largest magnitude, NaN if one is not finite."""
     split, inside = self._split()
     pieces, padded = self._padded()
     x = lax.reshape(x, pieces)
     if padded != pieces:
       x = jnp.pad(x, [(0, b - a) for a, b in zip(pieces, padded, strict=True)])
     x = lax.reshape(x, split)
-    # A maximum alone may drop NaN. With masks in place of the sum, XLA holds
-    # 0.65 GB more of a layer-wise step of LLaMA-7B on a TPU.
+    # A maximum alone may drop NaN. With masks instead of the sum, XLA takes
+    # 0.65 GB more for a layer-wise step of LLaMA-7B on a TPU.
     largest = jnp.max(x, inside) + jnp.sum(x * 0.0, inside)
     return lax.reshape(largest, self._counts)
 
   def spread(self, x: jax.Array) -> jax.Array:
-    """Returns one value per block for each of its numbers."""
+    """Repeats one value per block for each number in the block."""
     split, inside = self._split()
     pieces, padded = self._padded()
     kept = [i for i in range(len(split)) if i not in inside]
@@ -188,14 +189,14 @@ class Blocks:
     return lax.reshape(x, self._whole)
 
   def _padded(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shape with pieces apart, and with room for whole blocks."""
+    """Returns the shape with pieces apart, and the same padded to blocks."""
     pieces = [axis.shape(axis.piece) for axis in self._axes]
     padded = [axis.shape(axis.blocks * axis.size) for axis in self._axes]
     chain = itertools.chain.from_iterable
     return tuple(chain(pieces)), tuple(chain(padded))
 
   def _split(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shape with blocks' axes apart, and which those are."""
+    """Returns the shape with separate axes inside blocks, and these axes."""
     sizes: list[int] = []
     inside: list[int] = []
     for axis in self._axes:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updates of arrays part by part, so that one part's moments are floats.
+"""Updates arrays part by part, so that only one part's moments are floats.
 
 A block's largest value must be known before its codes are written, and XLA
-keeps all of an array's moments in float32 between the two. A loop over the
-layers of a stack, or over rows of an embedding of 70 million numbers and more,
-does so for one part. It writes directions over gradients and new codes over old
-ones.
+keeps all of an array's moments in float32 in between. A loop over the layers of
+a stack, or over rows of an embedding of 70 million or more numbers, keeps those
+of one part. It writes directions over gradients and new codes over old codes.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,31 +24,31 @@ from subspace_optax.low_precision import _coded_state
 from subspace_optax.low_precision import _codes
 from subspace_optax.transports import _moments
 
-# Numbers that are worth a turn of a loop, and its most turns. A stack whose
-# layers are another axis than the first has thousands of small parts, and a
-# program for each of them would take longer than its arithmetic.
+# The fewest numbers worth a turn of the loop, and its most turns. A stack whose
+# layers are not its first axis has thousands of small parts, and a program for
+# each of them would take longer than its arithmetic.
 _LEAST_SIZE = 2**16
 _MOST_TURNS = 128
 
-# The same of a matrix that is no stack, and numbers from which on it is worth a
-# loop. That of LLaMA-7B's embedding saves 3 GB.
+# The fewest numbers per turn for a single matrix, and the size from which a
+# matrix is worth a loop. For LLaMA-7B's embedding the loop saves 3 GB.
 _LEAST_ROWS = 2**22
 _LARGE = 2**26
 
 _State = _coded_state.CodedState
 
-# (updates, state, params, start) -> (directions, new state); `start` is the
-# number of an array's first entry, if it is a part of a longer one.
+# (updates, state, params, start) -> (directions, new state). For an array that
+# is part of a larger one, `start` is the index of its first entry there.
 Step = Callable[..., tuple[Any, _State]]
 
 
 def update(
   step: Step, updates: Any, state: _State, params: Any
 ) -> tuple[Any, _State]:
-  """Returns `step(updates, state, params)`, of large arrays part by part.
+  """Returns `step(updates, state, params)`, with large arrays part by part.
 
-  All at once if an update may depend on other numbers than its own, or if the
-  parts may lie on several devices.
+  It updates whole arrays if an update may depend on other numbers than its own,
+  or if the parts may lie on several devices.
   """
   leaves = dict(_tree.flatten(updates)[0])
   turns = _find_turns(leaves, state)
@@ -66,7 +65,7 @@ def update(
 
 
 def _find_turns(leaves: dict[str, Any], state: _State) -> dict[str, int]:
-  """Returns the paths of leaves that are updated in turns, and how many."""
+  """Returns the leaves to update in turns, as numbers of turns by path."""
   if not _moments.are_elementwise(state.coded):
     return {}
   moments = _coded_state.moments_of(state).values()
@@ -83,11 +82,11 @@ def _find_turns(leaves: dict[str, Any], state: _State) -> dict[str, int]:
 
 
 def _turns_of(leaf: Any, moments: Sequence[tuple[Any, Any]]) -> int:
-  """Returns in how many turns a leaf with these codes and scales is updated."""
+  """Returns the number of turns for a leaf with these codes and scales."""
   codes = [x for x, _ in moments]
   if not (
     all(map(_codes.are_codes, codes))
-    and jnp.issubdtype(leaf.dtype, jnp.inexact)  # as directions will be
+    and jnp.issubdtype(leaf.dtype, jnp.inexact)  # like directions
     and all(_sharding.is_whole(x, (0,)) for x in (leaf, *codes))
   ):
     return 1
@@ -96,11 +95,11 @@ def _turns_of(leaf: Any, moments: Sequence[tuple[Any, Any]]) -> int:
 
 
 def _turns(shape: Sequence[int], cuts: int) -> int:
-  """Returns how many parts an array falls into, all of the same rows.
+  """Returns into how many parts, of equal numbers of rows, to cut an array.
 
   Args:
-    shape: of the array; its rows are layers if it has more than two axes.
-    cuts: in how many parts its rows can fall without cutting a block.
+    shape: shape of the array; its rows are layers if it has more than two axes.
+    cuts: into how many parts its rows can be cut without cutting a block.
   """
   size, is_stack = math.prod(shape), len(shape) > 2
   least = _LEAST_SIZE if is_stack else _LEAST_ROWS
@@ -108,7 +107,7 @@ def _turns(shape: Sequence[int], cuts: int) -> int:
     return 1
   possible = [n for n in range(2, _MOST_TURNS + 1) if cuts % n == 0]
   worth_it = [n for n in possible if size >= n * least]
-  # Rather short turns than all of an embedding in float32.
+  # Short turns are better than a whole embedding in float32.
   fewest = possible[:1] if not is_stack else []
   return max(worth_it or fewest, default=1)
 
@@ -132,7 +131,7 @@ def _each_part(
     )
     whole = of_leaf(carried)
     gradients, moments = jax.tree.map(take, whole)
-    # With the counters before the step: `carried` has those after it.
+    # Take counters from before the step: `carried` has those after it.
     old = _coded_state.with_moments(state, moments)
     start = first[rows(leaf)].astype(jnp.uint32) * row
     run = lambda gradients, old: step(gradients, old, None, start)
@@ -144,11 +143,11 @@ def _each_part(
 
 
 def _apart(run: Callable[..., Any], always: jax.Array, *part: Any) -> Any:
-  """Returns `run(*part)`, of arrays that are apart from what they are cut of.
+  """Returns `run(*part)`, keeping the parts separate from the arrays they cut.
 
-  XLA would otherwise read that while it overwrites it, and make copies to do
-  so. For CPUs it removes barriers, but not a branch that is always taken,
-  around which it makes copies for a TPU.
+  Otherwise XLA would read these arrays while overwriting them, and copy them to
+  do so. On CPUs, XLA removes barriers but not a branch that is always taken; on
+  a TPU it makes copies around such a branch.
   """
 
   def behind_barrier(*part: Any) -> Any:
@@ -164,7 +163,7 @@ def _apart(run: Callable[..., Any], always: jax.Array, *part: Any) -> Any:
 def _pick(
   paths: Sequence[str], updates: Any, state: _State
 ) -> tuple[Any, _State]:
-  """Returns updates and state of some leaves, in dicts by path."""
+  """Returns the updates and state of some leaves, as dicts by path."""
 
   def only(tree: Any) -> Any:
     leaves = dict(_tree.flatten(tree)[0])
@@ -178,14 +177,14 @@ def _pick(
 
 
 def _joined(tree: Any, parts: Sequence[Any]) -> Any:
-  """Returns dicts by path of all leaves of a tree, in its form."""
+  """Joins dicts by path, which cover all leaves, into the form of `tree`."""
   found = {path: x for part in parts for path, x in part.items()}
   pairs, treedef = _tree.flatten(tree)
   return treedef.unflatten([found[path] for path, _ in pairs])
 
 
 def _joined_states(state: _State, parts: Sequence[_State]) -> _State:
-  """Returns a state like `state` of the states of all its leaves."""
+  """Joins the states of all leaves into one state like `state`."""
   moments = [_coded_state.moments_of(part) for part in parts]
   joined = {
     path: tuple(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state whose moments are codes: how it is read, written and changed."""
+"""A state whose moments are codes, and how to read, write and change it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from subspace_optax.transports import _moments
 
 
 class CodedState(NamedTuple):
-  """State of an optimizer whose moments take a byte or half of one each."""
+  """State of an optimizer whose moments take a byte or half a byte each."""
 
   count: jax.Array  # shape=(), dtype=int32, updates so far
-  # The optimizer's own state. For each moment a tree, leaf shape=the leaf's:
-  # dtype=int8 or int4, uint8 for squares; of leaves that are not coded,
-  # float32, or the leaf's if that is wider or complex.
+  # The optimizer's own state. Each moment is a tree, leaf shape=the leaf's,
+  # dtype=int8 or int4, uint8 for squares. For leaves that are not coded the
+  # dtype is float32, or the leaf's if that is wider or complex.
   coded: Any
   # From the path of each moment to a tree, leaf shape=one value per block,
   # dtype=float32; a scalar for leaves that are not coded.
@@ -27,7 +27,7 @@ class CodedState(NamedTuple):
 
 
 def moments_of(state: CodedState) -> dict[str, tuple[Any, Any]]:
-  """Returns the trees of codes and of scales, by the path of their moment."""
+  """Returns the trees of codes and of scales, by path of the moment."""
   moments = _moments.moments_in(state.coded)
   return {m.path: (m.tree, state.scales[m.path]) for m in moments}
 
@@ -35,14 +35,14 @@ def moments_of(state: CodedState) -> dict[str, tuple[Any, Any]]:
 def with_moments(
   state: CodedState, moments: dict[str, tuple[Any, Any]]
 ) -> CodedState:
-  """Returns a state with other trees of codes and scales, see `moments_of`."""
+  """Returns a state with other trees of codes and scales; see `moments_of`."""
   coded = _moments.map_moments(lambda m: moments[m.path][0], state.coded)
   scales = {path: scales for path, (_, scales) in moments.items()}
   return CodedState(state.count, coded, scales)
 
 
 def decoded(state: CodedState) -> Any:
-  """Returns the optimizer's own state, moments in float32."""
+  """Returns the optimizer's own state, with moments in float32."""
   return _moments.map_moments(
     lambda moments: jax.tree.map(
       _codes.decode, moments.tree, state.scales[moments.path]
@@ -57,11 +57,11 @@ def encoded(
   """Returns the optimizer's own new state, coded like `state`.
 
   Args:
-    new: of the optimizer, moments in float32.
-    state: as it was.
+    new: the optimizer's new state, with moments in float32.
+    state: the old coded state.
     rounding: see `_codes.is_random`.
-    noise: unless to the nearest, the seed, the number of the step, and in a
-      part of an array that of its first entry.
+    noise: for rounding at random, the seed, the number of the step and, for a
+      part of an array, the index of its first entry.
   """
   before, scales = moments_of(state), {}
 
@@ -84,7 +84,7 @@ def encoded(
 
 
 def all_decoded(state: Any) -> Any:
-  """Returns any state, with float32 moments in place of codes and scales."""
+  """Returns any state with its codes and scales decoded to float32 moments."""
   return jax.tree.map(
     lambda x: CodedState(x.count, decoded(x), {}) if _is_state(x) else x,
     state,
@@ -93,7 +93,7 @@ def all_decoded(state: Any) -> Any:
 
 
 def all_encoded(wide: Any, like: Any) -> Any:
-  """Returns what `all_decoded` made, coded like the state `like`."""
+  """Undoes `all_decoded`: returns its result, coded like the state `like`."""
   return jax.tree.map(
     lambda x, y: (
       encoded(x.coded, y._replace(count=x.count)) if _is_state(x) else x
@@ -107,9 +107,9 @@ def all_encoded(wide: Any, like: Any) -> Any:
 def _change(
   f: Callable[[Any], Any], state: CodedState, wanted: Any
 ) -> CodedState:
-  """Returns the state with `f` of the optimizer's own, if that is wanted.
+  """Returns the state with `f` applied to the optimizer's own, if wanted.
 
-  Rounded to the nearest: this is rare, and no mean is to be kept.
+  It rounds to the nearest, since it runs rarely and has no mean to preserve.
   """
   return _varying.cond(
     wanted, lambda: encoded(f(decoded(state)), state), lambda: state
@@ -124,5 +124,5 @@ def _is_state(x: Any) -> bool:
 
 
 def paths_in(tree: Any) -> Any:
-  """Returns a tree with the path of each leaf in its place."""
+  """Returns a tree with each leaf replaced by its path."""
   return jax.tree.map_with_path(lambda path, _: _tree.path_str(path), tree)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adam and Lion with their moments in 8 bits, by `quantize_moments`."""
+"""Adam and Lion with moments in 8 bits, by `quantize_moments`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,17 +23,17 @@ def scale_by_adam8bit(
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_adam` with both moments in 8 bits.
 
-  It is `quantize_moments` of Adam.
+  This is `quantize_moments` applied to Adam.
 
   Args:
-    b1: decay of first moments.
-    b2: decay of second moments.
-    eps: added to the root of second moments.
-    eps_root: added to second moments under the root.
-    nesterov: whether to look ahead, as in NAdam.
+    b1: decay rate of first moments.
+    b2: decay rate of second moments.
+    eps: added to the square root of second moments.
+    eps_root: added to second moments under that square root.
+    nesterov: whether to use Nesterov momentum, as in NAdam.
     rounding: see `quantize_moments`.
     exclude: see `quantize_moments`.
-    seed: of the rounding.
+    seed: seed of the stochastic rounding.
 
   Returns:
     See `quantize_moments`.
@@ -68,11 +68,11 @@ def scale_by_lion8bit(
   """`optax.scale_by_lion` with its moment in 8 bits.
 
   Args:
-    b1: weight of the moment in the update's sign.
-    b2: decay of the moment.
+    b1: weight of the moment in the sum whose sign is the update.
+    b2: decay rate of the moment.
     rounding: see `quantize_moments`.
     exclude: see `quantize_moments`.
-    seed: of the rounding.
+    seed: seed of the stochastic rounding.
 
   Returns:
     See `quantize_moments`.

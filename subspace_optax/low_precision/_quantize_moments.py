@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers with a byte, or half of one, for each number of their moments.
+"""Optimizers with a byte, or half a byte, per number of their moments.
 
 Dettmers et al., `8-bit Optimizers via Block-wise Quantization
-<https://arxiv.org/abs/2110.02861>`_, 2021; the code is that of `_codes`. The
-arithmetic is the optimizer's own, between decoding to float32 and encoding, so
-that what is rounded is the state and nothing else. Leaves that are not coded
-keep moments in float32, or in their own dtype where that is wider or complex.
+<https://arxiv.org/abs/2110.02861>`_, 2021, with the codes of `_codes`. The
+moments are decoded to float32, the optimizer does its own arithmetic, and its
+new moments are encoded, so that only the state is rounded. Leaves that are not
+coded keep moments in float32, or in their own dtype if that is wider or
+complex.
 """
 
 from collections.abc import Sequence
@@ -34,10 +35,10 @@ from subspace_optax.transports import _moments
 
 ROUNDING = ('auto', 'stochastic', 'nearest')
 
-# Regular expressions of paths, 'auto' in the place of one.
+# Regular expressions for paths; 'auto' may stand for one.
 Patterns = tuple[str, ...]
 
-# Smaller matrices stay float32: what they would save is nothing.
+# Smaller matrices stay float32, since they would save hardly anything.
 _LEAST_SIZE = 512
 
 
@@ -51,54 +52,54 @@ def quantize_moments(
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps the moments of an optimizer in 8 bits, or first moments in 4.
 
-  Moments are coded in blocks of 80 to 512 numbers, each with a float32 scale:
-  1.03 bytes a number for the sizes of most models, and 1.05 at most. First
-  moments are squares of even codes: the error is a part in 64 of the block's
-  largest number at most, and smaller for smaller ones. Of second moments it is
-  7 % in each of 25 octaves below the block's largest; smaller ones are taken
-  for the smallest of these. One gradient that is not finite, or whose square is
-  not, spoils its block.
+  Moments are coded in blocks of 80 to 512 numbers, each with a float32 scale.
+  That takes 1.03 bytes per number for the sizes of most models, and at most
+  1.05. First moments are squares of evenly spaced codes: the error is at most
+  1/64 of the block's largest number, and smaller for smaller numbers. For
+  second moments, the error is 7 % in each of the 25 octaves below the block's
+  largest; smaller numbers become the smallest of these. One gradient that is
+  not finite, or whose square is not finite, spoils its block.
 
-  With `bits=4`, means and sums of gradients take 4 bits: 0.53 bytes a number
-  for the sizes of most models, 0.56 at most. Their code has 7 sizes, so that
-  this is for momentum that decays by 5 % a step or faster, as Muon's and
+  With `bits=4`, means and sums of gradients take 4 bits: 0.53 bytes per number
+  for the sizes of most models, at most 0.56. Their code has 7 magnitudes, so
+  use it for momentum that decays by 5 % per step or faster, such as Muon's and
   Adam's. Second moments stay in 8 bits, since optimizers divide by them: Adam
   then takes 0.53 + 1.03 bytes.
 
-  While a leaf is updated its moments are float32. Of a stack of layers (leading
-  axes of three or more) only one layer's are, or a few layers' of more than
-  128, and of a matrix of 2^26 numbers and more some rows, where its blocks fall
-  into equal parts. For that the optimizer must be registered as elementwise, as
-  Adam and Lion are, and the program must see that the first axis is on one
-  device. It can't on a mesh of automatic axes: there, all are.
+  While a leaf is updated, its moments are float32. In a stack of layers (a leaf
+  of three or more axes) this is only one layer at a time, or a few layers of
+  more than 128; in a matrix of 2^26 or more numbers, only some rows, if its
+  blocks divide into equal parts. This requires an optimizer registered as
+  elementwise, as Adam and Lion are, and a first axis that is known to lie on
+  one device. On a mesh of automatic axes that is not known, and all of the
+  leaf's moments are float32.
 
   Args:
-    inner: an optimizer whose moments start at zero and are registered, see
-      `register_moments`; or a chain of such.
+    inner: an optimizer whose moments start at zero and are registered (see
+      `register_moments`), or a chain of such optimizers.
     bits: 8 or 4.
-    rounding: 'stochastic' is right in the mean, so that moments move by less
-      than a code at a step; 'nearest' is not, and moments that change by less
-      than half a code don't move. 'auto' rounds codes of 8 bits at random and
-      codes of 4 bits to the nearest, where it halves the variance.
-    exclude: regular expression, or several; leaves whose path one of them finds
-      are not coded. None for no path; 'auto' in the place of one for norms and
-      biases by their names. Complex leaves
-      are not coded either, nor are those of fewer than two axes or with less
-      than 512 numbers in the last two. Their moments are the optimizer's,
-      float32 or wider.
-    seed: of the rounding.
+    rounding: 'stochastic' is right on average, so moments can move by less than
+      a code per step. 'nearest' is not, and moments that change by less than
+      half a code don't move. 'auto' rounds 8-bit codes at random, and 4-bit
+      codes to the nearest, which halves the variance there.
+    exclude: a regular expression or several; leaves whose path matches one of
+      them are not coded. 'auto' stands for norms and biases, found by name;
+      None excludes no path. Leaves that are complex, have fewer than two axes,
+      or have fewer than 512 numbers in the last two axes are not coded either.
+      Moments that are not coded are the optimizer's, float32 or wider.
+    seed: seed of the stochastic rounding.
 
   Returns:
     A transformation, for whole leaves or inside `in_subspace`. Arithmetic on
-    coded leaves is float32, also on those of float64. Updates have the
+    coded leaves is float32, even if they are float64. Updates have the
     gradients' dtypes and boxes.
 
   Raises:
-    ValueError: other bits or an unknown rounding; at `init`, an optimizer
-      without moments, with moments that do not start at zero or are coded
-      already, or with arrays that no registered moment names; at `update`, the
-      state of another optimizer.
-    TypeError: `inner` is no optimizer; `bits` is traced.
+    ValueError: bits other than 8 or 4, or an unknown rounding; at `init`, an
+      optimizer without moments, with moments that do not start at zero or are
+      coded already, or with arrays that are not registered as moments; at
+      `update`, the state of another optimizer.
+    TypeError: `inner` is not an optimizer; `bits` is traced.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -178,7 +179,7 @@ def quantize_moments(
 
 
 def _check_inner(inner: optax.GradientTransformation, params: Any) -> Any:
-  """Returns the types of an optimizer's first state, or raises for it."""
+  """Returns the types of an optimizer's first state, or raises."""
   whole = jax.eval_shape(inner.init, params)
   if _moments.holds_codes(whole):
     raise ValueError('inner has moments in codes already; pass it as it is.')
@@ -212,14 +213,14 @@ def _is_of(leaf: Any, own: str, path: str, x: Any) -> bool:
 
 
 def _small_state(inner: optax.GradientTransformation, params: Any) -> Any:
-  """Returns the first state of an optimizer, zeros in its moments' places.
+  """Returns the first state of an optimizer, with moments replaced by zeros.
 
-  Made of the leaves' own shapes, which may tell it what is a matrix, and by a
-  program that never holds whole moments in float32.
+  The optimizer sees the leaves' own shapes, which may tell it what is a matrix,
+  in a program that never holds whole moments in float32.
   """
 
   def start(params: Any) -> tuple[dict[str, jax.Array], Any]:
-    # Ones, so that moments that start as a copy are none that start at zero.
+    # Ones, so that moments that start as a copy do not start at zero.
     state = inner.init(jax.tree.map(jnp.ones_like, params))
     zeros = lambda moments: jax.tree.map(lambda _: jnp.zeros(()), moments.tree)
     return _are_zero(state), _moments.map_moments(zeros, state)
@@ -241,7 +242,7 @@ def _are_zero(state: Any) -> dict[str, jax.Array]:
 
 
 def _check_zero(zero: dict[str, jax.Array]) -> None:
-  """Raises for moments that are known to start elsewhere."""
+  """Raises for moments that are known not to start at zero."""
   for path, is_zero in zero.items():
     if not isinstance(is_zero, Tracer) and not is_zero:
       raise ValueError(f'the moments {path!r} must start at zero to be coded.')
@@ -250,14 +251,14 @@ def _check_zero(zero: dict[str, jax.Array]) -> None:
 def _first_codes(
   leaves: dict[str, Any], exclude: Patterns, dtype: Any, path: str, own: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns codes of zeros for the moment of a leaf, and their scales."""
+  """Returns the codes of zeros for the moment of a leaf, and their scales."""
   if path not in leaves:
     raise ValueError(
       f'quantize_moments finds no parameter {path!r} for a moment; inner must '
       'keep the tree of the parameters.'
     )
   leaf = leaves[path]
-  if own.shape != leaf.shape:  # one number for many, as NorMuon's
+  if own.shape != leaf.shape:  # one number for many, as in NorMuon
     small = _placement.zeros_along(leaf, own.shape)
     return small.astype(own.dtype), jnp.zeros((), jnp.float32)
   if not _is_large(leaf) or _is_excluded(exclude, path):
@@ -291,7 +292,7 @@ def _is_large(leaf: Any) -> bool:
 
 
 def _as_patterns(exclude: str | Sequence[str] | None) -> Patterns:
-  """Returns what excludes leaves, or raises for what is no pattern."""
+  """Returns the patterns in `exclude`; raises for anything else."""
   if exclude is None:
     return ()
   patterns = (exclude,) if isinstance(exclude, str) else exclude
@@ -316,7 +317,7 @@ def _wide(dtype: Any) -> Any:
 
 
 def _as_gradient(direction: jax.Array, gradient: jax.Array) -> jax.Array:
-  """Returns a direction in the gradient's dtype, unless that is integer."""
+  """Returns a direction in the gradient's dtype, unless that is an integer."""
   if not jnp.issubdtype(gradient.dtype, jnp.inexact):
     return direction
   return direction.astype(gradient.dtype)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of narrow weights that are smaller than half their spacing.
+"""Small steps for narrow weights, below half the spacing of their dtype.
 
 `optax.apply_updates` rounds p + u to the nearest number of p's dtype: in
-bfloat16 a weight of 1 is not moved by steps below 0.002. Here u becomes the
-difference of two numbers of that dtype, so that there is nothing left to round.
+bfloat16, steps below 0.002 do not move a weight of 1. Here, u becomes the
+difference of two numbers of that dtype, so that nothing is left to round.
 """
 
 from typing import Any, NamedTuple
@@ -31,8 +31,8 @@ class StochasticState(NamedTuple):
 class CompensatedState(NamedTuple):
   """State of `round_updates('compensated')`."""
 
-  # What rounding took: tree, leaf shape=the leaf's, dtype=int16; `MaskedNode`
-  # for leaves that are not narrow.
+  # What rounding removed: tree, leaf shape=the leaf's, dtype=int16;
+  # `MaskedNode` for leaves that are not narrow.
   lost: Any
 
 
@@ -41,29 +41,30 @@ def round_updates(
 ) -> optax.GradientTransformationExtraArgs:
   """Makes updates that `optax.apply_updates` adds without loss.
 
-  It is the last of a chain, after the learning rate. Leaves of float32 and
-  wider pass as they are.
+  Put it last in a chain, after the learning rate. Leaves of float32 and wider
+  pass unchanged.
 
   Args:
-    rounding: of weights narrower than float32. 'stochastic' takes bfloat16 to
-      one of the two numbers around p + u, right in the mean; its state is a
-      counter. 'compensated' takes bfloat16 and float16 to the nearest, keeps
-      what that takes and adds it to the next step: 2 bytes a parameter. Weights
-      of bfloat16 are then those of float32 training, rounded; of float16, below
-      1e-5, steps under 3e-8 may be lost.
-    seed: of the stochastic rounding.
+    rounding: how to round weights narrower than float32. 'stochastic' rounds
+      bfloat16 to one of the two numbers around p + u, which is right on
+      average; its state is a counter. 'compensated' rounds bfloat16 and float16
+      to the nearest, keeps the rounding error, and adds it to the next step;
+      the error takes 2 bytes per parameter. Weights of bfloat16 are then those
+      of float32 training, rounded; for float16 weights below 1e-5, steps under
+      3e-8 may be lost.
+    seed: seed of the stochastic rounding.
 
   Returns:
     A transformation that needs params. Updates keep their dtypes.
 
   Raises:
-    ValueError: another rounding; at `init`, a narrow dtype that is not rounded
-      like this; at `update`, no params, a parameter without an update, or
-      updates that are still projected.
+    ValueError: an unknown rounding; at `init`, a narrow dtype that it can't
+      round; at `update`, no params, a parameter without an update, or updates
+      that are still projected.
 
   References:
     Zamirai et al., `Revisiting BFloat16 Training
-    <https://arxiv.org/abs/2010.06192>`_, 2020, of both in general
+    <https://arxiv.org/abs/2010.06192>`_, 2020, for both in general
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, subspace_optax as so
@@ -127,7 +128,7 @@ def _compensated() -> optax.GradientTransformationExtraArgs:
       u = _sharding.like(u, wide)
       exact = _rounding.joined(wide, lost) + u
       u = _to(_rounding.nearest(exact, p.dtype), wide).astype(dtype)
-      # What `optax.apply_updates` will make of the parameter.
+      # The parameter after `optax.apply_updates`.
       near = _rounding.nearest(wide + u.astype(jnp.float32), p.dtype)
       return u, _rounding.low_bits(exact, near)
 
@@ -148,7 +149,7 @@ def _compensated() -> optax.GradientTransformationExtraArgs:
 
 
 def _leaves(rounding: str, params: Any) -> list[Any]:
-  """Returns the leaves, if all of them can be rounded like this."""
+  """Returns the leaves, or raises if one of them can't be rounded this way."""
   pairs, _ = _tree.flatten_params(params)
   pairs = [(path, leaf) for path, leaf in pairs if not _tree.is_masked(leaf)]
   for path, leaf in pairs:
@@ -168,10 +169,10 @@ def _to(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _zip(updates: Any, params: Any) -> list[tuple[str, Any, Any]]:
-  """Returns path, update and parameter of every leaf.
+  """Returns the path, update and parameter of every leaf.
 
   Raises:
-    ValueError: no params, updates that are projected, or other paths.
+    ValueError: no params, updates that are projected, or paths that differ.
   """
   if params is None:
     raise ValueError(

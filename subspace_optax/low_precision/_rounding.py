@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding of float32 to fewer bits, by which nothing need be lost.
+"""Rounding of float32 to fewer bits, where the lost bits can be kept.
 
-All of it works on bits and stays float32: of a conversion there and back again
-XLA may make none at all, so that nothing were rounded.
+Everything works on bits and stays float32. XLA may remove a conversion to a
+narrow dtype and back, and then nothing would be rounded.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def is_narrow(dtype: Any) -> bool:
 
 
 def check(rounding: str, path: str, dtype: Any) -> None:
-  """Raises for a narrow dtype that can't be rounded like this."""
+  """Raises for a narrow dtype that can't be rounded this way."""
   known = _DTYPES.get(rounding)
   if known is None or not is_narrow(dtype) or dtype in known:
     return
@@ -37,26 +37,26 @@ def check(rounding: str, path: str, dtype: Any) -> None:
 
 
 def at_random(x: jax.Array, noise: jax.Array) -> jax.Array:
-  """Returns one of the two bfloat16 around float32, right in the mean.
+  """Rounds float32 at random to a neighboring bfloat16, right on average.
 
-  Random bits are added below those that bfloat16 keeps, which are then cut.
+  Random bits are added below the bits that bfloat16 keeps, and cut off.
 
   Args:
     x: float32.
-    noise: random uint32 of its shape, of which the upper half is used.
+    noise: random uint32 of the same shape; the upper half is used.
 
   Returns:
     Values of bfloat16, in float32.
   """
   up = _float((_bits(x) + (noise >> 16)) & jnp.uint32(0xFFFF0000))
-  # Neither the infinite nor NaN have neighbours.
+  # Infinities and NaN have no neighbors.
   return jnp.where(jnp.isfinite(x), up, x)
 
 
 def nearest(x: jax.Array, dtype: Any) -> jax.Array:
   """Returns the nearest value of bfloat16 or float16, in float32."""
   if dtype == jnp.bfloat16:
-    # Halves go up, so that what is lost fits 16 bits.
+    # Halves go up, so that the rounding error fits 16 bits.
     near = _float((_bits(x) + jnp.uint32(_HALF)) & jnp.uint32(0xFFFF0000))
     return jnp.where(jnp.isfinite(x), near, x)
   small = jnp.round(x * 2.0**24) * 2.0**-24  # float16's subnormals
@@ -65,20 +65,20 @@ def nearest(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def low_bits(x: jax.Array, near: jax.Array) -> jax.Array:
-  """Returns int16 by which float32 differs from what is nearest to it.
+  """Returns, as int16, the difference of float32 and its nearest value.
 
-  It counts float32's own spacings: all of them for bfloat16, whose other half
-  it is. For float16 below 2**-17 it can be more than there is room for.
+  It counts spacings of float32. For bfloat16 it holds the other half of the
+  float32 and loses nothing. For float16 below 2**-17 it may not fit an int16.
   """
   apart = lax.bitcast_convert_type(_bits(x) - _bits(near), jnp.int32)
   return jnp.clip(apart, -_HALF, _HALF - 1).astype(jnp.int16)
 
 
 def joined(near: jax.Array, low: jax.Array) -> jax.Array:
-  """Returns the float32 that `low_bits` was told of."""
+  """Returns the float32 from its nearest value and `low_bits`."""
   low = lax.bitcast_convert_type(low.astype(jnp.int32), jnp.uint32)
   whole = _float(_bits(near) + low)
-  # Whoever set a weight to zero meant it; and its bits have nothing below.
+  # A weight that was set to zero was meant to be; and it has no bits below.
   return jnp.where(jnp.isfinite(near) & (near != 0), whole, near)
 
 

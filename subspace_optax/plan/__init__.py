@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step takes of each device's memory, before anything runs."""
+"""The memory of a training step on each device, before anything runs."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ from subspace_optax.plan._planner import plan as plan
 
 
 def optimizer(name: str, **settings: Any) -> Any:
-  """Returns the optimizer that a plan's name stands for.
+  """Returns the optimizer that a plan uses under this name.
 
   Args:
     name: see `plan`.
-    **settings: rank, moment_dtype, basis_dtype and regenerate, see `plan`.
+    **settings: rank, moment_dtype, basis_dtype and regenerate; see `plan`.
 
   Raises:
     ValueError: an unknown name, or bases that can't be regenerated.

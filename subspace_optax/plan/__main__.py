@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""What a training step takes of each device's memory, before anything runs.
+r"""The memory of a training step on each device, before anything runs.
 
   python -m subspace_optax.plan --model llama_7b --optimizer subspace_adamw \
     --rank 1024 --batch 1 --seq 2048 --mesh fsdp=1 --card rtx4090
 
 prints the bytes of weights, gradients, states, bases, activations and
-workspace, whether they fit beside the runtime, and the largest rank and batch
-that would.
+workspace, whether they fit next to the runtime, and the largest rank and batch
+that fit.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def _number(text: str) -> int | float:
 
 
 def _text(args: argparse.Namespace) -> str:
-  """Returns what the program prints."""
+  """Returns the text that the program prints."""
   names = _planner.Settings._fields
   settings = {name: getattr(args, name) for name in names}
   settings['rank'] = _number(args.rank)
@@ -89,7 +89,7 @@ def _text(args: argparse.Namespace) -> str:
 
 
 def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
-  """Returns settings among many methods, of which only some regenerate."""
+  """Returns the settings, with `regenerate` only if the method supports it."""
   random = _methods.named(method).random
   return settings | {'regenerate': settings['regenerate'] and random}
 
@@ -97,7 +97,7 @@ def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
 def _verdict(
   args: Any, found: _planner.Plan, card: _report.Card, settings: dict[str, Any]
 ) -> list[str]:
-  """Returns whether it fits, and what would."""
+  """Returns whether the plan fits, and the largest rank and batch that do."""
   most = largest(
     args.model, args.optimizer, args.card, args.reserve, **settings
   )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts of parameters and state a device holds, on a mesh of numbers."""
+"""Which parts of parameters and state a device holds, given a mesh's sizes."""
 
 from collections.abc import Mapping
 import contextlib
@@ -20,13 +20,13 @@ from subspace_optax.state import _memory
 
 AXES = ('data', 'fsdp', 'tensor')
 
-# The mesh axes of the last two axes of a kernel, as the example trainer has
-# them: rows of these belong to 'tensor', columns of all others.
+# Kernels whose rows are sharded over 'tensor' and columns over 'fsdp', as in
+# the example trainer. For all other kernels, it is the other way round.
 _ROWS_BY_TENSOR = re.compile(r'(^|/)(embedding|(wo|down)/kernel)$')
 
 
 def sizes(mesh: str | Mapping[str, int]) -> dict[str, int]:
-  """Returns sizes of axes, of text as 'fsdp=4,tensor=2' too."""
+  """Returns the sizes of axes, also from text such as 'fsdp=4,tensor=2'."""
   if isinstance(mesh, str):
     parts = [part.partition('=') for part in mesh.split(',') if part.strip()]
     mesh = {
@@ -43,7 +43,7 @@ def sizes(mesh: str | Mapping[str, int]) -> dict[str, int]:
 
 
 def rows(mesh: Mapping[str, int], batch: int) -> int:
-  """Returns a device's rows of the batch."""
+  """Returns the number of rows of the batch on a device."""
   parts = mesh['data'] * mesh['fsdp']
   if batch < 1 or batch % parts:
     raise ValueError(
@@ -67,7 +67,7 @@ def _spec(path: str, x: Any, mesh: Mapping[str, int]) -> PartitionSpec:
 
 
 def placed(params: Any, mesh: Mapping[str, int]) -> tuple[Any, Any]:
-  """Returns shapes with shardings, and the mesh, None of one device."""
+  """Returns shapes with shardings, and the mesh; None for one device."""
   if math.prod(mesh.values()) == 1:
     return params, None
   explicit = (AxisType.Explicit,) * len(AXES)
@@ -90,7 +90,7 @@ def state_of(tx: Any, params: Any, on: Any) -> Any:
 
 
 def local(x: Any, only: str | None = None) -> tuple[int, ...]:
-  """Returns the shape of a device's part; or as cut along one axis only."""
+  """Returns the shape of a device's part, or of its cut along one mesh axis."""
   sharding = getattr(x, 'sharding', None)
   if not isinstance(sharding, NamedSharding):
     return x.shape

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of others for `plan`: nnx and linen modules, by import path too."""
+"""Users' models for `plan`: nnx and linen modules, also by import path."""
 
 from collections.abc import Callable, Mapping
 import importlib
@@ -55,13 +55,13 @@ class _Split(NamedTuple):
 
 
 def imported(path: str) -> Any:
-  """Returns what 'package.module:name' names."""
+  """Returns the object that 'package.module:name' names."""
   module, _, name = path.partition(':')
   try:
     found: Any = importlib.import_module(module)
     for part in name.split('.'):
       found = getattr(found, part)
-  except (Exception, SystemExit) as error:  # whatever that module does
+  except (Exception, SystemExit) as error:  # the module may raise anything
     raise ValueError(
       f'model={path!r} can not be imported: {_said(error)}. Give '
       f'package.module:callable, or choose from {sorted(_models.NAMED)}.'
@@ -76,10 +76,10 @@ def _said(error: BaseException) -> str:
 
 
 def _theirs(name: str, call: Callable[..., Any], tokens: Any) -> Any:
-  """Returns what a model makes of tokens, or one sentence about its error."""
+  """Returns a model's output for tokens; raises with one sentence on errors."""
   try:
     return call(tokens)
-  except Exception as error:  # in code that is not ours
+  except Exception as error:  # in users' code
     raise ValueError(
       f'model={name!r} can not be called with tokens of shape '
       f'{tuple(tokens.shape)} alone: {_said(error)}. {_REMEDY}'
@@ -105,7 +105,7 @@ def _made(name: str, make: Any) -> Any:
 
   try:
     made = nnx.eval_shape(call)
-  except Exception as error:  # in code that is not ours
+  except Exception as error:  # in users' code
     raise ValueError(
       f'model={name!r} can not be called without arguments: {_said(error)}. '
       'Give a callable that makes the model.'
@@ -114,7 +114,7 @@ def _made(name: str, make: Any) -> Any:
 
 
 def _cast(params: Any, dtype: Any) -> Any:
-  """Returns shapes, those of floating-point numbers in a dtype."""
+  """Returns shapes, with floating-point numbers in a dtype."""
 
   def shape(x: Any) -> jax.ShapeDtypeStruct:
     floats = jnp.issubdtype(x.dtype, jnp.floating)
@@ -137,7 +137,7 @@ def _of_nnx(name: str, split: _Split, dtype: Any) -> Any:
 
 
 def _zeros_like(state: Any) -> Any:
-  """Returns a maker of arrays in place of shapes, when it is traced."""
+  """Returns a function that makes zeros of these shapes when traced."""
 
   def zeros(x: Any) -> Any:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -154,7 +154,7 @@ def _zeros_like(state: Any) -> Any:
 def _of_linen(name: str, made: Any, seq: int, dtype: Any) -> Any:
   """Returns the model of a training step, in which nothing is frozen.
 
-  Streams of random numbers other than 'params' fall back on it.
+  Other random streams of the model fall back on 'params'.
   """
   rngs = lambda: {'params': jax.random.key(0)}
   init = lambda x: made.init(rngs(), x)
@@ -178,7 +178,7 @@ def _of_linen(name: str, made: Any, seq: int, dtype: Any) -> Any:
 
 
 def _cross_entropy(name: str, found: Any, tokens: Any) -> Any:
-  """Returns the loss of what a model returned."""
+  """Returns the loss for a model's output."""
   logits = _logits(found)
   shape = getattr(logits, 'shape', None)
   if shape is None or len(shape) != 3 or shape[:2] != tokens.shape:
@@ -191,7 +191,7 @@ def _cross_entropy(name: str, found: Any, tokens: Any) -> Any:
 
 
 def _logits(found: Any) -> Any:
-  """Returns the logits among other outputs, as Flax's models return them."""
+  """Returns the logits from a model's output, in the forms of Flax's models."""
   if hasattr(found, 'logits'):
     return found.logits
   if isinstance(found, Mapping):

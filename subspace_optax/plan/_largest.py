@@ -14,7 +14,7 @@ from subspace_optax.plan import _planner
 
 
 class Largest(NamedTuple):
-  """What would still fit, all else as it is; 0 if nothing does."""
+  """The largest values that fit, one at a time; 0 if none does."""
 
   rank: int | None  # None for optimizers without one
   batch: int
@@ -29,14 +29,14 @@ def largest(
 ) -> Largest:
   """Returns the largest rank and the largest batch that fit on a card.
 
-  Each is found with the other as `settings` has it. The rank is at most the
-  shortest side of the widest matrix that is projected.
+  Each is found with the other taken from `settings`. The rank is at most the
+  shortest side of the widest projected matrix.
 
   Args:
     model: see `plan`.
     method: the name of an optimizer.
     card: a name, or a number of GB.
-    reserve: the share of the card that is left to the runtime.
+    reserve: fraction of the card that is left to the runtime.
     **settings: see `plan`.
 
   Raises:
@@ -55,7 +55,7 @@ def largest(
   parts = s.mesh['data'] * s.mesh['fsdp']
 
   def total(k: int) -> int:
-    """Returns the bytes of k rows for each part of the mesh."""
+    """Returns the bytes with k rows for each part of the mesh."""
     now = s._replace(batch=k * parts)
     return _planner.join(made, now, _planner.training(made, now), of).total
 
@@ -75,12 +75,12 @@ def _largest_rank(
     now = s._replace(rank=rank)
     try:
       of = _planner.optimizer(model, method, now)
-    except ValueError:  # a rank that leaves nothing to project
+    except ValueError:  # at this rank nothing is projected
       return False
     return _planner.join(model, now, count, of).total <= size
 
   limit = max(min(x.shape[-2:]) for x in matrices(model.params))
-  with _notices.quiet():  # of ranks that are only tried
+  with _notices.quiet():  # these ranks are only tried
     return _most(fits, limit)
 
 
@@ -92,7 +92,7 @@ def matrices(params: Any) -> list[Any]:
 
 
 def _guess(total: Callable[[int], int], size: float) -> int:
-  """Returns the number whose total is the size, if totals grow evenly."""
+  """Returns the number whose total is the size, if totals grow linearly."""
   few, more = total(8), total(16)
   slope = max((more - few) / 8, 1)
   return max(1, int(8 + (size - few) / slope))

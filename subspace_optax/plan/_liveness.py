@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes a traced function holds at once, as a compiler would.
+"""How many bytes a compiled function would hold at once, from its trace.
 
-A compiler computes elementwise results where they are used, so that they take
-no memory; only what a product, a loop or another opaque operation reads or
-makes does, and what the function returns. Operations run in the order of the
-trace. Each array lives from where it is made to its last use, through all that
-was computed from it on the way without taking memory.
+A compiler computes elementwise results where they are used, so they take no
+memory. Only the inputs and outputs of products, loops and other opaque
+operations take memory, and the function's results. Operations run in the order
+of the trace. Each array lives until its last use, including uses of values that
+were computed from it without taking memory.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ _VIEWS = frozenset(
   'broadcast_in_dim rev optimization_barrier name stop_gradient '
   'sharding_constraint reshard layout_constraint'.split()
 )
-# Each number depends on few others, so that it can be computed on its way into
-# what uses it.
+# Each number depends on few others, so it can be computed inside the operation
+# that uses it.
 _ELEMENTWISE = frozenset(
   'abs acos acosh add add_any and asin asinh atan atan2 atanh '
   'bitcast_convert_type cbrt ceil clamp concatenate cos cosh div '
@@ -35,7 +35,7 @@ _ELEMENTWISE = frozenset(
   'square sub tan tanh threefry2x32 xor random_wrap random_unwrap '
   'random_fold_in random_seed clz population_count mul_add'.split()
 )
-# Read numbers on their way, but their results are arrays of their own.
+# They read numbers without storing them, but their results are stored arrays.
 _REDUCTIONS = frozenset(
   'reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax '
   'argmin reduce_precision_sum'.split()
@@ -44,16 +44,16 @@ _LOOPS = frozenset(['scan', 'while', 'cond'])
 
 
 class Op(NamedTuple):
-  """An operation of a flat trace; values are numbers."""
+  """An operation of a flat trace; values are identified by numbers."""
 
   name: str
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
-  inside: int  # bytes that it holds beside them while it runs
+  inside: int  # bytes that it holds in addition to them while it runs
 
 
 class Trace(NamedTuple):
-  """A function without calls in it."""
+  """A function without nested calls."""
 
   ops: list[Op]
   sizes: dict[int, int]  # bytes
@@ -62,14 +62,14 @@ class Trace(NamedTuple):
 
 
 def bytes_of(aval: Any) -> int:
-  """Returns the bytes of an array of this shape; of a key, nothing."""
+  """Returns the bytes of an array of this shape; 0 for a random key."""
   shape, dtype = getattr(aval, 'shape', ()), getattr(aval, 'dtype', None)
   bits = 4 if dtype == jnp.int4 else 8 * getattr(dtype, 'itemsize', 0)
   return -(-math.prod(shape) * bits // 8)
 
 
 def flatten(closed: Any) -> Trace:
-  """Returns the trace of a closed jaxpr, calls in it replaced by their ops."""
+  """Returns the trace of a closed jaxpr, with calls replaced by their ops."""
   trace = Trace([], {}, (), ())
   jaxpr = closed.jaxpr
   env: dict[Any, int] = {}
@@ -87,7 +87,7 @@ def _new(trace: Trace, env: dict[Any, int], var: Any) -> int:
 
 
 def _read(trace: Trace, env: dict[Any, int], var: Any) -> int:
-  """Returns the number of a variable; literals and constants take nothing."""
+  """Returns the number of a variable; literals and constants take no memory."""
   if not isinstance(var, jax.extend.core.Literal) and var in env:
     return env[var]
   number = len(trace.sizes)
@@ -127,7 +127,7 @@ def _closed(eqn: Any) -> Iterator[Any]:
 
 
 def _inside(closed: Any) -> int:
-  """Returns what a loop's body holds; its results go where they belong."""
+  """Returns the bytes that a loop's body holds, without its results."""
   return peak(flatten(closed), count_outputs=False)
 
 
@@ -145,7 +145,7 @@ def in_memory(trace: Trace) -> set[int]:
 
 
 def _stored(trace: Trace, maker: dict[int, Op], value: int) -> int:
-  """Returns the smallest value that `value` is a view of."""
+  """Returns the smallest value of which `value` is a view."""
   best = value
   while value in maker and maker[value].name in _VIEWS:
     value = maker[value].inputs[0]
@@ -156,12 +156,12 @@ def _stored(trace: Trace, maker: dict[int, Op], value: int) -> int:
 
 
 def peak(trace: Trace, *, count_outputs: bool = True) -> int:
-  """Returns the most bytes that are held at once beside the inputs.
+  """Returns the most bytes that are held at once in addition to the inputs.
 
   Args:
-    trace: of `flatten`.
-    count_outputs: whether results take memory of their own; not if they are
-      written over inputs that are donated.
+    trace: a trace from `flatten`.
+    count_outputs: whether results take memory; they don't if they overwrite
+      donated inputs.
   """
   kept = in_memory(trace)
   free = set(trace.inputs)
@@ -184,7 +184,7 @@ def peak(trace: Trace, *, count_outputs: bool = True) -> int:
     made = sum(size(v) for v in op.outputs if v in kept)
     unused = sum(size(v) for v in op.outputs if v in kept and v not in last)
     freed = sum(size(v) for v in dies.get(i, ()))
-    # An elementwise result may take the place of what it is made from.
+    # An elementwise result may overwrite its operand.
     fused = op.name in _ELEMENTWISE or op.name in _VIEWS
     most = max(most, held + made - (freed if fused else 0) + op.inside)
     held += made - freed - unused
@@ -193,7 +193,7 @@ def peak(trace: Trace, *, count_outputs: bool = True) -> int:
 
 
 def _roots(trace: Trace, kept: set[int]) -> dict[int, frozenset[int]]:
-  """Returns the values in memory that each value is computed from."""
+  """Returns the values in memory from which each value is computed."""
   roots = {v: frozenset([v]) for v in trace.inputs}
   for op in trace.ops:
     sources = frozenset().union(*(roots.get(v, ()) for v in op.inputs))
@@ -203,11 +203,11 @@ def _roots(trace: Trace, kept: set[int]) -> dict[int, frozenset[int]]:
 
 
 def residuals(trace: Trace, count: int) -> int:
-  """Returns the bytes of what a traced `jax.vjp` keeps beside its arguments.
+  """Returns the bytes that a traced `jax.vjp` keeps besides its arguments.
 
   Args:
-    trace: of a function that returns `count` values, then all residuals.
-    count: how many values.
+    trace: trace of a function that returns `count` values, then all residuals.
+    count: the number of values.
   """
   kept = in_memory(trace._replace(outputs=trace.outputs[:count]))
   roots = _roots(trace, kept)

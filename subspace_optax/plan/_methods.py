@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers by name, for `plan`: what they keep is asked of themselves."""
+"""Optimizers by name, for `plan`, which counts their actual states."""
 
 from collections.abc import Callable
 import functools
@@ -14,15 +14,15 @@ from subspace_optax.plan import _nearest
 
 
 class Settings(NamedTuple):
-  """What is asked of an optimizer.
+  """The settings of an optimizer.
 
   Attributes:
-    rank: an int, or a share of each matrix's short side.
-    moment_dtype: of the moments; None for the optimizer's own default, float32
-      in ours and the parameters' in optax's.
-    basis_dtype: of the bases, if there are any; None for float32, and for
-      bfloat16 beside moments of 8 bits.
-    regenerate: whether random bases are drawn anew in every step.
+    rank: an int, or a fraction of each matrix's short side.
+    moment_dtype: dtype of the moments; None for the optimizer's own default,
+      float32 in ours and the parameters' in optax's.
+    basis_dtype: dtype of the bases, if there are any; None for float32, or
+      bfloat16 with moments of 8 bits.
+    regenerate: whether random bases are drawn again at every step.
   """
 
   rank: Any = 0.25
@@ -36,8 +36,8 @@ class Method(NamedTuple):
 
   Attributes:
     make: Settings -> optimizer, or `rso.Subproblems`.
-    ranked: whether there is a rank.
-    random: whether its bases are random, so that they can be drawn anew.
+    ranked: whether it has a rank.
+    random: whether its bases are random, so that they can be drawn again.
   """
 
   make: Callable[[Settings], Any]
@@ -45,7 +45,7 @@ class Method(NamedTuple):
   random: bool = False
 
 
-# Nothing that is counted depends on it.
+# No count depends on it.
 _LR = 1e-3
 
 
@@ -68,7 +68,7 @@ def in_dtype(tx: optax.GradientTransformation, dtype: Any) -> Any:
 
 
 def _eight_bit(s: Settings) -> Settings:
-  """Returns settings of an optimizer whose moments are codes of 8 bits."""
+  """Returns settings for an optimizer whose moments are 8-bit codes."""
   return s._replace(
     moment_dtype=None, basis_dtype=s.basis_dtype or jnp.bfloat16
   )
@@ -86,7 +86,7 @@ def _spec(s: Settings, side: str = 'short', **options: Any) -> so.SubspaceSpec:
 
 
 def _rest() -> optax.GradientTransformation:
-  """Returns what ready-made optimizers chain behind."""
+  """Returns the transformation that ready-made optimizers chain last."""
   return optax.chain(
     optax.add_decayed_weights(0.0), optax.scale_by_learning_rate(_LR)
   )
@@ -97,12 +97,12 @@ def _plain(make: Callable[[], Any]) -> Callable[[Settings], Any]:
 
 
 def _bytes(make: Callable[[], Any]) -> Callable[[Settings], Any]:
-  """Whole matrices with moments of 8 bits."""
+  """Makes an optimizer of whole matrices with moments of 8 bits."""
   return lambda s: optax.chain(make(), _rest())
 
 
 def _adam(s: Settings, projector: Any, **options: Any) -> Any:
-  """Adam in the subspaces of a projector."""
+  """Makes Adam in the subspaces of a projector."""
   inner = optax.scale_by_adam()
   return so.subspace(_spec(s), projector, inner, after=_rest(), **options)
 
@@ -113,9 +113,10 @@ def _adam8bit(s: Settings, projector: Any, **options: Any) -> Any:
 
 
 def _svd() -> Any:
-  """GaLore's bases, by matrix products: what an exact SVD needs varies.
+  """Returns GaLore's bases, by products: the memory of an exact SVD varies.
 
-  On the short side, as the paper's; `so.galore` has optax's long one.
+  They are on the short side, as in the paper; `so.galore` uses the long side,
+  as optax does.
   """
   return so.projectors.svd(200, 'randomized')
 
@@ -127,7 +128,7 @@ def _random(regenerate: bool) -> Any:
 
 
 def _gaussian() -> Any:
-  """Bases that need no orthonormalisation, the cheapest to draw again."""
+  """Returns bases without orthonormalisation, the cheapest to draw again."""
   return so.projectors.gaussian(200, regenerate=True)
 
 
@@ -138,7 +139,7 @@ def _ours(make: Callable[..., Any]) -> Callable[[Settings], Any]:
 def _coded(
   make: Callable[..., Any], bits: int = 8
 ) -> Callable[[Settings], Any]:
-  """The same with moments of few bits."""
+  """Makes an optimizer with moments of few bits."""
   return lambda s: make(_LR, spec=_spec(_eight_bit(s)), moment_bits=bits)
 
 
@@ -164,7 +165,7 @@ METHODS: dict[str, Method] = {
   'gaussian8bit': Method(lambda s: _adam8bit(s, _gaussian()), True, True),
   'rso': Method(_rso, ranked=True, random=True),
 }
-# Those that draw their bases again in any case.
+# Optimizers that draw their bases again in any case.
 _RANDOM = ('apollo_adamw', 'subspace_adamw', 'subspace_muon')
 _MAKERS: dict[str, Callable[..., Any]] = {
   **so.optimizers.READY_MADE,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that `plan` knows by name: shapes of parameters, and what to trace.
+"""Models that `plan` knows by name: parameter shapes and functions to trace.
 
-Nothing here is ever run. Axes are named in suffixes: B batch, T time, D width,
-F width of the MLP, K width of a head, V vocabulary.
+Nothing here is ever run. Suffixes name axes: B batch, T time, D width, F width
+of the MLP, K width of a head, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from subspace_optax.plan import _nearest
 
 
 class Model(NamedTuple):
-  """What `plan` needs to know of a model.
+  """A model as `plan` needs it.
 
   Attributes:
-    name: what it is called.
+    name: the name of the model.
     params: tree of `jax.ShapeDtypeStruct`.
-    inputs: (batch, seq) -> shape of what goes in.
-    embed: (rest, inputs) -> x, or None for a model that is one piece.
+    inputs: (batch, seq) -> shape of the inputs.
+    embed: (rest, inputs) -> x, or None for a model in one piece.
     block: (one layer's parameters, x) -> x.
-    head: (rest, x, inputs) -> loss, with `rest` all but the stack.
-    whole: (params, inputs) -> loss, of a model in one piece.
-    stack: the key in params of what is stacked along axis 0.
+    head: (rest, x, inputs) -> loss, with `rest` all parameters but the stack.
+    whole: (params, inputs) -> loss, for a model in one piece.
+    stack: the key in params of the layers that are stacked along axis 0.
   """
 
   name: str
@@ -41,7 +41,7 @@ class Model(NamedTuple):
   stack: str = 'blocks'
 
   def parts(self, params: Any) -> tuple[Any, Any]:
-    """Returns the stack, and all else."""
+    """Returns the stack, and all other parameters."""
     rest = {k: v for k, v in params.items() if k != self.stack}
     return params[self.stack], rest
 
@@ -52,7 +52,7 @@ def tokens(batch: int, seq: int) -> jax.ShapeDtypeStruct:
 
 
 def cross_entropy(logits: Any, labels: Any) -> Any:
-  """Returns the mean in float32."""
+  """Returns the mean cross-entropy in float32."""
   return jnp.mean(
     optax.softmax_cross_entropy_with_integer_labels(
       logits.astype(jnp.float32), labels
@@ -62,7 +62,7 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Of a transformer: a LLaMA, or a GPT with `gpt`."""
+  """Sizes of a transformer: a LLaMA, or with `gpt` a GPT."""
 
   width: int
   mlp_width: int
@@ -70,7 +70,7 @@ class Sizes:
   heads: int
   kv_heads: int | None = None
   vocab: int = 32_000
-  positions: int = 2048  # that a GPT has learned
+  positions: int = 2048  # number of a GPT's learned positions
   gpt: bool = False
 
 
@@ -97,9 +97,10 @@ def named(
 
   Args:
     name: see `NAMED`.
-    param_dtype: of the parameters.
-    dtype: of activations, None for that of the parameters.
-    attention_chunk: queries whose scores are there at a time; 0 for all.
+    param_dtype: dtype of the parameters.
+    dtype: dtype of activations, None for that of the parameters.
+    attention_chunk: number of queries whose scores are in memory at a time; 0
+      for all.
   """
   if name not in NAMED:
     near = _nearest.did_you_mean(name, NAMED)
@@ -160,7 +161,7 @@ def _gpt(s: Sizes) -> Any:
 
 
 def embed(dtype: Any, rest: Any, tokens_BxT: Any) -> Any:
-  """Returns what goes into the first block, (B, T, D)."""
+  """Returns the input of the first block, (B, T, D)."""
   x_BxTxD = rest['embed']['embedding'].astype(dtype)[tokens_BxT]
   if 'position_embedding' in rest['embed']:
     positions = rest['embed']['position_embedding'].astype(dtype)
@@ -233,7 +234,7 @@ def _attention(s: Sizes, chunk: int, p: Any, x_BxTxD: Any) -> Any:
 def _in_chunks(q_BxTxHxK: Any, k: Any, v: Any, chunk: int) -> Any:
   """Returns causal attention, with the scores of some queries at a time.
 
-  They are computed again in the backward pass.
+  The backward pass recomputes the scores.
   """
   B, T, H, K = q_BxTxHxK.shape
   starts = jnp.arange(0, T, chunk)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an unknown name may have meant."""
+"""Suggestions for unknown names."""
 
 from collections.abc import Iterable
 import difflib
@@ -7,6 +7,6 @@ from typing import Any
 
 
 def did_you_mean(value: Any, choices: Iterable[str]) -> str:
-  """Returns " (did you mean '...'?)" for an error; empty if nothing is near."""
+  """Returns " (did you mean '...'?)" for an error; '' if nothing is near."""
   near = difflib.get_close_matches(str(value).lower(), list(choices), 1)
   return f' (did you mean {near[0]!r}?)' if near else ''

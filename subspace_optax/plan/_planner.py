@@ -25,7 +25,7 @@ from subspace_optax.steps import _stacks
 _DTYPES = ('float32', 'bfloat16', 'float16')
 ROUNDING = ('nearest', 'compensated', 'stochastic')
 
-# Bytes, of what the makers call 24 GB and so on.
+# Bytes of cards that their makers call 24 GB and so on.
 CARDS = {
   'rtx3090': 24e9,
   'rtx4090': 24e9,
@@ -40,22 +40,23 @@ CARDS = {
   'v6e': 32e9,
 }
 
-# The share of a card that a plan leaves to the runtime. On a GPU the driver's
-# context, libraries and loaded programs take 0.5 to 1 GB, and an allocator
-# loses some to fragmentation; a TPU keeps less for itself.
+# The fraction of a card that a plan leaves to the runtime. On a GPU the
+# driver's context, libraries and loaded programs take 0.5 to 1 GB, and the
+# allocator loses some to fragmentation. A TPU keeps less for itself.
 RESERVE = 0.05
 
 
 class Plan(NamedTuple):
-  """Bytes on each device at the fullest moment of a training step.
+  """Bytes on each device at the peak of a training step.
 
   Attributes:
-    weights: the parameters.
-    gradients: those that are alive together.
-    states: moments and counters of the optimizer; what rounding keeps.
-    bases: of the subspaces, if they are stored.
-    activations: what the forward pass keeps for the backward pass.
-    workspace: the largest temporaries beside all of these.
+    weights: bytes of the parameters.
+    gradients: bytes of the gradients that are in memory together.
+    states: bytes of the optimizer's moments and counters, and of the errors
+      that rounding keeps.
+    bases: bytes of the bases, if they are stored.
+    activations: bytes that the forward pass keeps for the backward pass.
+    workspace: bytes of the largest temporaries besides all of these.
   """
 
   weights: int
@@ -71,14 +72,14 @@ class Plan(NamedTuple):
     return sum(self)
 
   def fits(self, card: str | float, reserve: float = RESERVE) -> bool:
-    """Whether a device holds it and still leaves its runtime a share.
+    """Whether a device holds the plan and the share left to the runtime.
 
     Args:
-      card: its name, or its GB.
-      reserve: the share of the card that is left to the runtime.
+      card: name of the card, or its GB.
+      reserve: fraction of the card that is left to the runtime.
 
     Raises:
-      ValueError: an unknown card, or a share outside of [0, 1).
+      ValueError: an unknown card, or a share outside [0, 1).
     """
     return self.total <= usable_bytes(card, reserve)
 
@@ -88,7 +89,7 @@ class Plan(NamedTuple):
 
 
 class Settings(NamedTuple):
-  """How a model is trained, beside the optimizer."""
+  """Settings of a training step; see `plan`."""
 
   batch: int = 1
   seq: int = 2048
@@ -106,7 +107,7 @@ class Settings(NamedTuple):
 
 
 def card_bytes(card: str | float) -> float:
-  """Returns the bytes of a card by its name, or by its GB."""
+  """Returns the bytes of a card, given its name or its GB."""
   if isinstance(card, str) and card in CARDS:
     return CARDS[card]
   try:
@@ -123,7 +124,7 @@ def card_bytes(card: str | float) -> float:
 
 
 def usable_bytes(card: str | float, reserve: float = RESERVE) -> float:
-  """Returns the bytes of a card without the runtime's share."""
+  """Returns the bytes of a card that the runtime does not need."""
   if not 0 <= reserve < 1:
     raise ValueError(
       f'reserve={reserve}: expected a share of the card, from 0 to below 1.'
@@ -134,29 +135,30 @@ def usable_bytes(card: str | float, reserve: float = RESERVE) -> float:
 def plan(model: Any, method: Any, **settings: Any) -> Plan:
   """Counts the bytes that a training step takes on each device.
 
-  Nothing is allocated and nothing compiled. What is assumed is in
-  docs/plan.md: parameters and state are updated in place, layers are scanned,
-  and the loss is the mean cross-entropy.
+  It allocates and compiles nothing. docs/plan.md lists the assumptions:
+  parameters and state are updated in place, layers are scanned, and the loss is
+  the mean cross-entropy.
 
   Args:
     model: a name; 'package.module:callable' or the callable, which returns an
       nnx module, a linen module or a `Model`; or a `Model`.
-    method: a name, an optax optimizer, or what makes a step of its own, as
-      `rso.subproblems` do.
-    **settings: batch (1), rows over all devices; seq (2048); mesh, as
-      'fsdp=4,tensor=2', with 'data' for copies; rank (0.25), an int or a share
-      of each short side; param_dtype ('bfloat16'); dtype of the activations,
-      None for that of the parameters; moment_dtype, None for each
+    method: a name, an optax optimizer, or an object that makes its own step,
+      such as `rso.subproblems`.
+    **settings: batch (1), rows over all devices; seq (2048); mesh, such as
+      'fsdp=4,tensor=2', with 'data' for copies; rank (0.25), an int or a
+      fraction of each short side; param_dtype ('bfloat16'); dtype of the
+      activations, None for that of the parameters; moment_dtype, None for each
       optimizer's default, float32 in ours and the parameters' in optax's;
-      basis_dtype, None for float32 and, with moments of 8 bits,
-      bfloat16, also 'int8' and 'int4'; regenerate (False), random bases are not
-      kept; layerwise (False), each layer is updated when its gradient is
-      there; remat (False), layers are recomputed; attention_chunk (512),
-      queries whose scores are in memory at a time in named models, 0 for all;
-      rounding ('nearest', also 'compensated', 'stochastic') of narrow weights.
+      basis_dtype, None for float32 or, with moments of 8 bits, bfloat16, also
+      'int8' and 'int4'; regenerate (False), whether random bases are not
+      stored; layerwise (False), whether each layer is updated as soon as its
+      gradient is known; remat (False), whether layers are recomputed;
+      attention_chunk (512), queries whose scores are in memory at a time in
+      named models, 0 for all; rounding of narrow weights ('nearest', also
+      'compensated', 'stochastic').
 
   Returns:
-    The parts, in bytes; `print` shows them.
+    The bytes of each part; `print` shows them.
 
   Raises:
     ValueError: an unknown name or setting; a batch that the mesh does not cut
@@ -179,7 +181,7 @@ def resolved(model: Any, s: Settings) -> _models.Model:
 
 
 def checked(settings: Mapping[str, Any]) -> Settings:
-  """Returns settings, or names the one that is wrong."""
+  """Returns valid settings, or raises an error that names the wrong one."""
   unknown = set(settings) - set(Settings._fields)
   if unknown:
     name = sorted(unknown)[0]
@@ -195,7 +197,7 @@ def checked(settings: Mapping[str, Any]) -> Settings:
     raise ValueError(
       f'rounding={s.rounding!r} is unknown{near}; choose from {ROUNDING}.'
     )
-  if s.basis_dtype is not None:  # its own error
+  if s.basis_dtype is not None:  # `SubspaceSpec` raises its own error
     _spec.SubspaceSpec(1, basis_dtype=s.basis_dtype)
   if s.attention_chunk < 0:
     raise ValueError(
@@ -221,16 +223,16 @@ def _check_dtype(name: str, dtype: Any) -> None:
 class Optimizer(NamedTuple):
   """Bytes on a device that depend on the optimizer."""
 
-  gradients: Any  # tree like the parameters, of shapes
+  gradients: Any  # tree of shapes, like the parameters
   states: int
   bases: int
   drawn: int  # bases that a step draws before its forward pass
-  update: int  # held while it runs beside them, gradients included
-  turn: int = 0  # likewise, of a layer-wise step at one of its layers
+  update: int  # held in addition during the update, gradients included
+  turn: int = 0  # the same for one layer of a layer-wise step
 
 
 def optimizer(model: _models.Model, method: Any, s: Settings) -> Optimizer:
-  """Counts what an optimizer keeps."""
+  """Counts the bytes of an optimizer."""
   tx = method
   if isinstance(method, str):
     chosen = _methods.Settings(
@@ -260,9 +262,9 @@ def optimizer(model: _models.Model, method: Any, s: Settings) -> Optimizer:
 def _turns(
   model: _models.Model, params: Any, state: Any, work: Callable[[Any], int]
 ) -> tuple[int, int]:
-  """Returns what the update of all but the layers holds, and that of a layer.
+  """Returns the bytes held by the update of the rest, and of one layer.
 
-  A turn makes a layer's parameters and state; the next one writes them.
+  One turn computes a layer's parameters and state; the next one writes them.
   """
   stack, rest = model.parts(params)
   layers = jax.tree.leaves(stack)[0].shape[0]
@@ -292,7 +294,7 @@ def _bases(state: Any) -> int:
 
 
 def _lost(params: Any) -> int:
-  """Returns the bytes of what compensated rounding keeps of narrow weights."""
+  """Returns the bytes that compensated rounding keeps for narrow weights."""
   narrow = [x for x in jax.tree.leaves(params) if x.dtype.itemsize < 4]
   return _cut.local_bytes(narrow)
 
@@ -307,7 +309,7 @@ def _check_pieces(model: _models.Model, s: Settings) -> None:
 
 
 def _local_params(model: _models.Model, s: Settings) -> Any:
-  """Returns a device's shapes as its products see them, gathered from fsdp."""
+  """Returns a device's shapes in its products, gathered from fsdp."""
   params, _ = _cut.placed(model.params, s.mesh)
   if model.whole is not None:
     params = model.params
@@ -316,7 +318,7 @@ def _local_params(model: _models.Model, s: Settings) -> Any:
 
 
 def training(model: _models.Model, s: Settings) -> Callable:
-  """Returns what counts a forward and backward pass, given gradients."""
+  """Returns a function that counts a forward and backward pass."""
   _check_pieces(model, s)
   params = _local_params(model, s)
   inputs = model.inputs(_cut.rows(s.mesh, s.batch), s.seq)
@@ -363,7 +365,7 @@ def join(
     kept.held + of.turn,
     of.update,
   )
-  # At the fullest moment some of them may be gone.
+  # At the peak, some activations may be freed already.
   activations = min(kept.activations, peak - gradients)
   return Plan(
     weights=_cut.local_bytes(params),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of several methods, as a table and as a picture."""
+"""Plans of several methods, as a table or a picture."""
 
 from collections.abc import Mapping
 import math
@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 from subspace_optax.plan import _planner
 
-# What jax takes of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# The fraction of a GPU that jax takes by default; users change it by
+# XLA_PYTHON_CLIENT_MEM_FRACTION.
 _PREALLOCATED = 0.75
 
 
 def title(model: str, s: _planner.Settings) -> str:
-  """Returns what is planned, without the optimizer."""
+  """Returns a title for the settings, without the optimizer."""
   mode = 'all activations kept'
   if s.remat or s.layerwise:
     mode = 'layer by layer' if s.layerwise else 'layers recomputed'
@@ -41,18 +42,18 @@ def assumed(s: _planner.Settings) -> str:
 
 
 class Card(NamedTuple):
-  """A device, and the share of it that is left to the runtime."""
+  """A device, and the fraction of it that is left to the runtime."""
 
   name: str
   reserve: float
 
   @property
   def size(self) -> float:
-    """Its bytes."""
+    """The bytes of the device."""
     return _planner.card_bytes(self.name)
 
   def verdict(self, plan: _planner.Plan) -> str:
-    """Returns one of three."""
+    """Returns 'fits', 'tight' or 'does not fit'."""
     if plan.fits(self.name, self.reserve):
       return 'fits'
     return 'tight' if plan.total <= self.size else 'does not fit'
@@ -66,7 +67,7 @@ class Card(NamedTuple):
     )
 
   def sentence(self, plan: _planner.Plan) -> str:
-    """Returns the verdict as a sentence, and what jax must be told."""
+    """Returns the verdict as a sentence, with the jax setting it may need."""
     left, kept = self.size - plan.total, self.reserve * self.size
     if (kind := self.verdict(plan)) == 'does not fit':
       return f'it does not fit: {-left / 1e9:.3f} GB are missing'
@@ -85,9 +86,9 @@ class Card(NamedTuple):
 
 
 def table(plans: Mapping[str, _planner.Plan], card: Card | None) -> str:
-  """Returns a line a method, in GB; with a card, how many would hold it all.
+  """Returns one line per method, in GB; with a card, the cards that it needs.
 
-  The number is that of the bytes alone, were they cut evenly over devices.
+  That number assumes that the bytes are cut evenly over devices.
   """
   names = [*_planner.Plan._fields, 'total']
   names += ['cards', 'one card'] if card else []
@@ -106,7 +107,7 @@ def table(plans: Mapping[str, _planner.Plan], card: Card | None) -> str:
 def picture(
   plans: Mapping[str, _planner.Plan], path: str, card: Card | None, title: str
 ) -> None:
-  """Draws a stacked bar a method, and a line where the card ends."""
+  """Draws one stacked bar per method, and a line where the card ends."""
   try:
     from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step holds beside parameters and state, from its trace."""
+"""A training step's memory besides parameters and state, from its trace."""
 
 from collections.abc import Sequence
 import functools
@@ -20,9 +20,9 @@ class Kept(NamedTuple):
   """Bytes of a forward and backward pass.
 
   Attributes:
-    activations: what the forward pass keeps for the backward pass.
-    peak: the most that both hold at once, gradients included.
-    held: what is still there while a layer is updated, beside gradients.
+    activations: bytes that the forward pass keeps for the backward pass.
+    peak: the most bytes that both hold at once, gradients included.
+    held: bytes besides gradients that remain while a layer is updated.
   """
 
   activations: int
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
 
 
 def loss_of(model: _models.Model, remat: bool) -> Any:
-  """Returns (params, inputs) -> loss, by a scan over the stack if there is."""
+  """Returns (params, inputs) -> loss, by a scan over the stack, if any."""
   if model.whole is not None:
     return model.whole
 
@@ -55,7 +55,7 @@ def _traced(f: Any, *args: Any) -> _liveness.Trace:
 
 
 def _with_gradients(trace: _liveness.Trace, sizes: Sequence[int]) -> Any:
-  """Returns a trace whose last results take other bytes."""
+  """Returns a trace whose last results have other sizes in bytes."""
   outputs = trace.outputs[len(trace.outputs) - len(sizes) :]
   new = dict(zip(outputs, sizes, strict=True))
   return trace._replace(sizes=trace.sizes | new)
@@ -68,7 +68,7 @@ def ordinary(
   remat: bool,
   sizes: Sequence[int],
 ) -> Kept:
-  """Counts a step with all gradients at once, of these bytes."""
+  """Counts a step with all gradients at once, given their bytes."""
   loss = loss_of(model, remat)
   f = lambda p, x: _vjp_leaves(lambda p: loss(p, x), p)
   activations = _liveness.residuals(_traced(f, params, inputs), 1)
@@ -83,11 +83,11 @@ def layerwise(
   """Counts a step that has one layer's gradient at a time.
 
   Args:
-    model: in pieces.
+    model: a model in pieces.
     params: shapes of a device's parameters.
-    inputs: shapes of what goes in.
-    gradients: bytes of those of the stack.
-    rest: bytes of those of all else.
+    inputs: shapes of the inputs.
+    gradients: bytes of the gradients of the stack.
+    rest: bytes of all other gradients.
   """
   stacked, others = model.parts(params)
   layer, layers = (
@@ -100,7 +100,7 @@ def layerwise(
     _, vjp = jax.vjp(model.block, layer, x)
     return vjp(gradient)
 
-  # Computed again, so that it leaves no logits behind.
+  # Checkpointed, so that it keeps no logits.
   top = jax.value_and_grad(jax.checkpoint(model.head), argnums=(0, 1))
   forward = _liveness.peak(_traced(model.block, layer, x))
   at_head = _liveness.peak(_traced(top, others, x, inputs))
@@ -116,7 +116,7 @@ def layerwise(
 
 
 def given_gradients(tx: Any) -> _train_step.TrainStep:
-  """Returns an optimizer's step behind the backward pass.
+  """Returns an optimizer's step after the backward pass.
 
   Its batch is the gradients.
   """
@@ -126,14 +126,14 @@ def given_gradients(tx: Any) -> _train_step.TrainStep:
 
 
 def update_workspace(step: _train_step.TrainStep, params: Any) -> int:
-  """Returns what an update holds beside gradients, one leaf after another."""
+  """Returns what an update holds besides gradients, one leaf after another."""
   found: dict[Any, int] = {}
   for path, x in jax.tree.flatten_with_path(params)[0]:
     keys = _tree.path_str(path).split('/')
     leaf = _stacks.nest(jax.ShapeDtypeStruct(x.shape, x.dtype), keys)
     with _notices.quiet(errors=True):
       state = jax.eval_shape(step.init, leaf)
-    # Leaves of the same shape and the same state are worked on alike.
+    # Leaves of the same shape and the same state take the same memory.
     key = tuple((x.shape, x.dtype) for x in jax.tree.leaves((leaf, state)))
     if key not in found:
       trace = _traced(step.step, leaf, state, step.gradients(leaf, state))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the basis of every matrix is found and moved."""
+"""Projectors: rules that find and move the basis of every matrix."""
 
 from subspace_optax.projectors._base import Projector as Projector
 from subspace_optax.projectors._dct import dct as dct

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a projector is, and what it sees of a projected leaf.
+"""The interface of projectors, and their view of a projected leaf.
 
-A step runs: `refresh` may move the bases to P_t (GaLore's SVD of G_t), the
-coordinates R = P_t^T G_t are taken, `track` may move the bases to P_{t+1}
-(Online Subspace Descent, which moves W with P_t first). Both see and return
-whole trees, since the optimizer of a basis is one optax transformation.
+In a step, `refresh` may first move the bases to P_t (GaLore's SVD of G_t). Then
+the coordinates R = P_t^T G_t are computed. Last, `track` may move the bases to
+P_{t+1} (Online Subspace Descent, which moves W with P_t first). Both functions
+take and return whole trees, since the optimizer of the bases is one optax
+transformation.
 """
 
 from collections.abc import Callable
@@ -27,13 +28,13 @@ from subspace_optax._matrix import _varying
 
 
 class Subspaces(NamedTuple):
-  """The bases and how good they are; trees with the parameters' structure.
+  """The bases and their quality; trees with the parameters' structure.
 
   `MaskedNode` stands for leaves that are not projected.
   """
 
   # leaf shape=(*batch and projected axes, r), dtype=basis_dtype; () between
-  # steps if the projector makes them again; if the dtype is an integer, a
+  # steps if the projector recomputes bases; for an integer dtype, a
   # `QuantizedBasis` between steps, which projectors see as float32
   basis: Any
   captured_energy: Any  # leaf shape=(*batch,), dtype=float32, of the last G
@@ -42,7 +43,7 @@ class Subspaces(NamedTuple):
 
 
 class Bases(NamedTuple):
-  """What a move changes of one leaf."""
+  """The fields of one leaf that a move changes."""
 
   basis: jax.Array  # shape=(*batch and projected axes, r)
   error: jax.Array  # shape=(*batch,), dtype=float32, of orthogonality
@@ -83,11 +84,11 @@ def moved_to(
   """Returns the bases of a leaf after a move, measured against the old ones.
 
   Args:
-    layout: of the leaf.
+    layout: layout of the leaf.
     moved: which matrices moved.
-    basis: the new bases where they did, else the old ones.
-    error: of the orthogonality of those that moved.
-    old: the bases before.
+    basis: the new bases of matrices that moved, the old bases of the others.
+    error: orthogonality error of the new bases.
+    old: the bases before the move.
   """
   transition, kept = _linalg.change(layout, basis, old.basis)
 
@@ -99,7 +100,7 @@ def moved_to(
   return Bases(
     basis,
     where_moved(error, old.error),
-    # Chordal distance of the two subspaces, as a share of the largest possible.
+    # Chordal distance of the two subspaces, relative to the largest possible.
     where_moved(jnp.sqrt(jnp.maximum(1.0 - kept, 0.0)), old.drift),
     where_moved(moved, old.moved),
     where_moved(transition, old.transition),
@@ -110,25 +111,27 @@ def moved_to(
 class Matrix:
   """One projected leaf, as projectors see it: a matrix G, or a stack of them.
 
-  A rule reads as for one matrix. These methods, and those of `layout` for bases
-  and coordinates, treat the matrices of a stack alike, keep the leaf's own axes
-  and shardings, and average products with G along a mapped axis. Products are
-  with G / ||G||_F, scaled behind the product, since G may be float16.
+  Write a rule as if for one matrix. These methods, and those of `layout` for
+  bases and coordinates, handle every matrix of a stack, keep the leaf's own
+  axes and shardings, and average products with G along a mapped axis. Products
+  are with G / ||G||_F; they are scaled after the product, since G may be
+  float16.
 
   Attributes:
-    like: an array of the leaf's shape, dtype and sharding, which is not to be
-      read: the gradient, or the parameter where no gradient is known.
-    gradient: G, the leaf's own axes; along a mapped axis of the layout, one of
-      the gradients whose mean is G. None in steps in which no rule looks at it.
-    layout: which of them are projected.
+    like: an array of the leaf's shape, dtype and sharding, whose values must
+      not be read: the gradient, or the parameter if no gradient is known.
+    gradient: G, with the leaf's own axes; along a mapped axis of the layout,
+      one of the gradients whose mean is G. None in steps in which no rule looks
+      at it.
+    layout: says which of the leaf's axes are projected.
     seed: (*batch), uint32, one per matrix.
-    energy: (*batch), ||G||_F^2, or 1 where not `ok`; along a mapped axis, the
-      mean of that, since the norm of G would cost moving it.
-    ok: (*batch), whether the energy is finite and not zero, which for elements
-      between about 1e-19 and 1e19 is whether G is.
-    mean: of past coordinates over ||G||_F, for a rule that keeps it.
-    home: an array where the leaf is between steps, if `like` and `gradient` are
-      elsewhere: handed out, so that each device has matrices of its own.
+    energy: (*batch), ||G||_F^2, or 1 where not `ok`. Along a mapped axis, the
+      mean of the devices' energies, since the norm of G would cost moving G.
+    ok: (*batch), whether the energy is finite and nonzero. For elements between
+      about 1e-19 and 1e19, this is whether G is.
+    mean: mean of past coordinates divided by ||G||_F, for a rule that keeps it.
+    home: an array with the leaf's sharding between steps, if `like` and
+      `gradient` were handed out so that each device has matrices of its own.
   """
 
   like: jax.Array
@@ -152,42 +155,42 @@ class Matrix:
     )
 
   def scale(self, factor: jax.Array, p: jax.Array) -> jax.Array:
-    """Returns f P for one number f per matrix."""
+    """Returns f P, for one number f per matrix."""
     return p * self.layout.along_basis(factor)
 
   def aligned(self, p: jax.Array) -> jax.Array:
-    """Returns P, float32 or wider, sharded as products with G make it."""
+    """Returns P, float32 or wider, sharded like products with G."""
     return self.layout.align_basis(_linalg.widen(p), self.like)
 
   def at_home(self, x: jax.Array, axes: str) -> jax.Array:
-    """Returns a few numbers of each matrix where state of the leaf is."""
+    """Returns per-matrix numbers, placed where the state of the leaf lies."""
     if self.home is None:
       return x
     return _spread.keep_along(self.layout, x, axes, self.home)
 
   def whole(self) -> jax.Array:
-    """Returns G, (*batch, rows, columns), as every device must have it."""
+    """Returns G, (*batch, rows, columns), replicated on every device."""
     gradient = self.layout.mean(self.gradient)
     return self.layout.to_matrix(_sharding.replicate(gradient))
 
   def tall(self) -> jax.Array:
-    """Returns G, (*batch, m, n), float32, as every device must have it."""
+    """Returns G, (*batch, m, n), float32, replicated on every device."""
     g = self.whole().astype(jnp.float32)
     return g if self.layout.project_rows else jnp.swapaxes(g, -1, -2)
 
 
 class Context(NamedTuple):
-  """What holds for all leaves in this step."""
+  """Facts about this step that all leaves share."""
 
   count: jax.Array  # shape=(), dtype=int32, steps before this one
   active: jax.Array  # shape=(), dtype=bool, False while `switch` rests a rule
   moves: Any = None  # for `track`: the tree of `Move` that `refresh` made
 
 
-# (layout, seeds, period) -> bases that depend on nothing else.
+# (layout, seeds, period) -> bases. They depend on nothing else.
 Sample = Callable[[_layout.Layout, jax.Array, Any], jax.Array]
 
-# Reserved fold-in number of the first bases, in the place of a period.
+# Folded into the seed of the first bases instead of a period.
 AT_INIT = 2**31 - 1
 
 
@@ -195,24 +198,25 @@ class Projector(NamedTuple):
   """A rule that finds and moves the basis of every matrix.
 
   Attributes:
-    name: what `describe` calls it.
+    name: the name that `describe` shows.
     init: (subspaces, matrices) -> the rule's own state, made of trees with the
-      structure of the first subspaces, whose bases are () if there is a
+      structure of the first subspaces. Their bases are () if there is a
       `rebuild`; `matrices` have no gradients.
     refresh: (context, matrices, subspaces, state) -> (subspaces, moves, state),
-      before this step's coordinates are taken. `moves` is a tree of `Move`, or
-      None if the rule never moves a basis here.
+      called before this step's coordinates are computed. `moves` is a tree of
+      `Move`, or None if the rule never moves a basis here.
     track: (context, matrices, coords, subspaces, state) -> (subspaces, moves,
-      state), after they are taken.
+      state), called after they are computed.
     sample: draws the first bases.
-    rebuild: (matrices, state) -> bases, for a rule that makes them again at
-      every step; None for one whose bases are stored.
+    rebuild: (matrices, state) -> bases, for a rule that recomputes them at
+      every step; None for a rule whose bases are stored.
     orthonormal: whether all its bases have P^T P = I, up to rounding.
-    needs_gradient: (context, state) -> whether the coming step looks at the
-      gradient and not at its coordinates alone: True, False or traced.
-    small_steps: whether its bases move by steps that the rounding of integers
-      could swallow.
-    most_rows: the longest side that a basis can span; None for any.
+    needs_gradient: (context, state) -> whether the next step looks at the
+      gradient itself rather than only at its coordinates: True, False or
+      traced.
+    small_steps: whether its bases move by steps so small that rounding to
+      integers could lose them.
+    most_rows: the longest side that a basis can span; None for no limit.
   """
 
   name: str
@@ -245,7 +249,7 @@ def still(matrix: Matrix) -> _projected.Move:
 
 
 def call(name: str, **arguments: Any) -> str:
-  """Returns how `describe` shows a rule; what is not set is left out."""
+  """Returns how `describe` shows a rule, without arguments that are not set."""
   shown = [
     f'{key}={_shown(value)}'
     for key, value in arguments.items()
@@ -259,7 +263,7 @@ def _shown(value: Any) -> str:
 
 
 def resting(track: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns `track`, skipped wherever the context is not active."""
+  """Returns `track`, skipped while the context is not active."""
 
   def rest(context, matrices, coords, subspaces, state):
     _, moves, _ = jax.eval_shape(

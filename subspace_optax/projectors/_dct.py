@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns of the cosine transform: bases that cost nothing to find or to keep.
+"""Bases from columns of the cosine transform: no factorisation, no storage.
 
 Modoranu et al., `FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
 Optimization of Large Language Models <https://arxiv.org/abs/2505.17967>`_,
-2025. With D the orthonormal DCT of the projected side, a basis is r of D's
-columns, those along which the gradient is largest:
+2025. With D the orthonormal DCT of the projected side, a basis consists of the
+r columns of D along which the gradient is largest:
 
   S = D^T G,   P = D[:, k_1 ... k_r],   R = P^T G = S[k_1 ... k_r].
 
-The columns of two bases are of one orthonormal matrix, so C = P_n^T P_o is a
-partial permutation: a coordinate moves to its column's new place.
+Since all bases take their columns from one orthonormal matrix, C = P_n^T P_o is
+a partial permutation: each coordinate moves to the new place of its column.
 
 The randomised form is ours: P = diag(s) D[:, k_1 ... k_r] with random signs s
 and a random subset of columns. P^T P = I, and since each column is in the
-subset with probability r / m, whatever the signs,
+subset with probability r / m for any signs,
 
-  E[P P^T | s] = diag(s) D (r / m) I D^T diag(s) = (r / m) I,
+  E[P P^T | s] = diag(s) D (r / m) I D^T diag(s) = (r / m) I.
 
-which is all that the proofs of GoLore (Lemma 5), subspace gradient descent and
-RSO ask of a random basis. A Haar basis needs mr normal numbers and a
-factorisation for it. Signs are drawn anew with each subset: with the same ones
-the subsets would be of one basis for good, and toy problems converge slower.
+The proofs of GoLore (Lemma 5), subspace gradient descent and RSO require
+nothing else of a random basis. To get the same, a Haar basis needs mr normal
+numbers and a factorisation. Signs are drawn again with each subset: with the
+same signs, all subsets would come from one basis forever, and toy problems
+converge more slowly.
 """
 
 from collections.abc import Callable
@@ -43,7 +44,7 @@ SELECTIONS = ('l1', 'l2', 'random')
 
 
 class DctState(NamedTuple):
-  """State of `dct`; trees with a leaf for every projected one."""
+  """State of `dct`; trees with one leaf per projected leaf."""
 
   owed: Any  # leaf shape=(*batch,), dtype=bool: choose at next good G
   schedule: Any  # see `_gap`
@@ -58,25 +59,25 @@ def dct(
 ) -> _base.Projector:
   """Columns of the cosine transform, chosen at steps 0, T, 2T and so on.
 
-  No basis is stored and nothing is factorised: the state holds the numbers of r
-  columns, or the period of a random choice, from which every step makes the
-  basis, mr cosines.
+  It stores no basis and factorises nothing. The state holds the indices of r
+  columns, or the period of a random choice; from these, every step recomputes
+  the basis, which is mr cosines.
 
   Args:
     update_proj_gap: T, steps between choices, or a `LazyGap`.
     select: 'l1' or 'l2' takes the columns along which the gradient has the
-      largest norm, at the price of one transform of the gradient; 'random'
-      takes a random subset of columns, with random signs of the rows, and
-      looks at no gradient.
-    stagger: whether matrices take turns within each T steps, starting from
-      random columns, so that no step chooses for them all.
+      largest norm, at the cost of one transform of the gradient; 'random' takes
+      a random subset of columns, with random signs of the rows, and needs no
+      gradient.
+    stagger: whether matrices take turns within each T steps, so that no step
+      chooses columns for all of them. They start from random columns.
 
   Returns:
-    A projector with orthonormal bases. Where columns are chosen by a norm,
-    moments are carried along by moving their rows, without a product.
+    A projector with orthonormal bases. If columns are chosen by a norm,
+    transports carry moments by moving their rows, without a product.
 
   Raises:
-    TypeError: the gap is no int.
+    TypeError: the gap is not an int.
     ValueError: the gap is below 1; an unknown selection; at `init`, a projected
       side longer than 2^20.
 
@@ -92,8 +93,8 @@ def dct(
     >>> print(state.projector.columns['w'])  # a constant is column 0
     [0]
 
-    DCT-AdamW, whose error feedback is optional. Second moments follow their
-    columns by the same permutation, which `both` is for such bases:
+    DCT-AdamW, with its optional error feedback. For such bases `both` is a
+    permutation, by which second moments follow their columns, too:
 
     >>> import optax
     >>> tx = so.subspace(
@@ -124,7 +125,7 @@ def dct(
 
 
 def _draw(matrix: _base.Matrix, basis: Any, period: jax.Array) -> jax.Array:
-  """Returns the randomised form of all matrices of a leaf."""
+  """Returns randomised bases for all matrices of a leaf."""
   del basis
   return _cosines.draw_basis(matrix.layout, matrix.like, matrix.seed, period)
 
@@ -132,7 +133,7 @@ def _draw(matrix: _base.Matrix, basis: Any, period: jax.Array) -> jax.Array:
 def _by_norm(
   name: str, select: str, update_proj_gap: Any, stagger: bool
 ) -> _base.Projector:
-  """Returns the rule of columns along which the gradient is largest."""
+  """Returns the rule that takes columns along which the gradient is largest."""
   gap = _gap.schedule(update_proj_gap, stagger)
   measure = jnp.abs if select == 'l1' else jnp.square
 
@@ -158,7 +159,7 @@ def _by_norm(
       each = matrix.layout.batch_axes
       owed = matrix.at_home((owed | due) & ~wanted, each)
       columns = matrix.at_home(new.columns, f'{each}x')
-      # Behind the branch, so that a step makes one basis, whether it moves.
+      # After the branch, so that a step makes one basis, moved or not.
       basis = _sharding.like(_make_basis(matrix, columns), basis)
       return basis, new.drift, owed, columns, move
 
@@ -194,7 +195,7 @@ def _by_norm(
 
 
 def _check_ranks(matrices: Any, columns: Any) -> None:
-  """Raises for the state of another rank."""
+  """Raises if the state has another rank."""
   known = dict(_tree.flatten(columns)[0])
   for path, matrix in _tree.flatten(matrices)[0]:
     if _tree.is_masked(matrix):
@@ -203,13 +204,13 @@ def _check_ranks(matrices: Any, columns: Any) -> None:
     if found != rank:
       raise ValueError(
         f'gradient {path!r} needs the numbers of {rank} columns, but init '
-        f'chose {found}; take a state of another rank over by '
+        f'chose {found}; convert a state of another rank with '
         'subspace_optax.resize_rank.'
       )
 
 
 class _Chosen(NamedTuple):
-  """What a refresh changes of one leaf."""
+  """The fields of one leaf that a refresh changes."""
 
   columns: jax.Array  # shape=(*batch, r), dtype=int32
   drift: jax.Array  # shape=(*batch,), dtype=float32
@@ -222,7 +223,7 @@ def _move(
   wanted: jax.Array,
   old: _Chosen,
 ) -> _Chosen:
-  """Chooses columns for the matrices that want new ones."""
+  """Chooses columns for the matrices that need new ones."""
   columns = _cosines.largest(_norms(matrix, measure), matrix.layout.rank)
   columns = matrix.at_home(columns, f'{matrix.layout.batch_axes}x')
   columns = jnp.where(wanted[..., None], columns, old.columns)
@@ -231,7 +232,7 @@ def _move(
   kept = jnp.mean(source < columns.shape[-1], axis=-1, dtype=jnp.float32)
   new = _Chosen(
     columns,
-    # Chordal distance of the two subspaces, as a share of the largest possible.
+    # Chordal distance of the two subspaces, relative to the largest possible.
     jnp.where(wanted, jnp.sqrt(1.0 - kept), old.drift),
     source,
   )
@@ -239,7 +240,7 @@ def _move(
 
 
 def _stay(columns: jax.Array) -> jax.Array:
-  """Returns the sources of columns that stay."""
+  """Returns the sources of columns that do not move."""
   last = columns.ndim - 1
   places = lax.broadcasted_iota(jnp.int32, columns.shape, last)
   return _sharding.like(places, columns)
@@ -250,7 +251,7 @@ def _make_basis(matrix: _base.Matrix, columns: jax.Array) -> jax.Array:
 
 
 def _first_columns(matrix: _base.Matrix) -> jax.Array:
-  """Returns random columns, for matrices that wait for their turn."""
+  """Returns random columns, for matrices that still wait for their turn."""
   static, args = (matrix.layout,), (matrix.seed,)
   return matrix.layout.place_numbers(
     _cosines.draw_columns, static, args, matrix.like
@@ -260,8 +261,8 @@ def _first_columns(matrix: _base.Matrix) -> jax.Array:
 def _norms(matrix: _base.Matrix, measure: Any) -> jax.Array:
   """Returns the norm of every row of D^T G / ||G||, (*batch, m).
 
-  By a fast transform where a device has all of G. Else by products with r
-  columns of D at a time, so that only r-wide arrays cross devices.
+  A fast transform computes them if a device has all of G; otherwise, products
+  with r columns of D at a time, so that only arrays of width r cross devices.
   """
   layout, r = matrix.layout, matrix.layout.rank
   if layout.axis_name is None and not _sharding.is_sharded(matrix.like):

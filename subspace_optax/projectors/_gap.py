@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When bases are refreshed: every T steps, in turns, or ever more rarely.
+"""When bases are refreshed: every T steps, in turns, or less and less often.
 
 The last is the lazy refresh of Zhang et al., `Q-GaLore
 <https://arxiv.org/abs/2407.08296>`_, 2024.
@@ -16,7 +16,7 @@ from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _tree
 from subspace_optax.projectors import _base
 
-# Of a gap that grows, so that the step after it is an int32, too.
+# The limit of a growing gap, so that the step after it still fits an int32.
 _MOST_GAP = 2**30
 
 
@@ -24,21 +24,21 @@ _MOST_GAP = 2**30
 class LazyGap:
   """A gap that grows, matrix by matrix, where bases hardly change.
 
-  Given in place of `update_proj_gap`. After a refresh the root mean square of
-  the cosines of the angles between the new and the old subspace joins those of
-  the last few; when these are `window` in number and their mean reaches
-  `threshold`, the matrix's gap is multiplied by `factor`. (Q-GaLore takes the
-  cosine of the first singular vectors, which not every rule has.) Of no use
-  with rules whose bases are random, or turn little by little.
+  Pass it as `update_proj_gap`. Each refresh of a matrix records one number: the
+  root mean square of the cosines of the angles between its new and its old
+  subspace. When the mean of the last `window` numbers reaches `threshold`, the
+  matrix's gap is multiplied by `factor`. (Q-GaLore uses the cosine of the first
+  singular vectors, which not every rule has.) This is of no use with rules
+  whose bases are random or turn gradually.
 
   Attributes:
     start: T, steps between the first refreshes.
-    threshold: of the mean cosine, in (0, 1].
-    factor: of the gap, an int of at least 2.
-    window: cosines to average over.
+    threshold: value of the mean cosine at which the gap grows, in (0, 1].
+    factor: multiplies the gap, an int of at least 2.
+    window: number of cosines to average over.
 
   Raises:
-    TypeError: `start`, `factor` or `window` is no int.
+    TypeError: `start`, `factor` or `window` is not an int.
     ValueError: they are below 1, or 2 for `factor`, or above 2**30; a
       threshold outside (0, 1].
 
@@ -64,7 +64,7 @@ class LazyGap:
 
 
 def schedule(update_proj_gap: Any, stagger: bool) -> '_Fixed | _Lazy':
-  """Returns the schedule that a periodic rule keeps to."""
+  """Returns the schedule that a periodic rule follows."""
   if isinstance(update_proj_gap, LazyGap):
     return _Lazy(update_proj_gap, stagger)
   if not isinstance(update_proj_gap, jax.Array):
@@ -73,7 +73,7 @@ def schedule(update_proj_gap: Any, stagger: bool) -> '_Fixed | _Lazy':
 
 
 def check_not_traced(gap: Any) -> None:
-  """Raises if `update_proj_gap` is of another trace, as in compressed steps."""
+  """Raises if `update_proj_gap` is traced, which compressed steps can't use."""
   if isinstance(gap, core.Tracer):
     raise ValueError(
       'update_proj_gap must be static for compressed steps; under '
@@ -100,7 +100,7 @@ class FixedState(NamedTuple):
 
 
 class LazyState(NamedTuple):
-  """State of a lazy gap; trees with a leaf for every projected one."""
+  """State of a lazy gap; trees with one leaf per projected leaf."""
 
   gap: Any  # leaf shape=(*batch,), dtype=int32
   due: Any  # leaf shape=(*batch,), dtype=int32, the next refresh
@@ -109,14 +109,14 @@ class LazyState(NamedTuple):
 
 
 def _phases(per_matrix: Any) -> Any:
-  """Returns when in a gap each matrix has its turn, evenly spread."""
+  """Returns at which part of a gap each matrix has its turn, evenly spread."""
   leaves, treedef = jax.tree.flatten(per_matrix)
   total = sum(leaf.size for leaf in leaves)
   phases, first = [], 0
   for leaf in leaves:
-    # In the middle of its share: far from where rounding could tip it over.
+    # In the middle of its share, where rounding can't move it to another step.
     turns = jnp.arange(first, first + leaf.size, dtype=jnp.float32) + 0.5
-    # Added to zeros, which lie on the leaf's devices.
+    # Adding zeros like the leaf places them on the leaf's devices.
     phases.append(turns.reshape(leaf.shape) / total + jnp.zeros_like(leaf))
     first += leaf.size
   return treedef.unflatten(phases)
@@ -144,13 +144,13 @@ class _Fixed(NamedTuple):
     return (*_tree.map_unzip(one, 2, per_matrix, *rest), state)
 
   def after(self, state: Any, moves: Any, drift: Any) -> FixedState:
-    """Returns the state, given what has moved, and how far."""
+    """Returns the state, given which matrices moved and how far."""
     del moves, drift
     return state
 
 
 class _Lazy(NamedTuple):
-  """Refreshes ever more rarely where the basis hardly changes."""
+  """Refreshes less and less often where the basis hardly changes."""
 
   lazy: LazyGap
   stagger: bool
@@ -170,7 +170,7 @@ class _Lazy(NamedTuple):
 
     def one(like: jax.Array, due: jax.Array, gap: jax.Array):
       now = context.count >= due
-      # The turns go on while `switch` rests the rule.
+      # Turns continue to pass while `switch` rests the rule.
       due = jnp.where(now, context.count + gap, due)
       period = context.count + jnp.zeros_like(like, jnp.int32)
       return now & context.active, period, due
@@ -179,12 +179,12 @@ class _Lazy(NamedTuple):
     return now, period, state._replace(due=due)
 
   def after(self, state: Any, moves: Any, drift: Any) -> LazyState:
-    """Returns the state with the gaps of bases that changed little longer."""
+    """Returns the state with longer gaps for bases that changed little."""
 
     def one(gap, due, cosines, move, drift):
       cosine = jnp.sqrt(jnp.maximum(1.0 - jnp.square(drift), 0.0))[..., None]
       latest = jnp.concatenate([cosines[..., 1:], cosine], axis=-1)
-      # The basis of `init` was random: there is nothing to compare with.
+      # The basis from `init` was random: there is nothing to compare with.
       latest = jnp.where(cosines < -1.0, -1.0, latest)
       cosines = jnp.where(move.moved[..., None], latest, cosines)
       full = cosines[..., 0] >= 0

@@ -18,12 +18,12 @@ from subspace_optax._matrix import _linalg
 from subspace_optax.projectors import _base
 from subspace_optax.projectors import _periodic
 
-# Squarings of T^T T, normalised: its largest eigenvalue is told from others
-# that are 1.1 times smaller.
+# Squarings of T^T T, normalised. They separate its largest eigenvalue from
+# others that are 1.1 times smaller.
 _SQUARINGS = 7
-# Of the series of cos and sinc, good to float32 up to an angle of pi.
+# Terms of the series of cos and sinc, enough for float32 up to an angle of pi.
 _TERMS = 11
-# Of Cholesky QR, against the rounding that would add up over moves.
+# One pass of Cholesky QR, against rounding that would add up over moves.
 _ONE_PASS = (0.0,)
 
 
@@ -44,18 +44,18 @@ def grassmann_tracking(
 
   Args:
     update_proj_gap: T, steps between moves, or a `LazyGap`.
-    step_size: eta, for a gradient of unit norm, so that s is at most 1 and eta
-      the largest angle, in radians, whatever the loss's scale. The paper does
-      not normalise: its eta is this one over ||G||_F^2.
+    step_size: eta, for a gradient normalised to unit norm: at any scale of the
+      loss, s is at most 1 and eta is the largest angle, in radians. The paper
+      does not normalise; its eta is this one divided by ||G||_F^2.
     stagger: whether matrices take turns within each T steps.
 
   Returns:
-    A projector with orthonormal bases. The first ones are Haar samples, most of
-    whose directions would last for r moves: start from an SVD, as the paper
-    does and the example shows.
+    A projector with orthonormal bases. The first ones are Haar samples, and it
+    would take r moves to replace most of their directions. Start from an SVD
+    instead, as the paper does and the example shows.
 
   Raises:
-    TypeError: the gap is no int.
+    TypeError: the gap is not an int.
     ValueError: the gap is below 1.
 
   References:
@@ -102,7 +102,7 @@ def grassmann_walk(
 
   Args:
     update_proj_gap: T, steps between moves, or a `LazyGap`.
-    step_size: root mean square of the angles that the r directions turn by, in
+    step_size: root mean square of the angles by which the r directions turn, in
       radians. (The normalisation is ours.)
     stagger: whether matrices take turns within each T steps.
 
@@ -110,7 +110,7 @@ def grassmann_walk(
     A projector with orthonormal bases; the first ones are Haar samples.
 
   Raises:
-    TypeError: the gap is no int.
+    TypeError: the gap is not an int.
     ValueError: the gap is below 1; a step size above 1.5.
 
   References:

@@ -29,23 +29,24 @@ def importance_svd(
 ) -> _base.Projector:
   """Singular vectors of the gradient, drawn by singular value.
 
-  r of them without replacement, at steps 0, T, 2T and so on, each in turn with
-  a probability proportional to its singular value; in the order of the values.
-  The draw depends on the spec's seed, the leaf's path and the period.
+  At steps 0, T, 2T and so on, it draws r vectors without replacement, one after
+  the other, each with probability proportional to its singular value. The basis
+  holds them in the order of their values. The draw depends on the spec's seed,
+  the leaf's path and the period.
 
   Args:
     update_proj_gap: T, steps between refreshes, or a `LazyGap`.
     method: 'exact', an SVD of every matrix; 'gram', the eigenvectors of G G^T,
-      faster and blind to values below 1e-3 of the largest. Both gather a
-      sharded gradient, and compile slowly for a TPU.
-    stagger: whether matrices take turns within each T steps, starting from
-      random bases, so that no step refreshes them all.
+      which is faster but blind to values below 1e-3 of the largest. Both gather
+      a sharded gradient, and compile slowly for a TPU.
+    stagger: whether matrices take turns within each T steps, so that no step
+      refreshes all of them. They start from random bases.
 
   Returns:
     A projector with orthonormal bases.
 
   Raises:
-    TypeError: the gap is no int.
+    TypeError: the gap is not an int.
     ValueError: the gap is below 1; an unknown method.
 
   References:
@@ -96,7 +97,7 @@ def _by_eigh(matrix: _base.Matrix) -> tuple[jax.Array, jax.Array]:
   gram = _linalg.matmul(g, jnp.swapaxes(g, -1, -2))
   squares, u = _linalg.each(jnp.linalg.eigh, gram)
   values = jnp.sqrt(jnp.maximum(squares, 0.0))
-  # What rounding makes of zero would be drawn, too, there being many of it.
+  # Zeros that rounding made positive are many, and would be drawn, too.
   noise = _BLIND * jnp.max(values, axis=-1, keepdims=True)
   values = jnp.where(values > noise, values, 0.0)
   return u[..., ::-1], values[..., ::-1]

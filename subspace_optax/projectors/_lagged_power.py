@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dion's bases: half a power step, from the coordinates of the last step.
+"""Dion's bases: half a power step from the coordinates of the last step.
 
 Ahn et al., `Dion: Distributed Orthonormalized Updates
 <https://arxiv.org/abs/2504.05295>`_, 2025, Algorithm 1. With Q_o the last
@@ -7,9 +7,9 @@ coordinates, R_o = P_o^T G_o, with rows of length 1,
 
   P = orth(G Q_o^T),   Q = unit rows of P^T G.
 
-`power_iteration` has P_o^T G in the place of Q_o: one product with the gradient
-more, and no state but the basis. Where gradients change little, as momentum
-does, both find the same subspace.
+`power_iteration` uses P_o^T G instead of Q_o: it takes one more product with
+the gradient, and has no state but the basis. If gradients change slowly, as
+momentum does, both find the same subspace.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from subspace_optax._matrix import _sharding
 from subspace_optax.projectors import _base
 from subspace_optax.projectors import _periodic
 
-# Share of the last basis that a rank-deficient image falls back on.
+# Weight of the last basis, which completes a rank-deficient image.
 _SHIFT = 1e-6
 
 
@@ -42,22 +42,22 @@ def lagged_power(
 ) -> _base.Projector:
   """Half a power step with the last step's coordinates, at every T-th step.
 
-  Made for momentum, see `residuals.momentum_feedback`. A step costs one product
-  with the gradient (2mnr) and about 24mr^2 of Cholesky QR, half of what
-  `power_iteration` takes of products. Q starts at random, and is kept by a
-  matrix whose gradient is zero or not finite.
+  Made for momentum; see `residuals.momentum_feedback`. A step costs one product
+  with the gradient (2mnr), half as much as `power_iteration` takes, and about
+  24mr^2 of Cholesky QR. Q starts at random. A matrix whose gradient is zero or
+  not finite keeps its Q.
 
   Args:
-    update_proj_gap: T, steps between power steps, or a `LazyGap`. Q follows at
-      every step.
+    update_proj_gap: T, steps between power steps, or a `LazyGap`. Q is updated
+      at every step.
     stagger: whether matrices take turns within each T steps.
 
   Returns:
-    A projector with orthonormal bases, whose state is nr beside the mr of the
-    basis. The paper keeps no basis; here moments can follow it.
+    A projector with orthonormal bases. Its state is nr, in addition to mr for
+    the basis. The paper keeps no basis; here, moments can follow it.
 
   Raises:
-    TypeError: the gap is no int.
+    TypeError: the gap is not an int.
     ValueError: the gap is below 1.
 
   References:
@@ -82,7 +82,7 @@ def lagged_power(
     return LaggedPowerState(rule.init(subspaces, matrices), right)
 
   def refresh(context, matrices, subspaces, state):
-    # What stands for a mean of coordinates elsewhere.
+    # `mean` carries Q here; other rules use it for a mean of coordinates.
     with_right = lambda x, right: dataclasses.replace(x, mean=right)
     subspaces, moves, periodic = rule.refresh(
       context,
@@ -105,7 +105,7 @@ def lagged_power(
 
 
 def _draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
-  """Returns orth(G Q^T), the gradient's length divided out."""
+  """Returns orth(G Q^T), with the gradient normalised."""
   del period
   layout, p = matrix.layout, matrix.aligned(basis)
   assert matrix.mean is not None  # see `refresh`
@@ -117,14 +117,14 @@ def _draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
 
 
 def _first_right(matrix: _base.Matrix) -> jax.Array:
-  """Returns random rows of length 1 where coordinates will be."""
+  """Returns random rows of length 1, placed like coordinates."""
   static, args = (matrix.layout,), (matrix.seed,)
   return matrix.layout.place_coords(_draw_rows, static, args, matrix.like)
 
 
 def _draw_rows(layout: _layout.Layout, seeds: jax.Array) -> jax.Array:
-  """Returns them as a basis of the other side, its rank where coords' is."""
+  """Draws the rows as a basis of the other side, with coordinates' axes."""
   other = dataclasses.replace(layout, project_rows=not layout.project_rows)
-  # Other numbers than those of the first basis.
+  # Not the random numbers of the first basis.
   x = _linalg.gaussian(other, seeds, _base.AT_INIT - 1)
   return _coords.unit_rows(layout, jnp.moveaxis(x, -1, layout.rank_axis))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules that are written for one matrix, as papers write them.
 
-What a stack, a mesh, a mapped axis and a leaf's own axes make of it is done
-here, once for all such rules.
+This module extends all such rules to stacks, meshes, mapped axes and a leaf's
+own axes.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ _HIGHEST = lax.Precision.HIGHEST
 class Matrix:
   """The gradient G of one matrix, m x n, m the side that the basis spans.
 
-  Along a mapped axis of data parallelism every device has one of the gradients
-  whose mean is G; `coordinates` and `image` average their products, which is
-  cheaper than `gradient`, which averages G.
+  Along a mapped axis of data parallelism, every device has one of the gradients
+  whose mean is G. `coordinates` and `image` average their products, which is
+  cheaper than to average G as `gradient` does.
 
   Attributes:
     local: (m, n), float32 or wider, G or this device's part of the mean.
-    seed: a uint32 scalar, of this matrix alone.
+    seed: a uint32 scalar, for this matrix alone.
     rank: r.
     axis_name: the mapped axis, or None.
     is_seen: whether the rule may look at the gradient.
@@ -96,32 +96,33 @@ def periodic(
   uses_gradient: bool = True,
   orthonormal: bool = True,
 ) -> _base.Projector:
-  """Makes a projector of a rule for one matrix, called every T steps.
+  """Makes a projector from a rule for one matrix, called every T steps.
 
-  Gaps, turns, stacks of matrices, gradients that are zero or not finite and
-  factorisations that fail are taken care of: such a matrix keeps its basis and
-  is refreshed at its next good gradient. On a mesh of explicit axes the rule
-  runs under automatic sharding, and the compiler decides what crosses devices.
+  It handles gaps, turns, stacks of matrices, gradients that are zero or not
+  finite, and failed factorisations: in the last two cases the matrix keeps its
+  basis and is refreshed at its next good gradient. On a mesh of explicit axes
+  the rule runs under automatic sharding, and the compiler decides what crosses
+  devices.
 
   Args:
-    name: what `describe` calls the rule.
+    name: the name that `describe` shows.
     draw: (matrix, basis, period) -> the new basis, (m, r). `matrix` is a
-      `Matrix`, `basis` the old one, float32, and `period` counts refreshes, an
-      int32 scalar.
+      `Matrix`, `basis` the old basis, float32, and `period`, an int32 scalar,
+      counts refreshes.
     update_proj_gap: T, an int, or a `LazyGap`.
     stagger: whether matrices take turns within each T steps.
-    uses_gradient: whether `draw` looks at the gradient, which raises an error
-      if it is said not to.
-    orthonormal: whether all bases have P^T P = I; one that has not is taken for
-      a factorisation that failed.
+    uses_gradient: whether `draw` looks at the gradient. If False, looking at it
+      raises an error.
+    orthonormal: whether all bases have P^T P = I. A basis that does not counts
+      as a failed factorisation.
 
   Returns:
-    A projector for `project` and `subspace`; `testing.check_projector` tries it
-    out.
+    A projector for `project` and `subspace`. Test it with
+    `testing.check_projector`.
 
   Raises:
     ValueError: a gap below 1.
-    TypeError: a gap that is no int.
+    TypeError: a gap that is not an int.
 
   Example:
     >>> import jax, jax.numpy as jnp, subspace_optax as so
@@ -140,7 +141,7 @@ def periodic(
     leaf: _base.Matrix, basis: jax.Array, period: jax.Array
   ) -> jax.Array:
     g = leaf.gradient
-    # Of steps in which no rule looks at gradients.
+    # There is no gradient in steps in which no rule looks at it.
     g = jnp.zeros_like(leaf.like) if g is None else g
     args = g, leaf.seed, basis, period
     run = lambda *args: _over_stack(draw, leaf, uses_gradient, *args)
@@ -167,7 +168,7 @@ def _over_stack(
   basis: jax.Array,
   period: jax.Array,
 ) -> jax.Array:
-  """Returns new bases of all matrices of a leaf, in the leaf's own axes."""
+  """Returns new bases of all matrices of a leaf, with the leaf's own axes."""
   layout = leaf.layout
   g = layout.to_matrix(_linalg.widen(gradient))
   g = g if layout.project_rows else jnp.swapaxes(g, -1, -2)

@@ -11,8 +11,8 @@ With A = P^T G~, S = P^T P and H = G~ A^T,
 
   dL/dP = P (2 P^T H + 4 lambda (S - I)) + 2 H (S - 2 I),
 
-which costs one product with G (A is at hand) and four r-sized ones, that is
-2mnr + 8mr^2.
+which costs one product with G (A is known already) and four products of size r,
+that is 2mnr + 8mr^2.
 """
 
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class OnlinePcaState(NamedTuple):
   """State of `online_pca`."""
 
   optimizer: Any  # OptimizerP's state, moments in the bases' shape
-  start: Any  # the state of the rule that makes the first bases; or ()
+  start: Any  # state of the rule that makes the first bases; or ()
 
 
 def online_pca(
@@ -48,33 +48,33 @@ def online_pca(
   update_every: int = 1,
   orthonormalize_every: int | None = None,
 ) -> _base.Projector:
-  """Bases moved at every step by an optimizer on the PCA loss of Eq. (6).
+  """Bases that an optimizer moves at every step on the PCA loss of Eq. (6).
 
   Bases stay close to orthonormal without any factorisation. The optimizer's
   learning rate must stay small, such as 5 times that of the weights.
 
   Args:
-    optimizer: OptimizerP of Algorithm 1, complete with learning rate and, for
-      lambda_P, weight decay; run on the bases and given them as its params.
-      Adam adds 2mr of state to the basis's mr, SGD none.
+    optimizer: OptimizerP of Algorithm 1, including its learning rate and, for
+      lambda_P, weight decay. It runs on the bases and gets them as its params.
+      Adam adds 2mr of state to the mr of the basis, SGD none.
     orthogonality: lambda of Eq. (6).
     init: 'random' starts from a Haar sample, 'svd' from the singular vectors
       of the first gradient.
-    update_every: steps between steps of the optimizer, which counts its own in
-      its schedules; those between cost no product with the gradient beyond the
-      coordinates.
-    orthonormalize_every: steps, a multiple of `update_every`, between exact
-      orthonormalisations by Cholesky QR; None for never.
+    update_every: training steps per step of the optimizer, whose schedules
+      count only its own steps. The steps between cost no product with the
+      gradient beyond the coordinates.
+    orthonormalize_every: training steps between exact orthonormalisations by
+      Cholesky QR, a multiple of `update_every`; None for never.
 
   Returns:
     A projector.
 
   Raises:
-    ValueError: an unknown `init`; a negative `orthogonality`; numbers of steps
-      below 1, or not multiples; at `init`, an optimizer that steps along
-      the gradient.
-    TypeError: `optimizer` is no gradient transformation; a number of steps is
-      no int.
+    ValueError: an unknown `init`; a negative `orthogonality`; a number of steps
+      below 1; an `orthonormalize_every` that is not a multiple of
+      `update_every`; at `init`, an optimizer that steps along the gradient.
+    TypeError: `optimizer` is not a gradient transformation; a number of steps
+      is not an int.
 
   References:
     Liang et al., `Online Subspace Descent
@@ -124,8 +124,8 @@ def online_pca(
     old = subspaces.basis
     learns = jax.tree.map(lambda x: x.ok & context.active, matrices)
     if context.moves is not None:
-      # Singular vectors minimise Eq. (6): their gradient is rounding noise,
-      # which Adam would blow up to a step of full length.
+      # Singular vectors minimise Eq. (6), so their gradient is rounding noise,
+      # from which Adam would make a step of full length.
       learns = jax.tree.map(
         lambda ok, move: ok & ~move.moved, learns, context.moves
       )
@@ -140,7 +140,7 @@ def online_pca(
     updates, own = optimizer.update(grads, state.optimizer, old)
     new, learns = _tree.map_unzip(_step, 2, old, updates, matrices, learns)
     if orthonormalize_every is not None:
-      # The last of the steps, so that it acts on steps that were taken.
+      # At the last step of each period, after the steps have been taken.
       due = (context.count + update_every) % orthonormalize_every == 0
       new = _varying.cond(
         due & context.active,
@@ -182,7 +182,7 @@ def online_pca(
 
 
 def _pca_gradient(basis, matrix, coords, ok, orthogonality):
-  """Returns dL/dP of Eq. (6), in closed form, and what it tells of P."""
+  """Returns dL/dP of Eq. (6), the captured energy and the error of P."""
   layout = matrix.layout
   p = _linalg.widen(basis)
   a = coords * layout.along_coords(lax.rsqrt(matrix.energy))
@@ -193,7 +193,7 @@ def _pca_gradient(basis, matrix, coords, ok, orthogonality):
   on_p = 2.0 * aa + 4.0 * orthogonality * (s - eye)
   on_h = 2.0 * s - 4.0 * eye
   grad = layout.mix_basis(p, on_p) + layout.mix_basis(h, on_h)
-  # 1 - ||P P^T G~ - G~||^2, which is ||A||^2 for orthonormal P.
+  # 1 - ||P P^T G~ - G~||^2, which is ||A||^2 if P is orthonormal.
   captured = jnp.sum(aa * (2.0 * eye - s), axis=(-2, -1))
   error = _linalg.orthogonality_error(s)
   grad = jnp.where(layout.along_basis(ok), grad, jnp.zeros_like(grad))
@@ -201,9 +201,10 @@ def _pca_gradient(basis, matrix, coords, ok, orthogonality):
 
 
 def _step(old, update, matrix, ok):
-  """Returns P_{t+1} or, where there is nothing to learn from, P_t; and which.
+  """Returns the bases after the step, and which of them moved.
 
-  A step that overflows is not taken: nothing would bring the basis back.
+  A basis with nothing to learn from stays at P_t. So does one whose step
+  overflows, since nothing would bring it back.
   """
   layout = matrix.layout
   ok &= jnp.isfinite(layout.basis_energy(_linalg.widen(update)))
@@ -212,7 +213,7 @@ def _step(old, update, matrix, ok):
 
 
 def _orthonormal(basis, matrix, ok):
-  """Returns the basis made exactly orthonormal, if it moves and that works."""
+  """Orthonormalises the bases that move, unless the result is not finite."""
   layout = matrix.layout
   q = _linalg.orthonormalize(layout, matrix.aligned(basis))
   good = ok & jnp.isfinite(layout.basis_energy(q))
@@ -229,14 +230,14 @@ def _moved_by(new, old, matrix, ok):
 
 
 class _Pair:
-  """Two values that travel through a tree map as one leaf."""
+  """Two values that pass through a tree map as one leaf."""
 
   def __init__(self, new, old):
     self.new, self.old = new, old
 
 
 def _skip(optimizer, old_state, new_state, matrices, ok):
-  """Returns the optimizer's new state, the old one for matrices to skip."""
+  """Returns the optimizer's new state, or the old one for skipped matrices."""
   pairs = jax.tree.map(_Pair, new_state, old_state)
   any_ok = jax.tree.reduce(lambda a, b: a | jnp.any(b), ok, jnp.array(False))
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New bases every so many steps: the schedule shared by all such rules.
+"""New bases every T steps: the schedule shared by all periodic rules.
 
-Only matrices that are due are worked on, one after the other in a loop outside
-any vmap: between refreshes nothing is factorised, and a stack whose layers take
-turns pays for one of them at a time. Where a stack's batch axes may be spread
-over devices, or its bases move at every step, it is worked on as a whole and
-the layers that are not due keep what they have. A matrix whose gradient is zero
-or not finite when its refresh is due keeps its basis, and is refreshed at its
-next good gradient.
+Only matrices that are due are processed, one after the other in a loop outside
+any vmap. So nothing is factorised between refreshes, and a stack whose layers
+take turns pays for one layer at a time. If a stack's batch axes may be spread
+over devices, or its bases move at every step, the whole stack is processed and
+layers that are not due keep their bases. A matrix whose gradient is zero or not
+finite when its refresh is due keeps its basis, and is refreshed at its next
+good gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ Draw = Callable[[_base.Matrix, Any, jax.Array], jax.Array]
 
 
 class PeriodicState(NamedTuple):
-  """State of a periodic rule; trees with a leaf for every projected one."""
+  """State of a periodic rule; trees with one leaf per projected leaf."""
 
   owed: Any  # leaf shape=(*batch,), dtype=bool: refresh at next good G
   schedule: Any  # see `_gap`
@@ -53,20 +53,20 @@ def periodic(
   """Returns the projector that calls `draw` at steps 0, T, 2T and so on.
 
   Args:
-    name: what `describe` calls it, options apart.
-    draw: how a matrix gets its next basis.
+    name: the name that `describe` shows, without options.
+    draw: computes the next basis of a matrix.
     update_proj_gap: T, or a `LazyGap`.
-    options: the rule's own arguments, which `describe` shows with the others
-      here; None if `name` says all that it shows.
-    stagger: whether matrices take turns instead.
+    options: the rule's own arguments, which `describe` shows with those passed
+      here; None to show `name` alone.
+    stagger: whether matrices take turns within each T steps.
     uses_gradient: whether `draw` looks at the gradient, and needs a good one.
-    orthonormal: whether a basis that is not orthonormal is a failed one.
-    sample: how bases are drawn without a gradient, if that is how.
-    regenerate: whether to draw them again at every step instead of storing, by
-      a `draw` that looks at no old basis.
+    orthonormal: whether to reject a basis that is not orthonormal as failed.
+    sample: draws the first bases; Haar samples by default.
+    regenerate: whether to draw bases again at every step instead of storing
+      them; `draw` must then not look at the old basis.
   """
   gap = _gap.schedule(update_proj_gap, stagger)
-  # Rules that move at every step do so for a whole stack at once.
+  # Rules that move at every step move a whole stack at once.
   traced = isinstance(update_proj_gap, jax.Array)
   in_turn = stagger or traced or update_proj_gap != 1
   sample = sample or _linalg.haar
@@ -94,7 +94,7 @@ def periodic(
         whole = not in_turn or not _can_take_apart(matrix)
         new = _refresh(draw, orthonormal, matrix, wanted, period, old, whole)
         new = new._replace(moved=matrix.at_home(new.moved, each))
-      # A factorisation that failed is owed, too.
+      # A failed factorisation is owed again.
       return new, matrix.at_home((owed | due) & ~new.moved, each)
 
     old = _base.bases_of(subspaces, jax.tree.map(_base.still, matrices))
@@ -162,11 +162,11 @@ def _refresh(
   state: _base.Bases,
   whole: bool,
 ) -> _base.Bases:
-  """Moves the bases that are wanted, all at once or one after the other."""
+  """Moves the wanted bases, all at once or one after the other."""
   layout = matrix.layout
 
   def move(matrix, wanted, period, state):
-    # A matrix alone is only worked on if it is wanted.
+    # A single matrix gets here only if it is wanted.
     alone = math.prod(matrix.layout.batch_shape) == 1
     source = matrix if alone else _only(wanted, matrix)
     candidate = draw(source, state.basis, period)
@@ -184,7 +184,7 @@ def _refresh(
 
   def turn(k: jax.Array, state: _base.Bases) -> _base.Bases:
     i = turns[k]
-    # Of None, where there is no gradient or no mean, nothing.
+    # The gradient or the mean may be None.
     take: Any = lambda x, axes: x if x is None else layout.take(x, axes, i)
     one = dataclasses.replace(
       matrix,
@@ -205,7 +205,7 @@ def _refresh(
 
 
 def _only(wanted: jax.Array, matrix: _base.Matrix) -> _base.Matrix:
-  """Returns the leaf with zeros for the gradients that don't count.
+  """Returns the leaf with zeros for gradients that are not wanted.
 
   LAPACK's SVD may never return from a matrix that holds an Inf.
   """
@@ -222,11 +222,11 @@ def _move(
   orthonormal: bool,
   old: _base.Bases,
 ) -> _base.Bases:
-  """Takes the candidates that came out well, where a move is wanted."""
+  """Takes each wanted candidate whose factorisation succeeded."""
   candidate = _sharding.like(candidate, old.basis)
   wide = _linalg.widen(candidate)
   error = _linalg.orthogonality_error(layout.gram(wide, wide))
-  # False for NaN: a failed factorisation.
+  # False for the NaN of a failed factorisation.
   usable = wanted & (error < (0.5 if orthonormal else jnp.inf))
   basis = jnp.where(layout.along_basis(usable), candidate, old.basis)
   return _base.moved_to(layout, usable, basis, error, old)

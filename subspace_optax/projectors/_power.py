@@ -7,8 +7,8 @@ coordinates, debiased, and B = rho P_o M + (1 - rho) G,
 
   P = orth(B B^T P_o),
 
-where B is never formed: X = P_o^T B = rho S M + (1 - rho) P_o^T G with S =
-P_o^T P_o, and B X^T = rho P_o (M X^T) + (1 - rho) G X^T.
+which needs no B: X = P_o^T B = rho S M + (1 - rho) P_o^T G with S = P_o^T P_o,
+and B X^T = rho P_o (M X^T) + (1 - rho) G X^T.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from subspace_optax._matrix import _varying
 from subspace_optax.projectors import _base
 from subspace_optax.projectors import _periodic
 
-# Share of the last basis, relative to what it captures, that a rank-deficient
-# image falls back on.
+# Weight of the last basis, which completes a rank-deficient image; relative to
+# the energy that the last basis captures.
 _SHIFT = 1e-6
 
 
@@ -35,7 +35,7 @@ class PowerState(NamedTuple):
   """State of `power_iteration` with momentum."""
 
   periodic: _periodic.PeriodicState
-  count: Any  # tree, leaf shape=(*batch,), dtype=int32, coordinates in the mean
+  count: Any  # tree, leaf shape=(*batch,), dtype=int32, steps in the mean
   mean: Any  # tree, leaf shape=the coordinates', dtype=float32
 
 
@@ -47,26 +47,26 @@ def power_iteration(
 ) -> _base.Projector:
   """One block power step from the last basis, at every T-th step.
 
-  Tracks the leading subspace of successive gradients, from a random start, at
-  the cost of two products with the gradient (4mnr) and about 24mr^2 of Cholesky
-  QR a step. With `momentum` the step is that of a mean of the gradient and the
-  mean of past coordinates, which follow the basis (C = P_n^T P_o).
+  Tracks the leading subspace of successive gradients from a random start. Each
+  step costs two products with the gradient (4mnr) and about 24mr^2 of Cholesky
+  QR. With `momentum`, the power step uses a weighted mean of the gradient and
+  the mean of past coordinates, which follow the basis (C = P_n^T P_o).
 
   The columns are those of the Q factor. Step by step they turn towards the
-  singular vectors in order, so that no eigenproblem is solved; from the same
+  singular vectors, in order, without solving an eigenproblem. From the same
   start they are the same on any mesh, up to rounding.
 
   Args:
     update_proj_gap: T, steps between power steps, or a `LazyGap`.
-    momentum: rho, the weight of past coordinates and the decay of their mean,
-      in [0, 1); LDAdam takes its beta_1, 0.908. Adds nr of float32 state.
+    momentum: rho, the weight of past coordinates and the decay rate of their
+      mean, in [0, 1). LDAdam uses its beta_1, 0.908. Adds nr of float32 state.
     stagger: whether matrices take turns within each T steps.
 
   Returns:
     A projector with orthonormal bases.
 
   Raises:
-    TypeError: the gap is no int.
+    TypeError: the gap is not an int.
     ValueError: the gap is below 1; a momentum outside [0, 1).
 
   References:
@@ -136,14 +136,14 @@ def power_iteration(
 
 
 def _zero_coords(matrix: _base.Matrix) -> jax.Array:
-  """Returns float32 zeros where coordinates will be."""
+  """Returns float32 zeros, placed like coordinates."""
   return matrix.layout.zeros(matrix.layout.coords_axes(), matrix.like)
 
 
 def _power_step(
   matrix: _base.Matrix, p: jax.Array, momentum: float
 ) -> jax.Array:
-  """Returns orth(B B^T P), the gradient's length divided out."""
+  """Returns orth(B B^T P), with the gradient normalised."""
   layout = matrix.layout
   x = (1.0 - momentum) * matrix.unit_coordinates(p)
   if matrix.mean is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bases that depend on no gradient: Haar samples and Gaussian matrices.
+"""Bases that do not depend on gradients: Haar samples and Gaussian matrices.
 
 He et al., `Subspace Optimization for Large Language Models with Convergence
 Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024, Section 5; Chen et al.,
@@ -28,22 +28,22 @@ def stiefel(
   """Haar samples of the Stiefel manifold at steps 0, T, 2T and so on.
 
   With P ~ U(St(m, r)), E[P P^T] = (r/m) I, so that no direction of the gradient
-  is left out for good (Lemma 5). The samples depend on the spec's seed, the
-  leaf's path, the matrix's place in it and the period, nothing else.
+  is left out forever (Lemma 5). The samples depend only on the spec's seed, the
+  leaf's path, the matrix's place in the leaf and the period.
 
   Args:
     update_proj_gap: T, steps between samples, or a `LazyGap`.
-    stagger: whether matrices take turns within each T steps, starting from
-      random bases, so that no step refreshes them all.
-    regenerate: whether to draw the bases again at every step, mr random numbers
-      and about 8mr^2 FLOPs (16mr^2 for r above m / 2), instead of storing mr
-      numbers.
+    stagger: whether matrices take turns within each T steps, so that no step
+      refreshes all of them. They start from random bases.
+    regenerate: whether to draw the bases again at every step, which takes mr
+      random numbers and about 8mr^2 FLOPs (16mr^2 for r above m / 2), instead
+      of storing mr numbers.
 
   Returns:
     A projector with orthonormal bases.
 
   Raises:
-    TypeError: the gap is no int.
+    TypeError: the gap is not an int.
     ValueError: the gap is below 1.
 
   References:
@@ -69,22 +69,22 @@ def gaussian(
 ) -> _base.Projector:
   """Matrices of independent N(0, 1/r) entries at steps 0, T, 2T and so on.
 
-  E[P P^T] = I: coordinates have the gradient's energy, and an update in them
-  is sqrt(m/r) times as long as in an orthonormal basis, which the learning
-  rate or `scale` must make up for.
+  E[P P^T] = I: coordinates have the gradient's energy, and an update in them is
+  sqrt(m/r) times as long as in an orthonormal basis. Make up for that with the
+  learning rate or `scale`.
 
   Args:
     update_proj_gap: T, steps between samples, or a `LazyGap`.
-    stagger: whether matrices take turns within each T steps, starting from
-      random bases, so that no step refreshes them all.
-    regenerate: whether to draw the bases again at every step, mr random
-      numbers, instead of storing them.
+    stagger: whether matrices take turns within each T steps, so that no step
+      refreshes all of them. They start from random bases.
+    regenerate: whether to draw the bases again at every step, which takes mr
+      random numbers, instead of storing them.
 
   Returns:
     A projector; its bases are not orthonormal.
 
   Raises:
-    TypeError: the gap is no int.
+    TypeError: the gap is not an int.
     ValueError: the gap is below 1.
 
   References:
@@ -117,7 +117,7 @@ def _random(
   regenerate: bool,
   orthonormal: bool = True,
 ) -> _base.Projector:
-  """Returns the periodic rule of bases that depend on no gradient."""
+  """Returns the periodic rule for bases that do not depend on gradients."""
 
   def draw(matrix: _base.Matrix, basis: jax.Array, period: jax.Array):
     del basis

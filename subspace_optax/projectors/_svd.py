@@ -24,14 +24,14 @@ from subspace_optax.projectors import _periodic
 
 METHODS = ('auto', 'exact', 'gram', 'randomized', 'warm')
 
-# For a rank-deficient G, in units of ||G||_F: what a sketch that lacks
-# directions is filled with, and what every eigenvalue of G G^T is raised by, so
-# that iteration does not lose them.
+# For a rank-deficient G, in units of ||G||_F: `_FILL` fills the directions that
+# a sketch lacks, and `_SHIFT` raises every eigenvalue of G G^T, so that
+# iteration does not lose these directions.
 _FILL = 1e-3
 _SHIFT = 1e-5
-# Rounds of iteration on a Gram matrix of m x m, each of which costs 2m^2 r.
+# Rounds of iteration on an m x m Gram matrix; each costs 2m^2 r.
 _GRAM_ROUNDS = 4
-# Up to this size of the Gram matrix its eigenvectors are cheaper.
+# Up to this size of the Gram matrix, computing its eigenvectors is cheaper.
 _EIGH_SIZE = 512
 
 
@@ -44,35 +44,35 @@ def svd(
 ) -> _base.Projector:
   """Leading r singular vectors of the gradient at steps 0, T, 2T and so on.
 
-  They stand in order, the strongest first. Those of 'exact' have the signs that
-  the platform's SVD gives them. The other methods approximate the space, take
-  in it the singular vectors of P P^T G, and fix their signs by a weighted sum
-  of their entries; so they are the same on any mesh, up to rounding. Directions
-  of nearly equal strength remain a matter of chance, and so two methods, or an
-  optimizer under 'auto' on one device and on a mesh, agree in their losses to
-  about 1e-3 on average, until a refresh that finds moments in directions of
+  The vectors are in order, strongest first. With 'exact', their signs are those
+  of the platform's SVD. The other methods approximate the space, take the
+  singular vectors of P P^T G in it, and fix the signs by a weighted sum of the
+  entries, so that the vectors are the same on any mesh, up to rounding.
+  Directions of nearly equal strength remain arbitrary. Hence the losses of two
+  methods, or of an optimizer under 'auto' on one device and on a mesh, agree to
+  about 1e-3 on average, until a refresh at which moments meet directions with
   other signs.
 
   Args:
     update_proj_gap: T, steps between refreshes, or a `LazyGap`.
-    method: 'exact', a full SVD of every matrix; 'gram', subspace iteration on
-      the Gram matrix of the short side, or its eigenvectors where that is
-      small, which loses directions weaker than 3e-4 of the strongest;
-      'randomized', subspace iteration from a random sketch of the gradient,
-      and 'warm', from the last basis: matrix products only; 'auto', exact
-      where the matrix surely lies on one device that is not a TPU, else (and
-      on any mesh of several automatic devices) randomized. 'exact' and 'gram'
-      gather a sharded gradient.
-    power_iterations: of 'randomized', 'warm' and so 'auto', 4mnr FLOPs each;
-      two capture 99.5 % or more of what the exact basis does.
-    stagger: whether matrices take turns within each T steps, starting from
-      random bases, so that no step refreshes them all.
+    method: 'exact' is a full SVD of every matrix. 'gram' is subspace iteration
+      on the Gram matrix of the short side, or its eigenvectors if it is small;
+      it loses directions weaker than 3e-4 of the strongest. 'randomized' is
+      subspace iteration from a random sketch of the gradient, and 'warm' from
+      the last basis; both use matrix products only. 'auto' is exact if the
+      matrix surely lies on one device that is not a TPU, else (and on any mesh
+      of several automatic devices) randomized. 'exact' and 'gram' gather a
+      sharded gradient.
+    power_iterations: rounds of 'randomized', 'warm' and hence 'auto', 4mnr
+      FLOPs each. Two capture at least 99.5 % of what the exact basis captures.
+    stagger: whether matrices take turns within each T steps, so that no step
+      refreshes all of them. They start from random bases.
 
   Returns:
     A projector with orthonormal bases.
 
   Raises:
-    TypeError: the gap or the number of iterations is no int.
+    TypeError: the gap or the number of iterations is not an int.
     ValueError: they are below 1; an unknown method.
 
   References:
@@ -114,7 +114,7 @@ def svd(
 def _auto(
   rounds: int, matrix: _base.Matrix, basis: jax.Array, period: jax.Array
 ) -> jax.Array:
-  """Exact where that gathers nothing, and compiles within the day."""
+  """Exact unless that gathers the gradient or takes too long to compile."""
   randomized = _ordered(functools.partial(_randomized, rounds))
   if _sharding.is_sharded(matrix.like):
     return randomized(matrix, basis, period)
@@ -159,8 +159,8 @@ def _gram(
     vectors, _ = _leading(layout, _linalg.matmul(g, gt), matrix, period)
     return layout.from_matrix(vectors)
   vectors, values = _leading(layout, _linalg.matmul(gt, g), matrix, period)
-  # Columns G v / sigma are orthonormal where sigma is above rounding; the
-  # others are replaced by random ones and made orthogonal to the rest.
+  # Columns G v / sigma are orthonormal if sigma is above rounding. The others
+  # are replaced by random columns and made orthogonal to the rest.
   weak = values < 1e-7 * jnp.max(values, axis=-1, keepdims=True)
   weak = weak[..., None, :]
   u = _linalg.matmul(g, vectors) * lax.rsqrt(
@@ -183,7 +183,7 @@ def _leading(
   if size <= _EIGH_SIZE or 2 * r > size:
     values, vectors = _linalg.each(jnp.linalg.eigh, gram)
     return vectors[..., ::-1][..., :r], values[..., ::-1][..., :r]
-  # Plain matrices, whatever the axes of the leaf are.
+  # Gram matrices have plain axes, whatever the axes of the leaf are.
   square = _layout.square(layout.batch_shape, size, r)
   p = _fill(square, _sketch.sketch(square, gram, matrix.seed, period), gram)
   for _ in range(_GRAM_ROUNDS):
@@ -208,7 +208,7 @@ def _randomized(
 
 
 def _fill(layout: _layout.Layout, y: jax.Array, leaf: jax.Array) -> jax.Array:
-  """Returns a sketch with something in the directions that it may lack."""
+  """Returns a sketch that is nonzero in the directions that it may lack."""
   eye = _FILL * jnp.eye(layout.m, layout.rank, dtype=y.dtype)
   eye = jnp.broadcast_to(eye, (*layout.batch_shape, *eye.shape))
   return y + layout.align_basis(layout.from_matrix(eye), leaf)
@@ -228,7 +228,7 @@ def _iterate(rounds: int, matrix: _base.Matrix, p: jax.Array) -> jax.Array:
   for _ in range(rounds):
     coords = matrix.unit_coordinates(p)
     kept = layout.coords_energy(coords)
-    if layout.axis_name is not None:  # of an energy larger than that of G
+    if layout.axis_name is not None:  # here `energy` is larger than that of G
       kept = jnp.ones_like(kept)
     shift = _shift(kept, layout.m, layout.rank)
     image = matrix.unit_image(coords) - matrix.scale(shift, p)
@@ -239,8 +239,8 @@ def _iterate(rounds: int, matrix: _base.Matrix, p: jax.Array) -> jax.Array:
 def _shift(kept: jax.Array, m: int, r: int) -> jax.Array:
   """Returns half the mean of the eigenvalues that the basis leaves out.
 
-  Taken off every eigenvalue of G G^T / ||G||^2, it makes the unwanted ones
-  about half as large in magnitude: a Chebyshev filter of degree one.
+  Subtracted from every eigenvalue of G G^T / ||G||^2, it about halves the
+  magnitude of the unwanted ones: a Chebyshev filter of degree one.
   """
   shift = 0.5 * (1.0 - kept) / max(m - r, 1)
   return jnp.where(shift > _SHIFT, shift, -_SHIFT)

@@ -18,21 +18,21 @@ from subspace_optax.projectors import _base
 
 
 def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
-  """Uses each projector from its step on, until the next one's.
+  """Uses each projector from its first step until the next projector's.
 
-  A periodic projector takes over at the first of its own refreshes that falls
-  in its time; until then the basis stays.
+  A periodic projector takes over at the first of its own refreshes that is not
+  before its first step; until then the basis stays.
 
   Args:
-    projectors: from first step, an int, to projector; one of them from step 0.
+    projectors: maps first steps, ints, to projectors. One must start at step 0.
 
   Returns:
-    A projector; its state holds the state of all.
+    A projector; its state holds the states of all of them.
 
   Raises:
     ValueError: no projector for step 0, or a negative step; a projector that
-      makes its bases again at every step.
-    TypeError: a step that is no int; something that is no projector.
+      recomputes its bases at every step.
+    TypeError: a step that is not an int; a value that is not a projector.
 
   References:
     He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024
@@ -99,7 +99,7 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
     needs = False
     for rule, own_context, own in in_turn(context, state):
       of_rule = rule.needs_gradient(own_context, own)
-      if of_rule is not False:  # or the step would be made twice
+      if of_rule is not False:  # else the step would be made twice
         needs |= own_context.active & of_rule
     return needs
 
@@ -119,7 +119,7 @@ def switch(projectors: Mapping[int, _base.Projector]) -> _base.Projector:
 
 
 def _merge(bases, moves):
-  """Returns the one move that happened, since one rule is active at a time."""
+  """Returns the one move that happened; only one rule is active at a time."""
   moves = [move for move in moves if move is not None]
   if not moves:
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to the part of the gradient outside the subspace."""
+"""Residual rules, for the part of the gradient outside the subspace."""
 
 from subspace_optax.residuals._apollo import apollo as apollo
 from subspace_optax.residuals._base import Residual as Residual

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""APOLLO: the whole gradient, scaled as the subspace says.
+"""APOLLO: the whole gradient, with scales from the subspace.
 
 Zhu et al., `APOLLO: SGD-like Memory, AdamW-level Performance
 <https://arxiv.org/abs/2412.05270>`_, 2024. With R = P^T G for a random P and N
-what Adam makes of R, for column j of the matrix,
+Adam's direction for R, column j of the matrix has
 
   s_j = ||N_j|| / (||R_j|| + eps),   W <- W - lr alpha L(G diag(s)),
 
-or one s = ||N|| / (||R|| + eps) for the whole matrix (APOLLO-Mini, rank 1). L
+or the whole matrix has one s = ||N|| / (||R|| + eps) (APOLLO-Mini, rank 1). L
 is the limiter of Fira.
 """
 
@@ -24,19 +24,19 @@ def apollo(
   *,
   eps: float = 1e-8,
 ) -> _base.Residual:
-  """Replaces the update by the gradient, scaled like its coordinates were.
+  """Replaces the update by the gradient, scaled as its coordinates were.
 
-  Nothing is taken back from the subspace, so that a step has one product with
-  a basis instead of two. `scale` of `unproject` is the paper's alpha, whose
-  square the authors' code takes as its `scale`; since it does not change from
-  step to step, it makes no difference whether the limiter comes before it or
-  after it, which is an option of theirs.
+  Nothing is mapped back from the subspace, so that a step has one product with
+  a basis instead of two. `scale` of `unproject` is the paper's alpha; the
+  `scale` of the authors' code is its square. Their option to apply the limiter
+  before or after `scale` makes no difference, since `scale` does not change
+  from step to step.
 
   Args:
-    granularity: 'channel', a factor for every column along the side that is
-      not projected, or 'tensor', one for every matrix (APOLLO-Mini).
-    limiter: gamma, at least 1: by how much the norm of a matrix's update may
-      grow in a step; None for no limit.
+    granularity: 'channel', one factor per column along the side that is not
+      projected, or 'tensor', one factor per matrix (APOLLO-Mini).
+    limiter: gamma, at least 1, the largest factor by which the norm of a
+      matrix's update may grow per step; None for no limit.
     eps: added to the norms of coordinates.
 
   Returns:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a residual rule is, and what they share.
+"""The interface of residual rules, and code that they share.
 
 With G the gradient, R = P^T G its coordinates and N the inner optimizer's
-direction, a rule returns the update of a whole leaf: GaLore's scale P N and
-something for the part of G outside the subspace, E = G - P (P^T P)^-1 R.
+direction, a rule returns the update of a whole leaf: GaLore's scale P N, plus
+a term for the part of G outside the subspace, E = G - P (P^T P)^-1 R.
 """
 
 from collections.abc import Callable
@@ -19,21 +19,21 @@ from subspace_optax._matrix import _linalg
 class Residual(NamedTuple):
   """A rule for the part of the gradient outside the subspace.
 
-  It sees one leaf at a time, all matrices of a stack at once, unless it has
-  something to do with all leaves `together`.
+  It sees one leaf at a time, with all matrices of a stack at once. `together`,
+  if any, sees all leaves.
 
   Attributes:
-    name: what errors call it.
+    name: the name that errors show.
     update: (node, scale, count, state) -> (update, state) for one `Projected`
-      node that carries its gradient: the update of the whole leaf, in any
-      dtype. `count` is the number of steps before this one.
+      node that carries its gradient. Returns the update of the whole leaf, in
+      any dtype. `count` is the number of steps before this one.
     init: (layout, leaf, dtype) -> the array that is a leaf's state; None for a
-      rule without state. `dtype` is that of moments.
-    feedback: (gradient, state) -> what `project` gets in the gradient's place;
-      None for the gradient itself.
+      rule without state. `dtype` is that of the moments.
+    feedback: (gradient, state) -> the array that `project` gets instead of the
+      gradient; None to pass the gradient.
     together: (nodes, scale, updates, states) -> (updates, states), lists with
-      an item per leaf that is projected: what becomes of what `update` has
-      returned; None for nothing.
+      one item per projected leaf. Changes the results of `update`; None to
+      leave them unchanged.
   """
 
   name: str
@@ -44,7 +44,7 @@ class Residual(NamedTuple):
 
 
 def norms_at_init(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
-  """Returns a float32 zero per matrix: no norm is known yet."""
+  """Returns one float32 zero per matrix, for norms that are not known yet."""
   del dtype
   return layout.zeros(layout.batch_axes, leaf)
 
@@ -62,18 +62,18 @@ def ratio(numerator: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
 def limit_growth(
   norm: jax.Array, last: jax.Array, limiter: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the factor that keeps norms below `limiter` times the last ones.
+  """Returns factors that keep norms below `limiter` times the last ones.
 
   A zero stands for a norm that is not known yet. Norms that are zero or not
   finite are not remembered.
 
   Args:
-    norm: (*batch), of what will be multiplied.
-    last: (*batch), float32, of what was applied before.
+    norm: (*batch), norms of the arrays to be multiplied.
+    last: (*batch), float32, norms of the arrays that were applied last.
     limiter: gamma, or None for no limit.
 
   Returns:
-    Factors and what to remember, both (*batch).
+    The factors and the norms to remember, both (*batch).
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, Eq. (7)
@@ -81,7 +81,7 @@ def limit_growth(
   if limiter is None:
     return jnp.ones_like(norm), last
   most = limiter * last
-  # An infinite norm is no reason to scale by 0: NaN is what would come out.
+  # An infinite norm must not scale by 0, which would give NaN.
   cut = (last > 0) & (norm > most) & jnp.isfinite(norm)
   factor = jnp.where(cut, most / jnp.where(cut, norm, 1.0), 1.0)
   known = jnp.isfinite(norm) & (norm > 0)

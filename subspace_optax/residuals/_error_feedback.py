@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error feedback: what the subspace left out is added to the next gradient.
+"""Error feedback: the residual is added to the next gradient.
 
 Robert et al., `LDAdam: Adaptive Optimization from Low-Dimensional Gradient
 Statistics <https://arxiv.org/abs/2410.16103>`_, 2024. With G the gradient plus
 the last error, and the momentum M_o that was carried from P_o to P as M,
 
-  E = G - P R + b1 / (1 - b1) (P_o M_o - P M):
+  E = G - P R + b1 / (1 - b1) (P_o M_o - P M),
 
-gradients that left the momentum when the basis moved return as well.
+so that gradients lost from the momentum when the basis moved return as well.
 """
 
 from typing import Any
@@ -25,25 +25,26 @@ from subspace_optax.residuals import _base
 def error_feedback(b1: float = 0.9) -> _base.Residual:
   """Keeps the residual and adds it to the next step's gradient.
 
-  The state is a buffer of the whole leaf, in the dtype of the moments; it is
-  there for convergence, not for memory. Gradient and buffer add up in the
-  gradient's dtype: in bfloat16 a percent or so is lost. It costs another
-  product with the basis, and two more at steps where the basis moves. Where
-  the gradient is not finite the buffer stays as it is. A move after the
-  coordinates are taken, as `online_pca` makes them, loses no momentum here.
+  The state is a buffer of the whole leaf, in the dtype of the moments. It helps
+  convergence and costs memory. Gradient and buffer are added in the gradient's
+  dtype; in bfloat16 about a percent is lost. The rule costs another product
+  with the basis, and two more at steps in which the basis moves. If the
+  gradient is not finite, the buffer does not change. A move after the
+  coordinates are computed, as in `online_pca`, loses no momentum here.
 
   Args:
-    b1: decay of the inner optimizer's first moment, a mean as Adam's or Lion's,
-      for the momentum that is lost when a basis moves; 0 without momentum.
+    b1: decay rate of the inner optimizer's first moment, which must be a mean,
+      as in Adam or Lion. It serves to return the momentum that is lost when a
+      basis moves; pass 0 if there is no momentum.
 
   Returns:
-    A residual rule for `subspace_optax.subspace`, which alone can give
-    `project` another gradient.
+    A residual rule for `subspace_optax.subspace`, the only function that can
+    change the gradient which `project` gets.
 
   Raises:
-    ValueError: b1 outside of [0, 1); at `update`, an inner optimizer whose
-      first moments are not known or no means, as `optax.trace`, while b1 is
-      not 0.
+    ValueError: b1 outside [0, 1); at `update` with nonzero b1, an inner
+      optimizer whose first moments are not registered or not means, such as
+      `optax.trace`.
 
   References:
     Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024

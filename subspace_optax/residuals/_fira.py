@@ -7,10 +7,11 @@ matrix, with E = G - P R,
 
   phi_i = ||N_i|| / (||R_i|| + eps),   W <- W - lr (alpha P N + L(phi E)),
 
-where L scales phi E down wherever its norm grows by more than gamma in a step.
+where L scales phi E down if its norm grows by more than a factor of gamma in a
+step.
 
-Only one product with P is needed, since alpha P N + phi E = P (alpha N - phi R)
-+ phi G; and none for the norm: ||E_i||^2 = ||G_i||^2 - ||R_i||^2.
+This needs only one product with P, since alpha P N + phi E = P (alpha N -
+phi R) + phi G, and none for the norm: ||E_i||^2 = ||G_i||^2 - ||R_i||^2.
 """
 
 from typing import Any
@@ -29,18 +30,18 @@ def fira(
   eps: float = 1e-8,
   official_betas: tuple[float, float] | None = None,
 ) -> _base.Residual:
-  """Adds the residual, each column scaled like the one inside the subspace.
+  """Adds the residual, with each column scaled as inside the subspace.
 
-  Needs no product with a basis beyond GaLore's, and one float32 of state per
-  matrix. The residual is not multiplied by `scale`.
+  It needs no product with a basis beyond GaLore's, and one float32 of state per
+  matrix. `scale` does not multiply the residual.
 
   Args:
-    limiter: gamma, at least 1: by how much the residual's norm may grow in a
-      step; None for no limit.
+    limiter: gamma, at least 1, the largest factor by which the residual's norm
+      may grow per step; None for no limit.
     eps: added to the norms of coordinates.
-    official_betas: (b1, b2) of the inner Adam, for the form of the authors'
-      code: the residual is G - scale P R, and growth is that of norms before
-      Adam's correction of bias. None for the paper's.
+    official_betas: (b1, b2) of the inner Adam, to compute what the authors'
+      code does: the residual is G - scale P R, and the growth is that of norms
+      before Adam's bias correction. None for the form in the paper.
 
   Returns:
     A residual rule.
@@ -86,7 +87,7 @@ def fira(
 
 
 def _bias(betas: tuple[float, float], count: Any) -> jax.Array:
-  """Returns Adam's direction without correction over that with it."""
+  """Returns the ratio of Adam's direction without and with bias correction."""
   b1, b2 = betas
   t = jnp.asarray(count + 1, jnp.float32)
   return (1.0 - b1**t) / jnp.sqrt(1.0 - b2**t)

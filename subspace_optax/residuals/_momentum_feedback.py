@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error feedback in the momentum: what a step has used of it decays.
+"""Error feedback in the momentum: only the part that a step used decays.
 
 Ahn et al., `Dion: Distributed Orthonormalized Updates
 <https://arxiv.org/abs/2504.05295>`_, 2025, Algorithm 1; Modoranu et al., `Trion
@@ -32,34 +32,34 @@ FORMS = ('orthogonal', 'rows')
 def momentum_feedback(
   mu: Any = 0.95, form: str = 'orthogonal', *, steps: int = 5
 ) -> _base.Residual:
-  """Keeps momentum of whole matrices, and normalises the coordinates of it.
+  """Keeps the momentum of whole matrices, and normalises its coordinates.
 
-  The projector and the inner optimizer see the momentum B in the gradient's
-  place. What the subspace holds of it decays by `mu` at every step; what it
-  does not hold adds up until it is large enough for the next bases. The inner
-  optimizer's direction is what is normalised: `optax.identity()` is the
-  papers'.
+  The projector and the inner optimizer see the momentum B instead of the
+  gradient. The part of B inside the subspace decays by `mu` at every step. The
+  part outside accumulates until it is large enough for the next bases. The rule
+  normalises the inner optimizer's direction; the papers' inner optimizer is
+  `optax.identity()`.
 
-  The state is the momentum, in the shape, sharding and, unless the spec says
-  otherwise, float32 or wider. Gradient and momentum add up in the wider dtype
-  of both. Where a gradient is not finite the momentum stays as it is. Two
-  products with the basis beside the projection, and only arrays of width r
-  cross devices.
+  The state is the momentum, with the leaf's shape and sharding, in float32 or
+  wider unless the spec says otherwise. Gradient and momentum are added in the
+  wider of their dtypes. If a gradient is not finite, the momentum does not
+  change. A step costs two products with the basis in addition to the
+  projection, and only arrays of width r cross devices.
 
   Args:
-    mu: decay of the momentum inside of the subspace, in [0, 1).
+    mu: decay rate of the momentum inside the subspace, in [0, 1).
     form: 'orthogonal', Newton-Schulz on the r x n coordinates (Trion), or
-      'rows', each row at length 1 (Dion), which is as good as orthogonal where
-      bases follow the singular vectors, as those of `lagged_power`.
-    steps: Newton-Schulz iterations.
+      'rows', each row scaled to length 1 (Dion), which is as good as orthogonal
+      if bases follow the singular vectors, as those of `lagged_power` do.
+    steps: number of Newton-Schulz iterations.
 
   Returns:
-    A residual rule for `subspace_optax.subspace`, which alone can give
-    `project` another gradient.
+    A residual rule for `subspace_optax.subspace`, the only function that can
+    change the gradient which `project` gets.
 
   Raises:
-    ValueError: mu outside of [0, 1); an unknown form; fewer than one step.
-    TypeError: steps that are no int.
+    ValueError: mu outside [0, 1); an unknown form; fewer than one step.
+    TypeError: `steps` is not an int.
 
   References:
     Ahn et al., `Dion <https://arxiv.org/abs/2504.05295>`_, 2025; Modoranu et
@@ -102,7 +102,7 @@ def momentum_feedback(
 
 
 def _add(gradient: jax.Array, momentum: jax.Array) -> jax.Array:
-  # Not in the gradient's dtype: in bfloat16 a momentum that grows for long
-  # would stop growing.
+  # Not in the gradient's dtype: in bfloat16, momentum that grows for long would
+  # stop growing.
   dtype = jnp.promote_types(gradient.dtype, momentum.dtype)
   return (_linalg.widen(gradient) + _linalg.widen(momentum)).astype(dtype)

@@ -2,14 +2,14 @@
 """Muon with momentum in a subspace: the whole update is orthogonalised.
 
 Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024, with
-the momentum of Nesterov's form kept for the subspace only. With N what the
-inner optimizer makes of the coordinates, and E = G - P R,
+Nesterov momentum kept for the subspace only. With N the inner optimizer's
+direction, and E = G - P R,
 
   W <- W - lr alpha sqrt(max(1, out / in)) NS(P N + w E),
 
-where NS takes all singular values close to 1 by Newton and Schulz's iteration.
-Directions outside the subspace take part with this step's gradient alone.
-With b2, output neurons are brought to one size, as in Li et al., `NorMuon
+where NS brings all singular values close to 1 by Newton-Schulz iterations.
+Directions outside the subspace enter with this step's gradient alone. With b2,
+output neurons are brought to one size, as in Li et al., `NorMuon
 <https://arxiv.org/abs/2510.05491>`_, 2025.
 """
 
@@ -36,39 +36,39 @@ def orthogonal(
 ) -> _base.Residual:
   """Replaces the update by the nearest matrix with orthonormal rows or columns.
 
-  Nothing is remembered of the residual, so that the state is the inner
-  optimizer's, and one number per output with `b2`. As in Muon, a step has
-  `steps` iterations on the whole matrix, which multiply with Gram matrices of
-  its short side; where the long side is more than twice that, they iterate on
-  Gram matrices alone, for 0.78 of the FLOPs at 8/3 and 0.67 at 4.
+  It keeps no state for the residual. The state is that of the inner optimizer
+  and, with `b2`, one number per output. As in Muon, a step has `steps`
+  iterations on the whole matrix, which multiply with Gram matrices of its short
+  side. If the long side is more than twice as long, they iterate on Gram
+  matrices alone, which takes 0.78 of the FLOPs at a ratio of 8/3 and 0.67 at 4.
 
-  Kernels that stand side by side in one leaf are orthogonalised each alone if
+  Kernels side by side in one leaf are orthogonalised separately if
   `DimensionNumbers` names them: heads as a stack, others by `output_blocks`.
 
   Args:
-    weight: w, of the residual against the inner optimizer's direction. For
-      `optax.trace(b, nesterov=True)`, whose direction has 1 + b times this
-      step's coordinates in it, 1 + b treats both sides alike.
-    steps: Newton-Schulz iterations, unless `ns_coeffs` tells their number.
+    weight: w, the weight of the residual relative to the inner optimizer's
+      direction. The direction of `optax.trace(b, nesterov=True)` contains 1 + b
+      times this step's coordinates, so 1 + b treats both sides alike.
+    steps: number of Newton-Schulz iterations, unless `ns_coeffs` sets it.
     ns_coeffs: coefficients (a, b, c) of the iteration: 'standard' (Muon's),
       'dion', three numbers, or three for each step.
-    preconditioning: what brings singular values to at most 1 before the
-      iteration, by optax's names: 'frobenius' and 'schatten' divide by norms of
-      order 2 and 4, 'spectral' by the largest singular value, from 32 rounds
-      of power iteration; 'aol' divides each row along the short side by the
-      root of the sum of |X X^T| along it.
-    b2: decay of the mean squares of output neurons, NorMuon's; 0.95 in the
-      paper. None for Muon. Matrices keep the norm that they have without it.
-    eps: added to the roots of these.
+    preconditioning: how to bring singular values to at most 1 before the
+      iteration, by optax's names. 'frobenius' and 'schatten' divide by norms of
+      order 2 and 4; 'spectral' divides by the largest singular value, from 32
+      rounds of power iteration; 'aol' divides each row along the short side by
+      the square root of the sum of |X X^T| along it.
+    b2: decay rate of NorMuon's mean squares of output neurons, 0.95 in the
+      paper; None for Muon. Matrices keep the norm that they have without it.
+    eps: added to the square roots of the mean squares.
 
   Returns:
-    A residual rule. With `b2` its state is float32 or wider, of the leaf's
-    shape with 1 for the inputs' axes, and unchanged by gradients with NaN.
+    A residual rule. With `b2` its state is float32 or wider, has the leaf's
+    shape with 1 for the inputs' axes, and ignores gradients with NaN.
 
   Raises:
-    ValueError: fewer than one step; coefficients that are no triples of finite
-      numbers; an unknown preset or preconditioning; b2 outside of [0, 1).
-    TypeError: steps that are no int.
+    ValueError: fewer than one step; coefficients that are not triples of finite
+      numbers; an unknown preset or preconditioning; b2 outside [0, 1).
+    TypeError: `steps` is not an int.
 
   References:
     Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024;

@@ -15,20 +15,20 @@ from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax.residuals import _base
 
-# Rounding in units of the gradient's precision and a column's length.
+# Bound on rounding, in units of the gradient's precision times a column's norm.
 _EPS = 4.0
 
 
 def sign(strength: Any = 1.0) -> _base.Residual:
-  """Adds the signs of the residual, for which nothing is remembered.
+  """Adds the signs of the residual; keeps no state.
 
-  Costs one more product with the basis, 2mnr FLOPs. Elements that are no more
-  than their column's rounding have no sign.
+  It costs one more product with the basis, 2mnr FLOPs. Elements no larger than
+  the rounding error of their column get no sign.
 
   Args:
-    strength: c, step of the residual's elements over the learning rate; not
-      multiplied by `scale`. FRUGAL takes 1 for pre-training and 0.1 for
-      fine-tuning.
+    strength: c, the step of the residual's elements divided by the learning
+      rate; `scale` does not multiply it. FRUGAL uses 1 for pre-training and 0.1
+      for fine-tuning.
 
   Returns:
     A residual rule without state.
@@ -50,7 +50,7 @@ def sign(strength: Any = 1.0) -> _base.Residual:
   def update(node: _projected.Projected, scale: Any, count: Any, state: Any):
     del count
     g, outside = _linalg.widen(node.gradient), node.outside()
-    # Nothing but rounding is left of what the subspace holds.
+    # Of the part inside the subspace, only rounding errors are left.
     eps = _EPS * jnp.finfo(node.gradient.dtype).eps
     size = node.layout.columns_to_leaf(jnp.sqrt(node.layout.columns(g * g)))
     outside = jnp.where(jnp.abs(outside) > eps * size, outside, 0.0)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer holds: reports, placement, other ranks."""
+"""The state of optimizers: reports, checkpoints, other ranks."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which arrays of a checkpoint an optimizer takes over, and how."""
+"""Which arrays of a checkpoint an optimizer carries over, and how."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import math
@@ -23,7 +23,7 @@ _START_ANEW = 'or start anew with tx.init(params)'
 
 
 class Plan:
-  """What is carried over from a checkpoint, and what changes on the way.
+  """How to carry a checkpoint over to an optimizer, and what changes.
 
   Attributes:
     changes: a sentence for each change.
@@ -35,12 +35,12 @@ class Plan:
     saved: Mapping[str, Any],
     wanted: _profile.Wanted,
   ):
-    """Raises a ValueError for what can't be carried over.
+    """Raises a ValueError if the checkpoint can't be carried over.
 
     Args:
-      notes: 'classes' and 'leaves' of what was saved, see `_profile`.
-      saved: the types of its arrays by path.
-      wanted: what there is to be.
+      notes: 'classes' and 'leaves' of the checkpoint; see `_profile`.
+      saved: types of the checkpoint's arrays by path.
+      wanted: what the optimizer needs.
     """
     self._saved, self._wanted = saved, wanted
     self._old, self._new = notes['leaves'], wanted.leaves
@@ -68,7 +68,7 @@ class Plan:
 
     Args:
       params: the restored parameters.
-      arrays: those that were loaded, by path.
+      arrays: the loaded arrays, by path.
     """
     state = self._wanted.state
     structure = jax.tree.structure(self._wanted.boxed)
@@ -126,7 +126,7 @@ class Plan:
           )
 
   def _compare_projectors(self) -> None:
-    """Finds what the projector before leaves another one nothing for."""
+    """Finds state that the new projector can't take over from the old one."""
     found = _tree.find(self._wanted.tree, _projection.ProjectState)
     for path, state in found:
       self._compare(path, _projection.paths(state))
@@ -145,7 +145,7 @@ class Plan:
         self._roots_anew.add('/'.join(filter(None, (basis, path))))
 
   def _has_another_rule(self, path: str) -> bool:
-    # Whatever gaps and rates are, and the steps at which `switch` does.
+    # Compare projectors without gaps, rates and the steps of `switch`.
     of = lambda leaves: re.sub(
       r'(?<==)[\d.e+-]+|\d+(?=: )', '', leaves[path]['projector']
     )
@@ -212,7 +212,7 @@ class Plan:
 
 
 def _filled(types: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns those that hold a number: Orbax keeps no empty arrays."""
+  """Returns the arrays that are not empty; Orbax keeps no empty arrays."""
   return {path: x for path, x in types.items() if x.size}
 
 
@@ -221,7 +221,7 @@ def _within(root: str, paths: Iterable[str]) -> set[str]:
 
 
 def _differ(root: str, both: tuple[Any, Any]) -> bool:
-  """Whether two states have other paths or classes within a node."""
+  """Whether two states differ in paths or classes within a node."""
   old, new = ({k: x[k] for k in _within(root, x)} for x in both)
   values = all(isinstance(x, str) for x in [*old.values(), *new.values()])
   return old != new if values else set(old) != set(new)
@@ -237,7 +237,7 @@ def _check_same(saved: Iterable[str], wanted: Iterable[str], advice: str):
 
 
 def _as_saved(saved: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """Returns the type of a saved array, placed as one of another rank."""
+  """Returns the type of a saved array, placed like one of another rank."""
   shape, sharding = tuple(saved.shape), like.sharding
   if shape != like.shape and isinstance(sharding, NamedSharding):
     sizes = sharding.mesh.shape
@@ -260,6 +260,6 @@ def _kind(name: str | None) -> str:
 
 
 def _some(paths: list[str]) -> str:
-  """Returns the first paths, and how many more there are."""
+  """Returns the first paths, and the number of the others."""
   more = f' and {len(paths) - 3} more' if len(paths) > 3 else ''
   return ', '.join(paths[:3]) + more

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: parameters, optimizer state and step, by Orbax.
 
-Orbax keeps the trees of arrays by their paths, with shapes and dtypes. Notes
-beside them say what no array does: the class of every node of the state, and of
-each projected leaf its rank, its matrix and its projector. So `restore` needs
-the new optimizer alone, and can tell what differs from the one that saved.
+Orbax keeps the trees of arrays by path, with shapes and dtypes. Notes beside
+them record what arrays can't: the class of every node of the state and, for
+each projected leaf, its rank, its matrix and its projector. So `restore` needs
+only the new optimizer, and can tell how it differs from the one that saved.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,10 +27,10 @@ class Restored(NamedTuple):
   """What `restore` returns.
 
   Attributes:
-    params: the parameters, in the tree and the boxes that were given.
+    params: the parameters, with the tree and the boxes that were passed.
     state: the optimizer's state, with the structure of `tx.init(params)`.
-    step: as it was saved.
-    changes: sentences on what is not as it was saved, such as ranks.
+    step: the saved step.
+    changes: sentences on what differs from the checkpoint, such as ranks.
   """
 
   params: Any
@@ -40,24 +40,24 @@ class Restored(NamedTuple):
 
 
 def save(where: Where, tx: Any, params: Any, state: Any, step: int = 0) -> None:
-  """Saves a run, so that `restore` can take it to another optimizer or mesh.
+  """Saves a run, so that `restore` can load it for another optimizer or mesh.
 
-  The checkpoint is complete or absent. Plain Orbax reads it, too, as {'params',
-  'opt_state'}; empty arrays are left out. All processes call this.
+  The checkpoint is complete or absent. Plain Orbax can read it, too, as
+  {'params', 'opt_state'}, without empty arrays. All processes must call this.
 
   Args:
     where: a folder, which must not exist yet; it is written when this returns.
       Or Orbax's `training.Checkpointer`, which writes in the background, under
-      the number of the step; arrays are copied first, so that the next step may
-      be given them to keep.
+      the number of the step. Arrays are copied first, so that you may donate
+      them to the next step.
     tx: the optimizer or `TrainStep`.
     params: the parameters.
-    state: as `tx.init(params)` and updates make it.
-    step: how many steps were taken.
+    state: a state made by `tx.init(params)` and updates.
+    step: number of steps taken.
 
   Raises:
-    ValueError: `state` is of another structure than `tx.init(params)`; it or
-      `params` hold random keys of a key dtype, or numbers that are no arrays;
+    ValueError: `state` has another structure than `tx.init(params)`; it or
+      `params` hold random keys of a key dtype, or numbers that are not arrays;
       the folder exists.
 
   Example:
@@ -82,7 +82,7 @@ def save(where: Where, tx: Any, params: Any, state: Any, step: int = 0) -> None:
   }
   tree = jax.tree.map(lambda x: x if jnp.size(x) else None, tree)
   if isinstance(where, ocp.training.Checkpointer):
-    where.wait()  # a save still under way would make Orbax skip this one
+    where.wait()  # while a save is in progress, Orbax would skip this one
     where.save_async(int(step), tree, custom_metadata=notes)
   else:
     ocp.save(_absolute(where), tree, custom_metadata=notes)
@@ -93,39 +93,39 @@ def restore(
 ) -> Restored:
   """Restores a run for `tx`, on the mesh of `params`, at the ranks of `tx`.
 
-  An optimizer that equals the one that saved gets every bit back, on whatever
-  mesh and by however many processes it was saved. What `tx` has otherwise is
-  carried over as far as it can be, told in `changes`, and warned of:
+  An optimizer equal to the one that saved gets every bit back, whatever the
+  mesh and the number of processes at the time. Where `tx` differs, the state is
+  carried over as far as possible; `changes` and a warning say how:
 
   - Ranks: see `resize_rank`.
-  - Projectors, such as 'golore' after 'galore': the basis stays, and the new
-    rule moves it from there; a state of its own that is unlike the old one's
-    starts anew. If one of the two stores no bases (`regenerate=True`, `dct`),
-    or only the new one's are orthonormal, bases and moments in the subspace
-    start anew, those of other leaves stay, and so does Adam's counter, unless
-    each matrix has one of its own (`per_matrix`, 'reset').
+  - Projectors, such as 'golore' after 'galore': the new rule starts from the
+    saved basis. The rule's own state is reset if it has another form than the
+    old rule's. If one of the two stores no bases (`regenerate=True`, `dct`), or
+    only the new one's are orthonormal, bases and moments in the subspace are
+    reset. Moments of other leaves stay, and so does Adam's counter, unless each
+    matrix has its own (`per_matrix`, 'reset').
   - Dtypes of moments and bases between floats, and of moments between int8 and
-    int4: they are rounded.
+    int4: values are rounded.
 
-  Learning rates, gaps, transports and decay rates are those of `tx`; counters
-  and seeds, and hyperparameters that are injected, those of the checkpoint.
+  Learning rates, gaps, transports and decay rates are those of `tx`. Counters,
+  seeds and injected hyperparameters are those of the checkpoint.
 
   Args:
-    where: the folder that was saved; or a `training.Checkpointer`, whose newest
+    where: the saved folder; or a `training.Checkpointer`, whose newest
       checkpoint is restored.
-    tx: the optimizer or `TrainStep` to go on with.
+    tx: the optimizer or `TrainStep` to continue with.
     params: the parameters, or their shapes, with shardings or in flax's boxes
-      as `state_sharding` takes them; without a mesh the first device is meant.
-    shardings: of the state, by default `state_sharding(tx, params)`.
+      as `state_sharding` takes them. Without a mesh, the run is restored to the
+      first device.
+    shardings: shardings of the state, by default `state_sharding(tx, params)`.
 
   Returns:
-    (params, state, step, changes), see `Restored`.
+    (params, state, step, changes); see `Restored`.
 
   Raises:
-    ValueError: parameters of other paths, shapes or dtypes; a state that can't
-      be carried over, such as one of another inner optimizer, of other
-      projected leaves or of another side; a checkpoint that `save` did not
-      write.
+    ValueError: parameters with other paths, shapes or dtypes; a state that
+      can't be carried over, such as one with another inner optimizer, other
+      projected leaves or another side; a checkpoint that `save` did not write.
     FileNotFoundError: there is no complete checkpoint.
 
   Example:
@@ -158,11 +158,11 @@ class _Saved(NamedTuple):
   """A checkpoint before its arrays are read."""
 
   notes: Mapping[str, Any]
-  tree: Any  # of shapes and dtypes
-  read: Callable[[Any], Any]  # such a tree, placed -> arrays
+  tree: Any  # tree of shapes and dtypes
+  read: Callable[[Any], Any]  # such a tree with shardings -> arrays
 
   def load(self, types: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Returns arrays by path, those of `types`."""
+    """Returns the arrays of `types`, by path."""
     one = lambda path, _: types.get(_tree.path_str(path), ocp.PLACEHOLDER)
     loaded = self.read(jax.tree.map_with_path(one, self.tree))
     return {k: x for k, x in _profile.by_path(loaded).items() if k in types}
@@ -193,7 +193,7 @@ def _open(where: Where) -> _Saved:
 
 
 def _absolute(where: Any) -> str:
-  # Orbax takes absolute paths alone; those of buckets are URLs.
+  # Orbax takes only absolute paths; paths of buckets are URLs.
   path = os.fspath(where)
   return path if '://' in path else os.path.abspath(path)
 
@@ -205,8 +205,8 @@ def _check_arrays(tree: Any) -> None:
       what = f'random keys of dtype {x.dtype}'
     if what:
       raise ValueError(
-        f'{path!r} is {what}, and only arrays of numbers are kept: save what '
-        'has others by Orbax itself.'
+        f'{path!r} is {what}, but only arrays of numbers can be saved here; '
+        'save trees with other leaves by Orbax itself.'
       )
 
 

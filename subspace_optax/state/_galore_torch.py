@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the PyTorch package `galore-torch` keeps, in the shapes of states here.
+"""The state of the PyTorch package `galore-torch`, in this package's shapes.
 
-By proj_type 'std' the basis of a weight of at least as many rows as columns is
-B, (r, columns), beside the moments of G B^T, (rows, r); else A, (rows, r),
-beside those of A^T G, (r, columns); Zhao et al., `GaLore
+With proj_type 'std', a weight with at least as many rows as columns has the
+basis B, (r, columns), and the moments of G B^T, (rows, r). Otherwise it has the
+basis A, (rows, r), and the moments of A^T G, (r, columns); Zhao et al., `GaLore
 <https://arxiv.org/abs/2403.03507>`_, 2024, Algorithm 2.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 from subspace_optax._matrix import _layout
 
 _KNOWN = {'step', 'exp_avg', 'exp_avg_sq', 'projector'}
-_MOST_ERROR = 0.1  # of a basis in bfloat16 it is less
+_MOST_ERROR = 0.1  # a basis in bfloat16 has less
 ANEW = 'or begin with tx.init(params) and a short warm-up'
 
 
 class Leaf(NamedTuple):
-  """What the state holds of one leaf, in the shapes of `tx`'s state."""
+  """The state of one leaf, in the shapes of `tx`'s state."""
 
   basis: Any  # None if the leaf is plain
   mean: np.ndarray
@@ -30,21 +30,21 @@ class Leaf(NamedTuple):
 
 
 class Source(NamedTuple):
-  """Where a leaf comes from."""
+  """Where the state of a leaf comes from."""
 
   path: str
-  keys: Any  # one, or one for each matrix
+  keys: Any  # one key, or one per matrix
   state: Mapping[Any, Any]
   transpose: str | None
 
   @property
   def parts(self) -> list[tuple[Any, Any]]:
-    """The keys, and what is kept of them."""
+    """The keys and their entries in the state."""
     return [(key, self.state[key]) for key in _keys(self.keys)]
 
   @property
   def is_turned(self) -> bool:
-    """Whether the axes of a matrix have another order there."""
+    """Whether the axes of a matrix are swapped in the source."""
     return bool(self.transpose and re.search(self.transpose, self.path))
 
 
@@ -58,7 +58,7 @@ def check_states(
   names: Mapping[str, Any],
   shapes: Mapping[str, Any],
 ) -> int:
-  """Returns the number of steps, which is the same of all parameters."""
+  """Returns the number of steps, which must be equal for all parameters."""
   if set(names) != set(shapes):
     raise ValueError(
       f'names lacks {sorted(set(shapes) - set(names))}, and has '
@@ -70,8 +70,8 @@ def check_states(
   missing = [key for key in keys if key not in state]
   if lost or missing or len(set(keys)) < len(keys):
     raise ValueError(
-      f'names has {missing}, which state has not, and lacks {lost}, which it '
-      'has; give each key of the state once.'
+      f'names has {missing}, which are not in state, and lacks {lost}, which '
+      'are; give each key of the state once.'
     )
   steps = {}
   for key in keys:
@@ -109,7 +109,7 @@ def _check_kept(key: Any, kept: Mapping[str, Any]) -> None:
 
 
 def _read_projector(key: Any, projector: Any, gap: int) -> np.ndarray:
-  """Returns the basis of a projector that does what `tx` does."""
+  """Returns the basis of a projector, if it works as that of `tx` does."""
   attributes = projector if isinstance(projector, Mapping) else vars(projector)
   kind = attributes.get('proj_type')
   if kind != 'std':
@@ -148,13 +148,13 @@ def read_leaf(
   shape: tuple[int, ...],
   gap: int,
 ) -> Leaf:
-  """Returns what is kept of a leaf, whose layout there is if it is projected.
+  """Returns the converted state of a leaf.
 
   Args:
     source: where it comes from.
-    layouts: of the leaves that are projected, by path.
-    shape: of the moments of the leaf.
-    gap: the steps between refreshes, which must be those of the state.
+    layouts: layouts of the projected leaves, by path.
+    shape: shape of the moments of the leaf.
+    gap: steps between refreshes, which must be those of the state.
   """
   layout = layouts.get(source.path)
   for key, kept in source.parts:
@@ -202,7 +202,7 @@ def _read_plain(
 
 
 def _is_split(whole: tuple[int, ...], parts: tuple[int, ...]) -> bool:
-  """Whether axes are those of `whole`, some of them split in several."""
+  """Whether `parts` are the axes of `whole`, some of them split."""
   ends = lambda sizes: [int(np.prod(sizes[:i])) for i in range(len(sizes) + 1)]
   same_size = ends(whole)[-1] == ends(parts)[-1]
   return same_size and set(ends(whole)) <= set(ends(parts))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which axes are matrices in parameters laid out as MaxText's are.
+"""Which axes form matrices in parameters with the layout of MaxText.
 
 MaxText scans over its layers along axis 1 (`param_scan_axis`) and keeps heads
-as axes of their own, so that shapes alone do not tell a matrix's sides.
+as separate axes, so shapes alone do not determine the sides of a matrix.
 """
 
 import operator
@@ -15,11 +15,11 @@ from subspace_optax._matrix import _axes
 from subspace_optax._matrix import _siblings
 from subspace_optax._matrix import _tree
 
-# Axes of one layer's leaf: `i` of the rows, `o` of the columns, `b` counts
-# matrices. The first pattern that is found decides. `wi` has an axis of
-# activations if they are fused: with three axes the one in the middle may as
-# well be of layers, which count matrices, too. `out` has no heads behind linear
-# attention, and none of the four in T5X.
+# Axes of one layer's leaf: `i` for rows, `o` for columns, `b` counts matrices.
+# The first pattern that matches decides. `wi` has an axis of activations if
+# they are fused; with three axes, the one in the middle may also be layers,
+# which count matrices, too. `out` has no heads after linear attention, and none
+# of the four has heads in T5X.
 _KERNELS = (
   (r'(^|/)(query|key|value)/kernel$', ('ioo', 'io')),
   (r'(^|/)(wq_b|wkv_b|wkv)/kernel$', ('ioo',)),
@@ -35,11 +35,11 @@ _KERNELS = (
 def dimension_numbers_from_paths(
   params: Any, *, scan_axis: int = 1, exclude: str | None = _spec.AUTO
 ) -> Any:
-  """Returns the dimension numbers of parameters laid out as MaxText's are.
+  """Returns the dimension numbers of parameters with the layout of MaxText.
 
-  Meant for `weight_dimension_numbers` of a `SubspaceSpec`, or of `galore`;
-  with another axis, as `functools.partial(..., scan_axis=0)`. By the end of
-  its path a leaf is, L being there for layers that are scanned:
+  Pass this function as `weight_dimension_numbers` of a `SubspaceSpec` or of
+  `galore`, or `functools.partial(..., scan_axis=0)` for another axis. The end
+  of its path determines the axes of a leaf, with L if layers are scanned:
 
   ========================================  ==============================
   `query|key|value/kernel`                  (embed, L, heads, head_dim)
@@ -53,16 +53,16 @@ def dimension_numbers_from_paths(
   any other `kernel`                        (rows, L, columns)
   ========================================  ==============================
 
-  where layers, experts and what is fused count matrices. Everything else, such
-  as biases, stays plain. Where two lines give a leaf its number of axes, norms
-  beside it tell whether layers are scanned, or else the sizes do.
+  Layers, experts and fused axes count matrices. Everything else, such as
+  biases, stays plain. If two lines fit a leaf's number of axes, norms beside it
+  show whether layers are scanned; without norms, the sizes decide.
 
   Args:
-    params: the parameters, boxed or not; only paths and shapes are looked at.
-    scan_axis: where L stands.
-    exclude: regular expression of paths that stay plain; 'auto' for the names
+    params: the parameters, boxed or not; only paths and shapes are used.
+    scan_axis: position of L.
+    exclude: regular expression for paths that stay plain; 'auto' for the names
       of embeddings, heads, norms, biases and convolutions, as in
-      `SubspaceSpec`; None for nothing.
+      `SubspaceSpec`; None for no path.
 
   Returns:
     A tree of `DimensionNumbers`, None for leaves that stay plain.
@@ -70,7 +70,7 @@ def dimension_numbers_from_paths(
   Raises:
     ValueError: a kernel with more or fewer axes than its name says; a negative
       `scan_axis`, or one past a kernel's axes.
-    TypeError: `scan_axis` is no int.
+    TypeError: `scan_axis` is not an int.
 
   Example:
     >>> import jax.numpy as jnp, subspace_optax as so
@@ -112,7 +112,7 @@ def _stays_plain(
 def _numbers(
   decisions: _axes.Decisions, leaf: _siblings.Leaf, scan_axis: int
 ) -> _spec.DimensionNumbers | None:
-  """Returns the dimension numbers of a leaf, None if it is no kernel."""
+  """Returns the dimension numbers of a leaf, None if it is not a kernel."""
   path, shape = leaf.path, leaf.shape
   kernels = (forms for name, forms in _KERNELS if re.search(name, path))
   forms = next(kernels, None)
@@ -145,7 +145,7 @@ def _numbers(
 def _by_sizes(
   path: str, shape: tuple[int, ...], scan_axis: int, forms: list[str]
 ) -> str:
-  """Returns which of two forms attention's sizes speak for."""
+  """Returns which of two forms fits the sizes of attention."""
   if not any('ii' in form or 'oo' in form for form in forms):
     raise ValueError(
       f'leaf {path!r} has shape {shape}, which may be fused or, at scan_axis='

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer holds, counted from the pytrees themselves."""
+"""The memory of optimizers, counted from the pytrees themselves."""
 
 from collections.abc import Iterator
 import math
@@ -19,7 +19,7 @@ from subspace_optax._matrix import _tree
 from subspace_optax.projectors import _base
 from subspace_optax.steps import _subproblems
 
-# The parts of a state, and what a table says of them.
+# The parts of a state, and their descriptions in tables.
 _PARTS = {
   'bases': 'of the subspaces, and what moves them',
   'moments': 'of coordinates, inside the subspaces',
@@ -28,10 +28,10 @@ _PARTS = {
   'counters': 'counters, seeds and metrics',
 }
 
-# Parts with states of any optimizer, whose counters no field here names.
+# Parts that hold states of any optimizer, whose counters `_FIELDS` can't name.
 _OF_OPTIMIZERS = ('moments', 'plain')
 
-# From fields of states to the part that they are.
+# From fields of states to the part that they belong to.
 _FIELDS: dict[type, dict[str, str]] = {
   _projection.ProjectState: {
     'count': 'counters',
@@ -59,14 +59,14 @@ class MemoryReport(NamedTuple):
     gradients: bytes of a gradient in the parameters' dtypes.
     state: bytes of the optimizer's state, the sum of the last five.
     adam: bytes of `optax.adam`'s state on the same parameters.
-    bases: bases that are stored, and what their rule keeps to move them, such
-      as the moments of `online_pca`'s optimizer.
-    moments: what the inner optimizer keeps of coordinates, in the subspaces,
-      with the scales of moments in codes, and sums of coordinates.
-    residual: what the residual rule keeps.
-    plain: moments and all else of whole leaves: of those that are not
-      projected, and of optimizers without a subspace.
-    counters: counters, seeds and metrics.
+    bases: bytes of stored bases, and of the state that their rule keeps to move
+      them, such as the moments of `online_pca`'s optimizer.
+    moments: bytes of the inner optimizer's state for coordinates, including the
+      scales of quantized moments, and of sums of coordinates.
+    residual: bytes of the residual rule's state.
+    plain: bytes of moments and other state of whole leaves: of leaves that are
+      not projected, and of optimizers without a subspace.
+    counters: bytes of counters, seeds and metrics.
   """
 
   params: int
@@ -96,18 +96,18 @@ class MemoryReport(NamedTuple):
 
 
 def memory_report(tx: Any, params: Any) -> MemoryReport:
-  """Counts the bytes of an optimizer's state, by kind, beside Adam's.
+  """Counts the bytes of an optimizer's state, by kind, next to Adam's.
 
   Args:
     tx: any optax optimizer, a `TrainStep` or `rso.subproblems`. For
-      `layerwise`, counts one layer's gradient plus the gradients outside of the
-      stack; for `rso.compressed_step`, those of coordinates.
+      `layerwise`, it counts one layer's gradient plus the gradients outside the
+      stack; for `rso.compressed_step`, the gradients of coordinates.
     params: the parameters, or their shapes (`jax.eval_shape`); nothing is
       allocated.
 
   Returns:
-    Exact bytes over all devices, as if nothing were replicated. Printed, it is
-    a table that leaves out kinds without bytes.
+    Exact bytes over all devices, as if nothing were replicated. It prints as a
+    table without kinds that have no bytes.
 
   Example:
     >>> import jax, jax.numpy as jnp, subspace_optax as so
@@ -151,7 +151,7 @@ def _parts_of(state: Any, params: Any) -> dict[str, int]:
 def _sorted_arrays(
   node: Any, kind: str = 'plain', path: tuple[Any, ...] = ()
 ) -> Iterator[tuple[str, str, Any]]:
-  """Yields the path of each array, what its field says it is, and itself."""
+  """Yields the path of each array, the part of its field, and the array."""
   if jax.tree_util.all_leaves([node]):
     yield _tree.path_str(path), kind, node
     return
@@ -162,7 +162,7 @@ def _sorted_arrays(
 
 
 def _is_counter(x: Any, owner: str | None) -> bool:
-  """Whether an array of an optimizer is neither moments nor their codes."""
+  """Whether an array of an optimizer is neither a moment nor its codes."""
   wide = jnp.issubdtype(x.dtype, jnp.integer) and _dtypes.bits(x.dtype) >= 32
   return wide or (owner is None and x.ndim == 0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good the bases are, read from the state."""
+"""Metrics of the bases, read from the state."""
 
 from typing import Any
 
@@ -10,23 +10,24 @@ from subspace_optax._matrix import _tree
 
 
 def subspace_metrics(state: Any) -> dict[str, dict[str, jax.Array]]:
-  """Returns what the last update noted about every basis.
+  """Returns metrics of every basis, as recorded by the last update.
 
   Args:
-    state: an optimizer state that holds one of `project`, however deep:
+    state: an optimizer state that holds a state of `project` at any depth:
       through chain, partition, masked, MultiSteps, or as `opt_state` of
       `nnx.Optimizer`.
 
   Returns:
-    From path to from name to float32 array, one value per matrix of the leaf:
-    `captured_energy`, the share of ||G||_F^2 that P P^T G keeps, in [0, 1] for
-    an orthonormal P; `orthogonality_error`, ||P^T P - I||_F; `drift`, how far
-    the basis went at its last move, ||P_n P_n^T - P_o P_o^T||_F / sqrt(2r) in
-    [0, 1] for refreshes and ||P_n - P_o||_F / sqrt(r) for online PCA. Values
-    of a step with a zero or non-finite gradient are those of the step before.
+    A dict from path to a dict from name to a float32 array, with one value per
+    matrix of the leaf. `captured_energy` is the fraction of ||G||_F^2 that
+    P P^T G keeps, in [0, 1] for an orthonormal P. `orthogonality_error` is
+    ||P^T P - I||_F. `drift` is how far the basis moved at its last move:
+    ||P_n P_n^T - P_o P_o^T||_F / sqrt(2r), in [0, 1], for refreshes, and
+    ||P_n - P_o||_F / sqrt(r) for online PCA. A step with a zero or non-finite
+    gradient keeps the values of the step before.
 
   Raises:
-    ValueError: the state holds none of `project`.
+    ValueError: the state holds no state of `project`.
 
   Example:
     >>> import jax, jax.numpy as jnp, subspace_optax as so

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What no array of a checkpoint tells, and what an optimizer wants of one."""
+"""Checkpoint notes beside the arrays, and what an optimizer needs of them."""
 
 from collections.abc import Iterator
 import re
@@ -17,17 +17,17 @@ from subspace_optax.steps import _train_step
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-  """Returns the leaves of a tree by their paths."""
+  """Returns the leaves of a tree by path."""
   return {_tree.path_str(p): x for p, x in jax.tree.leaves_with_path(tree)}
 
 
 def is_in(root: str, path: str) -> bool:
-  """Whether a path is that of a node or of what is in it."""
+  """Whether a path is that of a node or lies within it."""
   return path == root or path.startswith(root + '/')
 
 
 def classes(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, str]]:
-  """Yields path and class of all nodes with arrays but plain containers."""
+  """Yields path and class of nodes with arrays, except plain containers."""
   parts, _ = _tree.children(tree)
   if not jax.tree.leaves(tree) or not parts[0][0]:
     return
@@ -38,14 +38,14 @@ def classes(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, str]]:
 
 
 def projected_leaves(tx: Any, params: Any) -> dict[str, dict[str, Any]]:
-  """Returns by path how leaves are projected, as JSON can hold it."""
+  """Returns, by path, how leaves are projected, in a form fit for JSON."""
   return {
     match.path: {
       'rank': match.layout.rank,
       'side': 'rows' if match.layout.project_rows else 'columns',
       'rows': list(match.layout.rows),
       'columns': list(match.layout.cols),
-      # Functions among its arguments have other addresses in other processes.
+      # The addresses of functions in its arguments differ between processes.
       'projector': re.sub(' at 0x[0-9a-f]+', '', record.projector.name),
       'orthonormal': record.projector.orthonormal,
     }
@@ -62,15 +62,15 @@ def init_shapes(tx: Any, params: Any) -> Any:
 
 
 class Wanted:
-  """What an optimizer wants of a checkpoint.
+  """What an optimizer needs from a checkpoint.
 
   Attributes:
     tx: the optimizer.
-    boxed: the shapes of its state, boxed as the parameters are.
+    boxed: shapes of the optimizer's state, boxed as the parameters are.
     tree: the same under 'opt_state', without boxes.
     params: shapes and shardings of parameters by path, under 'params'.
-    state: those of the state by path, under 'opt_state'.
-    shardings: those of the state, in order.
+    state: shapes and shardings of the state by path, under 'opt_state'.
+    shardings: shardings of the state's arrays, in order.
     leaves: see `projected_leaves`.
   """
 
@@ -104,7 +104,7 @@ def _place(params: Any) -> Any:
   if not any(known) and jax.sharding.get_mesh().empty:
     known = [SingleDeviceSharding(jax.devices()[0])] * len(leaves)
   elif not all(known):
-    # What boxes and the mesh say of a state that is the parameters.
+    # `state_sharding` of the parameters themselves, from boxes and the mesh.
     tx = optax.identity()._replace(init=lambda params: params)
     found = jax.tree.leaves(_state_sharding.state_sharding(tx, params))
     known = [x or y for x, y in zip(known, found, strict=True)]

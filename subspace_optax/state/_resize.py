@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States saved at one rank, for an optimizer of another."""
+"""States saved at one rank, for an optimizer of another rank."""
 
 from collections.abc import Collection, Iterator
 import functools
@@ -27,44 +27,44 @@ from subspace_optax.low_precision import _coded_state
 def resize_rank(
   tx: optax.GradientTransformation, state: Any, params: Any
 ) -> Any:
-  """Returns a state for `tx`, made from one of the same optimizer's at others.
+  """Returns a state for `tx` from a state of the same optimizer at other ranks.
 
-  Where a leaf's rank falls, the first r columns of its basis stay, with their
-  coordinates of all moments. Where it grows, orthonormal columns join the
-  basis: the last ones of the basis that `tx` starts with, made orthogonal to
-  the old span by matrix products; moments start there as `tx` starts them, at
-  zero. (Adam's counter goes on, so that steps along the new columns are at
-  first up to (1 - b1) / sqrt(1 - b2) times the learning rate, 3.2 times with
-  its defaults.) Counters, seeds and all else are copied, with the dtypes and
-  shardings that `tx.init(params)` has.
+  If a leaf's rank shrinks, its basis keeps its first r columns, and all moments
+  keep the coordinates of these. If it grows, orthonormal columns are appended:
+  the last columns of the basis that `tx` starts with, made orthogonal to the
+  old span by matrix products. Their moments start as in `tx`, at zero. (Adam's
+  counter continues, so steps along the new columns are at first up to (1 - b1)
+  / sqrt(1 - b2) times the learning rate, 3.2 times with its defaults.)
+  Counters, seeds and everything else are copied, with the dtypes and shardings
+  of `tx.init(params)`.
 
-  Of a basis in int8 or int4 the codes of the columns that stay are copied; made
-  orthonormal with others, those columns turn by less than their rounding.
-  Moments in 8 or 4 bits are decoded, resized and rounded to the nearest code of
-  the new blocks; at another rank they may have no codes, or get some, since
-  small matrices keep float32.
+  For a basis in int8 or int4, the codes of columns that stay are copied. When
+  they are made orthonormal with the new columns, they turn by less than their
+  rounding error. Moments in 8 or 4 bits are decoded, resized and rounded to the
+  nearest code of the new blocks. At another rank they may lose or gain codes,
+  since small matrices keep float32.
 
-  A basis that is made again at every step (`regenerate=True`, as in
+  A basis that is recomputed at every step (`regenerate=True`, as in
   `apollo_adamw`; `dct`, as in `subspace_adamw`, `subspace_muon` and `trion`) is
-  another one at another rank, with nothing to carry: moments of such leaves
-  start anew, but for those of whole matrices. Columns that `dct` chooses by the
-  gradient are random ones until they are next due.
+  a different basis at another rank, so its moments are reset, except those of
+  whole matrices. If `dct` chooses columns by the gradient, they are random
+  until they are next due.
 
   Args:
-    tx: the optimizer to go on with, of other ranks.
-    state: a state of the optimizer before, as it was saved: to restore it, use
-      the shapes of `jax.eval_shape(old_tx.init, params)`.
+    tx: the optimizer to continue with, at other ranks.
+    state: the saved state of the old optimizer. To restore it, use the shapes
+      of `jax.eval_shape(old_tx.init, params)`.
     params: the parameters, or their shapes with shardings.
 
   Returns:
     A state with the structure of `tx.init(params)`. Learning rates, gaps and
-    ranks may differ from those before, and projectors whose states are alike;
-    hyperparameters that are injected stay those of the state.
+    ranks may differ from the old ones, and so may projectors whose states have
+    the same form. Injected hyperparameters are those of the state.
 
   Raises:
-    ValueError: the two differ in anything but ranks, such as the projector, the
-      inner optimizer, the parameters, the side or which leaves are projected;
-      `tx` holds no `project`; a basis that is not of full rank.
+    ValueError: the optimizers differ in more than ranks, such as the projector,
+      the inner optimizer, the parameters, the side or which leaves are
+      projected; `tx` holds no `project`; a basis without full rank.
 
   Example:
     >>> import jax.numpy as jnp, subspace_optax as so
@@ -74,7 +74,7 @@ def resize_rank(
     >>> print(state[0][0].subspaces.basis['w'].shape)
     (8, 4)
   """
-  _describe.records_of(tx, params)  # which raises if there are none
+  _describe.records_of(tx, params)  # raises if there are none
   return carry_over(tx, state, params, tx.init(params))
 
 
@@ -88,12 +88,12 @@ def carry_over(
   """Returns `resize_rank(tx, state, params)` for `start = tx.init(params)`.
 
   Args:
-    tx: see there; it may hold no `project`.
-    state: see there.
-    params: see there.
+    tx: see `resize_rank`; it may hold no `project`.
+    state: see `resize_rank`.
+    params: see `resize_rank`.
     start: the first state.
-    anew: paths of leaves whose basis is another one than the saved state's, so
-      that their coordinates start anew.
+    anew: paths of leaves whose basis differs from that of the saved state, so
+      that their coordinates are reset.
   """
   layouts = {
     match.path: match.layout
@@ -101,7 +101,7 @@ def carry_over(
     for match in record.matches
     if match and match.layout
   }
-  # Blocks of moments in codes lie otherwise at another rank.
+  # At another rank, quantized moments have other blocks.
   old, new = map(_coded_state.all_decoded, (state, start))
   pairs = list(_pairs(_tree.unbox(old), _tree.unbox(new)))
   leaves = _projected_leaves(pairs, new, layouts, anew)
@@ -119,8 +119,8 @@ class _Leaf(NamedTuple):
 
   layout: _layout.Layout  # at the new rank
   basis: str  # path of its basis in the state
-  old_rank: int | None  # None if the basis is not stored, or another one
-  anew: bool  # whether its coordinates start anew, at the same rank, too
+  old_rank: int | None  # None if the basis is not stored, or is another one
+  anew: bool  # whether its coordinates are reset, even at the same rank
 
 
 def _pairs(
@@ -128,7 +128,7 @@ def _pairs(
 ) -> Iterator[tuple[str, Any, Any]]:
   """Yields (path, old array, new array) of two states of the same form.
 
-  Or two bases in integers.
+  The arrays may also be two bases in integers.
   """
   old_parts, old_form = _tree.children(old)
   new_parts, new_form = _tree.children(new)
@@ -166,7 +166,7 @@ def _projected_leaves(
   layouts: dict[str, _layout.Layout],
   anew: Collection[str],
 ) -> dict[str, _Leaf]:
-  """Returns by path the projected parameters, and where their bases are."""
+  """Returns the projected parameters by path, with the paths of their bases."""
   ranks = {path: old.shape[-1] for path, old, _ in pairs if old.ndim}
   leaves = {}
   for path, state in _tree.find(start, _projection.ProjectState):
@@ -181,11 +181,11 @@ def _projected_leaves(
 def _fresh_paths(
   pairs: list[Any], start: Any, params: Any, leaves: dict[str, _Leaf]
 ) -> set[str]:
-  """Returns the paths of arrays that are of coordinates which start anew.
+  """Returns the paths of arrays for coordinates that are reset.
 
-  All that an inner optimizer keeps of such a leaf, and elsewhere what has the
-  shape of coordinates, as sums of them have. A leaf whose basis is not stored
-  is one of these where its rank is another one.
+  These are all arrays that an inner optimizer keeps for such a leaf and, in
+  other states, arrays with the shape of coordinates, such as their sums. The
+  coordinates of a leaf whose basis is not stored are reset if its rank changes.
   """
   nodes = _tree.find(start, _in_subspace.InSubspaceState)
   roots = [path + '/' for path, _ in nodes]
@@ -200,7 +200,7 @@ def _fresh_paths(
       continue
     if not leaf.anew and (leaf.old_rank or owners[path] not in changed):
       continue
-    # Of a tree that is one array, counters are its arrays, too.
+    # If the tree is one array, counters seem to belong to it, too.
     kept = owners[path] or new.ndim > 0
     inside = kept and any(path.startswith(root) for root in roots)
     if inside or _is_in_subspace(new.shape, leaf.layout):
@@ -243,7 +243,7 @@ def _resized(path: str, old: Any, new: Any, leaves: dict[str, _Leaf]) -> Any:
 
 
 def _is_in_subspace(shape: tuple[int, ...], layout: _layout.Layout) -> bool:
-  """Whether an array has the shape of coordinates, or of each matrix's."""
+  """Whether a shape is that of coordinates, per leaf or stacked per matrix."""
   sizes = dict(zip(layout.coords_axes(), layout.coords_shape, strict=True))
   batch = layout.batch_axes
   each = batch + ''.join(c for c in layout.coords_axes() if c not in batch)
@@ -277,7 +277,7 @@ def _resized_codes(
   if r < new.shape[-1]:
     layout = next(x.layout for x in leaves.values() if x.basis == path)
     old, whole = _put(old, new, last), _put(new, new, last)
-    # Column by column as they are.
+    # Without making columns orthonormal, so that each keeps its codes.
     decode = functools.partial(_quantized_basis.decode, orthonormal=False)
     wide = _extended(path, layout, decode(layout, old), decode(layout, whole))
     more = _quantized_basis.encode(layout, wide[..., r:], new.dtype)
@@ -289,7 +289,7 @@ def _resized_codes(
 def _rank_axis(
   path: str, old: tuple[int, ...], new: tuple[int, ...], leaf: _Leaf
 ) -> int | None:
-  """Returns the one axis along which shapes differ, if it is the rank's."""
+  """Returns the only axis along which shapes differ, if it is the rank."""
   axes = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
   if len(old) != len(new) or len(axes) != 1:
     return None
@@ -301,9 +301,9 @@ def _rank_axis(
 
 
 def _put(old: Any, new: Any, whole: int | None = None) -> Any:
-  """Returns old arrays with the dtypes of new ones and in their places.
+  """Returns old arrays with the dtypes and shardings of new ones.
 
-  `whole` is an axis to leave unsplit.
+  `whole` is an axis that must not be sharded.
   """
 
   def put(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -321,7 +321,7 @@ def _put(old: Any, new: Any, whole: int | None = None) -> Any:
 
 
 def _fit(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-  """Returns `old` cut to the size of `new`, or with the rest of `new`."""
+  """Returns `old` cut to the size of `new`, or extended by its rest."""
   size, wanted = old.shape[axis], new.shape[axis]
   if size >= wanted:
     return lax.slice_in_dim(old, 0, wanted, axis=axis)
@@ -332,7 +332,7 @@ def _fit(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
 def _extended(
   path: str, layout: _layout.Layout, old: jax.Array, new: jax.Array
 ) -> jax.Array:
-  """Returns a basis with the last columns of another; it must be finite."""
+  """Extends a basis by the last columns of another; raises if not finite."""
   basis = _extend(layout, old, new)
   if not bool(jnp.all(jnp.isfinite(basis))):
     raise ValueError(
@@ -346,10 +346,10 @@ def _extended(
 def _extend(
   layout: _layout.Layout, old: jax.Array, new: jax.Array
 ) -> jax.Array:
-  """Returns a basis with columns that are orthogonal to it and each other."""
+  """Extends a basis by columns that are orthogonal to it and to each other."""
   q = _linalg.orthonormalize(layout, old)
   more = _linalg.widen(new[..., old.shape[-1] :])
-  for _ in range(2):  # the second time against the rounding of the first
+  for _ in range(2):  # the second pass removes the rounding of the first
     more -= layout.mix_basis(q, layout.gram(q, more))
     more = _linalg.orthonormalize(layout, more)
   return jnp.concatenate([old, more.astype(old.dtype)], -1)

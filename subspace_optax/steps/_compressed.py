@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of a projecting optimizer that never see the gradient it projects.
+"""Steps of a projecting optimizer that compute projected gradients directly.
 
-Of x W the gradient P^T G of a leaf is (x P)^T dy, so that between refreshes of
-the bases nobody needs G. He et al., `Subspace Optimization for Large Language
-Models with Convergence Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024,
-train x (W + P B) and merge P B at every refresh; here every step is merged, so
-that B is 0 whenever a gradient is taken, and costs no products.
+For y = x W, the projected gradient P^T G is (x P)^T dy, so G is not needed
+between refreshes of the bases. He et al., `Subspace Optimization for Large
+Language Models with Convergence Guarantees
+<https://arxiv.org/abs/2410.11289>`_, 2024, train x (W + P B) and merge P B at
+every refresh. Here every step is merged, so that B is 0 whenever a gradient is
+computed, and costs no products.
 """
 
 from collections.abc import Callable
@@ -34,33 +35,33 @@ def compressed_step(
   *,
   value_and_grad: _train_step.Differentiate = jax.value_and_grad,
 ) -> _train_step.TrainStep:
-  """Makes a training step whose gradients are born projected.
+  """Makes a training step that computes projected gradients directly.
 
-  The parameters, the state and the steps are those of `tx`, up to rounding. For
-  b inputs of an m x n layer, the projected side first, gradient and step cost
-  4bmn + 2brm + 2brn + 2rmn FLOPs in the place of 6bmn + 4rmn, the backward pass
-  keeps x P of r columns in the place of x where the inputs are projected, and
-  data parallelism moves rn numbers in the place of mn.
+  Parameters, state and steps are those of `tx`, up to rounding. For b inputs of
+  an m x n layer, m the projected side, gradient and step cost 4bmn + 2brm +
+  2brn + 2rmn FLOPs instead of 6bmn + 4rmn. If the inputs are projected, the
+  backward pass keeps x P, of r columns, instead of x. Data parallelism moves rn
+  numbers instead of mn.
 
-  A step whose refresh looks at gradients, as every `update_proj_gap`-th of
-  `projectors.svd`, is one with whole gradients. What stands before `project` in
-  `tx` sees coordinates in their place: `optax.clip_by_global_norm` clips the
-  norm of P^T G. Wrappers fail that make updates of the gradients' shapes: put
-  `optax.apply_if_finite` around the inner optimizer, and accumulation into
-  `every_k`. `captured_energy` stays as whole gradients left it.
+  If a refresh needs the gradient, as every `update_proj_gap`-th step with
+  `projectors.svd`, the step computes whole gradients. Transformations before
+  `project` in `tx` see coordinates instead of gradients:
+  `optax.clip_by_global_norm` clips the norm of P^T G. Wrappers that make
+  updates of the gradients' shapes fail: put `optax.apply_if_finite` around the
+  inner optimizer, and use `every_k` for accumulation. `captured_energy` keeps
+  its value from the last whole gradient.
 
   Args:
-    loss: (params, *args) -> the mean loss. Params are plain, or some of them
-      are lifted: see `nnx_merge`, `linen_apply` and `dot`. It must use these
-      in their layers alone: their gradient from anywhere else, as from a sum of
-      squares over all params, is lost without a word. Let `tx` decay weights.
+    loss: (params, *args) -> the mean loss. Params are plain or lifted; see
+      `nnx_merge`, `linen_apply` and `dot`. The loss must use lifted params only
+      in their layers: their gradient from anywhere else, such as a sum of
+      squares over all params, is silently lost. Let `tx` decay weights.
     tx: the optimizer, with `project` in it and no residual.
-    value_and_grad: how to differentiate a function by its first argument; one
-      that accumulates over microbatches, say.
+    value_and_grad: differentiates a function by its first argument; pass one,
+      for example, that accumulates over microbatches.
 
   Returns:
-    A `TrainStep`, (params, state, *args) -> (params, state, value), to be
-    jitted.
+    A `TrainStep`, (params, state, *args) -> (params, state, value). Jit it.
 
   Raises:
     ValueError: when called: a projector that looks at every gradient, such as
@@ -86,8 +87,8 @@ def compressed_step(
     needs = _needs_gradient(found)
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
       raise ValueError(
-        'tx must take extra arguments, which tell it of coordinates; in place '
-        'of `optax.MultiSteps` take `every_k`.'
+        'tx must accept extra arguments, by which it gets coordinates; use '
+        '`every_k` instead of `optax.MultiSteps`.'
       )
 
     def take(f, at, state, **kwargs):
@@ -99,7 +100,7 @@ def compressed_step(
       refreshed = [_refresh(one, params) for one in found]
       matches, bases = _bases(found, refreshed, params)
       f, at = _trees.split(loss, matches, params, bases, None)
-      # Not to be made twice.
+      # Pass the refreshed bases, so that `project` does not compute them again.
       known = {
         one.paths: new for one, new in zip(found, refreshed, strict=True)
       }
@@ -130,8 +131,8 @@ def _gradients_like(tx: Any, params: Any) -> Any:
 class _Found(NamedTuple):
   """A `project` in the optimizer."""
 
-  record: _describe.Record  # what it was made with
-  paths: tuple[str, ...]  # of its leaves
+  record: _describe.Record  # its arguments
+  paths: tuple[str, ...]  # paths of its leaves
   state: _projection.ProjectState
   first: jax.Array  # shape=(), dtype=bool: whether it may refresh now
 
@@ -164,7 +165,7 @@ def _states(state: Any) -> list[tuple[_projection.ProjectState, jax.Array]]:
 
 
 def _needs_gradient(found: list[_Found]) -> Any:
-  """Returns whether the coming step looks at gradients: False, or traced."""
+  """Returns whether the next step looks at gradients: False, or traced."""
   needs: Any = False
   for record, _, state, first in found:
     context = _base.Context(state.count, first)
@@ -180,7 +181,7 @@ def _needs_gradient(found: list[_Found]) -> Any:
 
 
 def _refresh(one: _Found, params: Any) -> _refresh_bases.Refreshed:
-  """Returns what one `project` refreshes in the coming step."""
+  """Returns what one `project` refreshes in the next step."""
   pairs, _ = _tree.flatten(params)
   mine = [
     x if match else optax.MaskedNode()
@@ -194,7 +195,7 @@ def _refresh(one: _Found, params: Any) -> _refresh_bases.Refreshed:
 def _bases(
   found: list[_Found], refreshed: list[_refresh_bases.Refreshed], params: Any
 ) -> tuple[list[_spec.Match | None], Any]:
-  """Returns the matches and bases of all leaves in the coming step."""
+  """Returns the matches and bases of all leaves in the next step."""
   pairs, treedef = _tree.flatten(params)
   matches: list[Any] = [None] * len(pairs)
   bases: list[Any] = [optax.MaskedNode()] * len(pairs)

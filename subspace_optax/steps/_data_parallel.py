@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data parallelism that averages coordinates in the place of gradients.
+"""Data parallelism that averages coordinates instead of gradients.
 
-Under `jax.jit` the compiler averages the gradient of a replicated parameter
-before anyone can project it. Here every device projects its own gradient, and
-what is averaged has r (m + n) numbers for a matrix of m x n.
+Under `jax.jit`, the compiler averages the gradient of a replicated parameter
+before it can be projected. Here every device projects its own gradient, and the
+average is over r (m + n) numbers for an m x n matrix.
 """
 
 from collections.abc import Callable
@@ -32,43 +32,44 @@ def data_parallel_step(
 ) -> _train_step.TrainStep:
   """Makes a training step that moves coordinates between devices.
 
-  Every device computes the gradient of its part of the batch. Of leaves that
-  `tx` projects, `project` averages the coordinates; all others are averaged
-  here. A residual rule needs the mean gradient, and makes it as large as ever;
-  so do refreshes by `svd('exact')`, which is 'auto' here but on TPUs, by
-  `svd('gram')` and by `importance_svd`.
+  Every device computes the gradient of its part of the batch. For leaves that
+  `tx` projects, `project` averages the coordinates; this step averages all
+  other gradients. Residual rules need the mean gradient, which moves whole
+  gradients between devices. So do refreshes by `svd('exact')`, which is 'auto'
+  here except on TPUs, by `svd('gram')` and by `importance_svd`.
 
-  Nothing knows the norm of the mean gradient. `online_pca` divides by that of
-  the devices' own, up to the square root of their number larger: Adam for the
-  bases does not mind, SGD needs a rate as many times larger, and
-  `captured_energy` is a lower bound.
+  The norm of the mean gradient is not known. `online_pca` divides by the norm
+  of the devices' own gradients, which is larger by up to the square root of the
+  number of devices. This does not affect Adam for the bases, but SGD needs a
+  learning rate larger by the same factor, and `captured_energy` is a lower
+  bound.
 
   Args:
     loss: (params, batch) -> the mean loss of a batch, a scalar.
-    tx: the optimizer. What stands before `project` sees one device's gradient:
-      put clipping into the optimizer of coordinates, and accumulation into
-      `every_k`: `optax.MultiSteps` and `apply_if_finite` around `tx` fail.
-    mesh: its axis `axis_name` divides the first axis of all arrays of a batch
-      that have one. Others, as a key of `jax.random.key`, are the same on all
-      devices: fold `jax.lax.axis_index(axis_name)` into it.
-      Other mesh axes may shard parameters and state, automatically. Along
-      `axis_name` both are the same: place state by the step's own
+    tx: the optimizer. Transformations before `project` see one device's
+      gradient: put clipping into the optimizer of coordinates, and use
+      `every_k` for accumulation. `optax.MultiSteps` and `apply_if_finite`
+      around `tx` fail.
+    mesh: its axis `axis_name` divides the first axis of all arrays in a batch
+      that have axes. Scalars, such as a key of `jax.random.key`, are the same
+      on all devices; fold `jax.lax.axis_index(axis_name)` into a key.
+      Other mesh axes may shard parameters and state automatically. Along
+      `axis_name` both are replicated: place the state by the step's own
       `state_sharding(params)`.
-    axis_name: along which devices have different parts of a batch, one name or
-      several.
-    check_vma: as of `jax.shard_map`; False for losses that it refuses, such as
-      those with Pallas kernels or scans that start from constants.
+    axis_name: one or several mesh axes along which devices have different parts
+      of a batch.
+    check_vma: passed to `jax.shard_map`. Use False for losses that it rejects,
+      such as those with Pallas kernels or scans that start from constants.
 
   Returns:
-    A `TrainStep`, (params, state, batch) -> (params, state, loss), to be
-    jitted.
+    A `TrainStep`, (params, state, batch) -> (params, state, loss). Jit it.
 
   Raises:
-    ValueError: the mesh has no such axis, or explicit ones.
+    ValueError: the mesh lacks this axis, or has explicit axes.
 
   References:
-    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, whose
-    gradients these coordinates are
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, for the
+    projected gradients that are averaged
 
   Example:
     >>> import jax, jax.numpy as jnp, subspace_optax as so
@@ -101,8 +102,8 @@ class Devices(NamedTuple):
   """Devices that have different parts of a batch.
 
   Attributes:
-    mesh: that they are on; None for one alone, or for what the compiler sums.
-    names: of the axes along which they differ.
+    mesh: their mesh; None for one device, or if the compiler sums gradients.
+    names: mesh axes along which their parts differ.
   """
 
   mesh: Mesh | None = None
@@ -110,7 +111,7 @@ class Devices(NamedTuple):
 
   @classmethod
   def along(cls, mesh: Mesh, axis_name: str | tuple[str, ...]) -> 'Devices':
-    """Returns those along axes of a mesh, or raises."""
+    """Returns the devices along axes of a mesh, or raises."""
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     if not set(names) <= set(mesh.axis_names):
       raise ValueError(
@@ -124,7 +125,7 @@ class Devices(NamedTuple):
     return cls(mesh, names)
 
   def map(self, step: Callable[..., Any], check_vma: bool) -> Callable:
-    """Returns (params, state, batch) -> three trees, the same everywhere."""
+    """Maps a step over the devices; its results are the same on all of them."""
     if self.mesh is None:
       return step
     same, parts = PartitionSpec(), PartitionSpec(self.names)
@@ -145,7 +146,7 @@ class Devices(NamedTuple):
   def own(self, params: Any) -> Any:
     """Returns parameters whose gradients are each device's own.
 
-    That of what is the same everywhere is summed at once.
+    jax sums the gradient of a replicated array over devices right away.
     """
     if not self.names:
       return params
@@ -158,7 +159,7 @@ class Devices(NamedTuple):
   def update(
     self, tx: Any, gradients: Any, state: Any, params: Any, **extra: Any
   ) -> tuple[Any, Any]:
-    """Returns what `tx` makes of the mean of gradients, and its state."""
+    """Returns the updates by `tx` for the mean gradient, and the new state."""
     if not self.names:
       return tx.update(gradients, state, params, **extra)
     gradients = self._mean_of_rest(gradients, state)
@@ -166,7 +167,7 @@ class Devices(NamedTuple):
     return tx.update(gradients, state, params, given=given, **extra)
 
   def _mean_of_rest(self, gradients: Any, state: Any) -> Any:
-    """Returns gradients with the mean in place of those nobody projects."""
+    """Returns gradients in which those that are not projected are averaged."""
     projected = _projected_paths(state)
     pairs, _ = _tree.flatten(gradients)
     entries = [x if p in projected else self.mean(x) for p, x in pairs]

@@ -8,15 +8,15 @@ THEOREMS = ('galore', 'large_batch_galore', 'golore')
 
 
 class TheoremParameters(NamedTuple):
-  """What a convergence theorem prescribes, and what it promises.
+  """Hyperparameters that a convergence theorem prescribes, and its rate.
 
   Attributes:
     b1: weight of the new gradient in m <- (1 - b1) m + b1 P^T g, so that 1
-      means no momentum; what optax calls decay is 1 - b1.
+      means no momentum; optax's decay rate is 1 - b1.
     update_proj_gap: tau, steps between refreshes.
-    learning_rate: eta of W <- W - eta P m.
-    batch_size: B, samples in every stochastic gradient; 1 where the theorem
-      does not use it.
+    learning_rate: eta in W <- W - eta P m.
+    batch_size: B, samples in every stochastic gradient; 1 if the theorem does
+      not use it.
     rate: order of the mean squared gradient norm, without its constant.
   """
 
@@ -39,8 +39,9 @@ def theorem_parameters(
   """Returns the hyperparameters of a convergence theorem of the GoLore paper.
 
   The theorems are about momentum SGD with momentum projection, m <- (1 - b1) m
-  + b1 P^T g and W <- W - eta P m, on smooth functions bounded below. They are
-  worst cases: what they prescribe is slow, and shows how the choices scale.
+  + b1 P^T g and W <- W - eta P m, on smooth functions bounded below. They cover
+  the worst case: the prescribed training is slow, but shows how the choices
+  scale.
 
   Args:
     theorem: 'galore' (Theorem 2, exact gradients), 'large_batch_galore'
@@ -50,15 +51,15 @@ def theorem_parameters(
     noise: sigma, standard deviation of a sample's whole gradient, in units of
       the gradient's norm.
     share: delta, the smallest r / min(m, n) of all matrices, in (0, 1].
-    steps: T, of the whole run.
+    steps: T, the number of steps of the whole run.
 
   Returns:
     The momentum, the gap between refreshes, the learning rate, the batch size
     and the order of (1/T) sum E||grad f||^2 over the T steps.
 
   Raises:
-    ValueError: an unknown theorem; a value outside its range; noise under
-      Theorem 2; fewer steps than the theorem is for.
+    ValueError: an unknown theorem; a value outside its range; noise with
+      Theorem 2; fewer steps than the theorem needs.
 
   References:
     He et al., `Subspace Optimization for Large Language Models with
@@ -87,7 +88,7 @@ def theorem_parameters(
       f'steps must be at least {math.ceil(least)} for {theorem!r} with these '
       f'values, got {steps!r}; train for longer.'
     )
-  # 1 / b1, since b1 is only ever divided by.
+  # Use 1 / b1, since formulas only divide by b1.
   slowness = 1 + math.sqrt(share**1.5 * noise**2 * steps / (smoothness * gap))
   tau = math.ceil(64 / (3 * share) * slowness)
   batch_size = 1
@@ -114,7 +115,7 @@ def theorem_parameters(
 def _check(
   theorem: str, smoothness: float, gap: float, noise: float, share: float
 ) -> None:
-  """Raises unless all values but the steps are in their ranges."""
+  """Raises unless all values except the steps are in their ranges."""
   if theorem not in THEOREMS:
     raise ValueError(f'theorem must be one of {THEOREMS}, got {theorem!r}.')
   for name, value in {'smoothness': smoothness, 'gap': gap}.items():
@@ -143,7 +144,7 @@ def _check(
 def _least_steps(
   theorem: str, smoothness: float, gap: float, noise: float, share: float
 ) -> float:
-  """Returns the T from which on the theorem holds."""
+  """Returns the smallest T for which the theorem holds."""
   if theorem == 'galore':
     return 64 / (3 * share)
   of_noise = (128 * noise) ** 2 / (9 * math.sqrt(share) * smoothness * gap)

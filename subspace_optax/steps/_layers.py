@@ -21,9 +21,9 @@ CLIPS = ('layer', 'previous', 'two_pass')
 class Model:
   """The functions of `layerwise` for one batch.
 
-  They take the leaves that are trained and join them with the others: `fixed`
-  of the stack, `fixed_rest` of all else. A layer's input is a pair of such
-  trees, too.
+  They take the trained leaves and join them with the others, which are `fixed`
+  for the stack and `fixed_rest` for everything else. A layer's input is a pair
+  of such trees, too.
   """
 
   embed: Callable[[Any, Any], Any]
@@ -42,7 +42,7 @@ class Model:
     return self._input(self.embed(rest, self.batch))
 
   def run(self, i: Any, layer: Any, x: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Returns what layer i makes of its input."""
+    """Returns the output of layer i."""
     layer = _stacks.join(layer, _stacks.layer(self.fixed, i))
     whole = _stacks.join(*x)
     number = (i,) if self.with_index else ()
@@ -50,23 +50,23 @@ class Model:
     return self._input(_same_shapes(new, whole))
 
   def _input(self, x: Any) -> tuple[Any, Any]:
-    """Returns a layer's input; constants in it may differ between devices."""
+    """Returns a layer's input, whose constants may differ between devices."""
     x, fixed = _stacks.split(x)
     return self.devices.own(x), fixed
 
   def loss(self, rest: Any, x: Any, fixed_x: Any) -> tuple[Any, Any]:
-    """Returns the loss, and what `head` returns beside it."""
+    """Returns the loss and the auxiliary output of `head`."""
     rest, x = _stacks.join(rest, self.fixed_rest), _stacks.join(x, fixed_x)
     return _loss_and_aux(self.head(rest, x, self.batch), self.has_aux)
 
 
 class Top(NamedTuple):
-  """What is known at the top of the stack."""
+  """Results at the top of the stack."""
 
   loss: jax.Array
   aux: Any
-  of_rest: Any  # the gradient of all that is no layer, through the head alone
-  gx: Any  # the gradient of what the last layer made
+  of_rest: Any  # gradient of all other parameters, through the head alone
+  gx: Any  # gradient of the last layer's output
 
 
 def run_forward(
@@ -100,9 +100,9 @@ def run_backward(
     step: (layer, its state, gradient, i) -> (updates, its state, squared norm),
       where state on the host is that of all layers.
     blocks: the layers.
-    states: theirs.
-    inputs: of the layers.
-    gx: the gradient of what is above.
+    states: states of the layers.
+    inputs: inputs of the layers.
+    gx: gradient of the last layer's output.
 
   Returns:
     The blocks, their states, the gradient's squared norm, and dL/dx below.
@@ -113,8 +113,8 @@ def run_backward(
   def body(k, carry):
     stacks, far, new, squares, gx = carry
     i = last - k
-    # What the last turn made is written at the start of this one: every read of
-    # the stacks then comes after the write, so that nothing need be copied.
+    # Write the results of the last turn at the start of this one. Every read of
+    # the stacks then comes after the write, so that nothing has to be copied.
     stacks = _stacks.put_layer(stacks, jnp.minimum(i + 1, last), new)
     stacks = _stacks.row_major(stacks)
     layer, own = _stacks.layer(stacks, i)
@@ -134,7 +134,7 @@ def run_backward(
 
 
 def _part(states: Any) -> tuple[Any, Any]:
-  """Returns the arrays on the device and those on the host, None between."""
+  """Returns the arrays on the device and those on the host; None elsewhere."""
   return _stacks.partition(lambda x: not _memories.is_far(x), states)
 
 
@@ -168,13 +168,13 @@ def clipping(
   previous: jax.Array,
   first_pass: Callable[[], jax.Array],
 ) -> Callable[[Any], tuple[Any, jax.Array]]:
-  """Returns what clips one layer's gradient, and gives its squared norm.
+  """Returns a function that clips a gradient and returns its squared norm.
 
   Args:
     max_norm: see `layerwise`.
-    clip: likewise.
-    previous: the norm of the last step's gradient.
-    first_pass: returns the norm of this one's.
+    clip: see `layerwise`.
+    previous: norm of the last step's gradient.
+    first_pass: returns the norm of this step's gradient.
   """
   if max_norm is None:
     return lambda gradient: (gradient, sum_squares(gradient))
@@ -183,7 +183,7 @@ def clipping(
     whole = first_pass()
     norm_of = lambda own: whole
   elif clip == 'previous':
-    # There is none in the first step, nor after one that was not finite.
+    # It is not known in the first step, nor after one that was not finite.
     known = (previous > 0) & jnp.isfinite(previous)
     norm_of = lambda own: jnp.where(known, previous, own)
 
@@ -212,7 +212,7 @@ def _same_shapes(new: Any, old: Any) -> Any:
 
 
 def _loss_and_aux(found: Any, has_aux: bool) -> tuple[Any, Any]:
-  """Returns what `head` returned as a loss and all else."""
+  """Splits the result of `head` into the loss and the rest."""
   if has_aux and not (isinstance(found, tuple) and len(found) == 2):
     raise ValueError(
       f'head must return (loss, aux), since has_aux=True, got {found!r}.'

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps in which no more than one layer's gradient is alive.
+"""Training steps that hold at most one layer's gradient in memory.
 
 Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023, and the per-layer
 updates of Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024: the
-backward pass updates a layer as soon as its gradient is known, and drops the
-gradient. Layers are stacked, and the pass is a loop over the stack, whose
-parameters and optimizer states are changed in place:
+backward pass updates a layer as soon as its gradient is known, and then drops
+the gradient. Layers are stacked, and the pass is a loop over the stack that
+changes parameters and optimizer states in place:
 
   forward: keep the input of every layer
   for the layers from last to first:
     compute the layer again, take its gradient, update it, pass on dL/dx
 
-It costs what recomputing layers costs: one more forward pass.
+Recomputing the layers costs one more forward pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,26 +40,26 @@ _FETCHES = ('layer', 'leaf')
 class LayerwiseState(NamedTuple):
   """State of a layer-wise step."""
 
-  # The optimizer's state for the stack; every leaf's first axis counts layers,
-  # counters included: each layer has an optimizer of its own.
+  # The optimizer's state for the stack. The first axis of every leaf, counters
+  # included, is the layer: each layer has its own optimizer.
   blocks: Any
-  rest: Any  # its state for all other parameters
+  rest: Any  # the optimizer's state for all other parameters
   norm: jax.Array  # shape=(), dtype=float32, of the last step's gradient
 
 
 class LayerwiseMetrics(NamedTuple):
-  """What a layer-wise step returns besides."""
+  """Metrics of a layer-wise step."""
 
   loss: jax.Array  # shape=(), before the step
-  norm: jax.Array  # shape=(), dtype=float32, of the whole gradient, not clipped
+  norm: jax.Array  # shape=(), dtype=float32, of the whole unclipped gradient
 
 
 class LayerwiseAuxMetrics(NamedTuple):
-  """What a layer-wise step with `has_aux` returns besides."""
+  """Metrics of a layer-wise step with `has_aux`."""
 
   loss: jax.Array  # shape=(), before the step
-  norm: jax.Array  # shape=(), dtype=float32, of the whole gradient, not clipped
-  aux: Any  # what `head` returned beside the loss
+  norm: jax.Array  # shape=(), dtype=float32, of the whole unclipped gradient
+  aux: Any  # auxiliary output of `head`
 
 
 def layerwise(
@@ -84,70 +84,72 @@ def layerwise(
   The model is head(rest, block(... block(embed(rest)))), with one function for
   all blocks, whose parameters are stacked along their first axes.
 
-  An optimizer sees one layer at a time, at the path of the stack and without
+  The optimizer sees one layer at a time, at the path of the stack and without
   the axis of layers, and all other parameters as one more tree. Masks and
   labels must be functions of such trees: of `{'blocks': {'w': ...}}`, and of
-  the rest. What looks at the whole tree, such as `optax.clip_by_global_norm` or
-  `optax.apply_if_finite`, looks at one layer here. Optimizers that take `value`
+  the rest. Transformations of whole trees, such as `optax.clip_by_global_norm`
+  or `optax.apply_if_finite`, see one layer here. Optimizers that take `value`
   and `grad`, such as `optax.contrib.reduce_on_plateau`, get the loss and the
-  gradient of that layer; line searches, which need `value_fn`, can't work.
-  Leaves of integers, booleans or random keys have no gradient: in `x` they may
-  change from block to block; among the parameters they stay as they are, unseen
-  by the optimizer. Schedules count steps, as ever; with `stagger`, matrices
-  take turns among those of the stack. To accumulate gradients, call the step
-  for every micro-batch with `so.subspace(..., every_k=k)`, which keeps them
-  r-sized; `optax.MultiSteps` works, too, but its sums are whole gradients of
-  all layers. Under automatic or explicit sharding, gradients are summed over
+  gradient of that layer. Line searches, which need `value_fn`, can't work.
+
+  Leaves of integers, booleans or random keys have no gradient. In `x` they may
+  change from block to block; among the parameters they do not change, and the
+  optimizer does not see them. Schedules count steps, as usual; with `stagger`,
+  matrices of the stack take turns. To accumulate gradients, call the step for
+  every micro-batch with `so.subspace(..., every_k=k)`, which accumulates
+  coordinates; `optax.MultiSteps` works, too, but its sums are whole gradients
+  of all layers. Under automatic or explicit sharding, gradients are summed over
   replicas layer by layer; `data_parallel_step` does not apply.
 
   Args:
-    tx: the optimizer, with learning rate and all.
+    tx: the complete optimizer, learning rate included.
     embed: (rest, batch) -> x, the first layer's input: an array or a tree.
     block: (one layer's parameters, x, batch) -> x, of the same shapes; with
       `with_index`, (one layer's parameters, x, batch, index) -> x.
     head: (rest, x, batch) -> the loss, a scalar; with `has_aux`, (loss, aux).
-    stack: the path of the stacked blocks among the parameters, as
+    stack: path of the stacked blocks in the parameters, such as
       `decoder/layers`, in nested mappings. `embed` and `head` get the mapping
       without the stack, as a dict if its type is immutable.
-    rest: the optimizer of all other parameters; `tx` by default, which need
+    rest: optimizer for all other parameters, `tx` by default, which then need
       not find anything to project there.
-    max_norm: what gradients' norms are clipped to; None for no clipping.
-    clip: the norm that `max_norm` limits. 'layer': that of each layer's
-      gradient, and of all else's. 'previous': that of the whole gradient one
-      step before (of each layer's in the first step, and after one that was not
-      finite). 'two_pass': that of the whole gradient; the backward pass runs
-      twice.
-    with_index: whether `block` takes the number of its layer, from 0, as a
+    max_norm: the norm to which gradients are clipped; None for no clipping.
+    clip: the norm that `max_norm` limits. 'layer' is the norm of each layer's
+      gradient, and of the gradient of all other parameters. 'previous' is the
+      norm of the whole gradient one step before; in the first step, and after a
+      norm that was not finite, it is that of each layer. 'two_pass' is the norm
+      of the whole gradient; the backward pass then runs twice.
+    with_index: whether `block` takes the index of its layer, from 0, as a
       fourth argument. For dropout that differs by layer, put a random key into
       the batch and use `jax.random.fold_in(batch['key'], index)`: the backward
-      pass computes the layer again with the same mask.
+      pass recomputes the layer with the same mask.
     has_aux: whether `head` returns (loss, aux); `metrics.aux` is that tree.
-    fetch: how state on the host (see `state_sharding`) comes to the device.
-      'layer': a layer's at once, in transfers that the compiler runs beside the
-      layer's computation, while it has the memory. 'leaf': parameter by
-      parameter behind the layer's gradient, and large ones of elementwise
-      optimizers in rows, so that next to nothing is there at a time. The state
-      of all other parameters comes by leaf.
-    mesh: if given, the step is one of `data_parallel_step`: devices along
+    fetch: how state on the host (see `state_sharding`) moves to the device.
+      'layer' moves a layer's state at once; the compiler overlaps the transfers
+      with the layer's computation, as far as memory allows. 'leaf' moves it
+      parameter by parameter after the layer's gradient, and large parameters of
+      elementwise optimizers in rows, so that hardly any state is on the device
+      at a time. The state of all other parameters moves by leaf.
+    mesh: if given, the step works as in `data_parallel_step`: devices along
       `axis_name` project the gradients of their own parts of the batch, and
-      average the coordinates of each layer in its turn. Arrays of the batch
-      are as there: a random key is the same everywhere. Nothing knows the norm
-      of the mean gradient: `metrics.norm` is the root of the mean of the
-      devices' squared norms.
-    axis_name: along which devices have different parts of a batch.
-    check_vma: as of `data_parallel_step`.
+      average the coordinates layer by layer. For arrays of the batch the same
+      rules hold: a random key is the same everywhere. The norm of the mean
+      gradient is not known; `metrics.norm` is the square root of the mean of
+      the devices' squared norms.
+    axis_name: one or several mesh axes along which devices have different parts
+      of a batch.
+    check_vma: see `data_parallel_step`.
 
   Returns:
-    The step. Parameters keep their treedef. Numbers of the state may be set for
-    all layers at once by `optax.tree.set(state, learning_rate=0.01)`.
+    The step. Parameters keep their treedef. To set numbers of the state for all
+    layers at once, use `optax.tree.set(state, learning_rate=0.01)`.
 
   Raises:
     ValueError: an unknown `clip` or `fetch`; an axis without a mesh; a mesh
-      without the axis, with explicit axes, or together with `max_norm` or
+      that lacks the axis, has explicit axes, or is used with `max_norm` or
       `has_aux`; at `init`, no mapping at `stack`, leaves that disagree on the
-      number of layers, or a spec that takes the axis of layers for one of a
-      matrix; at the step, a block that changes its input's shapes, or a head
-      that returns no scalar.
+      number of layers, or a spec that takes the axis of layers for an axis of a
+      matrix; at the step, a block that changes the shapes of its input, or a
+      head that does not return a scalar.
 
   References:
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with
@@ -184,11 +186,12 @@ def layerwise(
   if mesh is not None:
     devices = _data_parallel.Devices.along(mesh, axis_name)
     _check_parallel(max_norm, has_aux)
-  # One layer's boxes have other names than the stack's.
+  # The boxes of one layer have other axis names than those of the stack.
   bare = lambda tx: _boxes.without_boxes(optax.with_extra_args_support(tx))
   stack_tx, rest_tx = bare(tx), bare(tx if rest is None else rest)
   keys = stack.split('/')
-  # What was made for a whole tree; an optimizer of the rest alone is as meant.
+  # `tx` was made for the whole tree, so it may find nothing to project in the
+  # rest. An optimizer passed as `rest` must.
   leniently = _notices.lenient if rest is None else contextlib.nullcontext
 
   def parted(params):
@@ -281,7 +284,7 @@ def layerwise(
 
 
 def _check_parallel(max_norm: float | None, has_aux: bool) -> None:
-  """Raises for what devices with gradients of their own can't do."""
+  """Raises for options that devices with their own gradients can't support."""
   if max_norm is not None:
     raise ValueError(
       f'max_norm={max_norm} with a mesh: no device knows the norm of the mean '
@@ -295,7 +298,7 @@ def _check_parallel(max_norm: float | None, has_aux: bool) -> None:
 
 @contextlib.contextmanager
 def _note_of_trees(stack: str) -> Iterator[None]:
-  """Adds to errors of an optimizer's `init` which trees it is given."""
+  """Adds to errors of an optimizer's `init` which trees it gets."""
   try:
     yield
   except Exception as error:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the convergence theorem of randomized subspace optimization asks for."""
+"""The convergence theorem of randomized subspace optimization."""
 
 import math
 from typing import NamedTuple
 
 
 class TheoremParameters(NamedTuple):
-  """What Theorem 5.5 prescribes for `subproblems`, and what it promises.
+  """Parameters that Theorem 5.5 prescribes for `subproblems`, and its bound.
 
   Attributes:
-    eta: of the proximal term |B|^2 / (2 eta).
-    learning_rate: of gradient descent on B, whose objective is curved by
-      between 1 / (2 eta) and 3 / (2 eta).
-    bound: of the mean of E||grad f(W^k)||_F^2 over the subproblems.
+    eta: eta of the proximal term |B|^2 / (2 eta).
+    learning_rate: learning rate of gradient descent on B. The curvature of its
+      objective is between 1 / (2 eta) and 3 / (2 eta).
+    bound: bound on the mean of E||grad f(W^k)||_F^2 over the subproblems.
   """
 
   eta: float
@@ -38,9 +38,9 @@ def theorem_parameters(
     smoothness: L, the Lipschitz constant of the gradient.
     gap: f(W^0) - inf f, in units of the loss.
     share: the smallest r / m of all kernels, m their inputs, in (0, 1].
-    subproblems: K, at least 1.
-    accuracy: by how much, on average, a subproblem's objective ends above its
-      minimum.
+    subproblems: K, the number of subproblems, at least 1.
+    accuracy: how far above its minimum a subproblem's objective ends, on
+      average.
 
   Returns:
     The proximal parameter, a learning rate and the bound.

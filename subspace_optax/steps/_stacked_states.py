@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer states of stacks: one for each layer, in the same arrays."""
+"""Optimizer states of stacks: one per layer, in the same arrays."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,17 +22,17 @@ def init(tx: optax.GradientTransformation, blocks: Any) -> Any:
   """Returns the state of a stack, every leaf with a first axis of layers.
 
   Updates see one layer at a time, so the shapes of one layer decide which
-  leaves are matrices and which moments are coded. Leaves are given to `tx.init`
-  in the first of three ways that makes the state that one layer has:
+  leaves are matrices and which moments are coded. `tx.init` gets the leaves in
+  the first of these three ways that gives each layer the state of one layer:
 
-    1. all of them stacked, which gives each layer seeds and turns of its own
-       and places states like their parameters;
-    2. vectors layer by layer, since a stack of them would pass for a matrix;
-    3. all of them layer by layer, unless there are bases, which would be the
+    1. all leaves stacked, which gives each layer its own seeds and turns and
+       places states like their parameters;
+    2. vectors layer by layer, since a stack of vectors would pass for a matrix;
+    3. all leaves layer by layer, unless there are bases, which would be the
        same in every layer.
   """
   layers = _stacks.count(blocks)
-  one = _trial(tx, _stacks.layer_shapes(blocks))  # which tells what it assumes
+  one = _trial(tx, _stacks.layer_shapes(blocks))  # not quiet: it may warn
   with _notices.quiet():
     return _as_one_layer(tx, blocks, one, layers)
 
@@ -40,7 +40,7 @@ def init(tx: optax.GradientTransformation, blocks: Any) -> Any:
 def _as_one_layer(
   tx: optax.GradientTransformation, blocks: Any, one: Any, layers: int
 ) -> Any:
-  """Returns a stack of states whose shapes are those of one layer's."""
+  """Returns a stack of states with the shapes of one layer's state."""
   problem = ''
   for alone in _ways(tx, blocks):
     single, stacked = _stacks.partition(alone, blocks)
@@ -54,7 +54,7 @@ def _as_one_layer(
 def _ways(
   tx: optax.GradientTransformation, blocks: Any
 ) -> Iterator[Callable[[Any], bool]]:
-  """Yields which leaves are given to `tx.init` layer by layer; see `init`."""
+  """Yields which leaves `tx.init` gets layer by layer; see `init`."""
   yield lambda x: False
   yield lambda x: x.ndim < 3
   if not _holds_project(tx, blocks):
@@ -66,7 +66,7 @@ def with_layers(
 ) -> Any:
   """Returns the state of a stack with a first axis of layers everywhere.
 
-  `optax.tree.set` leaves one number where each layer had its own.
+  `optax.tree.set` may have put one number where each layer had its own.
   """
   layers = _stacks.count(blocks)
 
@@ -89,23 +89,23 @@ def with_layers(
 def check_rest(
   tx: optax.GradientTransformation, params: Any, state: Any
 ) -> None:
-  """Raises if a number that was set has the shape of one for each layer."""
+  """Raises if a number set in the state has a shape with one per layer."""
 
   def check(path: Any, x: Any, like: Any) -> None:
     if np.shape(x) != like.shape:
       raise ValueError(
         f'state.rest {_tree.path_str(path)!r} has shape {np.shape(x)}, but '
-        f'must have {like.shape}; what differs by layer belongs into '
+        f'must have {like.shape}; put values that differ by layer into '
         'state.blocks.'
       )
 
-  with _notices.lenient(), _notices.quiet():  # refuses no more than `init`
+  with _notices.lenient(), _notices.quiet():  # rejects no more than `init`
     like = _trial(tx, params)
   jax.tree.map_with_path(check, state, like)
 
 
 def _trial(tx: optax.GradientTransformation, params: Any) -> Any:
-  """Returns the shapes of a state that is not made."""
+  """Returns the shapes of a state without making it."""
   with _describe.unheard():
     return jax.eval_shape(lambda x: tx.init(x), params)
 
@@ -118,7 +118,7 @@ def _holds_project(tx: optax.GradientTransformation, params: Any) -> bool:
 
 
 def _misfit(one: Any, found: Any, layers: int) -> str | None:
-  """Returns the path of what is no stack of one layer's arrays, if any is."""
+  """Returns the path of a state that is not a stack of one layer's, or None."""
   wanted, got = (
     {
       _tree.path_str(path): (x.shape, x.dtype)
@@ -143,7 +143,7 @@ def _stacked_state(
   found: Any,
   layers: int,
 ) -> Any:
-  """Makes the state; what has no axis of layers gets one."""
+  """Makes the state, and adds an axis of layers to arrays without one."""
   axes = jax.tree.map(
     lambda x, y: 0 if x.shape == y.shape else None, found, one
   )
@@ -154,7 +154,7 @@ def _stacked_state(
 
 
 def _placed_like(params: Any, state: Any) -> Any:
-  """Returns the state with the moments of these parameters on their devices."""
+  """Returns the state with the moments of these parameters placed like them."""
 
   def place(path: Any, x: Any) -> Any:
     _, leaf = _parameter_of(_tree.path_str(path), params)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stacks of layers, and the mappings that they stand in."""
+"""Stacks of layers, and the mappings that contain them."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -26,12 +26,12 @@ def put_layer(stack: Any, i: Any, layer: Any) -> Any:
 
 
 def row_major(stack: Any) -> Any:
-  """Returns the stack, of which XLA makes no copy in another order of axes.
+  """Returns the stack, kept in row-major order so that XLA does not copy it.
 
-  Arguments of a program lie row by row unless a caller says otherwise. On a TPU
-  a loop whose products prefer columns would else begin by copying whole stacks.
-  Elsewhere XLA does no such thing, but does not partition the constraint, for
-  which it would gather stacks that are cut.
+  Arguments of a program are row-major unless a caller says otherwise. On a TPU,
+  a loop whose products prefer column-major arrays would otherwise begin by
+  copying whole stacks. Other backends don't need this constraint; XLA does not
+  partition it there, and would gather sharded stacks.
   """
 
   def one(x: jax.Array) -> jax.Array:
@@ -71,7 +71,7 @@ def count(blocks: Any) -> int:
 
 
 def split(tree: Any) -> tuple[Any, Any]:
-  """Returns the floating-point leaves and the others, None in between."""
+  """Returns the floating-point leaves and the others; None elsewhere."""
   return partition(lambda x: jnp.issubdtype(_dtype(x), jnp.inexact), tree)
 
 
@@ -84,7 +84,7 @@ def partition(chosen: Callable[[Any], bool], tree: Any) -> tuple[Any, Any]:
 
 
 def join(one: Any, other: Any) -> Any:
-  """Returns the tree that `partition` has parted."""
+  """Returns the tree that `partition` split."""
   return jax.tree.map(
     lambda x, y: y if x is None else x, one, other, is_leaf=lambda x: x is None
   )
@@ -98,7 +98,7 @@ def _dtype(x: Any) -> Any:
 
 
 def take(tree: Any, keys: Sequence[str]) -> tuple[Any, Any]:
-  """Returns what is at a path, and the tree without it."""
+  """Returns the entry at a path, and the tree without it."""
   key, *more = keys
   if not isinstance(tree, Mapping) or key not in tree:
     found = sorted(map(str, tree)) if isinstance(tree, Mapping) else type(tree)
@@ -115,7 +115,7 @@ def take(tree: Any, keys: Sequence[str]) -> tuple[Any, Any]:
 
 
 def put(tree: Any, keys: Sequence[str], blocks: Any, rest: Any) -> Any:
-  """Returns a tree like `tree`, of what `take` has parted."""
+  """Returns a tree like `tree`, from the parts that `take` returned."""
   treedef = jax.tree.structure(tree)
   numbers = treedef.unflatten(range(treedef.num_leaves))
   order = jax.tree.leaves(take(numbers, keys))
@@ -131,7 +131,7 @@ def _copy(tree: Any) -> Any:
 
 
 def nest(value: Any, keys: Sequence[str]) -> Any:
-  """Returns the tree that holds a value alone, at a path."""
+  """Returns a tree that holds only this value, at a path."""
   for key in reversed(keys):
     value = {key: value}
   return value

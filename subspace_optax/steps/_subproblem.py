@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One leaf in a subproblem: its P, what its optimizer sees, and W + P B.
+"""One leaf in a subproblem: its P, its optimizer's input, and W + P B.
 
-A narrow W loses steps that are smaller than half its spacing, unless rounding
-is right in the mean or what it takes is kept.
+A narrow W loses steps that are smaller than half the spacing of its dtype,
+unless rounding is right on average or the rounding error is kept.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ ROUNDING = ('nearest', 'compensated', 'stochastic')
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """What is the same for all leaves and steps; see `subproblems`."""
+  """Settings that all leaves and steps share; see `subproblems`."""
 
   gap: int
   sample: str
@@ -37,7 +37,7 @@ class Rule:
   basis_dtype: Any
 
   def check(self, match: Any) -> None:
-    """Raises for a leaf that can't be rounded or lifted like this."""
+    """Raises for a leaf that can't be rounded or lifted this way."""
     _rounding.check(self.rounding, match.path, match.leaf.dtype)
     if self.sample == 'dct' and match.layout.m > _cosines.MOST_ROWS:
       raise ValueError(
@@ -67,7 +67,7 @@ class Rule:
     seeds: jax.Array,
     coords: jax.Array,
   ) -> _projected.Projected:
-    """Returns what `in_subspace` takes in the place of a lifted leaf."""
+    """Returns the node for a lifted leaf that `in_subspace` takes."""
     _check_gradient(match, gradient)
     layout, leaf, k = match.layout, match.leaf, count // self.gap
     p = self.draw(layout, leaf, seeds, k)
@@ -111,7 +111,7 @@ class Rule:
     seeds: jax.Array,
     count: jax.Array,
   ) -> tuple[jax.Array, Any]:
-    """Returns W + P B rounded, and what that took, if it is kept."""
+    """Returns W + P B, rounded, and the rounding error, if it is kept."""
     exact = add_step(match, w, p, b)
     if isinstance(lost, jax.Array):
       exact += lost.astype(exact.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Randomized subspace optimization: subproblems in B, whose P no state holds.
+"""Randomized subspace optimization: subproblems in B, with P not stored.
 
 Chen et al., `A Memory Efficient Randomized Subspace Optimization Method for
 Training Large Language Models <https://arxiv.org/abs/2502.07222>`_, 2025,
@@ -7,7 +7,7 @@ Algorithm 1. With W^k and a fresh P^k, any optimizer takes tau steps on
 
   min_B f(W^k + P^k B) + |B|^2 / (2 eta),   from B = 0;   W^{k+1} = W^k + P^k B.
 
-Gradients are those of B, (*batch, r, n), so that nobody needs those of W.
+Gradients are those of B, (*batch, r, n); those of W are not needed.
 """
 
 from collections.abc import Callable
@@ -48,32 +48,32 @@ class SubproblemState(NamedTuple):
   count: jax.Array  # shape=(), dtype=int32, inner steps so far
   seed: Any  # tree, leaf shape=(*batch,), dtype=uint32
   coords: Any  # B: tree, leaf shape=the coordinates', float32 or wider
-  inner: Any  # of the optimizer of B and of plain leaves
-  # What rounding took from merged weights narrower than float32: tree, leaf
-  # shape=the leaf's, dtype=its own; () without compensation
+  inner: Any  # state of the optimizer of B and of plain leaves
+  # Rounding errors of merged weights narrower than float32: tree, leaf
+  # shape=the leaf's, dtype=the leaf's; () without compensation
   lost: Any
 
 
 class Subproblems(NamedTuple):
-  """A training loop's building block.
+  """The functions of a training loop over subproblems.
 
   Attributes:
     init: params -> state.
     step: (loss, value_and_grad=jax.value_and_grad) -> a `TrainStep`, (params,
-      state, *args) -> (params, state, value), to be jitted. The loss takes
-      (params, *args), where some of the params are lifted: see `nnx_merge`,
-      `linen_apply` and `dot`. It must use these in their layers alone, since a
-      sum of squares over all params, say, is then one of W, P and B.
-      `value_and_grad` differentiates a function by its first argument: one that
-      accumulates over microbatches, say.
+      state, *args) -> (params, state, value). Jit it. The loss takes (params,
+      *args), where some of the params are lifted; see `nnx_merge`,
+      `linen_apply` and `dot`. It must use lifted params only in their layers:
+      a sum of squares over all params, for example, would sum those of W, P and
+      B. `value_and_grad` differentiates a function by its first argument; pass
+      one, for example, that accumulates over microbatches.
     bases: (params, state) -> P of every lifted leaf, for the next gradient.
     update: (gradients, state, params) -> (params, state): one inner step, and
-      the merge behind the last one of a subproblem. Gradients of lifted leaves
-      are those of B, all others as always.
-    lifted: (params, state) -> what the loss is given: W, P and B.
+      the merge after the last step of a subproblem. Gradients of lifted leaves
+      are those of B; all others are the usual ones.
+    lifted: (params, state) -> the params that the loss gets: W, P and B.
     merged: (params, state) -> W + P B, as plain parameters.
-    gradients: (params, state) -> what has the gradients' shapes: B of lifted
-      leaves, and all others.
+    gradients: (params, state) -> a tree with the gradients' shapes: B for
+      lifted leaves, and all other leaves.
   """
 
   init: Callable[[Any], SubproblemState]
@@ -100,38 +100,39 @@ def subproblems(
   """Trains B in W + P B, with a fresh P for every subproblem.
 
   Args:
-    spec: which leaves, as which matrices, at which rank; `side='in'`. For
-      bfloat16 weights, `basis_dtype='bfloat16'` halves what P takes.
-    inner: the optimizer of B and of plain leaves, learning rate and sign
-      included, as `optax.adam(1e-3)`. Where moments are reset its counters are,
-      too, so that its schedules are those of one subproblem. It sees no W:
-      there is no decay of the weights.
-    update_proj_gap: tau, inner steps of a subproblem.
-    sample: how P is drawn, again at every step: 'dct', random columns of the
-      cosine transform with random signs of rows, for mr cosines; 'haar', for mr
-      random numbers and about 8mr^2 FLOPs; or 'gaussian', with entries of
-      N(0, 1 / r), for mr random numbers. The first two have P^T P = (m / r) I,
-      all E[P P^T] = I.
-    eta: of the proximal term |B|^2 / (2 eta): a number, a function of the
+    spec: which leaves to lift, as which matrices, at which rank; `side='in'`.
+      For bfloat16 weights, `basis_dtype='bfloat16'` halves the memory of P.
+    inner: the optimizer of B and of plain leaves, with learning rate and sign,
+      such as `optax.adam(1e-3)`. If moments are reset, so are its counters, so
+      that its schedules span one subproblem. It does not see W, so it can't
+      decay weights.
+    update_proj_gap: tau, inner steps per subproblem.
+    sample: how to draw P, again at every step. 'dct' takes random columns of
+      the cosine transform with random signs of rows, and costs mr cosines;
+      'haar' costs mr random numbers and about 8mr^2 FLOPs; 'gaussian', with
+      N(0, 1 / r) entries, costs mr random numbers. The first two have P^T P =
+      (m / r) I, all E[P P^T] = I.
+    eta: eta of the proximal term |B|^2 / (2 eta): a number, a function of the
       number of the subproblem, or None for no such term.
-    transport: what a new P means for the optimizer's moments, see
+    transport: what happens to the optimizer's moments when P changes; see
       `in_subspace`.
-    rounding: of merged weights that are narrower than float32: to the
-      'nearest'; of bfloat16 'stochastic', right in the mean; 'compensated',
-      which keeps what is lost in an array of the leaf's shape and dtype.
-    schedule: a factor of all steps, of B and of plain leaves, by the number of
-      inner steps since the first subproblem began.
-    plain: the optimizer of the leaves that are not lifted, `inner` by default.
+    rounding: how to round merged weights that are narrower than float32.
+      'nearest'; 'stochastic', for bfloat16, which is right on average;
+      'compensated', which keeps the rounding error in an array of the leaf's
+      shape and dtype.
+    schedule: a factor for all steps, of B and of plain leaves, as a function of
+      the number of inner steps since the first subproblem began.
+    plain: optimizer for leaves that are not lifted, `inner` by default.
 
   Returns:
     The functions of a training loop.
 
   Raises:
-    ValueError: another side; an unknown sample or rounding; what `in_subspace`
-      raises; at `init`, float16 to be rounded stochastically, more than 2^20
-      inputs for the cosine transform, or an optimizer that steps along the
-      gradient.
-    TypeError: a gap that is no int.
+    ValueError: a side other than 'in'; an unknown sample or rounding; arguments
+      that `in_subspace` rejects; at `init`, float16 with stochastic rounding,
+      more than 2^20 inputs for the cosine transform, or an optimizer that steps
+      along the gradient.
+    TypeError: a gap that is not an int.
 
   References:
     Chen et al., `RSO <https://arxiv.org/abs/2502.07222>`_, 2025, Algorithm 1
@@ -183,7 +184,7 @@ def subproblems(
     drawn: dict[Any, jax.Array] = {}
 
     def draw(path, leaf, layout):
-      # One array for a group, so that x P of query, key and value is one, too.
+      # One array per group, so that query, key and value share one x P.
       group = spec.key_group(path) if spec.key_group else path
       key = group, layout.basis_shape, layout.rows, _sharding.explicit(leaf)
       if key not in drawn:
@@ -250,7 +251,7 @@ def subproblems(
 
 
 def _check(spec, gap, sample, rounding) -> None:
-  """Raises for what no subproblem can be made of."""
+  """Raises for arguments from which no subproblem can be made."""
   _spec.check_spec(spec)
   if spec.side != 'in':
     raise ValueError(
@@ -259,8 +260,8 @@ def _check(spec, gap, sample, rounding) -> None:
     )
   if _quantized_basis.is_quantized(spec.basis_dtype):
     raise ValueError(
-      f'basis_dtype={jnp.dtype(spec.basis_dtype).name!r} is of bases that are '
-      'stored, but subproblems draw theirs again at every step; take a float.'
+      f'basis_dtype={jnp.dtype(spec.basis_dtype).name!r} is for stored bases, '
+      'but subproblems draw theirs again at every step; use a float dtype.'
     )
   if sample not in _subproblem.SAMPLES:
     raise ValueError(
@@ -324,7 +325,7 @@ def _merge(
   coords: Any,
   lost: Any,
 ) -> tuple[Any, Any, Any]:
-  """Returns W + P B, B = 0, and what rounding took."""
+  """Returns W + P B, B = 0, and the rounding errors."""
   keeps = rule.rounding == 'compensated'
   rests = _entries(lost) if keeps else [None] * len(matches)
   columns = map(_entries, (params, nodes, seeds, coords))

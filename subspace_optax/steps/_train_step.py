@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One protocol for training steps of every kind."""
+"""One interface for training steps of every kind."""
 
 from collections.abc import Callable
 import contextlib
@@ -19,23 +19,23 @@ Differentiate = Callable[[Callable[..., Any]], Callable[..., tuple[Any, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-  """A training step, whichever way it takes to the gradients.
+  """A training step, however it computes gradients.
 
-  Made by `train_step`, `layerwise`, `data_parallel_step`, `rso.compressed_step`
-  and `rso.Subproblems.step`. Calling it is calling `step`.
+  `train_step`, `layerwise`, `data_parallel_step`, `rso.compressed_step` and
+  `rso.Subproblems.step` return one. Calling it calls `step`.
 
   Attributes:
     init: params -> state.
-    step: (params, state, *batch) -> (params, state, metrics), to be jitted with
+    step: (params, state, *batch) -> (params, state, metrics). Jit it with
       params and state donated. Metrics are the loss, or a NamedTuple with it.
     params: (params, state) -> the parameters to evaluate and to save.
-    gradients: (params, state) -> what is alive of gradients at a time, or its
-      shapes.
+    gradients: (params, state) -> the gradients that are in memory at one time,
+      or their shapes.
     replicated: mesh axes along which all state is the same.
-    mesh: on which the step runs, if it has one of its own.
+    mesh: mesh on which the step runs, if it has its own.
     bases: (params, state) -> bases that the step draws before its forward pass
-      and holds through it.
-    streams: whether the state may be in the memory of the host.
+      and holds until its end.
+    streams: whether the state may be in host memory.
   """
 
   init: Callable[[Any], Any]
@@ -59,8 +59,7 @@ class TrainStep:
     """Returns the sharding of every array of the state; see `state_sharding`.
 
     Args:
-      params: arrays or shapes, with shardings unless the step has a mesh of its
-        own.
+      params: arrays or shapes, with shardings unless the step has its own mesh.
       memory_kind: 'pinned_host' or a function of paths, as there.
     """
     none = contextlib.nullcontext()
@@ -80,16 +79,16 @@ def train_step(
 
   Args:
     loss: (params, *batch) -> the mean loss, a scalar.
-    tx: any optax optimizer; or what makes a step of its own by `step(loss,
-      value_and_grad)`, as `rso.subproblems` do.
-    value_and_grad: how to differentiate a function by its first argument; one
-      that accumulates over microbatches, say.
+    tx: any optax optimizer; or an object that makes its own step by
+      `step(loss, value_and_grad)`, such as `rso.subproblems`.
+    value_and_grad: differentiates a function by its first argument; pass one,
+      for example, that accumulates over microbatches.
 
   Returns:
     A `TrainStep`, whose metrics are the loss before the step.
 
   Raises:
-    TypeError: a `TrainStep` in the place of an optimizer.
+    TypeError: `tx` is a `TrainStep` instead of an optimizer.
 
   Example:
     >>> import jax, jax.numpy as jnp, subspace_optax as so

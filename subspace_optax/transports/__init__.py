@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to the inner optimizer's moments when a basis moves."""
+"""Transports: what happens to inner moments when a basis moves."""
 
 from subspace_optax.transports._base import Moment as Moment
 from subspace_optax.transports._base import Transport as Transport

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transport is, and how it is applied to the state of an optimizer."""
+"""The interface of transports, and how they act on an optimizer's state."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -15,7 +15,7 @@ from subspace_optax._matrix import _tree
 from subspace_optax._matrix import _varying
 from subspace_optax.transports import _moments
 
-# From path to the leaf's node and the move of its basis.
+# From a leaf's path to its node and the move of its basis.
 Moves = Mapping[str, tuple[_projected.Projected, _projected.Move]]
 
 
@@ -23,17 +23,18 @@ Moves = Mapping[str, tuple[_projected.Projected, _projected.Move]]
 class Moment:
   """A moment of one leaf whose basis moves from P_o to P_n.
 
-  The matrices of a stack are in one array, so that products with C go through
-  `mix`; all else is elementwise.
+  One array holds the matrices of a stack, so products with C go through `mix`;
+  everything else is elementwise.
 
   Attributes:
-    value: of the coordinates' shape.
+    value: the moment, in the coordinates' shape.
     kind: 'mean' of gradients, 'sum' of gradients or 'square', a mean of squared
       gradients.
-    mean: of squares about means, these means, of the same shape; else None.
-    count: of squares about means, the steps behind both, a scalar or one value
-      per matrix that broadcasts against `value`; else None.
-    change: C as the projector knows it; see `transition` and `carry`.
+    mean: for squares that go with means of gradients, these means, of the same
+      shape; else None.
+    count: for squares that go with means, the number of steps in both, a scalar
+      or one value per matrix that broadcasts against `value`; else None.
+    change: C as the projector represents it; see `transition` and `carry`.
   """
 
   value: jax.Array
@@ -53,17 +54,17 @@ class Moment:
     return self.change.dense if is_selection else self.change
 
   def carry(self, x: jax.Array) -> jax.Array:
-    """Returns C X of each matrix, for X like `value`."""
+    """Returns C X for each matrix, for X shaped like `value`."""
     return _projected.carry(self.layout, self.change, x)
 
   def carry_squares(self, x: jax.Array) -> jax.Array:
-    """Returns (C * C) X of each matrix, the product of C element by element."""
+    """Returns (C * C) X for each matrix, with C squared element by element."""
     is_selection = isinstance(self.change, _projected.Selection)
     squared = self.change if is_selection else jnp.square(self.change)
     return _projected.carry(self.layout, squared, x)
 
   def mix(self, c: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns C X of each matrix, for C like `transition`, X like `value`."""
+    """Returns C X per matrix, C shaped like `transition`, X like `value`."""
     return self.layout.mix_coords(c, x)
 
 
@@ -71,11 +72,11 @@ class Transport(NamedTuple):
   """What happens to the inner optimizer's moments when a basis moves.
 
   Attributes:
-    name: what errors call it.
-    move: from a `Moment` in the old basis to its value in the new one; None to
-      leave all moments as they are.
-    kinds: the kinds of moments that `move` is given; the others stay.
-    resets: whether the state of a matrix starts anew instead, counters and all.
+    name: the name that errors show.
+    move: maps a `Moment` in the old basis to its value in the new one; None to
+      leave all moments unchanged.
+    kinds: kinds of moments to pass to `move`; the others do not change.
+    resets: whether to reset the state of a matrix instead, counters included.
   """
 
   name: str
@@ -90,11 +91,11 @@ def carry(
   """Returns an inner state with its moments moved to the new bases.
 
   Args:
-    transport: with a `move`.
-    state: the inner optimizer's.
-    moves: of the leaves whose bases may have moved.
-    per_matrix: whether each matrix has a state of its own, whose arrays are
-      stacked along their first axes.
+    transport: a transport with a `move`.
+    state: the inner optimizer's state.
+    moves: the moves of leaves whose bases may have moved.
+    per_matrix: whether each matrix has its own state; the arrays of these
+      states are stacked along their first axes.
   """
   moved = [jnp.any(move.moved) for _, move in moves.values()]
 
@@ -132,7 +133,7 @@ def _move_tree(
 
 
 def _by_path(tree: Any, paths: list[str]) -> dict[str, Any]:
-  """Returns what belongs to each leaf: of a tree its own, or all of it."""
+  """Returns each leaf's entry of a tree; a single value belongs to all."""
   if tree is None or hasattr(tree, 'dtype'):
     return dict.fromkeys(paths, tree)
   return dict(_tree.flatten(tree)[0])
@@ -147,9 +148,10 @@ def _move_leaf(
   kind: str,
   arrays: tuple[jax.Array, Any, Any],
 ) -> jax.Array:
-  """Returns a leaf's moment, moved for the matrices whose bases did.
+  """Returns a leaf's moment, moved for the matrices whose bases moved.
 
-  `arrays` are the moment, and of squares about means these and their count.
+  `arrays` are the moment and, for squares that go with means, these means and
+  their count.
   """
   value = arrays[0]
   batch = layout.coords_batch
@@ -181,9 +183,8 @@ def check_shape(path: str, moment: Any, shape: tuple[int, ...]) -> None:
   if moment.shape != shape:
     raise ValueError(
       f'gradient {path!r} has coordinates of shape {shape}, but init made '
-      f'moments of shape {moment.shape}; give update the tree that init was '
-      'given, or take a state of another rank over by '
-      'subspace_optax.resize_rank.'
+      f'moments of shape {moment.shape}; give update the tree that init got, '
+      'or convert a state of another rank with subspace_optax.resize_rank.'
     )
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moments in the states of optimizers: what they are, and how to change them.
+"""Moments in the states of optimizers: where they are and how to change them.
 
-Each type of state names its moments once, by `register_moments`. Transports,
-residual rules and low precision read and write them by `map_moments`, and know
-no optimizer by name.
+`register_moments` names the moments of each type of state once. Transports,
+residual rules and low precision then read and write moments by `map_moments`,
+without knowing any optimizer by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +21,13 @@ class MomentTree(NamedTuple):
   """One field of a state that holds moments of all leaves.
 
   Attributes:
-    path: of the field in the state, as `0/mu`.
+    path: path of the field in the state, such as `0/mu`.
     kind: 'mean' of gradients, 'sum' of gradients or 'square', a mean of squared
       gradients.
-    tree: with the parameters' structure.
-    mean: of squares about means, the tree of these means; else None.
-    count: of squares about means, the steps behind both; else None.
+    tree: the moments, with the parameters' structure.
+    mean: for squares that go with means, the tree of these means; else None.
+    count: for squares that go with means, the number of steps in both; else
+      None.
   """
 
   path: str
@@ -45,7 +46,7 @@ class _Fields(NamedTuple):
 
 
 class _Codec(NamedTuple):
-  """How a state that holds moments in codes is read and changed."""
+  """How to read and change a state that holds moments as codes."""
 
   decode: Callable[[Any], Any]
   change: Callable[[Callable[[Any], Any], Any, Any], Any]
@@ -65,19 +66,19 @@ def register_moments(
 ) -> None:
   """Names the moments in the state of an optimizer.
 
-  Transports, residual rules and `quantize_moments` then know them. Fields that
-  are not named stay as they are; states inside them are looked into.
+  Transports, residual rules and `quantize_moments` then find them. Fields that
+  are not named do not change, but states inside them are searched for moments.
 
   Args:
     state_type: the state's NamedTuple type.
     first: fields with means of gradients.
-    second: from each field with means of squared gradients to the field with
-      the means of gradients that go with it, both debiased by 1 - b^count with
-      the state's `count`; or to None if there is no such field.
-    sums: fields with sums of gradients, without a weight of 1 - b.
-    elementwise: whether a number's update depends on nothing but its own
-      gradient and moments, and on counters. `quantize_moments` then updates a
-      stack layer by layer, and passes no parameters.
+    second: maps each field with means of squared gradients to the field with
+      the corresponding means of gradients, or to None if there is no such
+      field. Both are debiased by 1 - b^count with the state's `count`.
+    sums: fields with sums of gradients, which have no factor of 1 - b.
+    elementwise: whether the update of each number depends only on its own
+      gradient and moments, and on counters. `quantize_moments` then updates
+      stacks layer by layer, and passes no parameters.
 
   Raises:
     ValueError: a field that the type does not have.
@@ -116,13 +117,13 @@ def register_codec(
   decode: Callable[[Any], Any],
   change: Callable[[Callable[[Any], Any], Any, Any], Any],
 ) -> None:
-  """Tells how to read and change moments that a type of state has in codes.
+  """Says how to read and change the moments in a state that holds codes.
 
   Args:
-    state_type: the type.
-    decode: state -> the state of the optimizer inside, moments as floats.
-    change: (f, state, wanted) -> the state with `f` of the one inside, or as it
-      is where the scalar `wanted` is False.
+    state_type: the type of the state.
+    decode: state -> the state of the optimizer inside, with moments as floats.
+    change: (f, state, wanted) -> the state with `f` applied to the state
+      inside, or unchanged if the scalar `wanted` is False.
   """
   _codecs[state_type] = _Codec(decode, change)
 
@@ -130,14 +131,14 @@ def register_codec(
 def map_moments(
   f: Callable[[MomentTree], Any], state: Any, wanted: Any = True, path: str = ''
 ) -> Any:
-  """Returns a state with `f(moments)` in the place of each tree of moments.
+  """Returns a state with each tree of moments replaced by `f(moments)`.
 
   Args:
-    f: from a field of moments to its new tree.
-    state: of any optimizer, or of several in a chain.
-    wanted: a boolean scalar; where it is False `f` changes nothing, so that
-      moments in codes need not be decoded.
-    path: where the state is, for `MomentTree.path`.
+    f: maps a field of moments to its new tree.
+    state: the state of any optimizer, or of several in a chain.
+    wanted: a boolean scalar. If it is False, `f` changes nothing, so that
+      moments need not be decoded.
+    path: path of the state, for `MomentTree.path`.
   """
   if _is_leaf(state):
     return state
@@ -169,13 +170,13 @@ def moments_in(state: Any) -> list[MomentTree]:
 
 
 def holds_codes(state: Any) -> bool:
-  """Whether there are moments in codes in a state."""
+  """Whether a state holds moments as codes."""
   is_coded = lambda x: type(x) in _codecs
   return any(map(is_coded, jax.tree.leaves(state, is_leaf=is_coded)))
 
 
 def are_elementwise(state: Any) -> bool:
-  """Whether a state is of optimizers all of which update number by number."""
+  """Whether all optimizers that a state belongs to are elementwise."""
   if type(state) in _fields:
     return _fields[type(state)].elementwise
   return type(state) is tuple and all(map(are_elementwise, state))
@@ -185,7 +186,7 @@ def check_registered(state: Any, what: str) -> None:
   """Raises if a state holds float arrays that no registered moment names.
 
   Args:
-    state: of any optimizer.
+    state: the state of any optimizer.
     what: the argument that needs to know the moments, for the message.
   """
   owner = _unknown(_decoded(state), type(state))
@@ -199,7 +200,7 @@ def check_registered(state: Any, what: str) -> None:
 
 
 def _unknown(state: Any, owner: type) -> type | None:
-  """Returns the type of the first state with moments that nobody named."""
+  """Returns the type of the first state with unregistered moments, or None."""
   if _is_leaf(state):
     is_moment = (
       _is_array(state)
@@ -210,7 +211,7 @@ def _unknown(state: Any, owner: type) -> type | None:
   owner = type(state) if hasattr(state, '_fields') else owner
   children, _ = _children(state)
   if type(state) in _fields:
-    # Other arrays of a type that is registered are none of its moments.
+    # The other arrays of a registered type are not moments.
     kinds = _fields[type(state)].kinds
     children = [
       (name, x)
@@ -245,7 +246,7 @@ def _moments(state: Any, fields: _Fields, name: str, path: str) -> MomentTree:
 def _children(
   state: Any,
 ) -> tuple[list[tuple[str, Any]], Callable[[list[Any]], Any]]:
-  """Returns what a node of a tree holds, by key, and what makes it again."""
+  """Returns a tree node's children by key, and a function that rebuilds it."""
   pairs, treedef = jax.tree.flatten_with_path(
     state, is_leaf=lambda x: x is not state
   )

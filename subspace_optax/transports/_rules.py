@@ -2,10 +2,10 @@
 """The transports of the papers.
 
 He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024: momentum
-projection, m <- C m with C = P_n^T P_o, or for bases that are not orthonormal
-C = P_n^T P_o (P_o^T P_o)^-1. Robert et al., `LDAdam
-<https://arxiv.org/abs/2410.16103>`_, 2024: second moments, as if coordinates
-had been independent with means m^ and variances v^ - m^^2,
+projection, m <- C m with C = P_n^T P_o, or C = P_n^T P_o (P_o^T P_o)^-1 for
+bases that are not orthonormal. Robert et al., `LDAdam
+<https://arxiv.org/abs/2410.16103>`_, 2024: second moments change as if
+coordinates were independent with means m^ and variances v^ - m^^2,
 
   v^ <- |C^2 (v^ - m^^2) + (C m^)^2|,
 
@@ -23,7 +23,7 @@ from subspace_optax.transports import _base
 
 
 def keep() -> _base.Transport:
-  """Leaves moments as they are, whatever the basis does (GaLore).
+  """Leaves moments unchanged when a basis moves (GaLore).
 
   Returns:
     A transport for `in_subspace` and `subspace`; 'keep' is short for it.
@@ -40,7 +40,7 @@ def keep() -> _base.Transport:
 
 
 def first() -> _base.Transport:
-  """Maps first moments by C, and keeps second moments (GoLore).
+  """Maps first moments by C and leaves second moments unchanged (GoLore).
 
   Returns:
     A transport for `in_subspace` and `subspace`; 'first' is short for it.
@@ -63,18 +63,18 @@ def first() -> _base.Transport:
 def both(b1: Any, b2: Any) -> _base.Transport:
   """Maps first and second moments by LDAdam's rule.
 
-  Second moments without first ones beside them, as RMSProp's, are mapped by the
-  squares of C's elements.
+  Second moments without corresponding first moments, as in RMSProp, are mapped
+  by the squares of C's elements.
 
   Args:
     b1: the inner optimizer's decay rate of first moments.
-    b2: its decay rate of second moments.
+    b2: the inner optimizer's decay rate of second moments.
 
   Returns:
     A transport for `in_subspace` and `subspace`.
 
   Raises:
-    ValueError: a rate outside of [0, 1).
+    ValueError: a rate outside [0, 1).
 
   References:
     Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
@@ -102,10 +102,10 @@ def both(b1: Any, b2: Any) -> _base.Transport:
 
 
 def reset() -> _base.Transport:
-  """Starts the state of a matrix anew, counters and all (RSO).
+  """Resets a matrix's state, counters included, when its basis moves (RSO).
 
-  Each matrix has a state of its own, as with `per_matrix`. With `online_pca`,
-  which moves at every step, nothing accumulates.
+  Each matrix has its own state, as with `per_matrix`. With `online_pca`, which
+  moves bases at every step, nothing accumulates.
 
   Returns:
     A transport for `in_subspace` and `subspace`; 'reset' is short for it.
@@ -125,7 +125,7 @@ _BY_NAME = {'keep': keep, 'first': first, 'reset': reset}
 
 
 def as_transport(transport: Any) -> _base.Transport:
-  """Returns a transport, which may have been given by its name."""
+  """Returns a transport, given itself or its name."""
   if isinstance(transport, _base.Transport):
     return transport
   if isinstance(transport, str) and transport in _BY_NAME:

@@ -25,31 +25,31 @@ def scale_by_muon8bit(
   rounding: str = 'stochastic',
   exclude: str | Sequence[str] | None = 'auto',
 ) -> optax.GradientTransformationExtraArgs:
-  """Muon, Nesterov's, with its momentum in 8 bits.
+  """Muon with Nesterov momentum in 8 bits.
 
-  For matrices alone: give embeddings, heads, norms and biases another
-  optimizer, by `optax.partition` or as `plain` of `subspace`; `normuon` with
-  `b2=None` and `moment_bits=8` has one for them. On a mesh each device
-  orthogonalises matrices of its own, see `scale_by_normuon`.
+  It is for matrices only. Give embeddings, heads, norms and biases another
+  optimizer by `optax.partition` or as `plain` of `subspace`; `normuon` with
+  `b2=None` and `moment_bits=8` includes one for them. On a mesh, each device
+  orthogonalises its own matrices; see `scale_by_normuon`.
 
   Args:
-    spec: which axes of leaves are matrices', and the seed of the rounding:
+    spec: which axes of leaves form matrices, and the seed of the rounding;
       `SubspaceSpec(1)` by default. Its rank, side and bases do not matter.
-    b: decay of the momentum.
-    steps: see `residuals.orthogonal`, as for the next two.
-    ns_coeffs: coefficients of the Newton-Schulz iteration.
-    preconditioning: what comes before it.
+    b: decay rate of the momentum.
+    steps: see `residuals.orthogonal`.
+    ns_coeffs: see `residuals.orthogonal`.
+    preconditioning: see `residuals.orthogonal`.
     rounding: see `quantize_moments`.
     exclude: see `quantize_moments`.
 
   Returns:
-    `scale_by_normuon` without mean squares, see `quantize_moments`. Updates are
-    those of `optax.contrib.scale_by_muon` once its means have no bias left to
-    correct, times sqrt(out / in) for kernels that widen.
+    `scale_by_normuon` without mean squares, in `quantize_moments`. Updates are
+    those of `optax.contrib.scale_by_muon` once its bias correction has faded,
+    times sqrt(out / in) for kernels with more outputs than inputs.
 
   Raises:
     ValueError: see `scale_by_normuon`; an unknown rounding; at `init`, a leaf
-      that `spec` takes for no matrix.
+      that is not a matrix according to `spec`.
 
   References:
     Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024
@@ -83,7 +83,7 @@ def scale_by_muon8bit(
 
 
 def _check_matrices(spec: _spec.SubspaceSpec, params: Any) -> None:
-  """Raises for a leaf that is no matrix, which would come out as it is."""
+  """Raises for a leaf that is not a matrix, which would pass unchanged."""
   for match in spec.match(params):
     if match and match.layout is None:
       raise ValueError(

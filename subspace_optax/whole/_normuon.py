@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NorMuon: Muon whose output neurons all move alike.
+"""NorMuon: Muon with updates of equal size for all output neurons.
 
 Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1.
 With O the orthogonalised G + b M of a matrix,
@@ -7,8 +7,8 @@ With O the orthogonalised G + b M of a matrix,
   M <- b M + G,   v <- b2 v + (1 - b2) mean_in(O^2),
   W <- W - lr sqrt(max(1, out / in)) c O / (sqrt(v) + eps),
 
-one v for each output, and c so that the matrix has the norm of O. Without v it
-is Muon. Without M, where O is the orthogonalised G, v is all that is kept.
+with one v per output, and c such that the update has the norm of O. Without v
+it is Muon. Without M, O is the orthogonalised G and the state is v alone.
 """
 
 import functools
@@ -35,7 +35,7 @@ from subspace_optax.whole import _with_plain
 
 
 class NorMuonState(NamedTuple):
-  """State of `scale_by_normuon`; `MaskedNode` for leaves that are no matrix."""
+  """State of `scale_by_normuon`; `MaskedNode` for leaves that stay plain."""
 
   # tree, leaf shape=the leaf's: momentum; `EmptyState` without b
   trace: Any
@@ -57,37 +57,38 @@ def scale_by_normuon(
   ns_coeffs: Any = 'standard',
   preconditioning: str = 'frobenius',
 ) -> optax.GradientTransformationExtraArgs:
-  """Momentum, orthogonalised, with output neurons brought to one size.
+  """Orthogonalised momentum, with output neurons brought to one size.
 
   The momentum is that of `optax.trace(b, nesterov=True)`, as in the authors'
-  code, where the paper takes a mean without looking ahead: the orthogonalised
-  matrix does not depend on the scale. Matrices are scaled back to their norm,
-  as there, and by Muon's sqrt(max(1, out / in)), so that learning rates are
-  those of `optax.contrib.muon`.
+  code. The paper uses a mean without Nesterov's look-ahead; the factor between
+  sum and mean does not change the orthogonalised matrix. Matrices are scaled
+  back to their norm, as in that code, and by Muon's sqrt(max(1, out / in)), so
+  that learning rates are those of `optax.contrib.muon`.
 
   Args:
-    spec: which leaves are matrices, and their axes: `SubspaceSpec(1)` by
+    spec: which leaves are matrices, and their axes; `SubspaceSpec(1)` by
       default. Its rank, side and bases do not matter. Heads as a stack and
-      fused kernels as blocks are matrices of their own, see `DimensionNumbers`.
-      Other leaves come out as they are.
-    b: decay of the momentum; None keeps none, and orthogonalises gradients.
-    b2: decay of the mean squares; None for Muon, without any.
-    eps: added to their roots.
-    steps: see `residuals.orthogonal`, as for the next two.
-    ns_coeffs: coefficients of the Newton-Schulz iteration.
-    preconditioning: what comes before it.
+      fused kernels as blocks are separate matrices; see `DimensionNumbers`.
+      Other leaves pass unchanged.
+    b: decay rate of the momentum; None keeps no momentum, and orthogonalises
+      gradients.
+    b2: decay rate of the mean squares; None keeps none, as in Muon.
+    eps: added to the square roots of the mean squares.
+    steps: see `residuals.orthogonal`.
+    ns_coeffs: see `residuals.orthogonal`.
+    preconditioning: see `residuals.orthogonal`.
 
   Returns:
-    A transformation for whole leaves, whose momentum has the dtype that `spec`
-    says. `quantize_moments` takes it. A gradient with NaN stays in the
+    A transformation for whole leaves. `spec` sets the dtype of its momentum,
+    and `quantize_moments` accepts it. A gradient with NaN stays in the
     momentum, as in optax.
 
   Raises:
-    ValueError: b or b2 outside of [0, 1), or both None; what
-      `residuals.orthogonal` refuses; at `init`, no leaf that is a matrix,
-      unless `spec` allows it.
-    TypeError: `spec` is no `SubspaceSpec`; b or b2 that are no numbers; steps
-      that are no int.
+    ValueError: b or b2 outside [0, 1), or both None; arguments that
+      `residuals.orthogonal` rejects; at `init`, a tree without matrices, unless
+      `spec` allows it.
+    TypeError: `spec` is not a `SubspaceSpec`; b or b2 is not a number; `steps`
+      is not an int.
 
   References:
     Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, Algorithm 1
@@ -141,7 +142,7 @@ def scale_by_normuon(
 
 
 def _check_kept(state: NorMuonState, b: Any, b2: Any) -> None:
-  """Raises unless the state has what these decay rates need, and no more."""
+  """Raises unless the state has exactly the fields for these decay rates."""
   for name, decay, tree in (('b', b, state.trace), ('b2', b2, state.nu)):
     if (decay is None) != isinstance(tree, optax.EmptyState):
       raise ValueError(
@@ -151,7 +152,7 @@ def _check_kept(state: NorMuonState, b: Any, b2: Any) -> None:
 
 
 def matrices_in(state: Any) -> Any:
-  """Returns a tree of matrices' states in the state of a chain around it."""
+  """Returns a tree of the matrices' states, from the state of a chain."""
   _, own = _tree.find(state, NorMuonState)[0]
   return own.nu if isinstance(own.trace, optax.EmptyState) else own.trace
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SCALE does with each leaf: matrices, embeddings, the head, the rest.
+"""How SCALE treats each leaf: matrices, embeddings, the head and the rest.
 
-Which leaves these are is told by a `SubspaceSpec`, as for subspaces; heads and
-embeddings are those that it keeps plain by their names.
+A `SubspaceSpec` says which leaves are matrices, as for subspaces. Heads and
+embeddings are the leaves that it keeps plain because of their names.
 """
 
 from collections.abc import Iterable
@@ -21,9 +21,9 @@ class Role(NamedTuple):
   """How a leaf is normalised.
 
   Attributes:
-    match: what the spec makes of it.
-    inputs: the axes of its inputs, over which the root mean square is taken.
-    is_head: whether it has momentum.
+    match: the spec's match for the leaf.
+    inputs: axes of the leaf's inputs, over which the root mean square is taken.
+    is_head: whether the leaf is a head, which has momentum.
     why: 'matrix', 'embedding', 'head' or 'tied head'.
   """
 
@@ -42,13 +42,13 @@ def find_roles(
   """Returns the roles of all leaves that are normalised, by path.
 
   Args:
-    spec: of matrices of any size.
-    matches: its matches.
-    names: of the axes in boxes, by path.
+    spec: a spec that accepts matrices of any size.
+    matches: the spec's matches.
+    names: names of the axes in boxes, by path.
     head: see `optimizers.scale`.
 
   Raises:
-    ValueError: no leaf's path has what a regular expression looks for.
+    ValueError: `head` is a regular expression that matches no leaf's path.
   """
   known = [match for match in matches if match is not None]
   found = [_role(spec, match, names, head) for match in known]
@@ -73,7 +73,7 @@ def _role(
   names: _tree.AxisNames,
   head: str | None,
 ) -> Role | None:
-  """Returns the role of a leaf, None for one of the plain optimizer."""
+  """Returns the role of a leaf, None for a leaf of the plain optimizer."""
   if len(match.leaf.shape) < 2:
     return None
   kind = _kind(match, names.get(match.path))
@@ -101,27 +101,27 @@ def _inputs(
   """Returns the axes of a leaf's inputs."""
   if match.layout is not None:
     return match.layout.rows
-  # Tables have their tokens first in all libraries.
+  # In all libraries, tokens are the first axis of tables.
   is_last = spec.outputs_first and kind != 'embedding'
   return (len(match.leaf.shape) - (1 if is_last else 2),)
 
 
 def _tie(match: _spec.Match) -> Role:
-  """Returns a table as a head: its inputs are the width, not its tokens."""
+  """Returns a table as a tied head, whose inputs are the width, not tokens."""
   return Role(match, (len(match.leaf.shape) - 1,), True, 'tied head')
 
 
 def _find_tied(roles: Iterable[Role]) -> Role | None:
-  """Returns the largest table of embeddings as a head, if there is any."""
+  """Returns the largest embedding table as a tied head, if there is any."""
   tables = [role.match for role in roles if role.why == 'embedding']
   size = lambda match: match.leaf.size
   return _tie(max(tables, key=size)) if tables else None
 
 
 def are_layers(matches: Iterable[_spec.Match | None]) -> bool:
-  """Whether a tree is a stack of layers alone, whose head is elsewhere.
+  """Whether a tree is only a stack of layers, whose head is in another tree.
 
-  As the one that `layerwise` takes apart.
+  `layerwise` splits such trees.
   """
   return all(_names.in_layer(match.path) for match in matches if match)
 
@@ -131,7 +131,7 @@ def tell(
   roles: dict[str, Role],
   head: str | None,
 ) -> None:
-  """Warns of a head that is guessed, or that is nowhere."""
+  """Warns if the head is guessed, or if there is none."""
   if head != AUTO or are_layers(matches):
     return
   heads = [role for role in roles.values() if role.is_head]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SCALE: outputs of whole matrices at one length, momentum for the head alone.
+"""SCALE: outputs of matrices scaled to one length, momentum for the head only.
 
 Glentis et al., `A Minimalist Optimizer Design for LLM Pretraining
 <https://arxiv.org/abs/2506.16659>`_, 2025. For a matrix of inputs i by outputs
-j, with M = G or, of the head, M <- b M + (1 - b) G,
+j, with M = G or, for the head, M <- b M + (1 - b) G,
 
   U_ij = M_ij / max(sqrt(mean_i M_ij^2), 1e-8),   W <- W - lr U.
 """
@@ -36,8 +36,8 @@ _LEAST = 1e-8
 class ScaleState(NamedTuple):
   """State of `normalize_outputs`."""
 
-  head: Any  # of the head's momentum; `MaskedNode` for other leaves
-  plain: Any  # of the optimizer of vectors; `MaskedNode` for matrices
+  head: Any  # state of the head's momentum; `MaskedNode` for other leaves
+  plain: Any  # state of the optimizer for vectors; `MaskedNode` for matrices
 
 
 def normalize_outputs(
@@ -53,9 +53,9 @@ def normalize_outputs(
   Args:
     spec: which leaves are matrices.
     momentum: runs on the head.
-    plain: runs on leaves that are no matrices.
+    plain: runs on leaves that are not matrices.
     head: see `optimizers.scale`.
-    scale: factor of the matrices' directions.
+    scale: multiplies the directions of matrices.
   """
   spec = _with_plain.whole_spec(spec)
   spec = dataclasses.replace(spec, allow_empty=True)
@@ -117,7 +117,7 @@ def _heads(roles: dict[str, _roles.Role]) -> list[str]:
 def _choose(
   roles: dict[str, _roles.Role], scale: Any, path: str, entry: Any, *of: Any
 ) -> Any:
-  """Returns the direction of a leaf, that of one of three optimizers."""
+  """Returns the direction of a leaf, from one of three optimizers."""
   if _tree.is_masked(entry):
     return entry
   (x,) = [x for x in of if not _tree.is_masked(x)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer of matrices, another one of the rest, and what follows both."""
+"""Combines an optimizer for matrices with another one for the other leaves."""
 
 from collections.abc import Callable
 import dataclasses
@@ -33,12 +33,13 @@ def run_with_plain(
 
   Args:
     spec: which leaves are matrices.
-    matrices: sees the whole tree, so that it reads axes as `spec` does of the
-      parameters; what it makes of other leaves is not used.
-    plain: of the other leaves, and of them alone.
-    after: of all updates, such as weight decay and learning rate.
-    matrices_in: from the state of `matrices` to a tree in it, whose entries
-      tell what `init` took for a matrix.
+    matrices: optimizer for matrices. It sees the whole tree, so that it reads
+      axes as `spec` reads those of parameters; its updates of other leaves are
+      not used.
+    plain: optimizer for the other leaves, which sees only them.
+    after: runs on all updates, such as weight decay and learning rate.
+    matrices_in: maps the state of `matrices` to a tree in it whose entries show
+      which leaves `init` took for matrices.
   """
   spec = whole_spec(spec)
   own, rest = map(optax.with_extra_args_support, (matrices, plain))
