@@ -11,7 +11,12 @@ from subspace_optax import optimizers
 from subspace_optax._chain import _spec
 from subspace_optax.low_precision import _quantize_moments
 
-_SIDES = {'std': 'short', 'reverse_std': 'long', 'right': 'in', 'left': 'out'}
+_SIDES = {
+  'std': 'short',
+  'reverse_std': 'reverse_std',
+  'right': 'in',
+  'left': 'out',
+}
 # Hugging Face leaves embeddings out by class, since they are not linear layers;
 # heads are linear.
 _EMBEDDING = r'(^|/)(\w*embed\w*|wte|wpe|shared)(/|$)'

@@ -174,8 +174,8 @@ def galore(
 
   The implementations of the authors and of Hugging Face have two other
   defaults. They project the short side (`proj_type='std'`); this one, like
-  contrib, projects the long side (their 'reverse_std') unless you pass
-  `spec=SubspaceSpec(128)`. And their `scale` is 0.25.
+  contrib, projects the long side (their 'reverse_std', but for square matrices)
+  unless you pass `spec=SubspaceSpec(128)`. And their `scale` is 0.25.
 
   Args:
     learning_rate: a float or a schedule.
@@ -739,7 +739,7 @@ def subspace_adamw(
     projectors.dct(update_proj_gap, 'random', stagger=stagger),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport='first',
-    residual=residuals.fira(limiter),
+    residual=residuals.fira(limiter, rounding=0.0),
     scale=scale,
     plain=plain,
     after=_decay_and_step(learning_rate, weight_decay, mask),

@@ -116,6 +116,25 @@ def test_galore_is_its_formula(kind, short):
     )
 
 
+@pytest.mark.parametrize('kind, outputs', [('std', 0), ('reverse_std', 1)])
+def test_side_of_a_square_matrix(kind, outputs):
+  """Theirs is (out, in): 'std' takes its right vectors, the other its left."""
+  g = ref.normal(5, (16, 16))
+  args = f'rank=4, scale=1, proj_type={kind}'
+  tx = so.from_hf(1.0, 'galore_adamw', args, ['q'])
+  params = {'q': {'kernel': jnp.zeros((16, 16))}}
+  grads = {'q': {'kernel': g}}
+  updates, _ = tx.update(grads, tx.init(params), params)
+  g = np.asarray(g, np.float64)
+  u, _, vt = np.linalg.svd(g)
+  x = g @ vt[:4].T if outputs else u[:, :4].T @ g
+  direction = x / (np.abs(x) + 1e-8)
+  wanted = direction @ vt[:4] if outputs else u[:, :4] @ direction
+  np.testing.assert_allclose(
+    updates['q']['kernel'], -wanted, rtol=2e-4, atol=2e-5
+  )
+
+
 def test_apollo_takes_the_root_of_their_scale():
   """Mini: the whole gradient by one number, sqrt(128) |N| / |R|."""
   args = 'rank=1, scale=128, scale_type=tensor, update_proj_gap=100'

@@ -5,8 +5,11 @@ import subprocess
 import sys
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 import cases
 import measure
@@ -72,3 +75,29 @@ def test_bases_are_the_same_in_another_process(tmp_path):
   basis, seed = own.subspaces.basis, own.seed
   data = [np.asarray(x['blocks']['up']).tobytes() for x in (basis, seed)]
   assert int(found.read_text()) == zlib.crc32(b''.join(data))
+
+
+@pytest.mark.parametrize(
+  'tx, bits',
+  [
+    (optax.chain(optax.sgd(1e-3), so.round_updates()), jnp.bfloat16),
+    (so.quantize_moments(optax.trace(0.9)), jnp.int8),
+  ],
+)
+def test_layers_that_are_updated_alone_round_apart(tx, bits):
+  """Equal layers with equal gradients, and so equal but for the rounding."""
+  layer = jax.random.normal(jax.random.key(0), (32, 32)).astype(jnp.bfloat16)
+  wide = lambda x: x.astype(jnp.float32)
+  step = so.layerwise(
+    tx,
+    embed=lambda rest, batch: wide(batch),
+    block=lambda layer, x, batch: x + jnp.sum(wide(layer['w']) * wide(batch)),
+    head=lambda rest, x, batch: jnp.mean(x) + jnp.sum(rest['head']),
+  )
+  params = {'blocks': {'w': jnp.stack([layer] * 2)}, 'head': jnp.ones(2)}
+  state = step.init(params)
+  params, state, _ = jax.jit(step.step)(params, state, layer)
+  trees = jax.tree.leaves((params['blocks'], state.blocks))
+  first, second = next(x for x in trees if x.dtype == bits)
+  wrong = np.mean(np.asarray(first != second))
+  assert 0.05 < wrong < 0.6

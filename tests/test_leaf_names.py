@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import cases
+import errors
 import model_trees
 import subspace_optax as so
 from subspace_optax import projectors
@@ -348,3 +349,31 @@ def test_the_value_of_a_policy_is_no_attention():
   }
   matches = so.SubspaceSpec(4).match(params)
   assert [m.path for m in matches if m.layout] == ['hidden/kernel']
+
+
+@pytest.mark.parametrize('sep', [None, '/', '.', '::'])
+def test_flat_keys_are_the_paths_that_they_spell(sep):
+  """Of `flax.traverse_util.flatten_dict`; norms are stacked, as kernels are."""
+  shapes = {
+    'embed/embedding': (100, 32),
+    'layers/mlp/kernel': (3, 32, 64),
+    'layers/norm/scale': (3, 32),
+    'lm_head/kernel': (32, 100),
+  }
+  spell = lambda path: tuple(path.split('/'))
+  if sep is not None:
+    spell = lambda path: path.replace('/', sep)
+  params = {
+    spell(path): jax.ShapeDtypeStruct(shape, jnp.float32)
+    for path, shape in shapes.items()
+  }
+  found = {m.path: m.layout for m in so.SubspaceSpec(1).match(params)}
+  projected = [path for path, layout in found.items() if layout]
+  (path,) = projected
+  assert path == 'layers/mlp/kernel'.replace('/', sep or '/')
+
+
+def test_a_flat_key_beside_the_path_that_it_spells():
+  params = {('a', 'b'): jnp.ones((8, 8)), ('a/b',): jnp.ones((8, 8))}
+  with errors.raises(ValueError, "'a/b'", 'rename'):
+    so.SubspaceSpec(1).match(params)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import cases
 import errors
 import grid
 import references as ref
@@ -63,7 +64,7 @@ def compiled(projector, rule, transport, shapes):
 def run(projector, rule, grads, transport='keep'):
   """Returns updates and states, the first state from `init`."""
   tx, update = compiled(projector, rule, transport, tuple(grads[0]))
-  updates, states = [], [tx.init(grads[0])]
+  updates, states = [], [ref.jit(tx.init)(grads[0])]
   for g in grads:
     u, state = update(g, states[-1])
     updates.append(u)
@@ -104,12 +105,11 @@ POINTS = [
   ('apollo', 'stiefel', 'query/kernel'),
   ('apollo_mini', 'stiefel', 'stack'),
   ('sign', 'stiefel', 'query/kernel'),
-  ('orthogonal', 'stiefel', 'both'),
+  ('orthogonal', 'stiefel', 'query/kernel'),
   ('normuon', 'stiefel', 'both'),
   ('fira', 'gaussian', 'query/kernel'),
   ('fira', 'online_pca', 'stack'),
   ('official', 'gaussian', 'query/kernel'),
-  ('sign', 'gaussian', 'stack'),
 ]
 
 
@@ -158,10 +158,11 @@ def test_equals_dense_loop(rule, projector, of):
   'projector, transport, of',
   [
     ('stiefel', 'keep', 'query/kernel'),
-    ('stiefel', 'first', 'stack'),
     ('stiefel', 'reset', 'query/kernel'),
     ('gaussian', 'first', 'query/kernel'),
     ('online_pca', 'keep', 'stack'),
+    # Of bases for which C is P_n^T P_o alone.
+    pytest.param('stiefel', 'first', 'stack', marks=pytest.mark.full),
   ],
 )
 def test_error_feedback_equals_dense_loop(projector, transport, of):
@@ -224,7 +225,11 @@ def test_feedback_returns_what_was_left_out():
   assert np.linalg.norm(left) < 0.3 * np.linalg.norm(total)
 
 
-@pytest.mark.parametrize('rule', ['fira', 'apollo', 'official'])
+# APOLLO's limiter is that of Fira.
+@pytest.mark.parametrize(
+  'rule',
+  ['fira', pytest.param('apollo', marks=pytest.mark.full), 'official'],
+)
 def test_norms_grow_by_one_percent_at_most(rule):
   tx = so.subspace(
     SPEC,
@@ -392,3 +397,20 @@ def test_a_rule_names_the_arguments_of_its_init():
   params = {'w': jnp.ones((8, 12))}
   state = jax.eval_shape(tx.init, params)
   jax.eval_shape(tx.update, params, state, params)
+
+
+def test_fira_forgets_the_rounding_of_a_gradient_inside_its_basis():
+  """Its norm is no norm of a residual that may grow by a hundredth a step."""
+  normal = lambda i, *shape: 1e-2 * jax.random.normal(jax.random.key(i), shape)
+  params = {'w': jnp.zeros((32, 48))}
+  low = {'w': 10 * normal(1, 32, 4) @ normal(2, 4, 48)}
+  tx = so.fira_adamw(1.0, 8)
+  update = cases.jit(tx.update)
+
+  def norm_of_second(first):
+    _, state = update(first, tx.init(params), params)
+    updates, _ = update({'w': normal(3, 32, 48)}, state, params)
+    return jnp.linalg.norm(updates['w'])
+
+  unlimited = norm_of_second({'w': jnp.zeros((32, 48))})
+  assert norm_of_second(low) > 0.7 * unlimited

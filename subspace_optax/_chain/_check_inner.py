@@ -14,6 +14,7 @@ import optax
 from subspace_optax._chain import _per_matrix
 from subspace_optax._matrix import _tree
 from subspace_optax.transports import _base
+from subspace_optax.transports import _moments
 
 
 def check_runs(
@@ -101,6 +102,11 @@ def check_moments(run: Any, state: Any, coords: Any) -> None:
       return
     _base.check_shape(path, moment, coord.shape)
 
+  if _moments.holds_codes(state):  # codes and scales have shapes of their own
+    for moments in _moments.moments_in(state):
+      args = (moments.tree, coords, paths)
+      jax.tree.map(check, *args, is_leaf=_tree.is_masked)
+    return
   optax.tree.map_params(
     run, check, state, coords, paths, is_leaf=_tree.is_masked
   )

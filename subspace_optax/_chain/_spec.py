@@ -22,7 +22,7 @@ from subspace_optax._matrix import _siblings
 from subspace_optax._matrix import _tree
 
 AUTO = 'auto'
-SIDES = ('short', 'long', 'in', 'out')
+SIDES = ('short', 'long', 'reverse_std', 'in', 'out')
 
 
 class DimensionNumbers(NamedTuple):
@@ -108,13 +108,15 @@ class SubspaceSpec:
     include: regular expression; only leaves in whose path `re.search` finds it
       are projected. Paths look like `blocks/mlp/up`. None for all.
     exclude: regular expression; leaves in whose path `re.search` finds it stay
-      plain, that is, they are not projected. 'auto' excludes embeddings, heads, norms, biases
-      and convolutions, by the names that the usual libraries give to whole
-      components of a path: `head/kernel` is a head, `head_gate` in a layer is
-      not. None excludes nothing. Not used if `weight_dimension_numbers` is a
-      tree, which then names the leaves.
+      plain, that is, they are not projected. 'auto' excludes embeddings, heads,
+      norms, biases and convolutions, by the names that the usual libraries give
+      to whole components of a path: `head/kernel` is a head, `head_gate` in a
+      layer is not. None excludes nothing. Not used if
+      `weight_dimension_numbers` is a tree, which then names the leaves.
     side: the side the basis spans: 'short' (the papers), 'long'
-      (`optax.contrib.galore`), 'in' (rows) or 'out' (columns).
+      (`optax.contrib.galore`), 'reverse_std' (the long side in the code of
+      GaLore's authors), 'in' (rows) or 'out' (columns). Of a square matrix they
+      are the rows, for 'reverse_std' the columns.
     weight_dimension_numbers: the axes that form each matrix: one
       `DimensionNumbers` for all leaves, a tree of them with None for leaves
       that stay plain, or a callable from the parameters to such a tree
@@ -320,6 +322,7 @@ class SubspaceSpec:
     project_rows = {
       'short': m <= n,
       'long': m >= n,
+      'reverse_std': m > n,
       'in': True,
       'out': False,
     }[self.side]

@@ -28,6 +28,22 @@ def salt(seed: Any, name: str) -> Any:
   return np.uint32((seed * _ODD + crc) % 2**32)
 
 
+def seed_of_layer(seed: Any, layer: Any) -> Any:
+  """Returns another seed for each layer that is updated by itself.
+
+  Args:
+    seed: a number.
+    layer: the layer's index in its stack; None for leaves of no such stack,
+      which keep `seed`.
+  """
+  if layer is None:
+    return seed
+  if not isinstance(seed, jax.Array):
+    seed = np.uint32(seed % 2**32)
+  wide = lambda x: jnp.asarray(x).astype(jnp.uint32)
+  return hashed(wide(seed), wide(layer))
+
+
 def bits(
   salt: Any, count: jax.Array, like: jax.Array, start: Any = 0
 ) -> jax.Array:

@@ -34,8 +34,19 @@ def unbox(tree: Any) -> Any:
 
 
 def path_str(path: Sequence[Any]) -> str:
-  """Returns a path as users write it: `blocks/mlp/up`."""
-  return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
+  """Returns a path as users write it: `blocks/mlp/up`.
+
+  A key that is a tuple, as `flax.traverse_util.flatten_dict` makes them, is the
+  path that it spells.
+  """
+  return '/'.join(map(_key_str, path))
+
+
+def _key_str(key: Any) -> str:
+  name = getattr(key, 'key', None)
+  if isinstance(name, tuple):
+    return '/'.join(map(str, name))
+  return jax.tree_util.keystr((key,), simple=True)
 
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:

@@ -139,7 +139,7 @@ def _sizes_to_codes(dtype: Any, x: jax.Array, share: Any) -> jax.Array:
   """
   low = jnp.floor(_TOPS[dtype] * jnp.power(x, 1 / _POWERS[dtype]))
   below, above = (_codes_to_sizes(dtype, c) for c in (low, low + 1))
-  return low + (x - below > share * (above - below))
+  return low + (x - below > share * (above - below)).astype(low.dtype)
 
 
 def _codes_to_sizes(dtype: Any, c: jax.Array) -> jax.Array:
@@ -160,7 +160,8 @@ def _rounded(place: jax.Array, k: int, random: jax.Array | None) -> jax.Array:
     return jnp.round(place)
   low = jnp.floor(place)
   # Fractions of the values that codes represent, not of codes.
-  return low + (random < (jnp.exp2((place - low) / k) - 1) / (2 ** (1 / k) - 1))
+  share = (jnp.exp2((place - low) / k) - 1) / (2 ** (1 / k) - 1)
+  return low + (random < share).astype(low.dtype)
 
 
 def _decode(codes: jax.Array, scales: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ import optax
 from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _boxes
 from subspace_optax._matrix import _names
+from subspace_optax._matrix import _noise
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
@@ -160,13 +161,14 @@ def quantize_moments(
       )
     params = None if params is None else _tree.unbox(params)
     count = jnp.asarray(optax.safe_increment(state.count))
+    own_seed = _noise.seed_of_layer(seed, extra_args.get('layer'))
 
     def step(bare, state, params, start=0):
       wide = _coded_state.decoded(state)
       gradients = _widen(bare, wide)
       directions, new = inner.update(gradients, wide, params, **extra_args)
       directions = jax.tree.map(_as_gradient, directions, bare)
-      noise = seed, count, start
+      noise = own_seed, count, start
       return directions, _coded_state.encoded(new, state, rounding, noise)
 
     bare = _tree.unbox(updates)

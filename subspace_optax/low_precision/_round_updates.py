@@ -47,7 +47,8 @@ def round_updates(
   Args:
     rounding: how to round weights narrower than float32. 'stochastic' rounds
       bfloat16 to one of the two numbers around p + u, which is right on
-      average; its state is a counter. 'compensated' rounds bfloat16 and float16
+      average; its state is a counter. (p + u is a float32: updates under 6e-8
+      of a weight are lost.) 'compensated' rounds bfloat16 and float16
       to the nearest, keeps the rounding error, and adds it to the next step;
       the error takes 2 bytes per parameter. Weights of bfloat16 are then those
       of float32 training, rounded; for float16 weights below 1e-5, steps under
@@ -92,15 +93,16 @@ def _stochastic(seed: int) -> optax.GradientTransformationExtraArgs:
     state = StochasticState(jnp.zeros((), jnp.int32))
     return _sharding.on_mesh_of(_leaves('stochastic', params), state)
 
-  def update(updates, state, params=None, **extra_args):
+  def update(updates, state, params=None, *, layer=None, **extra_args):
     del extra_args
+    own_seed = _noise.seed_of_layer(seed, layer)
 
     def rounded(path, u, p):
       if _tree.is_masked(p) or not _rounding.is_narrow(p.dtype):
         return u
       wide, dtype = p.astype(jnp.float32), u.dtype
       u = _sharding.like(u, wide)
-      noise = _noise.bits(_noise.salt(seed, path), state.count, wide)
+      noise = _noise.bits(_noise.salt(own_seed, path), state.count, wide)
       return _to(_rounding.at_random(wide + u, noise), wide).astype(dtype)
 
     entries = [rounded(*args) for args in _zip(updates, params)]

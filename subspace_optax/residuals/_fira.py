@@ -28,6 +28,7 @@ def fira(
   limiter: Any = 1.01,
   *,
   eps: float = 1e-8,
+  rounding: float = 1e-5,
   official_betas: tuple[float, float] | None = None,
 ) -> _base.Residual:
   """Adds the residual, with each column scaled as inside the subspace.
@@ -39,6 +40,10 @@ def fira(
     limiter: gamma, at least 1, the largest factor by which the residual's norm
       may grow per step; None for no limit.
     eps: added to the norms of coordinates.
+    rounding: share of a column's energy that rounding may leave outside of the
+      basis. The limiter does not remember such a norm, from which the residual
+      of the next gradients could grow by a hundredth per step only. 0 for bases
+      that never hold a whole gradient, as random ones.
     official_betas: (b1, b2) of the inner Adam, to compute what the authors'
       code does: the residual is G - scale P R, and the growth is that of norms
       before Adam's bias correction. None for the form in the paper.
@@ -72,10 +77,12 @@ def fira(
     phi = _base.ratio(
       layout.coords_columns(n * n), layout.coords_columns(r * r), eps
     )
-    outside = layout.columns(g * g) - share * (
-      2.0 - share
-    ) * layout.coords_columns(r * inside)
+    total = layout.columns(g * g)
+    inner = layout.coords_columns(r * inside)
+    outside = total - share * (2.0 - share) * inner
     outside = jnp.maximum(outside, 0.0)  # a difference of rounded sums
+    if rounding:
+      outside = jnp.where(outside > rounding * total, outside, 0.0)
     norm = _linalg.safe_sqrt(layout.sum_columns(phi * phi * outside))
     raw = 1.0 if official_betas is None else _bias(official_betas, count)
     factor, last = _base.limit_growth(raw * norm, last, limiter)

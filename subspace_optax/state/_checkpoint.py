@@ -108,7 +108,9 @@ def restore(
     int4: values are rounded.
 
   Learning rates, gaps, transports and decay rates are those of `tx`. Counters,
-  seeds and injected hyperparameters are those of the checkpoint.
+  seeds and injected hyperparameters are those of the checkpoint. Optimizers
+  are told apart by their states: what takes another's state as it is, such as
+  Yogi Adam's, continues from it without a change in `changes`.
 
   Args:
     where: the saved folder; or a `training.Checkpointer`, whose newest

@@ -238,7 +238,9 @@ def layerwise(
     loss = devices.mean(top.loss)
 
     def update_with(tx, gradient, own, params, i=None):
-      run = functools.partial(devices.update, tx, value=loss, grad=gradient)
+      # Rounding at random asks which layer it is, or all would round alike.
+      extra = dict(value=loss, grad=gradient, layer=i)
+      run = functools.partial(devices.update, tx, **extra)
       by_leaf = i is None or fetch == 'leaf'
       way = _offload.update_in_turns if by_leaf else _offload.update_at_once
       return way(run, gradient, own, params, i)
