@@ -58,8 +58,10 @@ def check_projector(projector: projectors.Projector) -> None:
   """
   inner = optax.scale_by_adam()
   tx = _subspace.subspace(_SPEC, projector, inner, transport='first')
-  for state in _train(tx, jnp.float32) + _run_finitely(tx, jnp.bfloat16)[1]:
-    _check_bases(projector, state)
+  all_updates, states = _run_finitely(tx, jnp.float32)
+  _check_bases(projector, states)
+  _check_bases(projector, _run_finitely(tx, jnp.bfloat16)[1])
+  _check_scan(tx, all_updates)
 
 
 def check_residual(residual: residuals.Residual) -> None:
@@ -78,16 +80,20 @@ def check_residual(residual: residuals.Residual) -> None:
 
   Example:
     >>> import subspace_optax as so
-    >>> so.testing.check_residual(so.residuals.fira())
+    >>> def update(node, scale, count, state):
+    ...   inside = node.combine(scale * node.direction)
+    ...   return inside + 0.1 * node.outside(), state
+    >>> so.testing.check_residual(so.residuals.Residual('descent', update))
   """
-  for dtype, projector in (
-    (jnp.float32, projectors.gaussian(2)),
-    (jnp.bfloat16, projectors.stiefel(2)),
-  ):
-    tx = _subspace.subspace(
+  wide, narrow = (
+    _subspace.subspace(
       _SPEC, projector, optax.scale_by_adam(), residual=residual
     )
-    _train(tx, dtype)
+    for projector in (projectors.gaussian(2), projectors.stiefel(2))
+  )
+  all_updates, _ = _run_finitely(wide, jnp.float32)
+  _run_finitely(narrow, jnp.bfloat16)
+  _check_scan(wide, all_updates)
 
 
 def check_transport(transport: transports.Transport) -> None:
@@ -106,7 +112,10 @@ def check_transport(transport: transports.Transport) -> None:
 
   Example:
     >>> import subspace_optax as so
-    >>> so.testing.check_transport(so.transports.reset())
+    >>> def move(moment):
+    ...   return 0.5 * moment.mix(moment.transition, moment.value)
+    >>> shrunk = so.transports.Transport('shrunk', move, ('mean', 'sum'))
+    >>> so.testing.check_transport(shrunk)
   """
   transport = _rules.as_transport(transport)
 
@@ -119,9 +128,10 @@ def check_transport(transport: transports.Transport) -> None:
       per_matrix=per_matrix,
     )
 
-  # A transport that resets has one state per matrix in any case.
-  for per_matrix in {transport.resets, True}:
-    _train(make(2, transport, per_matrix), jnp.float32)
+  if not transport.resets:  # else there is one state per matrix in any case
+    _run_finitely(make(2, transport, False), jnp.float32)
+  tx = make(2, transport, True)
+  _check_scan(tx, _run_finitely(tx, jnp.float32)[0])
   resting = [
     jax.tree.leaves(_run(make(99, x, transport.resets), jnp.float32)[0])
     for x in (transport, 'keep')
@@ -185,18 +195,16 @@ def _run_finitely(tx: Any, dtype: Any) -> tuple[list[Any], list[Any]]:
   return all_updates, states
 
 
-def _train(tx: Any, dtype: Any) -> list[Any]:
-  """Returns the states of a few steps, and checks that a scan repeats them."""
-  all_updates, states = _run_finitely(tx, dtype)
+def _check_scan(tx: Any, all_updates: list[Any]) -> None:
+  """Checks that a scan takes the steps whose updates are given, in float32."""
 
   def step(state: Any, gradients: Any) -> tuple[Any, Any]:
     updates, state = tx.update(gradients, state, params)
     return state, updates
 
-  params = jax.tree.map(jnp.zeros_like, _gradients(0, dtype))
-  stacked = jax.tree.map(
-    lambda *x: jnp.stack(x), *(_gradients(t, dtype) for t in range(_STEPS))
-  )
+  gradients = [_gradients(t, jnp.float32) for t in range(_STEPS)]
+  params = jax.tree.map(jnp.zeros_like, gradients[0])
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *gradients)
   _, scanned = jax.jit(lambda s: jax.lax.scan(step, s, stacked))(
     tx.init(params)
   )
@@ -210,7 +218,6 @@ def _train(tx: Any, dtype: Any) -> list[Any]:
       0.02,
       err_msg=f'jax.lax.scan takes other steps: {name}',
     )
-  return states
 
 
 def _check_taken(own: Any) -> None:
@@ -230,20 +237,22 @@ def _kinds(tree: Any) -> Any:
   return jax.tree.structure(tree), shapes
 
 
-def _check_bases(projector: projectors.Projector, state: Any) -> None:
-  ((_, own),) = _tree.find(state, _projection.ProjectState)
-  if int(own.count) != 3:  # after gradients that are zero or NaN
-    _check_taken(own.projector)
-  if projector.rebuild:  # not in the state
-    return
-  for path, basis in _tree.flatten(own.subspaces.basis)[0]:
-    if _tree.is_masked(basis):
+def _check_bases(projector: projectors.Projector, states: list[Any]) -> None:
+  for state in states:
+    ((_, own),) = _tree.find(state, _projection.ProjectState)
+    if int(own.count) != 3:  # after gradients that are zero or NaN
+      _check_taken(own.projector)
+    if projector.rebuild:  # not in the state
       continue
-    p = np.asarray(basis, np.float64)
-    assert np.isfinite(p).all(), f'a basis of {path} is not finite'
-    # (8, 3), and (12, 2, 3) or (2, 8, 3), whose axis of layers is the short one
-    layers = [p] if p.ndim == 2 else np.moveaxis(p, p.shape.index(2), 0)
-    for one in layers if projector.orthonormal else ():
-      np.testing.assert_allclose(
-        one.T @ one, np.eye(3), atol=1e-3, err_msg=f'P^T P of {path} is not I'
-      )
+    for path, basis in _tree.flatten(own.subspaces.basis)[0]:
+      if _tree.is_masked(basis):
+        continue
+      p = np.asarray(basis, np.float64)
+      assert np.isfinite(p).all(), f'a basis of {path} is not finite'
+      # (8, 3), and (12, 2, 3) or (2, 8, 3), whose axis of layers is the short
+      # one.
+      layers = [p] if p.ndim == 2 else np.moveaxis(p, p.shape.index(2), 0)
+      for one in layers if projector.orthonormal else ():
+        np.testing.assert_allclose(
+          one.T @ one, np.eye(3), atol=1e-3, err_msg=f'P^T P of {path} is not I'
+        )

@@ -60,11 +60,11 @@ class Leaf(NamedTuple):
 
 
 LEAVES = {
-  'tall': Leaf((12, 8), jnp.float32, (0,), (1,)),
   # Two layers of two experts.
   'experts/up': Leaf((2, 2, 8, 12), jnp.bfloat16, (2,), (3,)),
   # The layers along axis 1, as MaxText stacks them, of (embed, heads, dim).
   'blocks/query': Leaf((8, 3, 2, 6), jnp.float32, (0,), (2, 3)),
+  # Tall, and in no stack.
   'attention/out': Leaf((2, 6, 8), jnp.float32, (0, 1), (2,)),
   # Its short side is below the rank.
   'thin': Leaf((2, 12), jnp.float32, (0,), (1,)),

@@ -113,11 +113,14 @@ INNERS = {
 ALIKE_INNERS = ('adam_injected', 'rms', 'lamb', 'adamw')
 ALIKE_RESIDUALS = ('apollo_mini', 'normuon')
 
-# Those whose bases are of another one's kind, however they find them: `svd`'s,
-# `power`'s, `stiefel`'s, `tracking`'s, `dct`'s, `online_pca`'s. Every pair is
-# covered but those with inner optimizers and residuals, which see no more of a
-# rule than its bases.
+# Those whose bases are of another one's kind, however they find them: such that
+# move before the step, `svd`'s and `stiefel`'s, or after it, `online_pca`'s, or
+# one after another. What sees no more of a rule than its bases needs no pair
+# with them: inner optimizers, residuals, transports, windows, names of sides.
 ALIKE_PROJECTORS = (
+  'power',
+  'tracking',
+  'dct',
   'lazy',
   'lagged_power',
   'stiefel_regenerated',
@@ -128,7 +131,11 @@ ALIKE_PROJECTORS = (
   'walk',
   'dct_random',
   'online_pca_options',
+  'switch',
 )
+
+# These see no more of an inner optimizer than its direction, as `fira` does.
+OF_DIRECTIONS = ('apollo', 'sign', 'orthogonal', 'momentum_feedback')
 
 RESIDUALS = {
   'fira': residuals.fira(),
@@ -271,9 +278,15 @@ def alike(factors: tuple[str, str], values: tuple) -> bool:
     'inner': ALIKE_INNERS,
     'residual': ALIKE_RESIDUALS,
   }
-  return set(factors) <= like.keys() and any(
-    value in like[name] for name, value in zip(factors, values, strict=True)
-  )
+  chosen = dict(zip(factors, values, strict=True))
+  if chosen.keys() <= like.keys() and any(
+    value in like[name] for name, value in chosen.items()
+  ):
+    return True
+  if chosen.get('projector') in ALIKE_PROJECTORS:
+    unseen = chosen.get('side') in ('in', 'out')
+    return unseen or bool({'transport', 'every_k'} & chosen.keys())
+  return 'inner' in chosen and chosen.get('residual') in OF_DIRECTIONS
 
 
 def _best_value(name: str, chosen: dict[str, Any], missing: set) -> Any:

@@ -9,12 +9,18 @@ import contextlib
 import dataclasses
 from typing import Any
 
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import llama
 import pretrain
 
 RANK = 8
+BLOCK = llama.Block  # of a whole model
+DRAW = pretrain.draw  # the picture of a run, which takes as long as the run
 
 
 def small(**changes: Any) -> llama.LlamaConfig:
@@ -31,14 +37,68 @@ def install_in(patch: pytest.MonkeyPatch, **changes: Any) -> None:
   patch.setitem(llama.NAMED, 'llama_test', small(**changes))
 
 
+def _draw(
+  key: jax.Array, shape: tuple[int, ...], dtype: Any, **kwargs: Any
+) -> jax.Array:
+  """Weights of no key: constants, where drawing takes most of a compilation."""
+  del key, kwargs
+  noise = np.random.default_rng(shape).standard_normal(shape)
+  return jnp.asarray(noise / shape[0] ** 0.5, dtype)
+
+
+def drawn(c: llama.LlamaConfig) -> tuple[Any, Any]:
+  """A model's graph and weights, without a program.
+
+  Scales of norms are away from 1, so that their place matters.
+  """
+  graphdef, shapes = nnx.split(
+    nnx.eval_shape(lambda: llama.Llama(c, nnx.Rngs(0)))
+  )
+  rng = np.random.default_rng(0)
+
+  def draw(path: Any, x: Any) -> jax.Array:
+    name, noise = jax.tree_util.keystr(path), rng.standard_normal(x.shape)
+    if 'scale' in name:
+      noise = 1 + 0.3 * noise
+    else:
+      noise *= 0.02 if 'embed' in name else x.shape[-2] ** -0.5
+    return jnp.asarray(noise, x.dtype)
+
+  shapes = nnx.to_pure_dict(shapes)
+  return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+class OneKernel(nnx.Module):
+  """A block of one kernel, which is projected."""
+
+  def __init__(self, c: llama.LlamaConfig, rngs: nnx.Rngs):
+    self.up = llama.linear(c, c.width, c.width, rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return x + jnp.tanh(self.up(x))
+
+
+def thin_in(patch: pytest.MonkeyPatch, block: Any = OneKernel) -> None:
+  """Blocks of one kernel, and weights that need no program to draw them.
+
+  Every leaf costs a trace and a compilation of the optimizer.
+  """
+  patch.setattr(llama, 'Block', block)
+  patch.setattr(llama, '_INIT', _draw)
+  patch.setattr(llama, '_EMBED_INIT', _draw)
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-  """In its place, and runs of one configuration share what is compiled."""
+  """Thinned, and runs of one configuration share what is compiled.
+
+  They draw nothing.
+  """
   plan, compiled, plans, programs = pretrain.plan, pretrain.compiled, {}, {}
 
   def plan_once(c, vocab, devices):
     key = dataclasses.replace(c, out='', resume=False)
-    key = key, llama.NAMED[c.model], vocab, devices
+    key = key, llama.NAMED[c.model], llama.Block, vocab, devices
     if key not in plans:
       plans[key] = plan(c, vocab, devices)
     return plans[key]
@@ -50,6 +110,8 @@ def installed() -> Iterator[None]:
 
   with pytest.MonkeyPatch.context() as patch:
     install_in(patch)
+    thin_in(patch)
     patch.setattr(pretrain, 'plan', plan_once)
     patch.setattr(pretrain, 'compiled', compile_once)
+    patch.setattr(pretrain, 'draw', lambda *_: None)
     yield

@@ -9,17 +9,19 @@ import pytest
 
 from benchmarks import accelerator
 from benchmarks import accelerator_page
+import small_llama
 import subspace_optax as so
 
 
 @pytest.mark.slow
-def test_pieces_go_on_where_they_were(tmp_path):
+def test_pieces_go_on_where_they_were(tmp_path, monkeypatch):
+  small_llama.thin_in(monkeypatch)
   args = accelerator.Args(
     models=('llama_test',),
     names=('so.scale',),
     steps=2,
     large='llama_test',
-    large_method='golore8bit',
+    large_method='scale',
     large_rank=4,
     large_steps=2,
     seq=8,

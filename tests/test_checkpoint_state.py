@@ -104,7 +104,9 @@ def test_state_moves_to_another_mesh(tmp_path):
 
   first, second = mesh_of((2, 2)), mesh_of((4, 1))
   with jax.set_mesh(first):
-    there, state = step(put(first), tx.init(put(first)))
+    there = put(first)
+    init = cases.jit(tx.init, out_shardings=so.state_sharding(tx, there))
+    there, state = step(there, init(there))
     saved = {'params': there, 'state': state}
     ocp.save(tmp_path / 'state', saved)
     wanted = step(there, state)

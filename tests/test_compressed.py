@@ -234,7 +234,7 @@ _CHAINS = {
     optax.masked(
       so.subspace(
         _spec(),
-        so.projectors.svd(4, stagger=True),
+        so.projectors.gaussian(4, stagger=True),
         optax.trace(0.9),
         transport='first',
         after=optax.scale(-0.01),

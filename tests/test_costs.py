@@ -122,8 +122,10 @@ def test_flops_of_a_stack_are_those_of_its_matrices(name):
 MANY = matrices(*[(M, N), (N, M)] * 2, (2, M, N), (N,))
 # Adam on the bases has more to hold than SGD.
 MEMORY = [
-  *('galore', 'golore', 'osd'),
+  *('galore', 'osd'),
   pytest.param('osd_sgd', marks=pytest.mark.full),
+  # Between refreshes its step is that of `galore`.
+  pytest.param('golore', marks=pytest.mark.full),
 ]
 
 
@@ -245,8 +247,8 @@ def test_state_bytes_of_a_state_per_matrix():
 def test_reported_bytes_are_those_of_the_arrays(name):
   """At init and after a step."""
   tx = STATES[name][0]
-  params = jax.tree.map(lambda x: jnp.ones(x.shape), params_of(jnp.float32))
-  state = ref.jit(tx.init)(params)
+  params = params_of(jnp.float32)
+  state = jax.eval_shape(tx.init, params)
   _, after = jax.eval_shape(tx.update, params, state, params)
   for s in (state, after):
     assert so.memory_report(tx, params).state == size(s)

@@ -32,8 +32,8 @@ ITERATED = {'randomized', 'warm', 'lagged_power'}
 # These divide by the mean of the squared norms, which a step on the mean
 # gradient does not know; they have tests of their own.
 NORMALISED = {'online_pca', 'online_pca_options', 'tracking', 'switch'}
-# Like 'stiefel' here: no gradient is in their bases.
-ALIKE = {'walk', 'stiefel_regenerated', 'gaussian', 'dct_random'}
+# Like 'stiefel' here: no gradient is in their bases; or like 'gram'.
+ALIKE = {'walk', 'stiefel_regenerated', 'gaussian', 'dct_random', 'svd'}
 
 
 def _mesh(shape=(DEVICES,), names=('data',), kind=AxisType.Auto):
@@ -110,7 +110,10 @@ def _mean_run(name, steps):
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=pytest.mark.full) if name in ALIKE else name
+    # What iterates is tested below, too.
+    pytest.param(name, marks=pytest.mark.full)
+    if name in ALIKE | ITERATED
+    else name
     for name in sorted(
       set(grid.PROJECTORS) - NORMALISED - {'randomized', 'warm'}
     )
@@ -126,7 +129,15 @@ def test_equals_the_step_on_the_mean_gradient(name):
   measure.assert_trees_close(state[0].seed, wanted_state[0].seed)
 
 
-@pytest.mark.parametrize('name', sorted(ITERATED))
+@pytest.mark.parametrize(
+  'name',
+  [
+    'lagged_power',
+    'randomized',
+    # Differs by where it starts.
+    pytest.param('warm', marks=pytest.mark.full),
+  ],
+)
 def test_subspace_iteration_finds_that_of_the_mean_gradient(name):
   tx = so.project(_spec(), grid.PROJECTORS[name](False), axis_name='data')
   update, state = _in_parallel(tx), _start(tx)
@@ -138,7 +149,14 @@ def test_subspace_iteration_finds_that_of_the_mean_gradient(name):
   np.testing.assert_allclose(kept, np.linalg.norm(g, axis=(1, 2)), rtol=5e-3)
 
 
-@pytest.mark.parametrize('name', ['stiefel', 'gram'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    # Whose bases see nothing that varies.
+    pytest.param('stiefel', marks=pytest.mark.full),
+    'gram',
+  ],
+)
 def test_without_the_tracking_of_what_varies(name):
   tx = _make(name, axis_name='data')
   got, _ = _run(_in_parallel(tx, check_vma=False), tx)
@@ -256,7 +274,14 @@ def _plain_steps(name):
   return _steps(_plain_step(tx), tx)
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    # Plain leaves have Adam in the others; 'golore': several axes, below.
+    pytest.param(x, marks=pytest.mark.full if x in ('adam', 'golore') else ())
+    for x in OPTIMIZERS
+  ],
+)
 def test_step_of_a_loss(name):
   tx, mesh = OPTIMIZERS[name](), _mesh()
   step = so.data_parallel_step(_loss, tx, mesh)
@@ -285,7 +310,14 @@ def _all_reduced(step, tx):
   return [math.prod(int(n) for n in s.split(',') if n) for s in shapes]
 
 
-@pytest.mark.parametrize('name', ['golore', 'online_subspace_descent'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    # The other one moves energies, too.
+    pytest.param('golore', marks=pytest.mark.full),
+    'online_subspace_descent',
+  ],
+)
 def test_a_step_moves_r_m_plus_n_numbers_of_a_matrix(name):
   tx = OPTIMIZERS[name]()
   moved = _all_reduced(so.data_parallel_step(_loss, tx, _mesh()), tx)

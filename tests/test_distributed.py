@@ -23,8 +23,10 @@ import checkpoint
 import mesh
 import pretrain
 import report
+import small_llama
 
 ROOT = pathlib.Path(__file__).parent.parent
+FOLDERS = ROOT, ROOT / 'examples', ROOT / 'tests'
 
 # Far more than any process takes, however busy the machine: a guard only.
 SECONDS = 900
@@ -38,8 +40,9 @@ import json, os, pathlib, signal, sys, threading
 
 noted, fatal = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 sys.stdout = open(sys.argv.pop(1), 'w', buffering=1)
-import checkpoint, data, jax, pretrain, flags, settings
+import checkpoint, data, jax, pretrain, flags, settings, small_llama
 
+small_llama.install()
 save, reader = checkpoint.save, data.reader
 rows = set()
 
@@ -79,6 +82,7 @@ def fast_compilation(compile_once):
   options = mesh.compiler_options() | {'xla_backend_optimization_level': 0}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mesh, 'compiler_options', lambda: options)
+    small_llama.install_in(patch)
     yield
 
 
@@ -89,7 +93,8 @@ def config(tmp_path_factory):
   words = np.random.default_rng(0).choice('the cat sat on a mat'.split(), 2000)
   text.write_text(' '.join(words))
   return pretrain.Config(
-    model='llama_test', data=(str(text),), rank=4, batch=4, seq=16, steps=4,
+    model='llama_test', data=(str(text),), rank=small_llama.RANK, batch=4,
+    seq=16, steps=4,
     log_every=1, eval_every=2, save_every=2, eval_batches=2,
     final_eval_batches=4, out=str(tmp_path_factory.mktemp('runs') / 'one'),
   )  # fmt: skip
@@ -163,7 +168,7 @@ def start(config, compiled_folder, process, port, noted, fatal, launcher, more):
   command = [sys.executable, '-c', CHILD, str(noted), str(fatal), said]
   command += flags(config)
   environment = {
-    'PATH': '', 'PYTHONPATH': f'{ROOT}:{ROOT / "examples"}',
+    'PATH': '', 'PYTHONPATH': ':'.join(map(str, FOLDERS)),
     'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2',
     'JAX_COMPILATION_CACHE_DIR': str(compiled_folder),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
@@ -256,7 +261,12 @@ def test_one_process_prints_and_writes(killed):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'text',
-  ['', 'fsdp=4', pytest.param('data=2,tensor=2', marks=pytest.mark.full)],
+  [
+    '',
+    # As the run that goes on below, on a mesh of its own.
+    pytest.param('fsdp=4', marks=pytest.mark.full),
+    pytest.param('data=2,tensor=2', marks=pytest.mark.full),
+  ],
 )
 def test_restored_bit_by_bit_on_other_meshes(killed, text, tmp_path):
   """State and parameters, in one process with one device or four."""

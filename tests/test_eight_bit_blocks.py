@@ -13,7 +13,6 @@ import optax
 import pytest
 
 import cases
-import grid
 import subspace_optax as so
 from subspace_optax.low_precision import _blocks
 from subspace_optax.low_precision import _codes
@@ -42,15 +41,17 @@ LEVELS = {
 
 
 def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
+  x = np.random.default_rng(seed).standard_normal(shape)
+  return jnp.asarray(np.float32(x))
 
 
 @functools.lru_cache
 def blocks_of(shape):
   """The number of each entry's block, and one entry of every block."""
   counts = _blocks.counts(shape)
-  number = jnp.arange(math.prod(counts), dtype=jnp.int32).reshape(counts)
-  number = np.asarray(_blocks.Blocks(shape, counts).spread(number))
+  number = np.arange(math.prod(counts), dtype=np.int32).reshape(counts)
+  spread = jax.jit(_blocks.Blocks(shape, counts).spread)
+  number = np.asarray(spread(number))
   return number, np.unique(number, return_index=True)[1]
 
 
@@ -89,7 +90,18 @@ def test_blocks_of_any_sizes():
       assert part.cuts() == (math.gcd(size // cut, count // cut), 1)
 
 
-@pytest.mark.parametrize('shape', [s for s in SHAPES if s != (4099, 4099)])
+# Of two axes and of more, with a last block that is smaller and without one.
+ROUNDED = [(10007, 64), (61, 67, 71), (4, 12108), (3, 3, 64, 64)]
+
+
+@pytest.mark.parametrize(
+  'shape',
+  [
+    pytest.param(s, marks=() if s in ROUNDED else pytest.mark.full)
+    for s in SHAPES
+    if s != (4099, 4099)
+  ],
+)
 def test_error_in_every_octave(shape):
   random = np.random.default_rng(1)
   first = blocks_of(shape)[1]
@@ -123,17 +135,17 @@ def test_error_in_every_octave(shape):
 
 
 @pytest.mark.parametrize('shape', [(10007, 64), (61, 67, 71)])
-@pytest.mark.parametrize('bad', [np.nan, -np.inf, 1e30])
-def test_a_gradient_that_is_not_finite_spoils_its_block(shape, bad):
+def test_a_gradient_that_is_not_finite_spoils_its_block(shape):
   number, first = blocks_of(shape)
   tx = so.scale_by_adam8bit()
   update = cases.jit(tx.update)
-  for at in (first[-1], 5):  # in a last block, which is smaller, and elsewhere
+  start = cases.jit(tx.init)({'w': np.ones(shape, np.float32)})
+  # In a last block, which is smaller, and elsewhere.
+  for bad, at in (np.nan, first[-1]), (-np.inf, 5), (1e30, first[-1]):
     gradient = np.ones(shape, np.float32)
     gradient.reshape(-1)[at] = bad
-    first_step = {'w': jnp.asarray(gradient)}
-    _, state = update(first_step, tx.init(first_step))
-    updates, _ = update({'w': jnp.ones(shape)}, state)
+    _, state = update({'w': gradient}, start)
+    updates, _ = update({'w': np.ones(shape, np.float32)}, state)
     spoiled = number == number.reshape(-1)[at]
     np.testing.assert_array_equal(np.isfinite(updates['w']), ~spoiled)
 
@@ -160,9 +172,9 @@ def test_blocks_of_zeros_and_of_numbers_near_the_smallest():
   for i, value in enumerate((0.0, 1e-41, 1e-38, 1e-30, 3e38)):
     x[number == number.reshape(-1)[first[i]]] = value
   like = _blocks.counts(shape)
+  code = cases.jit(lambda x, *of: _codes.decode(*_codes.encode(x, *of)))
   for dtype in LEVELS:
-    code = _codes.encode(x, jnp.zeros(shape, dtype), jnp.zeros(like))
-    got = _codes.decode(*code)
+    got = code(x, jnp.zeros(shape, dtype), jnp.zeros(like))
     # Below 1.2e-38 a CPU takes numbers for zero.
     small = x < 1.2e-38
     np.testing.assert_allclose(np.where(small, 0, got), np.where(small, 0, x))
@@ -180,11 +192,21 @@ PLACES = [
   ((384, 384), (('x', 'y'), None), False),  # cut in blocks of 192
   ((2, 16, 32), (None, ('x', 'y'), None), False),  # of 8 x 16
 ]
+# Cut as the first and the second one.
+ALIKE = (2, 5)
 
 
 @pytest.mark.parametrize(
   'place, kind',
-  grid.cover(PLACES, [AxisType.Auto, AxisType.Explicit], of=2),
+  [
+    pytest.param(
+      place,
+      kind,
+      marks=() if i % 2 == j and i not in ALIKE else pytest.mark.full,
+    )
+    for i, place in enumerate(PLACES)
+    for j, kind in enumerate([AxisType.Auto, AxisType.Explicit])
+  ],
   ids=str,
 )
 def test_on_a_mesh(place, kind):
@@ -192,7 +214,7 @@ def test_on_a_mesh(place, kind):
   shape, spec, whole = place
   tx = so.scale_by_adam8bit(rounding='nearest')
   gradient = {'w': normal(0, *shape)}
-  alone, own = cases.jit(tx.update)(gradient, tx.init(gradient))
+  alone, own = cases.jit(lambda g: tx.update(g, tx.init(g)))(gradient)
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(kind,) * 2)
   with jax.set_mesh(mesh):
     place = NamedSharding(mesh, P(*spec))

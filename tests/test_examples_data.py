@@ -228,7 +228,7 @@ def test_trigram_beats_bigram_and_unigram():
   'example', [plain_dict, nnx_optimizer, nnx_layerwise, linen_train_state]
 )
 def test_short_example_lowers_the_loss(example, capsys, monkeypatch):
-  small_llama.install_in(monkeypatch, mlp_width=4, heads=4)
+  small_llama.thin_in(monkeypatch)
   first, last = example.main()
   assert last < 0.6 * first
   assert capsys.readouterr().out.startswith('loss ')

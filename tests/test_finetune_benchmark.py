@@ -15,6 +15,7 @@ from benchmarks import harness
 from benchmarks import pareto
 import finetune_text
 from test_finetune_text import checkpoint  # noqa: F401, a fixture
+from test_finetune_text import few_programs  # noqa: F401, a fixture
 from test_finetune_text import pairs  # noqa: F401, a fixture
 
 
@@ -64,7 +65,7 @@ def args(checkpoint, pairs, tmp_path):  # noqa: F811
   page = tmp_path / 'page.md'
   page.write_text('<!-- finetune begins -->\n<!-- finetune ends -->\n')
   return finetune.Args(
-    methods=('lora', 'adamw8bit'),
+    methods=('lora', 'adamw'),
     steps=3,
     seq=136,
     rank=2,
@@ -97,7 +98,7 @@ def test_runs_once_and_goes_on_from_what_is_reported(args, tmp_path):
   finetune.report(finetune.Task(one), store)  # the other one stays
   assert json.loads((tmp_path / 'finetune.json').read_text()) == results
   with pytest.raises(SystemExit, match='holds steps=3, not 4'):
-    finetune.main(dataclasses.replace(args, steps=4))
+    finetune.main(dataclasses.replace(one, steps=4))
   # Another program is another run.
   task.settings['lora']['program'] = 'changed'
   method, point, _ = finetune.following(task, store)

@@ -4,12 +4,13 @@ The checkpoint is a tiny LLaMA with a tied embedding, and a tokenizer of bytes.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import signal
+from typing import Any
 import warnings
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ import hf_checkpoint
 import llama
 import loop
 import lora
+import small_llama
 import subspace_optax as so
 import test_pretrain
 import text_model
@@ -42,13 +44,52 @@ def make_tokenizer(control=CONTROL):
   return made
 
 
+class Program(finetune_text.Program):
+  """One that runs of the same settings share, but for its compilation."""
+
+  lowered: dict[Any, Any] = {}
+
+  def __init__(self, c, model, method):
+    super().__init__(c, model, method)
+    self._key = dataclasses.replace(c, out='', checkpoint='', resume=False)
+    self._key = self._key, model
+
+  def lower(self, example):
+    key = *self._key, example.shape
+    if key not in self.lowered:
+      self.lowered[key] = super().lower(example)
+    return self.lowered[key]
+
+
+class HeldOut(text_model.HeldOut):
+  """One whose program others of a model share."""
+
+  sums: dict[Any, Any] = {}
+
+  def __init__(self, model, rows, size):
+    super().__init__(model, rows, size)
+    self._sums = self.sums.setdefault(model, self._sums)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_programs():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(finetune_text, 'Program', Program)
+    patch.setattr(Program, 'lowered', {})
+    patch.setattr(text_model, 'HeldOut', HeldOut)
+    patch.setattr(HeldOut, 'sums', {})
+    once = functools.cache(text_model.abstract)
+    patch.setattr(text_model, 'abstract', once)
+    yield
+
+
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
   """A folder in Hugging Face's format."""
   folder = tmp_path_factory.mktemp('checkpoint')
   # Of rank 8, bases are those of two matrices: the others are too narrow.
   c = llama.LlamaConfig(16, 8, layers=2, heads=2, kv_heads=1, vocab=259)
-  params = nnx.to_pure_dict(nnx.state(llama.Llama(c, nnx.Rngs(0))))
+  _, params = small_llama.drawn(c)
   params['lm_head'] = {'kernel': params['embed']['embedding'].T}
   hf_checkpoint.save(folder, c, params, tied=True)
   make_tokenizer().save(str(folder / 'tokenizer.json'))
@@ -72,6 +113,17 @@ def config(checkpoint, pairs, out, **changes):
     out=str(out),
     **(chosen | {'lr_rest': 1e-2} | changes),
   )
+
+
+# Of all tests that share its program. Its second bases are those of the last
+# step.
+SHARED = {
+  'optimizer': 'subspace_adamw',
+  'rank': 8,
+  'clip': 0.0,
+  'steps': 3,
+  'update_proj_gap': 2,
+}
 
 
 # --- Rows --------------------------------------------------------------------
@@ -229,7 +281,7 @@ def test_loss_is_the_mean_over_what_counts():
   log = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
   want = [log[0, 1, rows[0, 0, 2]], log[0, 2, rows[0, 0, 3]]]
   want.append(log[1, 2, rows[1, 0, 3]])
-  got = text_model.cross_entropy(logits, rows)
+  got = jax.jit(text_model.cross_entropy)(logits, rows)
   np.testing.assert_allclose(got, -np.mean(want), rtol=1e-5)
 
 
@@ -251,8 +303,9 @@ def test_tied_embedding_gets_both_gradients(checkpoint, pairs):
   rows = np.random.default_rng(0).integers(0, 259, (2, 2, 9)).astype(np.int32)
   rows[:, 1] = 1
   loss = lambda p: text_model.cross_entropy(logits(p, rows), rows)
-  tied = jax.jit(jax.grad(loss))(base.params)['embed']['embedding']
-  apart = jax.jit(jax.grad(loss))(text_model.with_head(base.params))
+  gradients = lambda p: map(jax.grad(loss), (p, text_model.with_head(p)))
+  tied, apart = jax.jit(lambda p: [*gradients(p)])(base.params)
+  tied = tied['embed']['embedding']
   both = apart['embed']['embedding'] + apart['lm_head']['kernel'].T
   np.testing.assert_allclose(tied, both, rtol=1e-4, atol=1e-6)
 
@@ -303,9 +356,8 @@ def test_run_learns_and_saves_a_tied_model(checkpoint, pairs, tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one(
   checkpoint, pairs, tmp_path, monkeypatch
 ):
-  name = 'subspace_adamw8bit'
-  options = {'optimizer': name, 'rank': 8, 'steps': 4, 'update_proj_gap': 3}
-  whole = config(checkpoint, pairs, tmp_path / 'whole', **options)
+  name = SHARED['optimizer']
+  whole = config(checkpoint, pairs, tmp_path / 'whole', **SHARED)
   parts = dataclasses.replace(whole, out=str(tmp_path / 'parts'))
   wanted = finetune_text.main(whole)['runs'][name]
   with monkeypatch.context() as patch:
@@ -363,13 +415,13 @@ def test_lora_of_an_untied_gguf_file(pairs, tmp_path):
 
 
 def test_a_run_may_go_on_from_its_own_model(checkpoint, pairs, tmp_path):
-  c = config(checkpoint, pairs, tmp_path / 'run', optimizer='adamw', steps=2)
+  c = config(checkpoint, pairs, tmp_path / 'run', **SHARED)
   finetune_text.main(c)
   again = dataclasses.replace(c, checkpoint=str(tmp_path / 'run' / 'model'))
   finetune_text.main(again)
   assert (tmp_path / 'run.1' / 'model' / 'config.json').exists()
   done = finetune_text.main(dataclasses.replace(again, resume=True))
-  assert done['runs']['adamw']['tokens_per_second'] > 0
+  assert done['runs'][SHARED['optimizer']]['tokens_per_second'] > 0
   with pytest.raises(ValueError, match='nowhere'):
     finetune_text.main(dataclasses.replace(c, data=('nowhere.jsonl',)))
   assert (tmp_path / 'run' / 'model').exists()
@@ -392,16 +444,15 @@ def test_a_tokenizer_neither_cuts_nor_fills_up(checkpoint, tmp_path):
 
 def test_a_classifier_is_no_language_model(checkpoint, tmp_path):
   model = dataclasses.replace(text_model.load(str(checkpoint)).model, outputs=3)
-  params = nnx.state(llama.Llama(model, nnx.Rngs(0)), nnx.Param)
-  labels = ('a', 'b', 'c')
-  hf_checkpoint.save(tmp_path, model, nnx.to_pure_dict(params), labels=labels)
+  _, params = small_llama.drawn(model)
+  hf_checkpoint.save(tmp_path, model, params, labels=('a', 'b', 'c'))
   with pytest.raises(ValueError, match='a classifier'):
     text_model.load(str(tmp_path))
 
 
-def one_run(c, name):
+def one_run(c):
   """The parameters after a run."""
-  c = finetune_text.for_optimizer(c, name)
+  c = finetune_text.for_optimizer(c, c.optimizer)
   base = text_model.load(c.checkpoint)
   rows = text_rows.load(c.data, base.tokenizer, c.seq, 0)
   method = finetune_text.build(c, base)
@@ -415,9 +466,9 @@ def one_run(c, name):
 
 
 def test_layerwise_steps_are_the_ordinary_ones(checkpoint, pairs):
-  c = config(checkpoint, pairs, '', clip=0.0, steps=3)
-  plain = one_run(c, 'adamw')
-  layerwise = one_run(dataclasses.replace(c, layerwise=True), 'adamw')
+  c = config(checkpoint, pairs, '', **SHARED)
+  plain = one_run(c)
+  layerwise = one_run(dataclasses.replace(c, layerwise=True))
   for x, y in zip(*map(jax.tree.leaves, (plain, layerwise)), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 

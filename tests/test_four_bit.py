@@ -23,9 +23,11 @@ LEVELS = (np.arange(8) / 7) ** 1.5
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-  return jax.random.normal(jax.random.key(seed), shape)
+  x = np.random.default_rng(seed).standard_normal(shape)
+  return jnp.asarray(np.float32(x))
 
 
+@jax.jit
 def encoded(x: Any, noise: Any = None) -> tuple[jax.Array, jax.Array]:
   counts = _blocks.counts(x.shape)
   zeros = jnp.zeros(x.shape, jnp.int4), jnp.zeros(counts, jnp.float32)
@@ -110,7 +112,14 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize('name', INNERS)
+# Lion has Adam's first moment alone.
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.full) if name == 'lion' else name
+    for name in INNERS
+  ],
+)
 def test_states_keep_their_types(name):
   """In a scan with donated buffers, of stacks, transposed or not, and vmap."""
   tx = so.quantize_moments(INNERS[name], 4)
@@ -167,20 +176,22 @@ def steady_error(rounding: str, bits: int, b: float) -> float:
     error = jnp.sum((direction - exact) ** 2) / jnp.sum(exact**2)
     return (state, exact), error
 
-  keys = jax.random.split(jax.random.key(0), 200)
-  _, errors = jax.lax.scan(step, (tx.init(x), x), keys)
-  return float(jnp.sqrt(jnp.mean(errors[100:])))
+  @jax.jit
+  def run():
+    keys = jax.random.split(jax.random.key(0), 120)
+    return jax.lax.scan(step, (tx.init(x), x), keys)[1]
+
+  return float(np.sqrt(np.mean(run()[60:])))
 
 
 def test_error_of_momentum_settles():
   """What the choice of the rounding is for."""
-  found = {
-    rounding: steady_error(rounding, 4, 0.95)
-    for rounding in ('auto', 'nearest', 'stochastic')
-  }
-  assert found['auto'] == found['nearest']
-  np.testing.assert_allclose(found['auto'], 0.36, atol=0.03)
-  np.testing.assert_allclose(found['stochastic'], 0.55, atol=0.04)
+  for rounding, error, atol in (
+    ('auto', 0.36, 0.03),
+    ('stochastic', 0.55, 0.04),
+  ):
+    found = steady_error(rounding, 4, 0.95)
+    np.testing.assert_allclose(found, error, atol=atol)
   np.testing.assert_allclose(steady_error('auto', 8, 0.95), 0.03, atol=0.005)
 
 
@@ -199,7 +210,11 @@ def test_momentum_of_no_gradient_decays():
       np.testing.assert_allclose(scales[1], 0.9 * scales[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+# With Explicit axes: in 8 bits.
+@pytest.mark.parametrize(
+  'kind',
+  [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.full)],
+)
 def test_on_a_mesh_and_through_a_checkpoint(kind, tmp_path):
   tx = so.quantize_moments(optax.trace(0.9), 4)
   params = {'w': normal(0, 1024, 64), 'stack': normal(1, 4, 512, 128)}
@@ -208,12 +223,12 @@ def test_on_a_mesh_and_through_a_checkpoint(kind, tmp_path):
   places = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
   with jax.set_mesh(mesh):
     sharded = jax.device_put(params, places)
-    start = tx.init(sharded)
+    start = cases.jit(tx.init)(sharded)
     update = cases.jit(tx.update)
     program = update.lower(sharded, start).compile()
     assert 'all-gather' not in program.as_text()
     got, state = update(sharded, start)
-  alone, own = cases.jit(tx.update)(params, tx.init(params))
+  alone, own = cases.jit(lambda p: tx.update(p, tx.init(p)))(params)
   jax.tree.map(np.testing.assert_array_equal, got, alone)
   jax.tree.map(np.testing.assert_array_equal, state, own)
   ocp.save(tmp_path / 'state', state)
@@ -229,12 +244,13 @@ def test_on_a_mesh_and_through_a_checkpoint(kind, tmp_path):
 
 def test_in_a_subspace_and_at_another_rank():
   """Transports and `resize_rank` read codes of 4 bits, and write such."""
-  params = {'w': normal(0, 2, 128, 256), 'bias': jnp.ones(256)}
+  bias = np.ones(256, np.float32)
+  params = {'w': normal(0, 128, 256), 'bias': bias}
   tx = so.golore(0.1, 48, update_proj_gap=2, moment_bits=4)
   other = so.golore(0.1, 32, update_proj_gap=2, moment_bits=4)
   state, update = cases.jit(tx.init)(params), cases.jit(tx.update)
   for t in range(3):
-    gradients = {'w': normal(t, 2, 128, 256), 'bias': jnp.ones(256)}
+    gradients = {'w': normal(t, 128, 256), 'bias': bias}
     updates, state = update(gradients, state, params)
   assert update._cache_size() == 1
   smaller = so.resize_rank(other, state, params)

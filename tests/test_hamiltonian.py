@@ -113,7 +113,7 @@ MOVING = {
   'stiefel': so.projectors.stiefel(update_proj_gap=1),
   'online_pca': so.projectors.online_pca(optax.sgd(0.1)),
 }
-DT, PROBE, FLOW_STEPS = 0.005, 1e-5, 1000
+DT, PROBE, FLOW_STEPS = 0.005, 1e-5, 500
 
 
 def per_flow(field, *trees):

@@ -238,7 +238,14 @@ def _on_mesh(tree):
   return _only(cases.flat(tree), *names)
 
 
-@pytest.mark.parametrize('name', TREES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    'online',
+    # Draws bases of what the other one has of every leaf.
+    pytest.param('golore', marks=pytest.mark.full),
+  ],
+)
 def test_steps_are_those_of_the_same_matrices_laid_out_plainly(name):
   few = TREES[name]
   plain, _ = _run(
@@ -307,9 +314,18 @@ OPTIMIZERS = [
   so.ldadamw,
   so.subspace_adamw,
 ]
+ALIKE = [so.golore, so.apollo_adamw, so.subspace_adamw]
 
 
-@pytest.mark.parametrize('make', OPTIMIZERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+  'make',
+  [
+    # The others have the same moments.
+    pytest.param(x, marks=pytest.mark.full if x in ALIKE else ())
+    for x in OPTIMIZERS
+  ],
+  ids=lambda make: make.__name__,
+)
 def test_moments_have_the_structure_of_the_parameters(make):
   numbers = so.dimension_numbers_from_paths
   if make is so.galore:

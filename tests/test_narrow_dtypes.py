@@ -23,13 +23,24 @@ from subspace_optax.low_precision import _rounding
 LR = 1e-2
 BF16 = jnp.bfloat16
 NAMES = cases.READY_MADE
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 PAIRS = (
   (jnp.bfloat16, jnp.float32),
   (jnp.bfloat16, jnp.bfloat16),
   (jnp.float16, jnp.float16),
 )
-each = pytest.mark.parametrize('name', NAMES)
+
+
+def but(*left_out):
+  """Returns all optimizers for `parametrize`; some only run with `--full`."""
+  return [
+    pytest.param(x, marks=pytest.mark.full if x in left_out else ())
+    for x in NAMES
+  ]
+
+
+# Fira has the SVD; the others' bases hold no more of a leaf than a rotation of
+# it, and their residuals are those of Fira and Dion.
+ALIKE = ('galore', 'golore', 'subspace_adamw', 'trion')
 STACK = so.DimensionNumbers()  # the last two axes
 
 
@@ -41,23 +52,28 @@ def _make(name, learning_rate=LR, weight_decay=0.0, **spec):
 
 
 def _normal(seed, shape, scale, dtype):
-  rng = np.random.default_rng(seed)
-  return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+  x = np.random.default_rng(seed).standard_normal(shape)
+  return jnp.asarray(np.asarray(scale * x, dtype))
 
 
-@each
+# `_decay_and_step` decays, behind a subspace, whose momentum may be the whole
+# gradient's, and behind two optimizers without one.
+@pytest.mark.parametrize(
+  'name',
+  but(*set(NAMES) - {'apollo_adamw', 'dion', 'normuon', 'scale'}),
+)
 def test_weight_decay_is_applied_whole(name):
-  """Sharded stacks of every dtype, with gradients of every dtype.
+  """Sharded stacks of every dtype, with gradients of wider and narrower ones.
 
   All pairs of dtypes for one optimizer, since compiling takes the time, and one
   for each other.
   """
   mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
-  every = itertools.product(DTYPES, DTYPES)
+  mixed = (jnp.float32, jnp.bfloat16), (jnp.float16, jnp.bfloat16)
   own = [PAIRS[list(NAMES).index(name) % len(PAIRS)]]
   pairs = {
     f'{jnp.dtype(p).name}-{jnp.dtype(g).name}': (p, g)
-    for p, g in (every if name == 'apollo_adamw' else own)
+    for p, g in (PAIRS + mixed if name == 'apollo_adamw' else own)
   }
   sharding = NamedSharding(mesh, P(None, 'x', 'y'))
   put = lambda x: jax.device_put(x, sharding)
@@ -106,7 +122,10 @@ def narrow(params, updates):
   return lax.scan(body, (params, last.init(params)), updates)[0]
 
 
-@each
+# Adam's moments and PCA's are those of `apollo_adamw`, in rank and dtype.
+@pytest.mark.parametrize(
+  'name', but(*ALIKE, 'fira_adamw', 'online_subspace_descent')
+)
 def test_compensated_rounding_is_float32_to_the_bit(name):
   """In 300 steps on bfloat16 weights, against those on float32 weights."""
   tx = _make(name)
@@ -136,19 +155,38 @@ def test_compensated_rounding_is_float32_to_the_bit(name):
   np.testing.assert_array_equal(params['w'], _rounding.nearest(wide, BF16))
 
 
+# Each optimizer has one of the six orders of a stack's axes and of the two
+# kernels of attention; the orders' products are all below.
 @pytest.mark.parametrize(
-  'name, dtype',
-  [*((name, jnp.float16) for name in NAMES), ('ldadamw', BF16)],
+  'name, order',
+  [
+    pytest.param(name, i, marks=pytest.mark.full if name in ALIKE else ())
+    for i, name in enumerate(sorted(NAMES, key=lambda x: x in ALIKE))
+  ],
 )
-def test_small_gradients_make_the_steps_of_float32(name, dtype):
-  """Of 1e-5 to 1e-3, whose squares are nothing in float16; and of zero."""
-  tx = _make(name)
-  sizes = jnp.logspace(-5, -3, 16)[:, None]
-  grads = {
-    'w': _normal(1, (16, 32), 1.0, jnp.float32) * sizes,
-    'bias': _normal(2, (16,), 1.0, jnp.float32) * sizes[:, 0],
-    'unused': jnp.zeros((8,)),
+def test_small_gradients_make_the_steps_of_float32(name, order):
+  """Of 1e-5 to 1e-3, whose squares are nothing in float16; and of zero.
+
+  A matrix in float16, and a kernel in bfloat16, for whose products XLA:CPU
+  lacks some kernels.
+  """
+  kernels = [
+    *layouts('bio').values(),
+    cases.Leaf((8, 3, 4), BF16, (0,), (1, 2)),  # query
+    cases.Leaf((3, 2, 4, 8), BF16, (0, 2), (3,)),  # out
+  ]
+  leaves = {
+    'w': cases.Leaf((8, 12), jnp.float16, (0,), (1,)),
+    'bias': cases.Leaf((16,), jnp.float16),
+    'unused': cases.Leaf((8,), jnp.float16),
+    'kernel': kernels[order % len(kernels)],
   }
+  tx = _make(
+    name,
+    rank=2,
+    only_if_smaller=False,
+    weight_dimension_numbers=cases.dimension_numbers(leaves),
+  )
 
   @cases.jit
   def run(params, grads):
@@ -161,10 +199,15 @@ def test_small_gradients_make_the_steps_of_float32(name, dtype):
     totals = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
     return lax.fori_loop(0, 3, step, (totals, tx.init(params)))
 
-  as_dtype = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
-  rounded = jax.tree.map(lambda x: x.astype(jnp.float32), as_dtype(grads))
+  rng, grads, rounded = np.random.default_rng(1), {}, {}
+  for path, leaf in leaves.items():
+    sizes = np.logspace(-5, -3, leaf.shape[0])
+    x = np.moveaxis(sizes * rng.standard_normal(leaf.shape[::-1]), -1, 0)
+    x = x.reshape(leaf.shape) * (path != 'unused')
+    grads[path] = np.asarray(x).astype(leaf.dtype)
+    rounded[path] = np.float32(grads[path])
   wanted, _ = run(rounded, rounded)
-  found, _ = run(as_dtype(grads), as_dtype(grads))
+  found, _ = run(grads, grads)
   for path in grads:
     size = np.abs(wanted[path]).max(initial=0)
     np.testing.assert_allclose(
@@ -256,11 +299,12 @@ def test_products_of_bfloat16_kernels_of_any_axes(length, basis_dtype):
   """
   every = list(_layouts(length))
   assert len(every) == {3: 12, 4: 24}[length]
+  normal = lambda seed, shape: np.asarray(_normal(seed, shape, 1, BF16))
   arrays = [
     (
-      _normal(0, layout.shape, 1, BF16),
-      _normal(1, layout.basis_shape, 1, BF16).astype(basis_dtype),
-      _normal(2, layout.coords_shape, 1, BF16).astype(basis_dtype),
+      normal(0, layout.shape),
+      normal(1, layout.basis_shape).astype(basis_dtype),
+      normal(2, layout.coords_shape).astype(basis_dtype),
     )
     for layout in every
   ]
@@ -276,7 +320,7 @@ def test_products_of_bfloat16_kernels_of_any_axes(length, basis_dtype):
       for layout, (leaf, basis, coords) in zip(every, arrays, strict=True)
     ]
 
-  wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+  wide = jax.tree.map(np.float32, arrays)
   found, wanted = multiply(arrays), multiply(wide)
   for layout, *products in zip(every, found, wanted, strict=True):
     for x, y in zip(*products, strict=True):
@@ -332,50 +376,3 @@ def layouts(*forms):
     )
     for form in sorted(every)
   }
-
-
-def assert_steps_are_those_in_float32(make, leaves):
-  """The first updates, for gradients that both dtypes hold exactly."""
-  found = []
-  for dtype in (BF16, jnp.float32):
-    as_dtype = lambda x, d=dtype: jnp.asarray(np.asarray(x).astype(d))
-    params = jax.tree.map(as_dtype, cases.tree(leaves))
-    tx = make(so.SubspaceSpec(
-      2,
-      only_if_smaller=False,
-      weight_dimension_numbers=cases.dimension_numbers(leaves),
-    ))  # fmt: skip
-    updates, _ = cases.jit(tx.update)(params, tx.init(params), params)
-    found.append(cases.flat(updates))
-  for path, x in found[0].items():
-    assert x.dtype == BF16
-    want = np.float32(found[1][path])
-    norm = np.linalg.norm(want)
-    np.testing.assert_array_less(np.linalg.norm(x - want), 0.03 * norm, path)
-
-
-def test_layouts_of_three_and_four_axes():
-  """XLA:CPU has no kernel for some of these products of bfloat16.
-
-  `test_products_of_bfloat16_kernels_of_any_axes` has every order of the axes.
-  """
-  every = layouts('iio', 'ioo', 'biio', 'bioo')
-  leaves = {form: every[form] for form in ('ioi', 'ooi', 'iobi', 'oiob')}
-  make = lambda spec: so.subspace(
-    spec, so.projectors.stiefel(9), optax.identity()
-  )
-  assert_steps_are_those_in_float32(make, leaves)
-
-
-# Each optimizer has one of the six orders of a stack's axes and of the two
-# kernels of attention; the orders' products are all above.
-@pytest.mark.parametrize('name, order', [(x, i) for i, x in enumerate(NAMES)])
-def test_layouts_of_kernels(name, order):
-  every = [
-    *layouts('bio').items(),
-    ('query', cases.Leaf((8, 3, 4), BF16, (0,), (1, 2))),
-    ('out', cases.Leaf((3, 2, 4, 8), BF16, (0, 2), (3,))),
-  ]
-  leaves = dict([every[order % len(every)]])
-  make = lambda spec: getattr(so, name)(LR, spec=spec)
-  assert_steps_are_those_in_float32(make, leaves)

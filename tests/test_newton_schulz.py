@@ -4,6 +4,7 @@ The reference takes singular values and vectors of what the preconditioning
 leaves, and puts the values alone through the polynomials.
 """
 
+import functools
 import math
 
 import jax
@@ -65,9 +66,18 @@ def dense(x, coefficients, name='frobenius'):
   return u * s @ v
 
 
+@functools.cache
+def compiled(view, how, least_ratio):
+  """Returns the iteration; `least_ratio` is that of the module, for the key."""
+  del least_ratio
+  return ref.jit(
+    lambda x: _newton_schulz.newton_schulz(layout_of(view), x, how)
+  )
+
+
 def run(view, leaf, ns_coeffs='standard', name='frobenius', steps=5):
   how = _newton_schulz.iteration(ns_coeffs, steps, name)
-  f = ref.jit(lambda x: _newton_schulz.newton_schulz(layout_of(view), x, how))
+  f = compiled(view, how, _newton_schulz._LEAST_RATIO)
   return np.asarray(f(leaf), np.float64)
 
 

@@ -66,7 +66,7 @@ STEPS = [(0,), (1,), (2,), (3,), (2, 3), (4, 5)]
 
 
 @pytest.mark.parametrize(
-  'name, kind, steps', grid.cover(cases.CASES, BAD, STEPS, of=3), ids=str
+  'name, kind, steps', grid.cover(cases.CASES, BAD, STEPS, of=6), ids=str
 )
 def test_one_bad_matrix_of_a_stack(name, kind, steps):
   case, clean = cases.CASES[name], _clean(name)

@@ -34,6 +34,8 @@ RATES = {
   'normuon': 0.01,
 }
 every_optimizer = pytest.mark.parametrize('name', RATES)
+# Whose arguments others take, too, and hand on in the same way.
+ALIKE = ('golore', 'subspace_adamw', 'trion')
 DTYPES = ['float16', 'bfloat16', 'float32']
 
 
@@ -72,7 +74,12 @@ def run(tx, update, **extra_args):
   return all_updates, state
 
 
-@every_optimizer
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(x, marks=pytest.mark.full if x in ALIKE else ()) for x in RATES
+  ],
+)
 def test_traced_floats_equal_constants(name):
   """Every float argument, beside a schedule and an argument nobody knows."""
   make = factory(name)

@@ -1,6 +1,7 @@
 """Heads and fused kernels are orthogonalised each alone, on any mesh."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ import pytest
 
 import cases
 import errors
-import grid
 import references as ref
 import subspace_optax as so
 from subspace_optax import projectors
@@ -155,8 +155,22 @@ def _alone(blocks):
 PLACES = [P(None, 'x', 'y'), P('x', None, 'y'), P(None, None, ('x', 'y'))]
 
 
+# Whole matrices on meshes: tests/test_spread.py and tests/test_normuon.py.
+CUT = [*zip(PLACES, ('auto', 'explicit', 'explicit'), strict=True)]
+
+
 @pytest.mark.parametrize(
-  'spec, blocks, mode', grid.cover(PLACES, [None, WIDTHS], MODES, of=2), ids=str
+  'spec, blocks, mode',
+  [
+    pytest.param(
+      spec,
+      blocks,
+      mode,
+      marks=() if blocks and (spec, mode) in CUT else pytest.mark.full,
+    )
+    for spec, blocks, mode in itertools.product(PLACES, [None, WIDTHS], MODES)
+  ],
+  ids=str,
 )
 def test_sharded_equals_unsharded(spec, blocks, mode):
   wanted = _alone(blocks)

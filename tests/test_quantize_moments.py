@@ -31,11 +31,9 @@ INNERS = {
 
 
 def normal(t: int) -> Any:
-  keys = jax.random.split(jax.random.key(t))
-  return {
-    'w': jax.random.normal(keys[0], (64, 128)),
-    'bias': jax.random.normal(keys[1], (128,)),
-  }
+  rng = np.random.default_rng(t)
+  shapes = {'w': (64, 128), 'bias': (128,)}
+  return {k: np.float32(rng.standard_normal(x)) for k, x in shapes.items()}
 
 
 def run(tx: Any, params: Any = PARAMS) -> tuple[Any, Any]:
@@ -48,7 +46,16 @@ def run(tx: Any, params: Any = PARAMS) -> tuple[Any, Any]:
   return updates, state
 
 
-@pytest.mark.parametrize('name', INNERS)
+# Wrapped ones are those of which they are made.
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.full)
+    if name in ('ema', 'adamw')
+    else name
+    for name in INNERS
+  ],
+)
 def test_steps_are_nearly_those_of_the_optimizer(name):
   """Moments within a code of 4 %, and no float matrix left in the state."""
   inner = INNERS[name]
@@ -317,19 +324,12 @@ def test_explicit_axes_need_no_mesh_around_init():
   mesh = jax.make_mesh((2, 2), ('a', 'b'), axis_types=(AxisType.Explicit,) * 2)
   place = NamedSharding(mesh, P('a', 'b'))
   params = {'w': jax.device_put(jnp.ones((64, 64)), place)}
-  for tx in (
-    so.scale_by_adam8bit(),
-    so.galore(1e-2, 8, moment_bits=8),
-    so.normuon(1e-2, moment_bits=4),
-  ):
-    state = tx.init(params)
-    with jax.set_mesh(mesh):
-      wanted = tx.init(params)
-      jax.eval_shape(lambda tx=tx: tx.init(params))
-      jax.jit(lambda tx=tx: tx.init(params))()
-    kinds = lambda tree: jax.tree.map(lambda x: (x.dtype, x.sharding), tree)
-    assert kinds(state) == kinds(wanted)
+  kinds = lambda tree: jax.tree.map(lambda x: (x.dtype, x.sharding), tree)
+  tx = so.galore(1e-2, 8, moment_bits=8)
+  state = tx.init(params)
+  with jax.set_mesh(mesh):
+    wanted = tx.init(params)
+    jax.jit(lambda: tx.init(params))()
+  assert kinds(state) == kinds(wanted)
   old = so.galore(1e-2, 4, moment_bits=8)
-  new = so.galore(1e-2, 8, moment_bits=8)
-  resized = so.resize_rank(new, old.init(params), params)
-  assert kinds(resized) == kinds(new.init(params))
+  assert kinds(so.resize_rank(tx, old.init(params), params)) == kinds(state)

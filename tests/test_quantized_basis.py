@@ -354,7 +354,7 @@ def _train(put, paths, jit_init=lambda f: f):
   [
     # Without explicit axes only the placement is the library's.
     ('Auto', ('heads',)),
-    ('Explicit', ('w', 'layers')),
+    ('Explicit', ('w',)),
     # The same leaves with the other kind, and one that no axis cuts.
     pytest.param('Auto', tuple(LEAVES), marks=pytest.mark.full),
     pytest.param('Explicit', tuple(LEAVES), marks=pytest.mark.full),

@@ -13,6 +13,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import measure
 import references as ref
 import subspace_optax as so
@@ -65,11 +66,13 @@ def test_signatures_are_alike(name):
     assert shared == [k for k in KEYWORDS if k in shared]
 
 
-@pytest.mark.parametrize('name', cases.READY_MADE)
-def test_moments_in_few_bits(name):
-  """Of every one, in 8 and 4 bits, and only if that is asked for."""
+@pytest.mark.parametrize(
+  'name, few', grid.cover(cases.READY_MADE, [8, 4], of=2)
+)
+def test_moments_in_few_bits(name, few):
+  """Of every one, and only if that is asked for."""
   params = PARAMS | HEAD
-  for bits in (32, 8, 4):
+  for bits in (32, few):
     tx = cases.ready_made(name, rank=32)(0.1, moment_bits=bits)
     state = jax.eval_shape(tx.init, params)
     found = {x.dtype.name for x in jax.tree.leaves(state)}
@@ -82,7 +85,7 @@ def test_moments_in_few_bits(name):
 
 
 # One of each inner optimizer, transport and way to name them.
-_STEPPED = ('galore', 'golore', 'ldadamw', 'subspace_muon', 'dion', 'scale')
+_STEPPED = ('galore', 'subspace_muon', 'dion', 'scale')
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,15 @@ def test_steps_with_moments_in_8_bits(name):
 
 
 @pytest.mark.parametrize(
-  'name', ['golore', 'ldadamw', 'subspace_muon', 'scale']
+  'name',
+  [
+    'golore',
+    'ldadamw',
+    *(
+      pytest.param(x, marks=pytest.mark.full)
+      for x in ('subspace_muon', 'scale')
+    ),
+  ],
 )
 def test_steps_with_first_moments_in_4_bits(name):
   """Of other inner optimizers, transports and none; the second reads codes."""

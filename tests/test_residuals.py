@@ -64,7 +64,7 @@ def compiled(projector, rule, transport, shapes):
 def run(projector, rule, grads, transport='keep'):
   """Returns updates and states, the first state from `init`."""
   tx, update = compiled(projector, rule, transport, tuple(grads[0]))
-  updates, states = [], [ref.jit(tx.init)(grads[0])]
+  updates, states = [], [tx.init(grads[0])]
   for g in grads:
     u, state = update(g, states[-1])
     updates.append(u)
@@ -123,7 +123,15 @@ AT_STIEFEL = {rule: of for rule, name, of in POINTS if name == 'stiefel'} | {
 }
 
 
-@pytest.mark.parametrize('rule, projector, of', POINTS)
+@pytest.mark.parametrize(
+  'rule, projector, of',
+  [
+    *POINTS,
+    # What is outside of such bases, as for `fira`.
+    pytest.param('sign', 'gaussian', 'stack', marks=pytest.mark.full),
+    pytest.param('orthogonal', 'stiefel', 'stack', marks=pytest.mark.full),
+  ],
+)
 def test_equals_dense_loop(rule, projector, of):
   make = RULES[rule][1]
   views = views_of(of)

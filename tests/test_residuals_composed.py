@@ -47,7 +47,24 @@ MADE = {
   'sign': lambda: _of_rule(residuals.sign(0.3)),
   'error_feedback': lambda: _of_rule(residuals.error_feedback(b1=0.9)),
 }
-every_optimizer = pytest.mark.parametrize('name', MADE)
+# Whose residuals keep what those of others keep.
+ALIKE = ('apollo_mini', 'subspace_adamw', 'trion')
+
+
+def _some(points):
+  """Returns points for `parametrize`; those of what is alike with `--full`."""
+  return [
+    pytest.param(
+      *point.values,
+      marks=[*point.marks, *[pytest.mark.full] * (point.values[0] in ALIKE)],
+    )
+    for point in points
+  ]
+
+
+every_optimizer = pytest.mark.parametrize(
+  'name', _some(map(pytest.param, MADE))
+)
 
 
 @functools.cache
@@ -67,8 +84,9 @@ def _alone(name):
   return _small(name).run(_gradients())
 
 
-_RULES = ('fira_adamw', 'apollo_adamw', 'ldadamw', 'subspace_muon', 'dion')
-# The residual of the others is that of one of these, or keeps no state.
+# Numbers, and arrays like the leaf that the next gradient or momentum is added
+# to. Those of the others are like one of these, or there are none.
+_RULES = ('fira_adamw', 'ldadamw')
 WRAPPED = [
   name if name in _RULES else pytest.param(name, marks=pytest.mark.full)
   for name in MADE
@@ -126,7 +144,8 @@ def test_training_goes_on_to_the_bit_from_a_checkpoint(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name, bad_step, bad', grid.cover(MADE, [0, 3], [np.nan, np.inf], of=2)
+  'name, bad_step, bad',
+  _some(grid.cover(MADE, [0, 3], [np.nan, np.inf], of=2)),
 )
 def test_one_bad_matrix_touches_no_other_and_no_residual_state(
   name, bad_step, bad

@@ -207,7 +207,7 @@ def texts(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize('optimizer', ['galore', 'lora'])
+@pytest.mark.parametrize('optimizer', ['trion', 'lora'])
 def test_it_learns_labels_and_what_is_saved_is_read(optimizer, texts, tmp_path):
   config = finetune.Config(
     checkpoint=str(write(tmp_path / 'base', body())),
@@ -217,7 +217,7 @@ def test_it_learns_labels_and_what_is_saved_is_read(optimizer, texts, tmp_path):
     batch=8,
     seq=8,
     steps=40,
-    lr=4e-3 if optimizer == 'galore' else 3e-2,
+    lr=4e-3 if optimizer == 'trion' else 3e-2,
     eval_every=40,
     out=str(tmp_path / 'run'),
   )

@@ -16,6 +16,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import measure
 import subspace_optax as so
 from subspace_optax.low_precision import _round_updates
@@ -285,8 +286,12 @@ def test_boxed_params(rounding):
   assert jax.tree.structure(updates) == jax.tree.structure(boxed)
 
 
-@each
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  'kind, rounding',
+  grid.cover(
+    [AxisType.Auto, AxisType.Explicit], ['stochastic', 'compensated'], of=2
+  ),
+)
 def test_on_a_mesh_it_is_the_same(kind, rounding):
   rng = np.random.default_rng(0)
   start = {'w': jnp.asarray(rng.standard_normal((16, 24)), BF16)}

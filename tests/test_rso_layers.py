@@ -1,5 +1,6 @@
 """Lifted layers: their gradient is P^T of the full one, which never exists."""
 
+import itertools
 import math
 import re
 
@@ -16,10 +17,11 @@ import pytest
 
 import cases
 import errors
-import grid
 import rso_models as models
 import subspace_optax as so
 from subspace_optax import rso
+
+FULL = pytest.mark.full
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +55,22 @@ def _check_gradient(problem: models.Problem, axis: int = 0):
   _assert_close(models.flat(found), models.projected(gradient, bases, axis))
 
 
+# Stacks without remat are those of the tests below, and lists of nnx layers
+# those of tests/test_rso_training.py.
+DEFAULT = (
+  (models.nnx_problem, True, True),
+  (models.linen_problem, False, True),
+)
+
+
 @pytest.mark.parametrize(
   'make, stacked, remat',
-  grid.cover(
-    [models.nnx_problem, models.linen_problem],
-    [False, True],
-    [False, True],
-    of=2,
-  ),
+  [
+    pytest.param(*point, marks=() if point in DEFAULT else FULL)
+    for point in itertools.product(
+      (models.nnx_problem, models.linen_problem), (False, True), (False, True)
+    )
+  ],
 )
 def test_the_gradient_is_the_full_one_projected(make, stacked, remat):
   _check_gradient(make(stacked, remat))
@@ -110,7 +120,11 @@ def _dots(compiled) -> list[int]:
   return [math.prod(map(int, s.split(','))) if s else 1 for s in found]
 
 
-@pytest.mark.parametrize('make', [models.nnx_problem, models.linen_problem])
+# By default each of the two tests that compile a stack has one of both kinds.
+@pytest.mark.parametrize(
+  'make',
+  [models.linen_problem, pytest.param(models.nnx_problem, marks=FULL)],
+)
 def test_no_product_has_the_size_of_a_kernel(make):
   problem = make(True, False)
   bases, coords = models.draw(problem)
@@ -270,7 +284,10 @@ def _place(mesh, tree):
   return jax.tree.map(put, tree)
 
 
-@pytest.mark.parametrize('make', [models.nnx_problem, models.linen_problem])
+@pytest.mark.parametrize(
+  'make',
+  [models.nnx_problem, pytest.param(models.linen_problem, marks=FULL)],
+)
 def test_sharded_params(make):
   problem = make(True, False)
   bases, coords = models.draw(problem)

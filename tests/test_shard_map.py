@@ -15,6 +15,7 @@ import pytest
 
 import cases
 import grid
+import measure
 import references as ref
 import subspace_optax as so
 from subspace_optax import projectors
@@ -68,22 +69,22 @@ PIECES = {
     so.scale_by_lion8bit(),
     plain=optax.scale_by_lion(),
   ),
+  'switch': lambda: so.subspace(
+    SPEC,
+    projectors.switch(
+      {0: projectors.svd(1), 2: projectors.online_pca(optax.sgd(0.1))}
+    ),
+    optax.scale_by_adam(),
+  ),
   'compensated': lambda: optax.chain(
     MADE['golore'](), so.round_updates('compensated')
   ),
 }
-# Of others' parts: `fira_adamw`'s bases and residual, `ldadamw`'s residual,
-# `golore`, whose updates of float32 pass, `subspace_muon`'s columns, and
-# `online_pca`.
-ALIKE = (
-  'galore',
-  'error_feedback',
-  'compensated',
-  'subspace_adamw',
-  'online_subspace_descent',
-)
+# Those that all others are like once they are traced: a type that varies where
+# another doesn't is said by then, and what crosses devices is in the jaxpr.
+COMPARED = ('golore', 'ldadamw', 'subspace_muon')
 # On meshes of one type too, where the steps are compiled again.
-SHARDED = ('golore', 'ldadamw', 'subspace_muon')
+SHARDED = ('ldadamw', 'subspace_muon')
 
 
 def normal(seed, *shape):
@@ -133,20 +134,11 @@ def ends_alone(name):
   return [*map(alone, starts_of(name), SEEDS)]
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(x, marks=pytest.mark.full if x in ALIKE else ())
-    for x in MADE | PIECES
-  ],
-)
-def test_every_device_has_a_state_of_its_own(name):
-  """Two replicas that differ take the steps that each would take alone."""
-  tx, starts = (MADE | PIECES)[name](), starts_of(name)
+def replicas_of(name):
+  """Returns steps of two replicas that differ, one a device."""
+  tx = (MADE | PIECES)[name]()
   mesh = jax.make_mesh((2,), ('replica',), axis_types=(AxisType.Auto,))
-  both = jax.tree.map(lambda *x: jnp.stack(x), *starts)
 
-  @cases.jit
   @functools.partial(
     jax.shard_map,
     mesh=mesh,
@@ -158,6 +150,37 @@ def test_every_device_has_a_state_of_its_own(name):
     left = steps(tx, params, tx.init(params), seeds[0])
     return jax.tree.map(lambda x: x[None], left)
 
+  return replicas, jax.tree.map(lambda *x: jnp.stack(x), *starts_of(name))
+
+
+@pytest.mark.parametrize(
+  'name', [x for x in MADE | PIECES if x not in COMPARED]
+)
+def test_nothing_crosses_devices(name):
+  """Nor does a branch or a loop mix what varies with what does not."""
+  replicas, both = replicas_of(name)
+  traced = jax.make_jaxpr(replicas)(both, SEEDS)
+  axes = {
+    (eqn.primitive.name, str(axis))
+    for eqn, _ in measure.equations(traced.jaxpr)
+    for key in ('axes', 'axis_name')
+    for axis in np.atleast_1d(eqn.params.get(key, ()))
+    if eqn.primitive.name not in ('pvary', 'pcast')
+  }
+  assert not {x for x in axes if x[1] == 'replica'}
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(x, marks=() if x in COMPARED else pytest.mark.full)
+    for x in MADE | PIECES
+  ],
+)
+def test_every_device_has_a_state_of_its_own(name):
+  """The replicas take the steps that each would take alone."""
+  replicas, both = replicas_of(name)
+  replicas = cases.jit(replicas)
   found = replicas(both, SEEDS)
   for i, wanted in enumerate(ends_alone(name)):
     for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
@@ -206,11 +229,12 @@ def test_state_that_has_lost_its_explicit_axes():
   with jax.set_mesh(mesh):
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     params = {'stack': put(normal(0, 4, 8, 16), P('x'))}
-    state = jax.tree.map(lambda x: put(x, P()), tx.init(params))
+    at = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    shapes = jax.eval_shape(tx.init, params)
+    state = jax.tree.map(lambda x: at(x, NamedSharding(mesh, P())), shapes)
     with pytest.raises(ValueError, match=r"'stack' .* axis 0 .*\('x',\)"):
       jax.eval_shape(tx.update, params, state, params)
-    places = so.state_sharding(tx, params)
-    state = jax.device_put(state, places)
+    state = jax.tree.map(at, shapes, so.state_sharding(tx, params))
     jax.eval_shape(tx.update, params, state, params)
 
 
@@ -274,42 +298,57 @@ def stacked(seed):
   return {'w': normal(seed, 4, 8, 12), 'bias': normal(seed, 12)}
 
 
-def train(name, kinds, spec):
-  """Returns the updates of some steps on a mesh, and how many programs ran."""
-  names = ('x', 'y')[: len(kinds)]
-  mesh = jax.make_mesh((4 // len(kinds),) * len(kinds), names, axis_types=kinds)
-  tx, found = MADE[name](), []
-  with jax.set_mesh(mesh):
-    leaves = {
-      k: NamedSharding(mesh, s) for k, s in {'w': spec, 'bias': P(None)}.items()
-    }
-    put = functools.partial(jax.tree.map, jax.device_put)
-    params, update = put(stacked(9), leaves), cases.jit(tx.update)
-    places = so.state_sharding(tx, params)
-    state = cases.jit(tx.init, out_shardings=places)(params)
-    for t in range(STEPS):
-      updates, state = update(put(stacked(t), leaves), state, params)
-      found.append(jax.device_get(updates['w']))
+def updates_of(name, state, params, gradients):
+  """Returns those of some steps, and how many programs ran."""
+  update, found = cases.jit(MADE[name]().update), []
+  for gradient in gradients:
+    updates, state = update(gradient, state, params)
+    found.append(np.asarray(updates['w']))
   return found, update._cache_size()
 
 
 @functools.cache
 def wanted(name):
-  """The updates on a mesh of one axis, along the columns."""
-  return train(name, (E,), P(None, None, 'x'))[0]
+  """The first state, and the updates on one device."""
+  params, *gradients = map(stacked, (9, *range(STEPS)))
+  first = cases.jit(MADE[name]().init)(params)
+  if name not in ('galore', 'fira_adamw'):
+    return first, updates_of(name, first, params, gradients)[0]
+  # These find singular vectors in another way where a gradient is sharded.
+  return first, on_mesh(name, first, (E,), P(None, None, 'x'))[0]
 
 
-# One optimizer on every mesh: bases of any kind, and three that see whole
+def put_on(kinds, spec):
+  """Returns a mesh, and params and gradients that are placed there."""
+  names = ('x', 'y')[: len(kinds)]
+  mesh = jax.make_mesh((4 // len(kinds),) * len(kinds), names, axis_types=kinds)
+  place = {'w': NamedSharding(mesh, spec), 'bias': NamedSharding(mesh, P(None))}
+  put = lambda seed: jax.device_put(stacked(seed), place)
+  return mesh, put(9), [*map(put, range(STEPS))]
+
+
+def on_mesh(name, first, kinds, spec):
+  mesh, params, gradients = put_on(kinds, spec)
+  with jax.set_mesh(mesh):
+    state = jax.device_put(first, so.state_sharding(MADE[name](), params))
+    return updates_of(name, state, params, gradients)
+
+
+# One optimizer on every mesh: bases of any kind, and two that see whole
 # matrices. All of them on meshes of one type: tests/test_sharding.py.
 ON_MIXED = {
-  'galore': 'layers',
   'golore': 'auto rows beside explicit layers',
   'online_subspace_descent': 'explicit rows beside auto',
-  'fira_adamw': 'explicit columns beside auto',
-  'apollo_adamw': 'explicit layers beside auto',
-  'ldadamw': 'layers over both',
+  'apollo_adamw': 'explicit columns beside auto',
   'subspace_muon': 'layers and rows',
 }
+# Where all axes are explicit, that is decided once a step is traced.
+TRACED = [
+  ('galore', 'layers'),
+  ('ldadamw', 'layers over both'),
+  ('fira_adamw', 'explicit layers beside auto'),
+  ('switch', 'explicit columns beside auto'),
+]
 
 
 @pytest.mark.parametrize(
@@ -322,10 +361,29 @@ ON_MIXED = {
   ],
 )
 def test_steps_on_meshes_of_mixed_types(name, mixed):
-  """Steps are those on another mesh, and the state's types stay."""
-  found, programs = train(name, *MIXED[mixed])
+  """Steps are those on one device, and the state's types stay."""
+  first, updates = wanted(name)
+  found, programs = on_mesh(name, first, *MIXED[mixed])
   assert programs == 1
-  np.testing.assert_allclose(found, wanted(name), rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(found, updates, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name, mixed', TRACED)
+def test_types_stay_on_meshes_of_mixed_types(name, mixed):
+  tx = (MADE | PIECES)[name]()
+  spelled = functools.partial(
+    jax.tree.map, lambda x: (str(jax.typeof(x)), jax.typeof(x).sharding.spec)
+  )
+
+  def check(params):
+    state = tx.init(params)
+    updates, after = tx.update(params, state, params)
+    assert spelled(after) == spelled(state)
+    assert spelled(updates) == spelled(params)
+
+  mesh, params, _ = put_on(*MIXED[mixed])
+  with jax.set_mesh(mesh):
+    jax.eval_shape(check, params)
 
 
 def test_state_sharding_on_a_mesh_of_mixed_types():

@@ -275,10 +275,13 @@ def on_one_device(name):
   return run(OPTIMIZERS[name](), leaves)
 
 
-# Every mesh of both kinds, one for each optimizer.
+# Both meshes and both kinds, one for each optimizer. The others take such steps
+# in tests/test_sharding.py and, in chosen columns, in
+# tests/test_orthogonal_blocks.py.
 ON_MESH = {
-  name: (list(MESHES)[i % 2], list(MODES)[i // 2 % 2])
-  for i, name in enumerate(OPTIMIZERS)
+  'subspace_muon': ('fsdp, tensor', 'auto'),
+  'normuon': ('fsdp', 'explicit'),
+  'muon, 8 bits': ('fsdp, tensor', 'explicit'),
 }
 
 
@@ -286,7 +289,7 @@ ON_MESH = {
   'name, axes, mode',
   [
     pytest.param(
-      name, *on, marks=() if on == ON_MESH[name] else pytest.mark.full
+      name, *on, marks=() if on == ON_MESH.get(name) else pytest.mark.full
     )
     for name in OPTIMIZERS
     for on in itertools.product(MESHES, MODES)

@@ -74,15 +74,15 @@ def test_thirty_lines_are_enough(rule):
 
 @pytest.mark.parametrize(
   'projector',
-  [dct_columns(2), random_of_one_matrix(2, stagger=True)],
+  [dct_columns(2), full(random_of_one_matrix(2, stagger=True))],
   ids=['dct_columns', 'random in turns'],
 )
 def test_projectors_from_outside(projector):
   so.testing.check_projector(projector)
 
 
-# The docstrings of `so.testing` check `svd`, `fira` and `reset`; bases that are
-# not orthonormal, as `gaussian` has them, are passed below.
+# The docstring of `check_projector` has `svd`; bases that are not orthonormal,
+# those of `gaussian`, are passed below.
 @pytest.mark.parametrize(
   'name', [full('gaussian'), 'online_pca', full('switch')]
 )
@@ -91,19 +91,26 @@ def test_projectors_of_ours(name):
 
 
 # One of each kind of state: none, norms, arrays like the leaf and like its
-# outputs. All rules: tests/test_grid.py, test_residuals_composed.py.
+# outputs. All rules: tests/test_grid.py, test_residuals_composed.py; the one
+# from outside: the docstring, in short.
 @pytest.mark.parametrize(
   'name',
-  [full('apollo_mini'), full('error_feedback'), 'normuon', 'from outside'],
+  [
+    full('apollo_mini'),
+    full('error_feedback'),
+    full('normuon'),
+    full('from outside'),
+  ],
 )
 def test_residuals(name):
   rules = grid.RESIDUALS | {'from outside': gradient_descent(0.1)}
   so.testing.check_residual(rules[name])
 
 
+# The docstring checks the first one.
 @pytest.mark.parametrize(
   'transport',
-  [shrunk(0.5), full(so.transports.both(0.9, 0.999)), 'first'],
+  [full(shrunk(0.5)), full(so.transports.both(0.9, 0.999)), full('first')],
   ids=lambda x: getattr(x, 'name', 'by name'),
 )
 def test_transports(transport):
@@ -176,13 +183,16 @@ def test_moments_are_shorter():
   np.testing.assert_allclose(found[0], 0.25 * found[1], rtol=1e-5, atol=1e-6)
 
 
+# One that sees the gradient, and is traced with Explicit axes. Our own are made
+# in the same way: tests/test_sharding.py.
 @pytest.mark.parametrize(
   'rule, kind',
-  grid.cover(
-    [random_of_one_matrix, dct_columns],
-    [AxisType.Auto, AxisType.Explicit],
-    of=2,
-  ),
+  [
+    pytest.param(rule, kind, marks=() if runs else pytest.mark.full)
+    for rule in (dct_columns, random_of_one_matrix)
+    for kind in (AxisType.Auto, AxisType.Explicit)
+    for runs in [rule is dct_columns and kind == AxisType.Explicit]
+  ],
 )
 def test_a_rule_for_one_matrix_on_a_mesh(rule, kind):
   """Steps are those on one device, and the state keeps its sharding."""
@@ -306,7 +316,9 @@ def exact_svd(update_proj_gap):
   return so.projectors.periodic('exact', draw, update_proj_gap)
 
 
-@pytest.mark.parametrize('rule', [exact_svd, dct_columns, random_of_one_matrix])
+@pytest.mark.parametrize(
+  'rule', [exact_svd, full(dct_columns), full(random_of_one_matrix)]
+)
 def test_a_rule_for_one_matrix_sees_the_mean_gradient(rule):
   """In data-parallel steps, which are those of the whole batch."""
   mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))

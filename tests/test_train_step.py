@@ -19,19 +19,18 @@ RANK, ROWS = 4, 8
 
 def loss(params, x):
   h = jnp.tanh(so.rso.dot(x, params['up']))
-  return jnp.mean((so.rso.dot(h, params['down']) + params['bias'][None]) ** 2)
+  return jnp.mean((h + params['bias'][None]) ** 2)
 
 
 def parameters():
   rng = np.random.default_rng(0)
   make = lambda *shape: jnp.asarray(0.3 * rng.standard_normal(shape))
-  return jax.tree.map(
-    jnp.float32, {'up': make(16, 24), 'down': make(24, 16), 'bias': make(16)}
-  )
+  return jax.tree.map(jnp.float32, {'up': make(16, 24), 'bias': 1.0 + make(24)})
 
 
 def batch(t):
-  return jax.random.normal(jax.random.key(t), (ROWS, 16))
+  rng = np.random.default_rng(t)
+  return jnp.asarray(rng.standard_normal((ROWS, 16)), jnp.float32)
 
 
 TX = so.golore(0.01, RANK, update_proj_gap=3)
@@ -41,8 +40,8 @@ def by_layer():
   return so.layerwise(
     TX,
     embed=lambda rest, x: x,
-    block=lambda layer, x, _: x + jnp.tanh(x @ layer['up']) @ layer['down'],
-    head=lambda rest, x, _: jnp.mean((x + rest['bias'][None]) ** 2),
+    block=lambda layer, x, _: x + jnp.tanh(x @ layer['up']) @ layer['up'].T,
+    head=lambda rest, x, _: jnp.mean((x + rest['bias'][None, :16]) ** 2),
   )
 
 
@@ -68,11 +67,8 @@ STEPS = {
 def first(name):
   params = parameters()
   if name == 'layerwise':
-    stack = lambda x: jnp.stack([x, x])
-    return {
-      'blocks': {k: stack(params[k]) for k in ('up', 'down')},
-      'bias': params['bias'],
-    }
+    up = jnp.stack([params['up']] * 2)
+    return {'blocks': {'up': up}, 'bias': params['bias']}
   return params
 
 

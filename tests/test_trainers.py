@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 import jax
 from jax.sharding import AxisType
+import numpy as np
 import optax
 import pytest
 
@@ -107,9 +108,8 @@ TUNIX = {
 }
 
 
-@functools.cache
 def normal(shape):
-  return jax.random.normal(jax.random.key(math.prod(shape)), shape)
+  return np.random.default_rng(shape).standard_normal(shape, np.float32)
 
 
 def linen_tree(tree, box):
