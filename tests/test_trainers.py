@@ -212,7 +212,7 @@ def bytes_of_adam(trainer):
 
 
 @pytest.mark.parametrize(
-  'name, trainer', grid.cover(cases.READY_MADE, TRAINERS, of=3)
+  'name, trainer', grid.cover(cases.READY_MADE, TRAINERS, of=5)
 )
 def test_state_is_sharded_as_that_of_adam(trainer, name):
   own, share = bytes_of(cases.ready_made(name, rank=8)(1e-3), trainer)
