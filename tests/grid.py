@@ -1,6 +1,6 @@
 """The grid of projectors, transports, inner optimizers, and a cover of it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 import itertools
 from typing import Any, NamedTuple
 
@@ -180,6 +180,18 @@ class Point(NamedTuple):
     flags = ['stagger'] * self.stagger + [f'every_{self.every_k}']
     dtype = jnp.dtype(self.basis_dtype).name
     return '-'.join([*self[:4], *flags, dtype, str(self.residual), self.leaf])
+
+
+def but(points: Iterable[Any], left_out: Collection[Any]) -> list[Any]:
+  """Returns points for `parametrize`; some of them only run with `--full`."""
+  points = [*points]
+  return only(points, [x for x in points if x not in left_out])
+
+
+def only(points: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
+  """Returns points for `parametrize`; the others only run with `--full`."""
+  mark = lambda x: () if x in chosen else pytest.mark.full
+  return [pytest.param(x, marks=mark(x)) for x in points]
 
 
 def cover(*factors: Iterable[Any], of: int) -> list[Any]:

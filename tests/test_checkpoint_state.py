@@ -11,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 import cases
+import grid
 import measure
 import subspace_optax as so
 
@@ -52,10 +53,7 @@ _GOES_ON = ('golore_late', 'online')
 
 @pytest.mark.parametrize(
   'name',
-  [
-    pytest.param(x, marks=() if x in _GOES_ON else pytest.mark.full)
-    for x in cases.CASES
-  ],
+  grid.only(cases.CASES, _GOES_ON),
 )
 def test_training_goes_on_to_the_bit(name, tmp_path):
   small = measure.small(name)

@@ -276,11 +276,8 @@ def _plain_steps(name):
 
 @pytest.mark.parametrize(
   'name',
-  [
-    # Plain leaves have Adam in the others; 'golore': several axes, below.
-    pytest.param(x, marks=pytest.mark.full if x in ('adam', 'golore') else ())
-    for x in OPTIMIZERS
-  ],
+  # Plain leaves have Adam in the others; 'golore': several axes, below.
+  grid.but(OPTIMIZERS, ('adam', 'golore')),
 )
 def test_step_of_a_loss(name):
   tx, mesh = OPTIMIZERS[name](), _mesh()

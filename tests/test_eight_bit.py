@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 import cases
+import grid
 import llama
 import measure
 import subspace_optax as so
@@ -278,13 +279,8 @@ WITHIN = {
 
 @pytest.mark.parametrize(
   'name',
-  [
-    # Nobody reads the codes but the inner optimizer and a transport.
-    pytest.param(name, marks=pytest.mark.full)
-    if name in ('whole', 'keep', 'fira')
-    else name
-    for name in WITHIN
-  ],
+  # Nobody reads the codes but the inner optimizer and a transport.
+  grid.but(WITHIN, ('whole', 'keep', 'fira')),
 )
 def test_trains_as_in_float32(name):
   params, gradient, value = quadratic()

@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 import cases
+import grid
 import subspace_optax as so
 from subspace_optax.low_precision import _blocks
 from subspace_optax.low_precision import _codes
@@ -115,10 +116,7 @@ INNERS = {
 # Lion has Adam's first moment alone.
 @pytest.mark.parametrize(
   'name',
-  [
-    pytest.param(name, marks=pytest.mark.full) if name == 'lion' else name
-    for name in INNERS
-  ],
+  grid.but(INNERS, ('lion',)),
 )
 def test_states_keep_their_types(name):
   """In a scan with donated buffers, of stacks, transposed or not, and vmap."""

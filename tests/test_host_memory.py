@@ -14,6 +14,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import measure
 import subspace_optax as so
 from subspace_optax._chain import _update_program
@@ -109,16 +110,8 @@ def run_once(name, memory_kind=None):
 
 @pytest.mark.parametrize(
   'name',
-  [
-    # Each parameter's state is a group as 'galore' and 'int8 bases' have it.
-    pytest.param(
-      name,
-      marks=pytest.mark.full
-      if name in ('subspace_muon', 'error feedback', '8 bits')
-      else (),
-    )
-    for name in OPTIMIZERS
-  ],
+  # Each parameter's state is a group as 'galore' and 'int8 bases' have it.
+  grid.but(OPTIMIZERS, ('subspace_muon', 'error feedback', '8 bits')),
 )
 def test_an_ordinary_step_is_the_same(name):
   got, wanted = run_once(name, HOST), run_once(name)

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import hlo
 import cases
+import grid
 import llama
 import pretrain
 import small_llama
@@ -157,13 +158,8 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize(
   'name',
-  [
-    # All others have its moments of vectors, or bases of one of these kinds.
-    pytest.param(
-      x, marks=pytest.mark.full if x in ('adam', 'galore', 'reset') else ()
-    )
-    for x in OPTIMIZERS
-  ],
+  # All others have its moments of vectors, or bases of one of these kinds.
+  grid.but(OPTIMIZERS, ('adam', 'galore', 'reset')),
 )
 def test_equals_the_ordinary_step(name):
   tx = OPTIMIZERS[name]

@@ -14,6 +14,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import measure
 import subspace_optax as so
 
@@ -319,11 +320,8 @@ ALIKE = [so.golore, so.apollo_adamw, so.subspace_adamw]
 
 @pytest.mark.parametrize(
   'make',
-  [
-    # The others have the same moments.
-    pytest.param(x, marks=pytest.mark.full if x in ALIKE else ())
-    for x in OPTIMIZERS
-  ],
+  # The others have the same moments.
+  grid.but(OPTIMIZERS, ALIKE),
   ids=lambda make: make.__name__,
 )
 def test_moments_have_the_structure_of_the_parameters(make):

@@ -16,6 +16,7 @@ import optax
 import pytest
 
 import cases
+import grid
 import subspace_optax as so
 from subspace_optax._matrix import _layout
 from subspace_optax.low_precision import _rounding
@@ -32,10 +33,7 @@ PAIRS = (
 
 def but(*left_out):
   """Returns all optimizers for `parametrize`; some only run with `--full`."""
-  return [
-    pytest.param(x, marks=pytest.mark.full if x in left_out else ())
-    for x in NAMES
-  ]
+  return grid.but(NAMES, left_out)
 
 
 # Fira has the SVD; the others' bases hold no more of a leaf than a rotation of

@@ -76,9 +76,7 @@ def run(tx, update, **extra_args):
 
 @pytest.mark.parametrize(
   'name',
-  [
-    pytest.param(x, marks=pytest.mark.full if x in ALIKE else ()) for x in RATES
-  ],
+  grid.but(RATES, ALIKE),
 )
 def test_traced_floats_equal_constants(name):
   """Every float argument, beside a schedule and an argument nobody knows."""

@@ -14,16 +14,14 @@ import optax
 import pytest
 
 import cases
+import grid
 import measure
 import subspace_optax as so
 
 
 def cases_but(*left_out):
   """Returns all cases for `parametrize`; some only run with `--full`."""
-  return [
-    pytest.param(x, marks=pytest.mark.full if x in left_out else ())
-    for x in cases.CASES
-  ]
+  return grid.but(cases.CASES, left_out)
 
 
 # Both GoLores have one factory, and the late one runs all of it.

@@ -15,6 +15,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import subspace_optax as so
 
 PARAMS = {'w': jnp.zeros((64, 128)), 'bias': jnp.zeros(128)}
@@ -49,12 +50,7 @@ def run(tx: Any, params: Any = PARAMS) -> tuple[Any, Any]:
 # Wrapped ones are those of which they are made.
 @pytest.mark.parametrize(
   'name',
-  [
-    pytest.param(name, marks=pytest.mark.full)
-    if name in ('ema', 'adamw')
-    else name
-    for name in INNERS
-  ],
+  grid.but(INNERS, ('ema', 'adamw')),
 )
 def test_steps_are_nearly_those_of_the_optimizer(name):
   """Moments within a code of 4 %, and no float matrix left in the state."""

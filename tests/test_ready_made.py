@@ -15,6 +15,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import references as ref
 import rules
 import subspace_optax as so
@@ -218,10 +219,7 @@ _DERIVED += ('subspace_adamw', 'subspace_muon')
 
 @pytest.mark.parametrize(
   'name',
-  [
-    pytest.param(name, marks=() if name in _DERIVED else pytest.mark.full)
-    for name in _ROOTS
-  ],
+  grid.only(_ROOTS, _DERIVED),
 )
 def test_derivatives_are_finite_where_gradients_are_zero(name):
   # One matrix: what loops over a stack has no derivative.

@@ -15,6 +15,7 @@ import pytest
 
 import cases
 import errors
+import grid
 import measure
 import model_trees
 import subspace_optax as so
@@ -106,11 +107,8 @@ def test_state_is_in_boxes_of_its_own(name):
 
 @pytest.mark.parametrize(
   'name',
-  [
-    # Whose state is a part of ldadamw's.
-    pytest.param(x, marks=() if x == 'ldadamw' else pytest.mark.full)
-    for x in OPTIMIZERS
-  ],
+  # Whose state is a part of ldadamw's.
+  grid.only(OPTIMIZERS, ('ldadamw',)),
 )
 def test_steps_are_those_of_bare_arrays(name):
   tx, params = getattr(so, name)(0.1, rank=2), model()

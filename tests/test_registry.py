@@ -90,10 +90,7 @@ _STEPPED = ('galore', 'subspace_muon', 'dion', 'scale')
 
 @pytest.mark.parametrize(
   'name',
-  [
-    name if name in _STEPPED else pytest.param(name, marks=pytest.mark.full)
-    for name in cases.READY_MADE
-  ],
+  grid.only(cases.READY_MADE, _STEPPED),
 )
 def test_steps_with_moments_in_8_bits(name):
   """They are those of float32, in every leaf; the second reads codes."""

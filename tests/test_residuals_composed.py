@@ -87,10 +87,7 @@ def _alone(name):
 # Numbers, and arrays like the leaf that the next gradient or momentum is added
 # to. Those of the others are like one of these, or there are none.
 _RULES = ('fira_adamw', 'ldadamw')
-WRAPPED = [
-  name if name in _RULES else pytest.param(name, marks=pytest.mark.full)
-  for name in MADE
-]
+WRAPPED = grid.only(MADE, _RULES)
 
 
 @pytest.mark.parametrize('name', WRAPPED)

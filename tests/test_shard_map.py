@@ -172,10 +172,7 @@ def test_nothing_crosses_devices(name):
 
 @pytest.mark.parametrize(
   'name',
-  [
-    pytest.param(x, marks=() if x in COMPARED else pytest.mark.full)
-    for x in MADE | PIECES
-  ],
+  grid.only(MADE | PIECES, COMPARED),
 )
 def test_every_device_has_a_state_of_its_own(name):
   """The replicas take the steps that each would take alone."""

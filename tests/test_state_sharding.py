@@ -114,16 +114,8 @@ ON_MESH = {
 
 @pytest.mark.parametrize(
   'name',
-  [
-    # Others have the arrays of these.
-    pytest.param(
-      name,
-      marks=pytest.mark.full
-      if name in ('galore', 'apollo_adamw', 'subspace_adamw', 'trion')
-      else (),
-    )
-    for name in MADE
-  ],
+  # Others have the arrays of these.
+  grid.but(MADE, ('galore', 'apollo_adamw', 'subspace_adamw', 'trion')),
 )
 def test_is_where_eager_and_jitted_init_put_the_state(name):
   (kind, path), tx = ON_MESH[name], MADE[name]()
@@ -142,17 +134,9 @@ def test_is_where_eager_and_jitted_init_put_the_state(name):
 
 @pytest.mark.parametrize(
   'name',
-  [
-    # All state but that of some residuals; steps as such:
-    # tests/test_sharding.py.
-    pytest.param(
-      name,
-      marks=()
-      if name in ('online_subspace_descent', 'ldadamw')
-      else pytest.mark.full,
-    )
-    for name in MADE
-  ],
+  # All state but that of some residuals; steps as such:
+  # tests/test_sharding.py.
+  grid.only(MADE, ('online_subspace_descent', 'ldadamw')),
 )
 def test_steps_stay_there_with_one_compilation(name):
   (kind, path), tx = ON_MESH[name], MADE[name]()
@@ -181,17 +165,9 @@ def test_steps_stay_there_with_one_compilation(name):
 
 @pytest.mark.parametrize(
   'name',
-  [
-    # Each kind of array: of bases and moments, of the bases' optimizer, whole
-    # buffers, one number for each output.
-    pytest.param(
-      name,
-      marks=()
-      if name in ('golore', 'online_subspace_descent', 'ldadamw', 'dion')
-      else pytest.mark.full,
-    )
-    for name in MADE
-  ],
+  # Each kind of array: of bases and moments, of the bases' optimizer, whole
+  # buffers, one number for each output.
+  grid.only(MADE, ('golore', 'online_subspace_descent', 'ldadamw', 'dion')),
 )
 def test_no_device_holds_more_than_its_part(name):
   # Rank 8, so that the axes which are left divide it. Buffers of the residual

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import cases
+import grid
 import measure
 import subspace_optax as so
 from subspace_optax import projectors
@@ -25,10 +26,7 @@ _ALIKE = (
 )
 every_case = pytest.mark.parametrize(
   'name',
-  [
-    pytest.param(name, marks=pytest.mark.full) if name in _ALIKE else name
-    for name in cases.CASES
-  ],
+  grid.but(cases.CASES, _ALIKE),
 )
 
 

@@ -93,14 +93,9 @@ def test_mask_that_hides_every_matrix():
 
 @pytest.mark.parametrize(
   'name',
-  [
-    # In three steps all bases are SVDs, as 'galore' has them, or Haar samples,
-    # which tests/test_composition.py has.
-    pytest.param(name, marks=pytest.mark.full)
-    if name in ('golore', 'golore_late')
-    else name
-    for name in READY
-  ],
+  # In three steps all bases are SVDs, as 'galore' has them, or Haar samples,
+  # which tests/test_composition.py has.
+  grid.but(READY, ('golore', 'golore_late')),
 )
 def test_multi_steps_outside(name):
   multi = optax.MultiSteps(measure.small(name).tx, 2)
