@@ -174,8 +174,9 @@ def galore(
 
   The implementations of the authors and of Hugging Face have two other
   defaults. They project the short side (`proj_type='std'`); this one, like
-  contrib, projects the long side (their 'reverse_std', but for square matrices)
-  unless you pass `spec=SubspaceSpec(128)`. And their `scale` is 0.25.
+  contrib, projects the long side (their 'reverse_std', except for square
+  matrices; `side='reverse_std'` is exact) unless you pass
+  `spec=SubspaceSpec(128)`. And their `scale` is 0.25.
 
   Args:
     learning_rate: a float or a schedule.
@@ -399,7 +400,7 @@ def online_subspace_descent(
     ValueError: a negative `alpha`; see `SubspaceSpec` and
       `projectors.online_pca`; at `init`, an `inner` that steps against
       the gradient.
-    TypeError: likewise.
+    TypeError: see the same.
 
   References:
     Liang et al., `Memory-Efficient LLM Training with Online Subspace Descent
@@ -480,7 +481,7 @@ def fira_adamw(
 
   Raises:
     ValueError: see `SubspaceSpec`, `projectors.svd` and `residuals.fira`.
-    TypeError: likewise.
+    TypeError: see the same.
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024
@@ -560,7 +561,7 @@ def apollo_adamw(
 
   Raises:
     ValueError: see `SubspaceSpec`, `projectors.gaussian`, `residuals.apollo`.
-    TypeError: likewise.
+    TypeError: see the same.
 
   References:
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024
@@ -639,7 +640,7 @@ def ldadamw(
   Raises:
     ValueError: see `SubspaceSpec`, `projectors.power_iteration` and
       `residuals.error_feedback`.
-    TypeError: likewise.
+    TypeError: see the same.
 
   References:
     Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024
@@ -724,7 +725,7 @@ def subspace_adamw(
 
   Raises:
     ValueError: see `SubspaceSpec`, `projectors.dct`, `residuals.fira`.
-    TypeError: likewise.
+    TypeError: see the same.
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024; He et al.,
@@ -739,7 +740,7 @@ def subspace_adamw(
     projectors.dct(update_proj_gap, 'random', stagger=stagger),
     optax.scale_by_adam(b1, b2, eps, eps_root),
     transport='first',
-    residual=residuals.fira(limiter, rounding=0.0),
+    residual=residuals.fira(limiter, rounding=None),
     scale=scale,
     plain=plain,
     after=_decay_and_step(learning_rate, weight_decay, mask),

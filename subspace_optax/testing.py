@@ -44,7 +44,7 @@ def check_projector(projector: projectors.Projector) -> None:
   float32. Bases must stay finite, and orthonormal if the projector says so,
   with zero, NaN or bfloat16 gradients. Every matrix of a stack must get a
   basis, and no basis that the rule draws may be rejected as not orthonormal.
-  Most of a minute goes into compiling.
+  Compiling takes most of a minute.
 
   Args:
     projector: the rule, for example from `subspace_optax.projectors.periodic`.
@@ -68,9 +68,9 @@ def check_residual(residual: residuals.Residual) -> None:
   """Checks that a residual rule is fit for a training run.
 
   Updates and state must keep their structure, shapes and dtypes through jitted
-  steps without a second compilation. `jax.lax.scan` must give the same steps. A
-  zero gradient must make a finite update, and a NaN gradient must not stay in
-  the updates of other matrices.
+  steps without a second compilation. `jax.lax.scan` must give the same steps in
+  float32. A zero gradient must make a finite update, and a NaN gradient must
+  not stay in the updates of other matrices.
 
   Args:
     residual: the rule.
@@ -100,8 +100,8 @@ def check_transport(transport: transports.Transport) -> None:
   """Checks that a transport is fit for a training run.
 
   Moments must keep their structure, shapes and dtypes through jitted steps
-  without a second compilation, also if each matrix has its own state.
-  `jax.lax.scan` must give the same steps, and nothing may change while no basis
+  without a second compilation, also if each matrix has its own state; then
+  `jax.lax.scan` must give the same steps. Nothing may change while no basis
   moves.
 
   Args:

@@ -355,7 +355,7 @@ def test_what_can_not_be_carried_over_is_refused(name, golore_run):
 @pytest.mark.parametrize(
   'params, words',
   [
-    ({'up': jnp.ones((12, 20))}, ('params/bias', 'nobody wants')),
+    ({'up': jnp.ones((12, 20))}, ('params/bias', 'tx and params do not')),
     (PARAMS | {'more': jnp.ones(3)}, ('no params/more',)),
     (PARAMS | {'bias': jnp.ones(13)}, ('float32[12]', 'float32[13]', 'bias')),
     (
@@ -384,7 +384,7 @@ def test_other_dtypes_of_counters_are_refused(tmp_path):
 def test_what_is_no_checkpoint_or_no_state_of_tx(tmp_path):
   params, tx = {'w': jnp.ones((8, 16))}, so.golore(0.1, rank=2)
   state = tx.init(params)
-  with errors.raises(ValueError, 'structure', 'save a state with'):
+  with errors.raises(ValueError, 'structure', 'the optimizer that made'):
     so.checkpoint.save(tmp_path / 'run', optax.adam(0.1), params, state)
   with pytest.raises(FileNotFoundError):
     so.checkpoint.restore(tmp_path / 'run', tx, params)
@@ -489,3 +489,14 @@ def test_rules_whose_names_have_numbers_are_not_one(tmp_path):
   other = restored(tmp_path, make('sketch2', 2))
   assert any('basis and moments anew' in change for change in other.changes)
   assert not np.any(other.state[1].inner.mu['up'])
+
+
+def test_keys_that_are_tuples(tmp_path):
+  """Of `flax.traverse_util.flatten_dict`; Orbax spells them as strings."""
+  params = {('up', 'kernel'): normal(12, 20), ('norm', 'scale'): jnp.ones(12)}
+  state = saved(tmp_path, so.golore(0.1, 3), params)
+  run = restored(tmp_path, so.golore(0.1, 3), params)
+  assert run.changes == ()
+  assert_same((run.params, run.state), (params, state))
+  run = restored(tmp_path, so.golore(0.1, 4), params)
+  assert run.changes == ('rank 3 -> 4 of up/kernel',)

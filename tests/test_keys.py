@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 import zlib
 
 import jax
@@ -101,3 +102,42 @@ def test_layers_that_are_updated_alone_round_apart(tx, bits):
   first, second = next(x for x in trees if x.dtype == bits)
   wrong = np.mean(np.asarray(first != second))
   assert 0.05 < wrong < 0.6
+
+
+@pytest.mark.parametrize('dtype', [np.int32, np.uint32])
+def test_seeds_of_numpy_are_those_of_python(dtype):
+  tree = {'w': jax.random.normal(jax.random.key(0), (8, 64))}
+
+  def codes(seed):
+    tx = so.quantize_moments(optax.trace(0.9), seed=seed)
+    _, state = tx.update(tree, tx.init(tree), layer=1)
+    return np.asarray(state.coded.trace['w'])
+
+  np.testing.assert_array_equal(codes(dtype(3)), codes(3))
+  assert np.any(codes(3) != codes(4))
+
+
+@pytest.mark.parametrize('stacked', [True, False])
+def test_matrices_with_states_of_their_own_round_apart(stacked):
+  """Within a stack, and as the layers that `layerwise` passes one by one."""
+  tx = so.subspace(
+    so.SubspaceSpec(8),
+    projectors.dct(9),
+    so.quantize_moments(optax.trace(0.9)),
+    transport='reset',
+  )
+  gradient = jax.random.normal(jax.random.key(0), (1, 32, 64))
+  if stacked:
+    gradient = jnp.tile(gradient, (2, 1, 1))
+  tree = {'blocks': {'w': gradient}}
+  with warnings.catch_warnings(action='ignore'):  # axes are assumed
+    state = tx.init(tree)
+  update = cases.jit(lambda layer: tx.update(tree, state, tree, layer=layer)[1])
+  codes = [
+    np.asarray(x)
+    for layer in (0, 1)
+    for x in jax.tree.leaves(update(layer))
+    if x.dtype == jnp.int8
+  ]
+  first, second = codes[0] if stacked else (codes[0][0], codes[1][0])
+  assert 0.05 < np.mean(first != second) < 0.6

@@ -351,14 +351,18 @@ def test_the_value_of_a_policy_is_no_attention():
   assert [m.path for m in matches if m.layout] == ['hidden/kernel']
 
 
-@pytest.mark.parametrize('sep', [None, '/', '.', '::'])
+@pytest.mark.parametrize('sep', [None, '.', '::'])
 def test_flat_keys_are_the_paths_that_they_spell(sep):
   """Of `flax.traverse_util.flatten_dict`; norms are stacked, as kernels are."""
   shapes = {
     'embed/embedding': (100, 32),
+    'layers/attn/query/kernel': (3, 32, 4, 8),
+    'layers/attn/key/kernel': (3, 32, 4, 8),
+    'layers/attn/value/kernel': (3, 32, 4, 8),
+    'layers/attn/out/kernel': (3, 4, 8, 32),
     'layers/mlp/kernel': (3, 32, 64),
     'layers/norm/scale': (3, 32),
-    'lm_head/kernel': (32, 100),
+    'head/kernel': (32, 100),
   }
   spell = lambda path: tuple(path.split('/'))
   if sep is not None:
@@ -367,10 +371,14 @@ def test_flat_keys_are_the_paths_that_they_spell(sep):
     spell(path): jax.ShapeDtypeStruct(shape, jnp.float32)
     for path, shape in shapes.items()
   }
-  found = {m.path: m.layout for m in so.SubspaceSpec(1).match(params)}
-  projected = [path for path, layout in found.items() if layout]
-  (path,) = projected
-  assert path == 'layers/mlp/kernel'.replace('/', sep or '/')
+  found = {
+    m.path.replace(sep or '/', '/'): (m.matrices, m.how)
+    for m in so.SubspaceSpec(1, only_if_smaller=False).match(params)
+  }
+  nested = model_trees.matches_of(shapes)
+  assert found == {path: (m.matrices, m.how) for path, m in nested.items()}
+  assert found['layers/attn/out/kernel'][0] == '3 x (32 x 32)'
+  assert nested['head/kernel'].layout is None
 
 
 def test_a_flat_key_beside_the_path_that_it_spells():

@@ -5,6 +5,7 @@ here: E + b1 / (1 - b1) (P_o M_o - P M) is added to the next G.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -370,6 +371,9 @@ def test_unknown_momentum_is_named():
   'make, argument',
   [
     (lambda: residuals.fira(limiter=0.99), 'limiter'),
+    (lambda: residuals.fira(rounding=-0.1), 'rounding'),
+    (lambda: residuals.fira(rounding=1.0), 'rounding'),
+    (lambda: residuals.fira(rounding=math.nan), 'rounding'),
     (lambda: residuals.apollo(limiter=0.0), 'limiter'),
     (lambda: residuals.apollo('row'), 'granularity'),
     (lambda: residuals.error_feedback(b1=1.0), 'b1'),
@@ -407,18 +411,23 @@ def test_a_rule_names_the_arguments_of_its_init():
   jax.eval_shape(tx.update, params, state, params)
 
 
-def test_fira_forgets_the_rounding_of_a_gradient_inside_its_basis():
+@pytest.mark.parametrize(
+  'dtype',
+  ['float32', 'bfloat16', pytest.param('float16', marks=pytest.mark.full)],
+)
+def test_fira_forgets_the_rounding_of_a_gradient_inside_its_basis(dtype):
   """Its norm is no norm of a residual that may grow by a hundredth a step."""
   normal = lambda i, *shape: 1e-2 * jax.random.normal(jax.random.key(i), shape)
-  params = {'w': jnp.zeros((32, 48))}
-  low = {'w': 10 * normal(1, 32, 4) @ normal(2, 4, 48)}
+  params = {'w': jnp.zeros((32, 48), dtype)}
+  low = {'w': (10 * normal(1, 32, 4) @ normal(2, 4, 48)).astype(dtype)}
   tx = so.fira_adamw(1.0, 8)
   update = cases.jit(tx.update)
 
   def norm_of_second(first):
     _, state = update(first, tx.init(params), params)
-    updates, _ = update({'w': normal(3, 32, 48)}, state, params)
+    high = {'w': normal(3, 32, 48).astype(dtype)}
+    updates, _ = update(high, state, params)
     return jnp.linalg.norm(updates['w'])
 
-  unlimited = norm_of_second({'w': jnp.zeros((32, 48))})
+  unlimited = norm_of_second(params)
   assert norm_of_second(low) > 0.7 * unlimited

@@ -98,7 +98,9 @@ def check_moments(run: Any, state: Any, coords: Any) -> None:
   paths = treedef.unflatten([path for path, _ in pairs])
 
   def check(moment: Any, coord: Any, path: str) -> None:
-    if _tree.is_masked(moment) or moment.ndim != coord.ndim:
+    if _tree.is_masked(moment) or _tree.is_masked(coord):
+      return
+    if moment.ndim != coord.ndim:
       return
     _base.check_shape(path, moment, coord.shape)
 

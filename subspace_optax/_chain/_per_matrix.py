@@ -8,12 +8,16 @@ steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+import numpy as np
 import optax
 
+from subspace_optax._matrix import _noise
 from subspace_optax._matrix import _placement
 from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
@@ -51,9 +55,10 @@ def per_matrix(
       weights = [leaf for _, leaf in _tree.flatten(params)[0]]
     structure = _find_structure(inner, pairs, batch_axes)
 
-    def one(u: Any, row: Row, weight: Any) -> tuple[Any, Row]:
+    def one(u: Any, row: Row, weight: Any, index: Any) -> tuple[Any, Row]:
       s = structure.unflatten(row)
-      u, s = inner.update(u, s, weight, **extra_args)
+      extra = extra_args | _layer(extra_args.get('layer'), index)
+      u, s = inner.update(u, s, weight, **extra)
       return u, tuple(jax.tree.leaves(s))
 
     results = [
@@ -169,9 +174,12 @@ def _repeat(counts: tuple[int, ...], x: jax.Array) -> jax.Array:
 
 
 def _map_over_matrices(
-  f: Callable[[Any, Row, Any], tuple[Any, Row]], axes: tuple[int, ...]
+  f: Callable[[Any, Row, Any, Any], tuple[Any, Row]], axes: tuple[int, ...]
 ) -> Callable[[Any, Row, Any], tuple[Any, Row]]:
-  """Maps `f` over the axes of a leaf, which are the first axes in a row."""
+  """Maps `f` over the axes of a leaf, which are the first axes in a row.
+
+  It also gets the index of each matrix; None for a leaf that is not mapped.
+  """
 
   def mapped(u: Any, row: Row, weight: Any) -> tuple[Any, Row]:
     run = f
@@ -179,11 +187,34 @@ def _map_over_matrices(
       of_leaf = axes[k] - k  # earlier axes are mapped already
       of_weight = None if weight is None else of_leaf
       run = jax.vmap(
-        run, in_axes=(of_leaf, 0, of_weight), out_axes=(of_leaf, 0)
+        run, in_axes=(of_leaf, 0, of_weight, 0), out_axes=(of_leaf, 0)
       )
-    return run(u, row, weight)
+    return run(u, row, weight, _indices(u, axes) if axes else None)
 
   return mapped
+
+
+def _indices(u: jax.Array, axes: tuple[int, ...]) -> Any:
+  """Returns the index of each matrix, sharded like the leaf if explicit.
+
+  A constant: optimizers that do not ask for it keep their programs.
+  """
+  counts = tuple(u.shape[i] for i in axes)
+  index = np.arange(math.prod(counts), dtype=np.uint32).reshape(counts)
+  sharding = _sharding.explicit(u)
+  if sharding is None:
+    return index
+  spec = _sharding.spec_of(_sharding.entries_of(u, axes))
+  return jax.reshard(index, NamedSharding(sharding.mesh, spec))
+
+
+def _layer(layer: Any, index: Any) -> dict[str, Any]:
+  """Returns which matrix this is for random rounding, or nothing to tell."""
+  if index is None:
+    return {}
+  if layer is not None:
+    index = _noise.seed_of_layer(layer, index)
+  return {'layer': index}
 
 
 def _find_structure(

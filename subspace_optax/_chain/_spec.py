@@ -115,8 +115,9 @@ class SubspaceSpec:
       `weight_dimension_numbers` is a tree, which then names the leaves.
     side: the side the basis spans: 'short' (the papers), 'long'
       (`optax.contrib.galore`), 'reverse_std' (the long side in the code of
-      GaLore's authors), 'in' (rows) or 'out' (columns). Of a square matrix they
-      are the rows, for 'reverse_std' the columns.
+      GaLore's authors), 'in' (rows) or 'out' (columns). For a
+      square matrix, 'short', 'long' and 'in' are the rows, 'out' and
+      'reverse_std' the columns.
     weight_dimension_numbers: the axes that form each matrix: one
       `DimensionNumbers` for all leaves, a tree of them with None for leaves
       that stay plain, or a callable from the parameters to such a tree

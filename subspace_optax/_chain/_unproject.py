@@ -64,7 +64,7 @@ def unproject(
   if isinstance(residual, _base.Residual) and residual.feedback:
     raise ValueError(
       f'residual {residual.name!r} changes gradients before they are '
-      'projected, which `unproject` can not do; use `subspace_optax.subspace`.'
+      'projected, which `unproject` cannot do; use `subspace_optax.subspace`.'
     )
   allow_empty = isinstance(spec, _spec.SubspaceSpec) and spec.allow_empty
   return unproject_any(scale, residual, spec, allow_empty=allow_empty)

@@ -217,7 +217,7 @@ def _count_parts(
 
 
 def _is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
-  """Whether all arrays have this shape and all operations are elementwise."""
+  """Whether operations are elementwise, on this shape and on scalars."""
 
   def is_fine(eqn: Any) -> bool:
     shapes = {x.aval.shape for x in (*eqn.invars, *eqn.outvars)}

@@ -192,7 +192,7 @@ def change(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns `transition` and the mean squared cosine of principal angles.
 
-  The cosine, (*batch), is tr(P_n^T P_o (P_o^T P_o)^-1 P_o^T P_n (P_n^T
+  The mean, (*batch), is tr(P_n^T P_o (P_o^T P_o)^-1 P_o^T P_n (P_n^T
   P_n)^-1) / r: 1 for equal subspaces, 0 for orthogonal ones.
   """
   new, old = widen(new), widen(old)

@@ -20,7 +20,7 @@ def is_far(x: Any) -> bool:
 
 
 def fetch(x: jax.Array, at: Sequence[Any], shape: Sequence[int]) -> jax.Array:
-  """Returns a part of a far array, with a shape at an index, on the device."""
+  """Returns the part of this shape that begins at `at`, on the device."""
   return jax.device_put(take(x, at, shape), jax.memory.Space.Device)
 
 
@@ -30,7 +30,7 @@ def send(x: jax.Array, far: jax.Array, at: Sequence[Any]) -> jax.Array:
 
 
 def take(x: jax.Array, at: Sequence[Any], shape: Sequence[int]) -> jax.Array:
-  """Returns a part of an array, with a shape at an index of its first axes."""
+  """Returns the part of this shape that begins at `at` of the first axes."""
   if not at:
     return x
   flat, start = _flat(x, at)

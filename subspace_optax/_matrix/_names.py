@@ -87,10 +87,15 @@ def components(path: str) -> tuple[str, ...]:
   return tuple(names)
 
 
+def split(path: str) -> list[str]:
+  """Returns the components of a path, whatever separates them."""
+  return re.split(r'[/.]|::', path)
+
+
 @functools.lru_cache(maxsize=4096)
 def _parts(path: str) -> tuple[str, ...]:
   """Returns the components of a path as they are spelled."""
-  parts = [part for part in re.split(r'[/.]|::', path) if part.strip('_~')]
+  parts = [part for part in split(path) if part.strip('_~')]
   if len(parts) > 1 and (_snake(parts[-1]) == 'array' or parts[-1].isdigit()):
     name = _snake(parts[-2])
     if name in _WEIGHTS or _ONE_AXIS.fullmatch(name):

@@ -25,21 +25,21 @@ def salt(seed: Any, name: str) -> Any:
   crc = zlib.crc32(name.encode())
   if isinstance(seed, jax.Array):  # under `inject_hyperparams`
     return seed.astype(jnp.uint32) * jnp.uint32(_ODD) + jnp.uint32(crc)
-  return np.uint32((seed * _ODD + crc) % 2**32)
+  return np.uint32((int(seed) * _ODD + crc) % 2**32)
 
 
 def seed_of_layer(seed: Any, layer: Any) -> Any:
-  """Returns another seed for each layer that is updated by itself.
+  """Returns another seed for each matrix that is updated by itself.
 
   Args:
     seed: a number.
-    layer: the layer's index in its stack; None for leaves of no such stack,
-      which keep `seed`.
+    layer: the matrix's index in its stack; None for leaves that are updated
+      whole, which keep `seed`.
   """
   if layer is None:
     return seed
   if not isinstance(seed, jax.Array):
-    seed = np.uint32(seed % 2**32)
+    seed = np.uint32(int(seed) % 2**32)
   wide = lambda x: jnp.asarray(x).astype(jnp.uint32)
   return hashed(wide(seed), wide(layer))
 
@@ -82,7 +82,7 @@ def hashed(seed: jax.Array, number: jax.Array) -> jax.Array:
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-  """Returns a hash of each number, by the finalizer of MurmurHash3."""
+  """Returns a hash of each number, with the factors of MurmurHash3's end."""
   for factor in (0x85EBCA6B, 0xC2B2AE35):
     x = (x ^ (x >> 16)) * jnp.uint32(factor)
   return x ^ (x >> 15)

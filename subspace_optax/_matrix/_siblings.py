@@ -117,7 +117,7 @@ class Family:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-  return tuple(re.split(r'[/.]', path))
+  return tuple(_names.split(path))
 
 
 def _ancestors(path: str) -> list[tuple[str, ...]]:

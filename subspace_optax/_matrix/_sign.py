@@ -36,7 +36,7 @@ def require_along(
     lambda: _sign(optimizer, with_params) >= 0,
     f'{name} steps against the gradient, but must return directions along it: '
     'learning rate and sign are applied behind it. Pass optax.scale_by_adam() '
-    'in the place of optax.adam(...), or chain optax.scale(-1.0) behind it.',
+    'instead of optax.adam(...), or chain optax.scale(-1.0) behind it.',
   )
 
 
@@ -46,7 +46,7 @@ def require_against(optimizer: Any, name: str) -> Any:
     {name: optimizer},
     lambda: _sign(optimizer) <= 0,
     f'{name} steps along the gradient, so that the loss would grow, but must '
-    'bring learning rate and sign. Pass optax.adam(1e-3) in the place of '
+    'bring learning rate and sign. Pass optax.adam(1e-3) instead of '
     'optax.scale_by_adam(), or chain optax.scale_by_learning_rate(1e-3) behind '
     'it.',
   )
@@ -69,7 +69,7 @@ def require_one_turn(inner: Any, after: Any, *, with_params: bool) -> Any:
     {'inner': inner, 'after': after},
     lambda: _sign(inner, with_params) >= 0 or _sign(after) >= 0,
     'inner and `after` both turn steps against the gradient, so that the loss '
-    'would grow. Pass optax.scale_by_adam() in the place of optax.adam(...), '
+    'would grow. Pass optax.scale_by_adam() instead of optax.adam(...), '
     'or leave the learning rate out of `after`.',
   )
 

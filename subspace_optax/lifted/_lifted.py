@@ -76,7 +76,7 @@ class Lifted:
     del args
     raise TypeError(
       f'the lifted leaf {self.path!r} is there for its layer alone: write '
-      'rso.dot(x, w) in the place of x @ w, or name the leaf in the `exclude` '
+      'rso.dot(x, w) instead of x @ w, or name the leaf in the `exclude` '
       'of the spec.'
     )
 

@@ -188,7 +188,7 @@ def _layout_of(found: Any) -> _layout.Layout:
     why = 'is masked' if found is None else found.reason
     raise ValueError(
       f'leaf {path!r} has a basis, but the spec leaves it plain: {why}. Put '
-      'optax.MaskedNode() in the place of its basis, or change the spec.'
+      'optax.MaskedNode() instead of its basis, or change the spec.'
     )
   return found.layout
 

@@ -68,12 +68,12 @@ def quantize_moments(
   then takes 0.53 + 1.03 bytes.
 
   While a leaf is updated, its moments are float32. In a stack of layers (a leaf
-  of three or more axes) this is only one layer at a time, or a few layers of
-  more than 128; in a matrix of 2^26 or more numbers, only some rows, if its
-  blocks divide into equal parts. This requires an optimizer registered as
-  elementwise, as Adam and Lion are, and a first axis that is known to lie on
-  one device. On a mesh of automatic axes that is not known, and all of the
-  leaf's moments are float32.
+  of three or more axes) this is only one layer at a time, or a few if there are
+  more than 128 or they are small; in a matrix of 2^26 or more numbers, only
+  some rows, if its blocks divide into equal parts. This requires an optimizer
+  registered as elementwise, as Adam and Lion are, and a first axis that is
+  known to lie on one device. On a mesh of automatic axes that is not known, and
+  all of the leaf's moments are float32.
 
   Args:
     inner: an optimizer whose moments start at zero and are registered (see

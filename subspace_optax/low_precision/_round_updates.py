@@ -48,11 +48,11 @@ def round_updates(
     rounding: how to round weights narrower than float32. 'stochastic' rounds
       bfloat16 to one of the two numbers around p + u, which is right on
       average; its state is a counter. (p + u is a float32: updates under 6e-8
-      of a weight are lost.) 'compensated' rounds bfloat16 and float16
-      to the nearest, keeps the rounding error, and adds it to the next step;
-      the error takes 2 bytes per parameter. Weights of bfloat16 are then those
-      of float32 training, rounded; for float16 weights below 1e-5, steps under
-      3e-8 may be lost.
+      of a weight are lost.) 'compensated' rounds bfloat16 and float16 to the
+      nearest, keeps the rounding error, and adds it to the next step; the error
+      takes 2 bytes per parameter. Weights of bfloat16 are then those of float32
+      training, rounded; for float16 weights below 1e-5, steps under 3e-8 may be
+      lost.
     seed: seed of the stochastic rounding.
 
   Returns:

@@ -37,7 +37,7 @@ def sizes(mesh: str | Mapping[str, int]) -> dict[str, int]:
     near = ''.join(_nearest.did_you_mean(k, AXES) for k in unknown)
     raise ValueError(
       f'mesh={dict(mesh)!r}{near}: expected positive sizes of some of {AXES}, '
-      'as fsdp=4,tensor=2.'
+      "such as 'fsdp=4,tensor=2'."
     )
   return {name: mesh.get(name, 1) for name in AXES}
 

@@ -63,7 +63,7 @@ def imported(path: str) -> Any:
       found = getattr(found, part)
   except (Exception, SystemExit) as error:  # the module may raise anything
     raise ValueError(
-      f'model={path!r} can not be imported: {_said(error)}. Give '
+      f'model={path!r} cannot be imported: {_said(error)}. Give '
       f'package.module:callable, or choose from {sorted(_models.NAMED)}.'
     ) from error
   return found
@@ -81,7 +81,7 @@ def _theirs(name: str, call: Callable[..., Any], tokens: Any) -> Any:
     return call(tokens)
   except Exception as error:  # in users' code
     raise ValueError(
-      f'model={name!r} can not be called with tokens of shape '
+      f'model={name!r} cannot be called with tokens of shape '
       f'{tuple(tokens.shape)} alone: {_said(error)}. {_REMEDY}'
     ) from error
 
@@ -107,7 +107,7 @@ def _made(name: str, make: Any) -> Any:
     made = nnx.eval_shape(call)
   except Exception as error:  # in users' code
     raise ValueError(
-      f'model={name!r} can not be called without arguments: {_said(error)}. '
+      f'model={name!r} cannot be called without arguments: {_said(error)}. '
       'Give a callable that makes the model.'
     ) from error
   return plain[0] if plain else _Split(*nnx.split(made, nnx.Param, ...))

@@ -86,9 +86,9 @@ class Card(NamedTuple):
 
 
 def table(plans: Mapping[str, _planner.Plan], card: Card | None) -> str:
-  """Returns one line per method, in GB; with a card, the cards that it needs.
+  """Returns one line per method, in GB; with a card, also how many it takes.
 
-  That number assumes that the bytes are cut evenly over devices.
+  The number of cards assumes that the bytes are cut evenly over them.
   """
   names = [*_planner.Plan._fields, 'total']
   names += ['cards', 'one card'] if card else []

@@ -82,7 +82,7 @@ def _lost(node: _projected.Projected) -> jax.Array:
   if node.old_mean is None:
     raise ValueError(
       'error_feedback finds no mean of gradients in the inner state; name it '
-      'with `subspace_optax.register_moments`, use `optax.ema` in the place of '
+      'with `subspace_optax.register_moments`, use `optax.ema` instead of '
       '`optax.trace`, or pass b1=0 if there is none.'
     )
 

@@ -28,7 +28,7 @@ def fira(
   limiter: Any = 1.01,
   *,
   eps: float = 1e-8,
-  rounding: float = 1e-5,
+  rounding: float | None = 2e-3,
   official_betas: tuple[float, float] | None = None,
 ) -> _base.Residual:
   """Adds the residual, with each column scaled as inside the subspace.
@@ -40,10 +40,11 @@ def fira(
     limiter: gamma, at least 1, the largest factor by which the residual's norm
       may grow per step; None for no limit.
     eps: added to the norms of coordinates.
-    rounding: share of a column's energy that rounding may leave outside of the
-      basis. The limiter does not remember such a norm, from which the residual
-      of the next gradients could grow by a hundredth per step only. 0 for bases
-      that never hold a whole gradient, as random ones.
+    rounding: share of a column's energy, in [0, 1), below which its residual
+      counts as rounding error, which the limiter neither limits nor remembers;
+      later residuals could only grow from it by `limiter` per step. The default
+      covers products of bfloat16. None for bases that never contain a whole
+      gradient, such as random ones.
     official_betas: (b1, b2) of the inner Adam, to compute what the authors'
       code does: the residual is G - scale P R, and the growth is that of norms
       before Adam's bias correction. None for the form in the paper.
@@ -52,7 +53,7 @@ def fira(
     A residual rule.
 
   Raises:
-    ValueError: a limiter below 1.
+    ValueError: a limiter below 1; `rounding` outside [0, 1).
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, Eq. (5)-(7)
@@ -68,6 +69,7 @@ def fira(
     ... )
   """
   _base.check_limiter(limiter)
+  _check_rounding(rounding)
 
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     layout, r = node.layout, node.coords
@@ -81,7 +83,7 @@ def fira(
     inner = layout.coords_columns(r * inside)
     outside = total - share * (2.0 - share) * inner
     outside = jnp.maximum(outside, 0.0)  # a difference of rounded sums
-    if rounding:
+    if rounding is not None:
       outside = jnp.where(outside > rounding * total, outside, 0.0)
     norm = _linalg.safe_sqrt(layout.sum_columns(phi * phi * outside))
     raw = 1.0 if official_betas is None else _bias(official_betas, count)
@@ -91,6 +93,16 @@ def fira(
     return node.combine(coords) + layout.columns_to_leaf(phi) * g, last
 
   return _base.Residual('fira', update, _base.norms_at_init)
+
+
+def _check_rounding(rounding: Any) -> None:
+  if rounding is None or isinstance(rounding, jax.Array):
+    return
+  if not 0 <= rounding < 1:
+    raise ValueError(
+      f'rounding must be in [0, 1), or None to remember every norm, got '
+      f'{rounding!r}.'
+    )
 
 
 def _bias(betas: tuple[float, float], count: Any) -> jax.Array:

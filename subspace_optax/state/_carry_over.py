@@ -104,7 +104,8 @@ class Plan:
       if old != new:
         raise ValueError(
           f'the checkpoint has {old} at {path!r}, where params have {new}; '
-          'give params of the saved shapes and dtypes, and cast them then.'
+          'pass params of the saved shapes and dtypes, and cast them after '
+          'restoring.'
         )
 
   def _check_matrices(self) -> None:
@@ -231,7 +232,7 @@ def _check_same(saved: Iterable[str], wanted: Iterable[str], advice: str):
   missing = sorted(set(wanted) - set(saved))
   extra = sorted(set(saved) - set(wanted))
   told = [f'no {_some(missing)}'] if missing else []
-  told += [f'{_some(extra)}, which nobody wants'] if extra else []
+  told += [f'{_some(extra)}, which tx and params do not'] if extra else []
   if told:
     raise ValueError(f'the checkpoint has {" and ".join(told)}; {advice}.')
 

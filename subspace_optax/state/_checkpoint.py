@@ -108,9 +108,10 @@ def restore(
     int4: values are rounded.
 
   Learning rates, gaps, transports and decay rates are those of `tx`. Counters,
-  seeds and injected hyperparameters are those of the checkpoint. Optimizers
-  are told apart by their states: what takes another's state as it is, such as
-  Yogi Adam's, continues from it without a change in `changes`.
+  seeds and injected hyperparameters are those of the checkpoint. Optimizers are
+  told apart only by their states: one whose state has the form of the saved
+  one, such as Yogi after Adam, continues from it, and `changes` does not
+  mention it.
 
   Args:
     where: the saved folder; or a `training.Checkpointer`, whose newest
@@ -181,15 +182,16 @@ def _open(where: Where) -> _Saved:
   else:
     path = _absolute(where)
     if not ocp.is_orbax_checkpoint(path):
-      raise FileNotFoundError(f'where={path!r} is no complete checkpoint.')
+      raise FileNotFoundError(f'where={path!r} is not a complete checkpoint.')
     found = ocp.metadata(path)
     read = lambda tree: ocp.load(path, tree)
   notes = found.custom_metadata or {}
   if not {'step', 'classes', 'leaves'} <= set(notes):
     folder = where.directory if is_checkpointer else where
     raise ValueError(
-      f'where={str(folder)!r} was not written by `checkpoint.save`; load it by '
-      'Orbax, by the shapes of the optimizer that saved it, and save it so.'
+      f'where={str(folder)!r} was not written by `checkpoint.save`; load it '
+      'with Orbax, using the state shapes of the optimizer that saved it, and '
+      'save it again with `checkpoint.save`.'
     )
   return _Saved(notes, found.metadata, read)
 
@@ -218,7 +220,7 @@ def _check_structure(tx: Any, params: Any, state: Any) -> None:
   if got != wanted:
     raise ValueError(
       f'state has the structure {got}, where tx.init(params) has {wanted}; '
-      'save a state with the optimizer that it is of.'
+      'pass the optimizer that made this state.'
     )
 
 

@@ -337,7 +337,7 @@ def _extended(
   if not bool(jnp.all(jnp.isfinite(basis))):
     raise ValueError(
       f'the basis at {path!r} is not finite or not of full rank, so that it '
-      'can not be extended; start from `tx.init(params)`.'
+      'cannot be extended; start from `tx.init(params)`.'
     )
   return basis
 

@@ -35,8 +35,8 @@ def data_parallel_step(
   Every device computes the gradient of its part of the batch. For leaves that
   `tx` projects, `project` averages the coordinates; this step averages all
   other gradients. Residual rules need the mean gradient, which moves whole
-  gradients between devices. So do refreshes by `svd('exact')`, which is 'auto'
-  here except on TPUs, by `svd('gram')` and by `importance_svd`.
+  gradients between devices. So do refreshes by `importance_svd` and by `svd`
+  with method 'gram' or 'exact', which 'auto' chooses here except on TPUs.
 
   The norm of the mean gradient is not known. `online_pca` divides by the norm
   of the devices' own gradients, which is larger by up to the square root of the

@@ -88,9 +88,10 @@ def layerwise(
   the axis of layers, and all other parameters as one more tree. Masks and
   labels must be functions of such trees: of `{'blocks': {'w': ...}}`, and of
   the rest. Transformations of whole trees, such as `optax.clip_by_global_norm`
-  or `optax.apply_if_finite`, see one layer here. Optimizers that take `value`
-  and `grad`, such as `optax.contrib.reduce_on_plateau`, get the loss and the
-  gradient of that layer. Line searches, which need `value_fn`, can't work.
+  or `optax.apply_if_finite`, see one layer here. Optimizers with extra
+  arguments get `value`, the loss; `grad`, the gradient of that layer; and
+  `layer`, its index, None for all other parameters, so that random rounding
+  differs between layers. Line searches, which need `value_fn`, can't work.
 
   Leaves of integers, booleans or random keys have no gradient. In `x` they may
   change from block to block; among the parameters they do not change, and the
