@@ -1,5 +1,5 @@
 # make train      train the example model (creates the environment first)
-# make test       run every test and doctest
+# make test       run the tests and doctests
 # make test-fast  the same without the tests marked slow
 # make test-full  the same with every point where tests take a cover: hours
 # make evidence   measure what the papers claim; writes docs/evidence.md

@@ -48,6 +48,7 @@ OPTIMIZERS = sorted({*recipes.OPTIMIZERS, 'lora'} - {'rso', 'contrib_galore'})
 # Peak rates (of the matrices, of the rest) for a pretrained model, not tuned:
 # those at which a step moves a weight about as far as AdamW's at its 5e-5.
 # Optimizers in 8 bits have the same, but for muon8bit, whose steps are longer.
+# The best ones in 24 steps are in docs/finetune.md.
 _REST = 5e-5
 LEARNING_RATES = dict.fromkeys(so.optimizers.READY_MADE, (2e-4, _REST)) | {
   'adamw': (_REST, _REST),

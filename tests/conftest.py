@@ -61,7 +61,7 @@ def pytest_addoption(parser):
   parser.addoption(
     '--full',
     action='store_true',
-    help='test every point of the grid, not only a cover of all pairs',
+    help='run every point of every test, not only those chosen for speed',
   )
 
 

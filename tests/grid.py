@@ -113,10 +113,10 @@ INNERS = {
 ALIKE_INNERS = ('adam_injected', 'rms', 'lamb', 'adamw')
 ALIKE_RESIDUALS = ('apollo_mini', 'normuon')
 
-# Those whose bases are of another one's kind, however they find them: such that
-# move before the step, `svd`'s and `stiefel`'s, or after it, `online_pca`'s, or
-# one after another. What sees no more of a rule than its bases needs no pair
-# with them: inner optimizers, residuals, transports, windows, names of sides.
+# Projectors whose bases move as another's do: before the step, as `svd`'s or
+# `stiefel`'s; after it, as `online_pca`'s; or as one of several, in turn. Inner
+# optimizers, residuals, transports, windows and the names of sides see nothing
+# of a projector but its basis, so that their pairs with these are not covered.
 ALIKE_PROJECTORS = (
   'power',
   'tracking',
@@ -184,12 +184,15 @@ class Point(NamedTuple):
 
 def but(points: Iterable[Any], left_out: Collection[Any]) -> list[Any]:
   """Returns points for `parametrize`; some of them only run with `--full`."""
-  points = [*points]
+  points = list(points)
+  assert set(left_out) <= set(points), 'a point that is not there'
   return only(points, [x for x in points if x not in left_out])
 
 
 def only(points: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
   """Returns points for `parametrize`; the others only run with `--full`."""
+  points = list(points)
+  assert set(chosen) <= set(points), 'a point that is not there'
   mark = lambda x: () if x in chosen else pytest.mark.full
   return [pytest.param(x, marks=mark(x)) for x in points]
 

@@ -54,8 +54,8 @@ def _normal(seed, shape, scale, dtype):
   return jnp.asarray(np.asarray(scale * x, dtype))
 
 
-# `_decay_and_step` decays, behind a subspace, whose momentum may be the whole
-# gradient's, and behind two optimizers without one.
+# `_decay_and_step` applies decay for all: one in a subspace, one with a full
+# momentum and two without a subspace.
 @pytest.mark.parametrize(
   'name',
   but(*set(NAMES) - {'apollo_adamw', 'dion', 'normuon', 'scale'}),

@@ -107,7 +107,7 @@ def test_state_is_in_boxes_of_its_own(name):
 
 @pytest.mark.parametrize(
   'name',
-  # Whose state is a part of ldadamw's.
+  # Boxes and their shapes in the others' states are tested above.
   grid.only(OPTIMIZERS, ('ldadamw',)),
 )
 def test_steps_are_those_of_bare_arrays(name):

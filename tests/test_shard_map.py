@@ -80,8 +80,8 @@ PIECES = {
     MADE['golore'](), so.round_updates('compensated')
   ),
 }
-# Those that all others are like once they are traced: a type that varies where
-# another doesn't is said by then, and what crosses devices is in the jaxpr.
+# Only these run by default. Tracing the others already shows a type that varies
+# where it must not, and every collective.
 COMPARED = ('golore', 'ldadamw', 'subspace_muon')
 # On meshes of one type too, where the steps are compiled again.
 SHARDED = ('ldadamw', 'subspace_muon')
@@ -306,7 +306,7 @@ def updates_of(name, state, params, gradients):
 
 @functools.cache
 def wanted(name):
-  """The first state, and the updates on one device."""
+  """The first state, and updates on one device, or one mesh for other SVDs."""
   params, *gradients = map(stacked, (9, *range(STEPS)))
   first = cases.jit(MADE[name]().init)(params)
   if name not in ('galore', 'fira_adamw'):

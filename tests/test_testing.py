@@ -97,7 +97,7 @@ def test_projectors_of_ours(name):
   'name',
   [
     full('apollo_mini'),
-    full('error_feedback'),
+    'error_feedback',
     full('normuon'),
     full('from outside'),
   ],

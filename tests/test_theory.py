@@ -202,7 +202,7 @@ def test_large_batch_galore_converges():
 
 def test_adam_in_the_counter_example():
   """GaLore stalls with Adam, too, and GoLore@50% does not."""
-  # Whose steps do not shrink with the gradient, and so are smaller from start.
+  # Adam's steps do not shrink with the gradient, so its rate is smaller.
   turn, inner = STEPS, optax.scale_by_adam()
   tx = golore(inner, random_from=turn, rate=LR / 2, gap=2 * GAP)
   gap = gaps(tx, steps=2 * STEPS)

@@ -104,7 +104,7 @@ def shorter(factor):
 # %% [markdown]
 # `so.testing.check_residual(gradient_descent(0.1))` and
 # `so.testing.check_transport(shorter(0.5))` check the two, in half a minute:
-# try them. `tests/test_testing.py` does.
+# try them. `make test-full` does.
 #
 # ## All three in an optimizer
 #
