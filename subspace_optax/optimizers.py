@@ -826,6 +826,7 @@ def subspace_muon(
     >>> tx = so.subspace_muon(5e-3)
   """
   _arguments.check_decay(b, 'b')
+  plain, plain_name = _plain_or_adam(plain)
   tx = _assemble(
     _choose_spec(spec, rank=rank, seed=seed),
     projectors.dct(update_proj_gap, 'random', stagger=stagger),
@@ -838,8 +839,8 @@ def subspace_muon(
       b2=b2,
     ),
     scale=scale,
-    plain=optax.scale_by_adam() if plain is None else plain,
-    plain_name='' if plain is None else 'plain',
+    plain=plain,
+    plain_name=plain_name,
     after=_decay_and_step(learning_rate, weight_decay, mask),
     moment_bits=moment_bits,
   )
@@ -1074,13 +1075,14 @@ def _assemble_momentum(
 ) -> Transformation:
   """Returns an optimizer that keeps the momentum of whole matrices."""
   _arguments.check_decay(b, 'b')
+  plain, plain_name = _plain_or_adam(plain)
   return _assemble(
     spec,
     projector,
     optax.identity(),
     residual=residuals.momentum_feedback(b, form),
-    plain=optax.scale_by_adam() if plain is None else plain,
-    plain_name='' if plain is None else 'plain',
+    plain=plain,
+    plain_name=plain_name,
     **rest,
   )
 

@@ -274,7 +274,7 @@ def _whole_rank(x: jax.Array, axes: str) -> jax.Array:
   sharding = _sharding.explicit(x)
   if sharding is None:
     return _sharding.with_whole_rank(x, axes)
-  spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+  spec = _sharding.pad(sharding.spec, x.ndim)
   rank = axes.index('y')
   spec = PartitionSpec(*spec[:rank], None, *spec[rank + 1 :])
   return jax.reshard(x, NamedSharding(sharding.mesh, spec))

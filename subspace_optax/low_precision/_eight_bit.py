@@ -17,7 +17,7 @@ def scale_by_adam8bit(
   eps_root: Any = 0.0,
   *,
   nesterov: bool = False,
-  rounding: str = 'stochastic',
+  rounding: str = 'auto',
   exclude: str | Sequence[str] | None = 'auto',
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -61,7 +61,7 @@ def scale_by_lion8bit(
   b1: Any = 0.9,
   b2: Any = 0.99,
   *,
-  rounding: str = 'stochastic',
+  rounding: str = 'auto',
   exclude: str | Sequence[str] | None = 'auto',
   seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:

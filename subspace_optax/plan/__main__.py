@@ -19,6 +19,7 @@ from subspace_optax.plan import _models
 from subspace_optax.plan import _planner
 from subspace_optax.plan import _report
 from subspace_optax.plan._largest import largest
+from subspace_optax.steps import _subproblem
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -43,7 +44,7 @@ def _flags() -> argparse.ArgumentParser:
   add('--basis-dtype', help='float32, or bfloat16 with 8bit; int8, int4')
   text = 'queries whose scores are in memory at a time, 0 for all'
   add('--attention-chunk', type=int, default=512, help=text)
-  add('--rounding', default='nearest', help=', '.join(_planner.ROUNDING))
+  add('--rounding', default='nearest', help=', '.join(_subproblem.ROUNDING))
   flag = lambda name, text: add(name, action='store_true', help=text)
   flag('--regenerate', 'random bases are drawn anew in every step')
   flag('--layerwise', 'each layer is updated as soon as it has its gradient')

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from subspace_optax._matrix import _names
+from subspace_optax._matrix import _sharding
 from subspace_optax._matrix import _tree
 from subspace_optax.plan import _nearest
 from subspace_optax.state import _memory
@@ -94,12 +95,11 @@ def local(x: Any, only: str | None = None) -> tuple[int, ...]:
   sharding = getattr(x, 'sharding', None)
   if not isinstance(sharding, NamedSharding):
     return x.shape
-  entries = [*sharding.spec, *[None] * (len(x.shape) - len(sharding.spec))]
+  entries = _sharding.pad(sharding.spec, len(x.shape))
 
   def cuts(entry: Any) -> int:
-    names = entry if isinstance(entry, tuple) else (entry,)
-    used = [a for a in names if a and only in (None, a)]
-    return math.prod(sharding.mesh.shape[a] for a in used)
+    used = [a for a in _sharding.names(entry) if only in (None, a)]
+    return _sharding.parts(sharding.mesh, used)
 
   return tuple(
     -(-size // cuts(entry))

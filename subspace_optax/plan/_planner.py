@@ -21,9 +21,9 @@ from subspace_optax.plan import _step
 from subspace_optax.state import _memory
 from subspace_optax.steps import _layerwise
 from subspace_optax.steps import _stacks
+from subspace_optax.steps import _subproblem
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
-ROUNDING = ('nearest', 'compensated', 'stochastic')
 
 # Bytes of cards that their makers call 24 GB and so on.
 CARDS = {
@@ -192,10 +192,11 @@ def checked(settings: Mapping[str, Any]) -> Settings:
   s = Settings(**settings)
   for name in ('param_dtype', 'dtype', 'moment_dtype'):
     _check_dtype(name, getattr(s, name))
-  if s.rounding not in ROUNDING:
-    near = _nearest.did_you_mean(s.rounding, ROUNDING)
+  if s.rounding not in _subproblem.ROUNDING:
+    near = _nearest.did_you_mean(s.rounding, _subproblem.ROUNDING)
     raise ValueError(
-      f'rounding={s.rounding!r} is unknown{near}; choose from {ROUNDING}.'
+      f'rounding={s.rounding!r} is unknown{near}; choose from '
+      f'{_subproblem.ROUNDING}.'
     )
   if s.basis_dtype is not None:  # `SubspaceSpec` raises its own error
     _spec.SubspaceSpec(1, basis_dtype=s.basis_dtype)

@@ -21,8 +21,6 @@ from subspace_optax.residuals import _base
 def apollo(
   granularity: str = 'channel',
   limiter: Any = 1.01,
-  *,
-  eps: float = 1e-8,
 ) -> _base.Residual:
   """Replaces the update by the gradient, scaled as its coordinates were.
 
@@ -37,7 +35,6 @@ def apollo(
       projected, or 'tensor', one factor per matrix (APOLLO-Mini).
     limiter: gamma, at least 1, the largest factor by which the norm of a
       matrix's update may grow per step; None for no limit.
-    eps: added to the norms of coordinates.
 
   Returns:
     A residual rule. It keeps one float32 per matrix.
@@ -71,7 +68,7 @@ def apollo(
     energies = [layout.coords_columns(x * x) for x in (n, r)]
     if granularity == 'tensor':
       energies = [layout.along_columns(layout.sum_columns(x)) for x in energies]
-    s = _base.ratio(*energies, eps)
+    s = _base.ratio(*energies)
     norm = _linalg.safe_sqrt(layout.sum_columns(s * s * layout.columns(g * g)))
     factor, last = _base.limit_growth(norm, last, limiter)
     s = scale * s * layout.along_columns(factor)

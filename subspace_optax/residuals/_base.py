@@ -54,9 +54,9 @@ def zeros_at_init(layout: _layout.Layout, leaf: Any, dtype: Any) -> jax.Array:
   return layout.zeros(layout.leaf_axes, leaf, dtype)
 
 
-def ratio(numerator: jax.Array, denominator: jax.Array, eps: Any) -> jax.Array:
-  """Returns |a| / (|b| + eps), given the squares of both norms."""
-  return _linalg.safe_sqrt(numerator) / (_linalg.safe_sqrt(denominator) + eps)
+def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+  """Returns |a| / (|b| + 1e-8), given the squares of both norms."""
+  return _linalg.safe_sqrt(numerator) / (_linalg.safe_sqrt(denominator) + 1e-8)
 
 
 def limit_growth(

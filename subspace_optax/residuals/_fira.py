@@ -27,7 +27,6 @@ from subspace_optax.residuals import _base
 def fira(
   limiter: Any = 1.01,
   *,
-  eps: float = 1e-8,
   rounding: float | None = 2e-3,
   official_betas: tuple[float, float] | None = None,
 ) -> _base.Residual:
@@ -39,7 +38,6 @@ def fira(
   Args:
     limiter: gamma, at least 1, the largest factor by which the residual's norm
       may grow per step; None for no limit.
-    eps: added to the norms of coordinates.
     rounding: share of a column's energy, in [0, 1), below which its residual
       counts as rounding error, which the limiter neither limits nor remembers;
       later residuals could only grow from it by `limiter` per step. The default
@@ -77,7 +75,7 @@ def fira(
     inside = node.inside()
     share = 1.0 if official_betas is None else scale
     phi = _base.ratio(
-      layout.coords_columns(n * n), layout.coords_columns(r * r), eps
+      layout.coords_columns(n * n), layout.coords_columns(r * r)
     )
     total = layout.columns(g * g)
     inner = layout.coords_columns(r * inside)

@@ -2,7 +2,6 @@
 """Which arrays of a checkpoint an optimizer carries over, and how."""
 
 from collections.abc import Iterable, Iterator, Mapping
-import math
 import re
 from typing import Any
 
@@ -241,8 +240,8 @@ def _as_saved(saved: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   """Returns the type of a saved array, placed like one of another rank."""
   shape, sharding = tuple(saved.shape), like.sharding
   if shape != like.shape and isinstance(sharding, NamedSharding):
-    sizes = sharding.mesh.shape
-    cut = lambda entry: math.prod(sizes[k] for k in _sharding.names(entry))
+    mesh = sharding.mesh
+    cut = lambda entry: _sharding.parts(mesh, _sharding.names(entry))
     entries = _sharding.pad(sharding.spec, like.ndim)
     spec = [
       entry if size % cut(entry) == 0 else None

@@ -57,7 +57,7 @@ def _ways(
   """Yields which leaves `tx.init` gets layer by layer; see `init`."""
   yield lambda x: False
   yield lambda x: x.ndim < 3
-  if not _holds_project(tx, blocks):
+  if not _describe.projections_of(tx, blocks):
     yield lambda x: True
 
 
@@ -108,13 +108,6 @@ def _trial(tx: optax.GradientTransformation, params: Any) -> Any:
   """Returns the shapes of a state without making it."""
   with _describe.unheard():
     return jax.eval_shape(lambda x: tx.init(x), params)
-
-
-def _holds_project(tx: optax.GradientTransformation, params: Any) -> bool:
-  try:
-    return bool(_describe.records_of(tx, params))
-  except ValueError:
-    return False
 
 
 def _misfit(one: Any, found: Any, layers: int) -> str | None:

@@ -22,7 +22,7 @@ def scale_by_muon8bit(
   steps: int = 5,
   ns_coeffs: Any = 'standard',
   preconditioning: str = 'frobenius',
-  rounding: str = 'stochastic',
+  rounding: str = 'auto',
   exclude: str | Sequence[str] | None = 'auto',
 ) -> optax.GradientTransformationExtraArgs:
   """Muon with Nesterov momentum in 8 bits.
