@@ -500,3 +500,29 @@ def test_keys_that_are_tuples(tmp_path):
   assert_same((run.params, run.state), (params, state))
   run = restored(tmp_path, so.golore(0.1, 4), params)
   assert run.changes == ('rank 3 -> 4 of up/kernel',)
+
+
+@pytest.mark.parametrize(
+  'name, other',
+  [
+    ('update_proj_gap', 5),
+    ('sample', 'haar'),
+    ('basis_dtype', 'bfloat16'),
+    ('key_group', lambda path: 'all'),
+    ('rank', 3),
+  ],
+)
+def test_coordinates_do_not_meet_other_bases(tmp_path, name, other):
+  """RSO draws P again from its arguments, and the checkpoint has B alone."""
+
+  def step(rank=2, key_group=None, basis_dtype='float32', **rule):
+    spec = so.SubspaceSpec(
+      rank, side='in', key_group=key_group, basis_dtype=basis_dtype
+    )
+    return so.rso.subproblems(spec, optax.adam(0.1), **rule).step(jnp.sum)
+
+  params = {'up': normal(12, 20)}
+  state = saved(tmp_path, step(), params)
+  assert_same(restored(tmp_path, step(), params).state, state)
+  with errors.raises(ValueError, "'up'", name, 'merged'):
+    restored(tmp_path, step(**{name: other}), params)

@@ -51,6 +51,25 @@ class Whole(NamedTuple):
   rows: list[tuple[str, ...]]  # path, shape, role, inputs and treatment
 
 
+class Drawn(NamedTuple):
+  """How an optimizer draws bases again at every step, by path."""
+
+  rules: dict[str, str]
+
+
+def record_drawn(rules: dict[str, str]) -> None:
+  """Adds a `Drawn` to the current list, if there is one."""
+  records = _records.get()
+  if records is not None:
+    records.append(Drawn(rules))
+
+
+def drawn_by(tx: Any, params: Any) -> dict[str, str]:
+  """Returns how bases without a place in the state are drawn, by path."""
+  found = [x.rules for x in _heard(tx, params) if isinstance(x, Drawn)]
+  return {path: rule for rules in found for path, rule in rules.items()}
+
+
 def record_whole(
   name: str,
   matches: Matches,
@@ -130,9 +149,9 @@ def projections_of(tx: Any, params: Any) -> list[Record]:
   return [x for x in _heard(tx, params) if isinstance(x, Record)]
 
 
-def _heard(tx: Any, params: Any) -> list[Record | Whole]:
+def _heard(tx: Any, params: Any) -> list[Record | Whole | Drawn]:
   """Returns the records of all parts of an optimizer at `init`."""
-  records: list[Record | Whole] = []
+  records: list[Record | Whole | Drawn] = []
   with _listening(records), _notices.quiet(errors=True):
     # A new function each time, since jax caches traces by function.
     jax.eval_shape(lambda p: tx.init(p), params)
@@ -171,8 +190,9 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   """
   if isinstance(tx_or_spec, _spec.SubspaceSpec):
     return _table(tx_or_spec.match(params), tx_or_spec)
-  records = _heard(tx_or_spec, params) or records_of(tx_or_spec, params)
-  return '\n'.join(map(_shown, records))
+  heard = _heard(tx_or_spec, params)
+  shown = [x for x in heard if not isinstance(x, Drawn)]
+  return '\n'.join(map(_shown, shown or records_of(tx_or_spec, params)))
 
 
 def _shown(record: Record | Whole) -> str:

@@ -37,7 +37,7 @@ class Plan:
     """Raises a ValueError if the checkpoint can't be carried over.
 
     Args:
-      notes: 'classes' and 'leaves' of the checkpoint; see `_profile`.
+      notes: 'classes', 'leaves' and 'drawn' of the checkpoint; see `_profile`.
       saved: types of the checkpoint's arrays by path.
       wanted: what the optimizer needs.
     """
@@ -47,6 +47,7 @@ class Plan:
     self._coords_anew: set[str] = set()  # paths of leaves
     self._roots_anew: set[str] = set()  # paths of arrays and nodes
     self._check_params()
+    self._check_drawn(notes.get('drawn', wanted.drawn))
     self._check_matrices()
     self._compare_projectors()
     self._check_classes()
@@ -105,6 +106,21 @@ class Plan:
           f'the checkpoint has {old} at {path!r}, where params have {new}; '
           'pass params of the saved shapes and dtypes, and cast them after '
           'restoring.'
+        )
+
+  def _check_drawn(self, old: Mapping[str, str]) -> None:
+    """Raises if coordinates would meet other bases than their own.
+
+    RSO keeps B, and draws P again at every step.
+    """
+    new = self._wanted.drawn
+    for path in old.keys() & new.keys():
+      if old[path] != new[path]:
+        raise ValueError(
+          f'the saved coordinates of {path!r} are those of bases with '
+          f'{old[path]}, and tx draws bases with {new[path]}; make tx with the '
+          'arguments of the saved state, save merged(params, state) of its '
+          f'optimizer as the parameters, {_START_ANEW}.'
         )
 
   def _check_matrices(self) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from subspace_optax._chain import _describe
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _tree
 from subspace_optax.state import _carry_over
@@ -79,6 +80,7 @@ def save(where: Where, tx: Any, params: Any, state: Any, step: int = 0) -> None:
     'step': int(step),
     'classes': dict(_profile.classes({'opt_state': tree['opt_state']})),
     'leaves': _profile.projected_leaves(tx, params),
+    'drawn': _describe.drawn_by(tx, params),
   }
   tree = jax.tree.map(lambda x: x if jnp.size(x) else None, tree)
   if isinstance(where, ocp.training.Checkpointer):

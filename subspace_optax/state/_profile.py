@@ -72,6 +72,7 @@ class Wanted:
     state: shapes and shardings of the state by path, under 'opt_state'.
     shardings: shardings of the state's arrays, in order.
     leaves: see `projected_leaves`.
+    drawn: see `_describe.drawn_by`.
   """
 
   def __init__(self, tx: Any, params: Any, shardings: Any = None):
@@ -91,6 +92,7 @@ class Wanted:
       )
     }
     self.leaves = projected_leaves(tx, params)
+    self.drawn = _describe.drawn_by(tx, params)
 
 
 def _of_type(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -42,7 +42,8 @@ def data_parallel_step(
   of the devices' own gradients, which is larger by up to the square root of the
   number of devices. This does not affect Adam for the bases, but SGD needs a
   learning rate larger by the same factor, and `captured_energy` is a lower
-  bound.
+  bound. `grassmann_tracking` divides by the square of that norm: its basis
+  turns by up to the number of devices less, so raise its `step_size`.
 
   Args:
     loss: (params, batch) -> the mean loss of a batch, a scalar.

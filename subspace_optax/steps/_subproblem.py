@@ -46,6 +46,14 @@ class Rule:
         'take another sample, or name the leaf in `exclude`.'
       )
 
+  def tell(self, match: Any, group: str) -> str:
+    """Returns all on which the bases of a leaf depend, but for its seed."""
+    dtype = jnp.dtype(self.basis_dtype).name
+    return (
+      f'rank {match.layout.rank}, update_proj_gap={self.gap}, '
+      f'sample={self.sample!r}, basis_dtype={dtype}, key_group {group!r}'
+    )
+
   def draw(
     self, layout: _layout.Layout, leaf: jax.Array, seeds: jax.Array, k: Any
   ) -> jax.Array:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from subspace_optax._chain import _check_matches
+from subspace_optax._chain import _describe
 from subspace_optax._chain import _dtypes
 from subspace_optax._chain import _first_states
 from subspace_optax._chain import _in_subspace
@@ -119,7 +120,8 @@ def subproblems(
     rounding: how to round merged weights that are narrower than float32.
       'nearest'; 'stochastic', for bfloat16, which is right on average;
       'compensated', which keeps the rounding error in an array of the leaf's
-      shape and dtype.
+      shape and dtype. Leaves that are not lifted are rounded to the nearest;
+      keep them float32.
     schedule: a factor for all steps, of B and of plain leaves, as a function of
       the number of inner steps since the first subproblem began.
     plain: optimizer for leaves that are not lifted, `inner` by default.
@@ -160,11 +162,17 @@ def subproblems(
     update_proj_gap, sample, eta, transport, rounding, spec.basis_dtype
   )
 
+  def group(path):
+    return spec.key_group(path) if spec.key_group else path
+
   def init(params):
     matches = spec.match(params)
     _check_matches.check_matches(spec, matches)
+    told: dict[str, str] = {}
     for match in filter(_is_lifted, matches):
       rule.check(match)
+      told[match.path] = rule.tell(match, group(match.path))
+    _describe.record_drawn(told)
     return _first_states.make_state(spec, first_state, params)
 
   def first_state(params, matches, treedef):
@@ -185,8 +193,12 @@ def subproblems(
 
     def draw(path, leaf, layout):
       # One array per group, so that query, key and value share one x P.
-      group = spec.key_group(path) if spec.key_group else path
-      key = group, layout.basis_shape, layout.rows, _sharding.explicit(leaf)
+      key = (
+        group(path),
+        layout.basis_shape,
+        layout.rows,
+        _sharding.explicit(leaf),
+      )
       if key not in drawn:
         drawn[key] = rule.draw(layout, leaf, seeds[path], k)
       return drawn[key]
