@@ -169,9 +169,10 @@ def subproblems(
     matches = spec.match(params)
     _check_matches.check_matches(spec, matches)
     told: dict[str, str] = {}
-    for match in filter(_is_lifted, matches):
-      rule.check(match)
-      told[match.path] = rule.tell(match, group(match.path))
+    for match in matches:
+      if match and _is_lifted(match):
+        rule.check(match)
+        told[match.path] = rule.tell(match, group(match.path))
     _describe.record_drawn(told)
     return _first_states.make_state(spec, first_state, params)
 
