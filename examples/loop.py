@@ -70,7 +70,7 @@ def restore(c: settings.Config, job: Job, saved) -> checkpoint.Restored:
     return checkpoint.restore(saved, job.tx, job.like)
   except ValueError as error:
     raise ValueError(
-      f'the run in out={c.out!r} can not go on with optimizer={c.optimizer!r} '
+      f'the run in out={c.out!r} cannot go on with optimizer={c.optimizer!r} '
       f'and rank={c.rank}: {error}'
     ) from error
 

@@ -527,7 +527,7 @@ def test_files_that_do_not_import(text, word, tmp_path, monkeypatch, capsys):
   monkeypatch.syspath_prepend(tmp_path)
   assert __main__.main(['--model', f'{name}:Model', '--seq', '8']) == 2
   error = capsys.readouterr().err
-  assert f"model='{name}:Model' can not be imported" in error and word in error
+  assert f"model='{name}:Model' cannot be imported" in error and word in error
 
 
 class WithStep:
