@@ -30,8 +30,9 @@ NOTES = """
   some seeds are easier. z is the difference to AdamW's loss over its standard
   error. The error comes from sigma, the standard deviation of one seed, pooled
   over all methods of a table. It treats the seeds of two methods as
-  independent, which makes z too small if anything. A single difference
-  with a z beyond 3.1 has a chance of 0.2 % to be noise.
+  independent, which makes z too small if anything. If a method
+  were no different from AdamW, a z beyond 3.1 would have a chance of 0.2 %, for
+  one comparison.
 - **AdamW needs** is an upper bound on the tokens that AdamW needs for the same
   loss, as a multiple of the method's. It is interpolated between AdamW's own
   runs of other lengths, linearly in the logarithm of tokens; these lines are

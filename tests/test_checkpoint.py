@@ -521,8 +521,8 @@ def test_coordinates_do_not_meet_other_bases(tmp_path, name, other):
     )
     return so.rso.subproblems(spec, optax.adam(0.1), **rule).step(jnp.sum)
 
-  params = {'up': normal(12, 20)}
+  params = {'gate': normal(12, 20), 'up': normal(12, 20)}
   state = saved(tmp_path, step(), params)
   assert_same(restored(tmp_path, step(), params).state, state)
-  with errors.raises(ValueError, "'up'", name, 'merged'):
+  with errors.raises(ValueError, "'gate'", f' {name}=', 'merged'):
     restored(tmp_path, step(**{name: other}), params)

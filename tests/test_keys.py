@@ -135,7 +135,7 @@ def test_matrices_with_states_of_their_own_round_apart(stacked):
   update = cases.jit(lambda layer: tx.update(tree, state, tree, layer=layer)[1])
   codes = [
     np.asarray(x)
-    for layer in (0, 1)
+    for layer in ((None,) if stacked else (0, 1))
     for x in jax.tree.leaves(update(layer))
     if x.dtype == jnp.int8
   ]

@@ -361,7 +361,11 @@ def test_flat_keys_are_the_paths_that_they_spell(sep):
     'layers/attn/value/kernel': (3, 32, 4, 8),
     'layers/attn/out/kernel': (3, 4, 8, 32),
     'layers/mlp/kernel': (3, 32, 64),
+    'layers/mlp/bias': (3, 64),
     'layers/norm/scale': (3, 32),
+    # A bias only by its sibling, whose outputs it tells.
+    'proj/w': (32, 4, 16),
+    'proj/b': (4, 16),
     'head/kernel': (32, 100),
   }
   spell = lambda path: tuple(path.split('/'))
@@ -379,6 +383,7 @@ def test_flat_keys_are_the_paths_that_they_spell(sep):
   assert found == {path: (m.matrices, m.how) for path, m in nested.items()}
   assert found['layers/attn/out/kernel'][0] == '3 x (32 x 32)'
   assert nested['head/kernel'].layout is None
+  assert nested['proj/b'].layout is None
 
 
 def test_a_flat_key_beside_the_path_that_it_spells():

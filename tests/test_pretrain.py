@@ -381,7 +381,7 @@ def test_subproblems_keep_their_rank(tiny, tmp_path):
   config = dataclasses.replace(tiny, optimizer='rso', out=str(tmp_path))
   saved_at(config, 2)
   changed = dataclasses.replace(config, resume=True, rank=10)
-  with pytest.raises(ValueError, match="in out=.*='rso' and rank=10: .*rank 8"):
+  with pytest.raises(ValueError, match="in out=.*='rso' and rank=10: .*rank=8"):
     pretrain.main(changed)
 
 

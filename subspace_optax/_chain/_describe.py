@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows what is projected, and why the rest is not.
 
-A chain does not reveal its parts. So every `project` records its arguments at
-`init`, if a context variable holds a list. This is the only data here that is
-neither an argument nor a result, since neither would work:
+A chain does not reveal its parts. So every `project`, optimizer of whole
+matrices and `subproblems` records its arguments at `init`, if a context
+variable holds a list. This is the only data here that is neither an argument
+nor a result, since neither would work:
 
 - A box around each parameter could carry the list to `init`. But masks and
   labels are functions of the parameters, and those that read the last key of a
@@ -52,22 +53,16 @@ class Whole(NamedTuple):
 
 
 class Drawn(NamedTuple):
-  """How an optimizer draws bases again at every step, by path."""
+  """What decides bases that are drawn again at every step, by path."""
 
-  rules: dict[str, str]
+  settings: dict[str, dict[str, Any]]
 
 
-def record_drawn(rules: dict[str, str]) -> None:
+def record_drawn(settings: dict[str, dict[str, Any]]) -> None:
   """Adds a `Drawn` to the current list, if there is one."""
   records = _records.get()
   if records is not None:
-    records.append(Drawn(rules))
-
-
-def drawn_by(tx: Any, params: Any) -> dict[str, str]:
-  """Returns how bases without a place in the state are drawn, by path."""
-  found = [x.rules for x in _heard(tx, params) if isinstance(x, Drawn)]
-  return {path: rule for rules in found for path, rule in rules.items()}
+    records.append(Drawn(settings))
 
 
 def record_whole(
@@ -146,10 +141,10 @@ def records_of(tx: Any, params: Any) -> list[Record]:
 
 def projections_of(tx: Any, params: Any) -> list[Record]:
   """Returns the result of `records_of`, or an empty list if it would raise."""
-  return [x for x in _heard(tx, params) if isinstance(x, Record)]
+  return [x for x in heard(tx, params) if isinstance(x, Record)]
 
 
-def _heard(tx: Any, params: Any) -> list[Record | Whole | Drawn]:
+def heard(tx: Any, params: Any) -> list[Record | Whole | Drawn]:
   """Returns the records of all parts of an optimizer at `init`."""
   records: list[Record | Whole | Drawn] = []
   with _listening(records), _notices.quiet(errors=True):
@@ -190,8 +185,8 @@ def describe(tx_or_spec: Any, params: Any) -> str:
   """
   if isinstance(tx_or_spec, _spec.SubspaceSpec):
     return _table(tx_or_spec.match(params), tx_or_spec)
-  heard = _heard(tx_or_spec, params)
-  shown = [x for x in heard if not isinstance(x, Drawn)]
+  found = heard(tx_or_spec, params)
+  shown = [x for x in found if not isinstance(x, Drawn)]
   return '\n'.join(map(_shown, shown or records_of(tx_or_spec, params)))
 
 

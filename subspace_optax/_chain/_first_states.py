@@ -57,7 +57,7 @@ def make_seeds(
 ) -> jax.Array:
   """Returns one seed per matrix, the same on every host and after a resume."""
   # crc32, since Python's hash of a string differs between processes.
-  group = spec.key_group(path) if spec.key_group else path
+  group = _spec.group_of(spec, path)
   path_hash = np.uint32(zlib.crc32(group.encode()))
   static = (spec.seed, layout.batch_shape)
   return layout.place_values(_linalg.seeds, static, (path_hash,), leaf)

@@ -59,7 +59,9 @@ def in_subspace(
       costs 2mnr FLOPs per step. `inner.init` gets zeros.
     per_matrix: whether `inner` runs on one matrix at a time, each with its own
       state and counters. Rules that look at a whole matrix, such as Muon, LAMB
-      or Adafactor, need this if leaves are stacks of matrices.
+      or Adafactor, need this if leaves are stacks of matrices. An `inner` with
+      extra arguments gets `layer`, a number for each matrix of a stack, by
+      which its random rounding differs.
     plain: optimizer for leaves that are not projected, `inner` by default.
 
   Returns:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 import numpy as np
 import optax
 
@@ -57,8 +56,9 @@ def per_matrix(
 
     def one(u: Any, row: Row, weight: Any, index: Any) -> tuple[Any, Row]:
       s = structure.unflatten(row)
-      extra = extra_args | _layer(extra_args.get('layer'), index)
-      u, s = inner.update(u, s, weight, **extra)
+      layer = extra_args.get('layer')
+      layer = index if layer is None else _noise.seed_of_layer(layer, index)
+      u, s = inner.update(u, s, weight, **{**extra_args, 'layer': layer})
       return u, tuple(jax.tree.leaves(s))
 
     results = [
@@ -200,21 +200,9 @@ def _indices(u: jax.Array, axes: tuple[int, ...]) -> Any:
   A constant: optimizers that do not ask for it keep their programs.
   """
   counts = tuple(u.shape[i] for i in axes)
-  index = np.arange(math.prod(counts), dtype=np.uint32).reshape(counts)
-  sharding = _sharding.explicit(u)
-  if sharding is None:
-    return index
-  spec = _sharding.spec_of(_sharding.entries_of(u, axes))
-  return jax.reshard(index, NamedSharding(sharding.mesh, spec))
-
-
-def _layer(layer: Any, index: Any) -> dict[str, Any]:
-  """Returns which matrix this is for random rounding, or nothing to tell."""
-  if index is None:
-    return {}
-  if layer is not None:
-    index = _noise.seed_of_layer(layer, index)
-  return {'layer': index}
+  index: Any = np.arange(math.prod(counts), dtype=np.uint32).reshape(counts)
+  names = _AXES[: u.ndim]
+  return _placement.align(index, u, names, ''.join(names[i] for i in axes))
 
 
 def _find_structure(

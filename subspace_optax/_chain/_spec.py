@@ -115,9 +115,9 @@ class SubspaceSpec:
       `weight_dimension_numbers` is a tree, which then names the leaves.
     side: the side the basis spans: 'short' (the papers), 'long'
       (`optax.contrib.galore`), 'reverse_std' (the long side in the code of
-      GaLore's authors), 'in' (rows) or 'out' (columns). For a
-      square matrix, 'short', 'long' and 'in' are the rows, 'out' and
-      'reverse_std' the columns.
+      GaLore's authors), 'in' (rows) or 'out' (columns). For a square
+      matrix, 'short', 'long' and 'in' are the rows, 'out' and 'reverse_std' the
+      columns.
     weight_dimension_numbers: the axes that form each matrix: one
       `DimensionNumbers` for all leaves, a tree of them with None for leaves
       that stay plain, or a callable from the parameters to such a tree
@@ -383,6 +383,11 @@ def _check_distinct(paths: list[str]) -> None:
   if len(set(paths)) != len(paths):
     twice = next(path for path in paths if paths.count(path) > 1)
     raise ValueError(f'two leaves have the path {twice!r}; rename one.')
+
+
+def group_of(spec: SubspaceSpec, path: str) -> str:
+  """Returns the name whose hash seeds a leaf's bases."""
+  return spec.key_group(path) if spec.key_group else path
 
 
 def _is_dims(x: Any) -> bool:

@@ -26,7 +26,7 @@ class Family:
   """The leaves of a tree, and what leaves near each other show together."""
 
   def __init__(self, leaves: Iterable[Leaf]):
-    self._shapes = {leaf.path: leaf.shape for leaf in leaves}
+    self._shapes = {_parts(leaf.path): leaf.shape for leaf in leaves}
     self._below: dict[tuple[str, ...], list[Leaf]] = {}
     for leaf in leaves:
       for above in _ancestors(leaf.path):
@@ -51,7 +51,7 @@ class Family:
   def is_bias(self, path: str) -> bool:
     """Whether a leaf is a bias named `b`, and not one half of a pair a, b."""
     *above, name = _parts(path)
-    has = lambda other: '/'.join([*above, other]) in self._shapes
+    has = lambda other: (*above, other) in self._shapes
     if name == 'b':
       return has('w')
     other = re.sub(r'(?<![A-Za-z])b(?![A-Za-z])', 'a', name)
@@ -83,12 +83,12 @@ class Family:
 
   def bias(self, leaf: Leaf) -> tuple[int, ...] | None:
     """Returns the shape of a weight's bias, which has one entry per output."""
-    parts = re.split(r'([/.])', leaf.path)
-    i = len(parts) - (3 if parts[-1].isdigit() and len(parts) > 2 else 1)
+    parts = list(_parts(leaf.path))
+    i = len(parts) - (2 if parts[-1].isdigit() and len(parts) > 1 else 1)
     name = {'kernel': 'bias', 'weight': 'bias', 'w': 'b'}.get(parts[i])
     if name is None:
-      return self._shapes.get(f'{leaf.path}_bias')
-    return self._shapes.get(''.join([*parts[:i], name, *parts[i + 1 :]]))
+      return self._shapes.get((*parts[:-1], f'{parts[-1]}_bias'))
+    return self._shapes.get((*parts[:i], name, *parts[i + 1 :]))
 
   def counted(self, leaf: Leaf) -> tuple[int, ...] | None:
     """Returns the axes that count layers or experts; None if unknown.

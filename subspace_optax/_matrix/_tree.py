@@ -7,7 +7,6 @@ wrapper hid a leaf. All functions here work on *entries*: one array, `Projected`
 or `MaskedNode` per parameter, in tree order.
 """
 
-import ast
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,19 +44,9 @@ def path_str(path: Sequence[Any]) -> str:
 
 def _key_str(key: Any) -> str:
   name = getattr(key, 'key', None)
-  if isinstance(name, str) and name.startswith('('):
-    name = _read_tuple(name)
   if isinstance(name, tuple):
     return '/'.join(map(str, name))
   return jax.tree_util.keystr((key,), simple=True)
-
-
-def _read_tuple(name: str) -> Any:
-  """Returns the tuple that a name spells, as in trees that Orbax returns."""
-  try:
-    return ast.literal_eval(name)
-  except (SyntaxError, ValueError):
-    return name
 
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from subspace_optax._matrix import _arguments
 from subspace_optax._matrix import _linalg
 from subspace_optax._matrix import _projected
 from subspace_optax.residuals import _base
@@ -39,8 +40,9 @@ def fira(
     limiter: gamma, at least 1, the largest factor by which the residual's norm
       may grow per step; None for no limit.
     rounding: share of a column's energy, in [0, 1), below which its residual
-      counts as rounding error, which the limiter neither limits nor remembers;
-      later residuals could only grow from it by `limiter` per step. The default
+      counts as rounding error and is left out of the norm that the limiter
+      compares and remembers; later residuals could only grow from it by
+      `limiter` per step. The default
       covers products of bfloat16. None for bases that never contain a whole
       gradient, such as random ones.
     official_betas: (b1, b2) of the inner Adam, to compute what the authors'
@@ -67,7 +69,8 @@ def fira(
     ... )
   """
   _base.check_limiter(limiter)
-  _check_rounding(rounding)
+  if rounding is not None:
+    _arguments.check_decay(rounding, 'rounding')
 
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     layout, r = node.layout, node.coords
@@ -82,7 +85,7 @@ def fira(
     outside = total - share * (2.0 - share) * inner
     outside = jnp.maximum(outside, 0.0)  # a difference of rounded sums
     if rounding is not None:
-      outside = jnp.where(outside > rounding * total, outside, 0.0)
+      outside = jnp.where(outside <= rounding * total, 0.0, outside)
     norm = _linalg.safe_sqrt(layout.sum_columns(phi * phi * outside))
     raw = 1.0 if official_betas is None else _bias(official_betas, count)
     factor, last = _base.limit_growth(raw * norm, last, limiter)
@@ -91,16 +94,6 @@ def fira(
     return node.combine(coords) + layout.columns_to_leaf(phi) * g, last
 
   return _base.Residual('fira', update, _base.norms_at_init)
-
-
-def _check_rounding(rounding: Any) -> None:
-  if rounding is None or isinstance(rounding, jax.Array):
-    return
-  if not 0 <= rounding < 1:
-    raise ValueError(
-      f'rounding must be in [0, 1), or None to remember every norm, got '
-      f'{rounding!r}.'
-    )
 
 
 def _bias(betas: tuple[float, float], count: Any) -> jax.Array:

@@ -37,17 +37,17 @@ class Plan:
     """Raises a ValueError if the checkpoint can't be carried over.
 
     Args:
-      notes: 'classes', 'leaves' and 'drawn' of the checkpoint; see `_profile`.
+      notes: 'classes', 'leaves' and 'bases' of the checkpoint; see `_profile`.
       saved: types of the checkpoint's arrays by path.
       wanted: what the optimizer needs.
     """
     self._saved, self._wanted = saved, wanted
-    self._old, self._new = notes['leaves'], wanted.leaves
+    self._old, self._new = notes['leaves'], wanted.notes['leaves']
     self._classes = notes['classes'], dict(_profile.classes(wanted.tree))
     self._coords_anew: set[str] = set()  # paths of leaves
     self._roots_anew: set[str] = set()  # paths of arrays and nodes
     self._check_params()
-    self._check_drawn(notes.get('drawn', wanted.drawn))
+    self._check_bases(notes.get('bases', {}))
     self._check_matrices()
     self._compare_projectors()
     self._check_classes()
@@ -108,20 +108,22 @@ class Plan:
           'restoring.'
         )
 
-  def _check_drawn(self, old: Mapping[str, str]) -> None:
+  def _check_bases(self, old: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises if coordinates would meet other bases than their own.
 
     RSO keeps B, and draws P again at every step.
     """
-    new = self._wanted.drawn
-    for path in old.keys() & new.keys():
-      if old[path] != new[path]:
-        raise ValueError(
-          f'the saved coordinates of {path!r} are those of bases with '
-          f'{old[path]}, and tx draws bases with {new[path]}; make tx with the '
-          'arguments of the saved state, save merged(params, state) of its '
-          f'optimizer as the parameters, {_START_ANEW}.'
-        )
+    new = self._wanted.notes['bases']
+    for path in sorted(old.keys() & new.keys()):
+      for name, value in new[path].items():
+        if old[path][name] != value:
+          raise ValueError(
+            f'the saved coordinates of {path!r} are those of bases with '
+            f'{name}={old[path][name]!r}, and tx draws bases with '
+            f'{name}={value!r}; make tx with the arguments of the saved state, '
+            'save merged(params, state) of its optimizer as the parameters, '
+            f'{_START_ANEW}.'
+          )
 
   def _check_matrices(self) -> None:
     for path in sorted(set(self._old) ^ set(self._new)):

@@ -3,7 +3,8 @@
 
 Orbax keeps the trees of arrays by path, with shapes and dtypes. Notes beside
 them record what arrays can't: the class of every node of the state and, for
-each projected leaf, its rank, its matrix and its projector. So `restore` needs
+each projected leaf, its rank, its matrix and its projector, or for RSO how its
+bases are drawn. So `restore` needs
 only the new optimizer, and can tell how it differs from the one that saved.
 """
 
@@ -15,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from subspace_optax._chain import _describe
 from subspace_optax._matrix import _notices
 from subspace_optax._matrix import _tree
 from subspace_optax.state import _carry_over
@@ -79,8 +79,7 @@ def save(where: Where, tx: Any, params: Any, state: Any, step: int = 0) -> None:
   notes = {
     'step': int(step),
     'classes': dict(_profile.classes({'opt_state': tree['opt_state']})),
-    'leaves': _profile.projected_leaves(tx, params),
-    'drawn': _describe.drawn_by(tx, params),
+    **_profile.notes(tx, params),
   }
   tree = jax.tree.map(lambda x: x if jnp.size(x) else None, tree)
   if isinstance(where, ocp.training.Checkpointer):
@@ -99,7 +98,7 @@ def restore(
   mesh and the number of processes at the time. Where `tx` differs, the state is
   carried over as far as possible; `changes` and a warning say how:
 
-  - Ranks: see `resize_rank`.
+  - Ranks, but for RSO's: see `resize_rank`.
   - Projectors, such as 'golore' after 'galore': the new rule starts from the
     saved basis. The rule's own state is reset if it has another form than the
     old rule's. If one of the two stores no bases (`regenerate=True`, `dct`), or
@@ -109,11 +108,11 @@ def restore(
   - Dtypes of moments and bases between floats, and of moments between int8 and
     int4: values are rounded.
 
-  Learning rates, gaps, transports and decay rates are those of `tx`. Counters,
-  seeds and injected hyperparameters are those of the checkpoint. Optimizers are
-  told apart only by their states: one whose state has the form of the saved
-  one, such as Yogi after Adam, continues from it, and `changes` does not
-  mention it.
+  Learning rates, gaps (but for RSO's), transports and decay rates are those of
+  `tx`. Counters, seeds and injected hyperparameters are those of the
+  checkpoint. Optimizers are told apart only by their states: one whose state
+  has the form of the saved one, such as Yogi after Adam, continues from it, and
+  `changes` does not mention it.
 
   Args:
     where: the saved folder; or a `training.Checkpointer`, whose newest
@@ -130,7 +129,9 @@ def restore(
   Raises:
     ValueError: parameters with other paths, shapes or dtypes; a state that
       can't be carried over, such as one with another inner optimizer, other
-      projected leaves or another side; a checkpoint that `save` did not write.
+      projected leaves or another side, or of RSO with another rank, gap,
+      sample, `basis_dtype` or `key_group`; a checkpoint that `save` did not
+      write.
     FileNotFoundError: there is no complete checkpoint.
 
   Example:
@@ -148,8 +149,9 @@ def restore(
   """
   saved = _open(where)
   wanted = _profile.Wanted(tx, params, shardings)
-  plan = _carry_over.Plan(saved.notes, _profile.by_path(saved.tree), wanted)
-  arrays = saved.load(plan.types())
+  kinds = _profile.by_path(saved.tree, wanted.path_of)
+  plan = _carry_over.Plan(saved.notes, kinds, wanted)
+  arrays = saved.load(plan.types(), wanted.path_of)
   own = [arrays[k] if x.size else _empty(x) for k, x in wanted.params.items()]
   params = jax.tree.structure(params).unflatten(own)
   state = plan.carry(params, arrays)
@@ -166,11 +168,14 @@ class _Saved(NamedTuple):
   tree: Any  # tree of shapes and dtypes
   read: Callable[[Any], Any]  # such a tree with shardings -> arrays
 
-  def load(self, types: Mapping[str, Any]) -> dict[str, jax.Array]:
+  def load(
+    self, types: Mapping[str, Any], path_of: Callable[[Any], str]
+  ) -> dict[str, jax.Array]:
     """Returns the arrays of `types`, by path."""
-    one = lambda path, _: types.get(_tree.path_str(path), ocp.PLACEHOLDER)
+    one = lambda path, _: types.get(path_of(path), ocp.PLACEHOLDER)
     loaded = self.read(jax.tree.map_with_path(one, self.tree))
-    return {k: x for k, x in _profile.by_path(loaded).items() if k in types}
+    found = _profile.by_path(loaded, path_of)
+    return {path: x for path, x in found.items() if path in types}
 
 
 def _open(where: Where) -> _Saved:

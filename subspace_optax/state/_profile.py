@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint notes beside the arrays, and what an optimizer needs of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import re
 from typing import Any
 
@@ -16,9 +16,11 @@ from subspace_optax._matrix import _tree
 from subspace_optax.steps import _train_step
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def by_path(
+  tree: Any, path_of: Callable[[Sequence[Any]], str] = _tree.path_str
+) -> dict[str, Any]:
   """Returns the leaves of a tree by path."""
-  return {_tree.path_str(p): x for p, x in jax.tree.leaves_with_path(tree)}
+  return {path_of(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def is_in(root: str, path: str) -> bool:
@@ -37,8 +39,21 @@ def classes(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, str]]:
     yield from classes(part, (*path, *key))
 
 
-def projected_leaves(tx: Any, params: Any) -> dict[str, dict[str, Any]]:
-  """Returns, by path, how leaves are projected, in a form fit for JSON."""
+def notes(tx: Any, params: Any) -> dict[str, dict[str, Any]]:
+  """Returns, by path, how leaves are projected, in a form fit for JSON.
+
+  'leaves' are those of `project`; 'bases' decides those of RSO, whose
+  coordinates are of no use in others.
+  """
+  heard = _describe.heard(tx, params)
+  bases = [x.settings for x in heard if isinstance(x, _describe.Drawn)]
+  return {
+    'leaves': _leaves(x for x in heard if isinstance(x, _describe.Record)),
+    'bases': {path: x for settings in bases for path, x in settings.items()},
+  }
+
+
+def _leaves(records: Iterable[_describe.Record]) -> dict[str, dict[str, Any]]:
   return {
     match.path: {
       'rank': match.layout.rank,
@@ -49,7 +64,7 @@ def projected_leaves(tx: Any, params: Any) -> dict[str, dict[str, Any]]:
       'projector': re.sub(' at 0x[0-9a-f]+', '', record.projector.name),
       'orthonormal': record.projector.orthonormal,
     }
-    for record in _describe.projections_of(tx, params)
+    for record in records
     for match in record.matches
     if match and match.layout
   }
@@ -71,8 +86,7 @@ class Wanted:
     params: shapes and shardings of parameters by path, under 'params'.
     state: shapes and shardings of the state by path, under 'opt_state'.
     shardings: shardings of the state's arrays, in order.
-    leaves: see `projected_leaves`.
-    drawn: see `_describe.drawn_by`.
+    notes: see `notes`.
   """
 
   def __init__(self, tx: Any, params: Any, shardings: Any = None):
@@ -83,7 +97,12 @@ class Wanted:
       shardings = _state_sharding.state_sharding(tx, params)
     self.tx, self.boxed = tx, init_shapes(tx, params)
     self.tree = {'opt_state': _tree.unbox(self.boxed)}
-    self.params = by_path({'params': _tree.unbox(params)})
+    bare = {'params': _tree.unbox(params)}
+    self.params = by_path(bare)
+    self._paths = {
+      _saved_path(path): _tree.path_str(path)
+      for path, _ in jax.tree.leaves_with_path(bare | self.tree)
+    }
     self.shardings = jax.tree.leaves(shardings)
     self.state = {
       path: _of_type(x, sharding)
@@ -91,8 +110,17 @@ class Wanted:
         by_path(self.tree).items(), self.shardings, strict=True
       )
     }
-    self.leaves = projected_leaves(tx, params)
-    self.drawn = _describe.drawn_by(tx, params)
+    self.notes = notes(tx, params)
+
+  def path_of(self, path: Sequence[Any]) -> str:
+    """Returns the path of an array in a tree that Orbax returns."""
+    saved = _saved_path(path)
+    return self._paths.get(saved, saved)
+
+
+def _saved_path(path: Any) -> str:
+  # Orbax keeps the string of a key, also of a tuple, which spells a path here.
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def _of_type(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

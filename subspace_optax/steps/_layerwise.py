@@ -91,7 +91,8 @@ def layerwise(
   or `optax.apply_if_finite`, see one layer here. Optimizers with extra
   arguments get `value`, the loss; `grad`, the gradient of that layer; and
   `layer`, its index, None for all other parameters, so that random rounding
-  differs between layers. Line searches, which need `value_fn`, can't work.
+  differs between layers (for states per matrix, a number for each matrix). Line
+  searches, which need `value_fn`, can't work.
 
   Leaves of integers, booleans or random keys have no gradient. In `x` they may
   change from block to block; among the parameters they do not change, and the

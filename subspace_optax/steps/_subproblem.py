@@ -46,13 +46,17 @@ class Rule:
         'take another sample, or name the leaf in `exclude`.'
       )
 
-  def tell(self, match: Any, group: str) -> str:
-    """Returns all on which the bases of a leaf depend, but for its seed."""
-    dtype = jnp.dtype(self.basis_dtype).name
-    return (
-      f'rank {match.layout.rank}, update_proj_gap={self.gap}, '
-      f'sample={self.sample!r}, basis_dtype={dtype}, key_group {group!r}'
-    )
+  def settings(self, match: Any, group: str) -> dict[str, Any]:
+    """Returns what decides P of a leaf but for its seed, fit for JSON."""
+    return {
+      'rank': match.layout.rank,
+      'rows': list(match.layout.rows),
+      'columns': list(match.layout.cols),
+      'update_proj_gap': self.gap,
+      'sample': self.sample,
+      'basis_dtype': jnp.dtype(self.basis_dtype).name,
+      'key_group': group,
+    }
 
   def draw(
     self, layout: _layout.Layout, leaf: jax.Array, seeds: jax.Array, k: Any

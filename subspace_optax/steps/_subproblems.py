@@ -162,18 +162,16 @@ def subproblems(
     update_proj_gap, sample, eta, transport, rounding, spec.basis_dtype
   )
 
-  def group(path):
-    return spec.key_group(path) if spec.key_group else path
-
   def init(params):
     matches = spec.match(params)
     _check_matches.check_matches(spec, matches)
-    told: dict[str, str] = {}
+    drawn: dict[str, dict[str, Any]] = {}
     for match in matches:
       if match and _is_lifted(match):
         rule.check(match)
-        told[match.path] = rule.tell(match, group(match.path))
-    _describe.record_drawn(told)
+        group = _spec.group_of(spec, match.path)
+        drawn[match.path] = rule.settings(match, group)
+    _describe.record_drawn(drawn)
     return _first_states.make_state(spec, first_state, params)
 
   def first_state(params, matches, treedef):
@@ -195,7 +193,7 @@ def subproblems(
     def draw(path, leaf, layout):
       # One array per group, so that query, key and value share one x P.
       key = (
-        group(path),
+        _spec.group_of(spec, path),
         layout.basis_shape,
         layout.rows,
         _sharding.explicit(leaf),
