@@ -113,6 +113,12 @@ def _ready_made(*static: str) -> Callable[[_Make], _Make]:
   return add
 
 
+_INJECTED_SCHEDULES = (
+  ' Schedules that it injects count micro-steps: pass lambda count: '
+  'schedule(count // every_k).'
+)
+
+
 def _check_static(optimizer: str, arguments: Mapping[str, Any]) -> None:
   """Raises if any of these arguments is a jax array, traced or not."""
   traced = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
@@ -123,6 +129,7 @@ def _check_static(optimizer: str, arguments: Mapping[str, Any]) -> None:
       f'{" and ".join(traced)} must be static, got {shown}; with '
       'optax.inject_hyperparams, write optax.inject_hyperparams('
       f'so.{optimizer}, static_args={names}).'
+      + (_INJECTED_SCHEDULES if 'every_k' in names else '')
     )
 
 

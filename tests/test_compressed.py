@@ -257,6 +257,30 @@ def test_any_chain_around_project(name):
   _assert_same(_steps_of(name), tx, _problem(*names).params)
 
 
+def test_boxes_and_a_false_for_a_whole_subtree():
+  bare = {
+    'a': {'w': jnp.ones((4, 6))},
+    'b': {'w': jnp.ones((4, 6)), 'bias': jnp.zeros(6)},
+  }
+  box = lambda x: nn.Partitioned(x, names=(None,) * x.ndim)
+  each = {'a': {'w': True}, 'b': {'w': False, 'bias': False}}
+
+  def loss(params, x):
+    p = nn.meta.unbox(params)
+    return jnp.mean(rso.dot(x, p['a']['w']) * (x @ p['b']['w']))
+
+  def trained(params, mask):
+    tx = optax.masked(so.golore(0.1, inner=optax.identity(), rank=2), mask)
+    step = jax.jit(rso.compressed_step(loss, tx))
+    return step(params, tx.init(params), jnp.ones((3, 4)))[0]
+
+  wanted = trained(bare, each)
+  assert not np.array_equal(wanted['a']['w'], bare['a']['w'])
+  for params in (bare, jax.tree.map(box, bare)):
+    found = nn.meta.unbox(trained(params, {'a': True, 'b': False}))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_bad_batches_change_what_they_always_change():
   """At the second refresh of bases of SVDs, and at that of random ones."""
   # The refresh that is owed after step 2 comes before the other rule does.

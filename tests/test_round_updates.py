@@ -117,6 +117,25 @@ def test_compensated_is_float32_to_the_bit():
   np.testing.assert_array_less(np.abs(exact - wide), (high - low) * 0.5001)
 
 
+def test_updates_of_bfloat16_are_exact_up_to_half_of_a_weight():
+  """Then at most what the update itself is rounded by is lost."""
+  rng = np.random.default_rng(0)
+  draw = lambda size: jnp.asarray(rng.standard_normal(4000) * size, BF16)
+  p, u = draw(1.0), draw(10.0 ** rng.uniform(-4, 1, 4000))
+  tx = so.round_updates('compensated')
+  v, state = cases.jit(tx.update)(u, tx.init(p), p)
+  weights = jnp.asarray(optax.apply_updates(p, v), jnp.float32)
+  found = _wide(_rounding.joined(weights, state.lost))
+  p, u, v = (np.asarray(x, np.float32) for x in (p, u, v))
+  exact, moved = p + u, np.abs(v - u)
+  is_small = np.abs(u) <= np.abs(p) / 2
+  np.testing.assert_array_equal(found[is_small], exact[is_small])
+  error = np.abs(found - exact)[~is_small]
+  least = 2 * np.spacing(np.abs(exact))
+  np.testing.assert_array_less(error, (moved + least)[~is_small])
+  np.testing.assert_array_less(error, np.abs(u)[~is_small] / 128)
+
+
 def test_compensated_float16():
   rng = np.random.default_rng(0)
   start = np.float16(10.0 ** rng.uniform(-5, 2, (8, 32)))

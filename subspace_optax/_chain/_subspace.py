@@ -64,7 +64,8 @@ def subspace(
       chained after it run at every micro-step.)
     after: a transformation of whole updates, such as weight decay and learning
       rate. It runs once every k micro-steps; transformations chained after
-      `subspace` run at every one.
+      `subspace` run at every one, and schedules of `optax.inject_hyperparams`
+      count all of them.
 
   Returns:
     A transformation from gradients to updates of the same dtypes, without

@@ -50,9 +50,10 @@ def round_updates(
       average; its state is a counter. (p + u is a float32: updates under 6e-8
       of a weight are lost.) 'compensated' rounds bfloat16 and float16 to the
       nearest, keeps the rounding error, and adds it to the next step; the error
-      takes 2 bytes per parameter. Weights of bfloat16 are then those of float32
-      training, rounded; for float16 weights below 1e-5, steps under 3e-8 may be
-      lost.
+      takes 2 bytes per parameter. For updates of float32, weights of bfloat16
+      are then those of float32 training, rounded; for float16 weights below
+      1e-5, steps under 3e-8 may be lost. Updates of bfloat16 hold 8 bits: a
+      step larger than half of its weight may be off by 1/128 of itself.
     seed: seed of the stochastic rounding.
 
   Returns:
@@ -131,7 +132,7 @@ def _compensated() -> optax.GradientTransformationExtraArgs:
       exact = _rounding.joined(wide, lost) + u
       u = _to(_rounding.nearest(exact, p.dtype), wide).astype(dtype)
       # The parameter after `optax.apply_updates`.
-      near = _rounding.nearest(wide + u.astype(jnp.float32), p.dtype)
+      near = _rounding.converted(wide + u.astype(jnp.float32), p.dtype)
       return u, _rounding.low_bits(exact, near)
 
     before, treedef = _tree.flatten(state.lost)

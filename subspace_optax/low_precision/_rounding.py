@@ -64,6 +64,16 @@ def nearest(x: jax.Array, dtype: Any) -> jax.Array:
   return jnp.where(jnp.abs(x) < 2.0**-14, small, normal)
 
 
+def converted(x: jax.Array, dtype: Any) -> jax.Array:
+  """Returns what a conversion to bfloat16 or float16 makes, in float32.
+
+  Unlike with `nearest`, halves go to the even one of two bfloat16.
+  """
+  if dtype == jnp.bfloat16:
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+  return nearest(x, dtype)
+
+
 def low_bits(x: jax.Array, near: jax.Array) -> jax.Array:
   """Returns, as int16, the difference of float32 and its nearest value.
 

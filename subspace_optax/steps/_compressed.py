@@ -117,15 +117,22 @@ def compressed_step(
 
 def _gradients_like(tx: Any, params: Any) -> Any:
   """Returns the shapes of the gradients of a compressed step."""
-  pairs, _ = _tree.flatten(params)
-  entries = [x for _, x in pairs]
-  for record in _describe.records_of(tx, params):
-    for i, match in enumerate(record.matches):
-      if match and match.layout:
-        dtype = jnp.promote_types(match.leaf.dtype, jnp.float32)
-        shape = match.layout.coords_shape
-        entries[i] = jax.ShapeDtypeStruct(shape, dtype)
-  return _tree.replace_entries(params, entries)
+  shapes = {
+    match.path: jax.ShapeDtypeStruct(
+      match.layout.coords_shape,
+      jnp.promote_types(match.leaf.dtype, jnp.float32),
+    )
+    for record in _describe.records_of(tx, params)
+    for match in record.matches
+    if match and match.layout
+  }
+  take = lambda path, leaf: shapes.get(path, leaf)
+  return _tree.map_entries(take, params)
+
+
+def _projected(record: _describe.Record) -> dict[str, _spec.Match]:
+  """Returns the matches of a `project`'s leaves, by path."""
+  return {m.path: m for m in record.matches if m and m.layout}
 
 
 class _Found(NamedTuple):
@@ -139,10 +146,12 @@ class _Found(NamedTuple):
 
 def _projections(tx: Any, params: Any, state: Any) -> list[_Found]:
   """Returns every `project` in `tx` that has leaves, with its state."""
-  states = {_projection.paths(x): (x, first) for x, first in _states(state)}
+  states = {
+    _projection.paths(x): (x, first) for x, first in _states(_tree.unbox(state))
+  }
   found = []
   for record in _describe.records_of(tx, params):
-    paths = tuple(m.path for m in record.matches if m and m.layout)
+    paths = tuple(_projected(record))
     if not paths:
       continue
     if paths not in states:
@@ -182,28 +191,35 @@ def _needs_gradient(found: list[_Found]) -> Any:
 
 def _refresh(one: _Found, params: Any) -> _refresh_bases.Refreshed:
   """Returns what one `project` refreshes in the next step."""
-  pairs, _ = _tree.flatten(params)
-  mine = [
-    x if match else optax.MaskedNode()
-    for match, (_, x) in zip(one.record.matches, pairs, strict=True)
-  ]
   phases = _projection.Projection(one.record.spec, one.record.projector)
-  params = _tree.replace_entries(params, mine)
+  params = _hide_from(one, params)
   return phases.refresh_without_gradients(one.state, params, one.first)
+
+
+def _hide_from(one: _Found, params: Any) -> Any:
+  """Returns `params` with what wrappers hide from a `project` masked."""
+  seen = {match.path for match in one.record.matches if match}
+  # A wrapper hides a subtree as a whole, or leaf by leaf.
+  hidden = {path for path, _ in _tree.flatten(one.state.seed)[0]} - seen
+  mask = lambda path, x: (
+    optax.MaskedNode() if _tree.path_str(path) in hidden else x
+  )
+  is_hidden = lambda path, _: _tree.path_str(path) in hidden
+  return jax.tree.map_with_path(
+    mask, params, is_leaf=is_hidden, is_leaf_takes_path=True
+  )
 
 
 def _bases(
   found: list[_Found], refreshed: list[_refresh_bases.Refreshed], params: Any
 ) -> tuple[list[_spec.Match | None], Any]:
   """Returns the matches and bases of all leaves in the next step."""
-  pairs, treedef = _tree.flatten(params)
-  matches: list[Any] = [None] * len(pairs)
-  bases: list[Any] = [optax.MaskedNode()] * len(pairs)
+  matches: dict[str, _spec.Match] = {}
+  bases: dict[str, Any] = {}
   for one, new in zip(found, refreshed, strict=True):
+    matches |= _projected(one.record)
     drawn, _ = _tree.flatten(new.subspaces.basis)
-    for i, (match, (_, basis)) in enumerate(
-      zip(one.record.matches, drawn, strict=True)
-    ):
-      if not _tree.is_masked(basis):
-        matches[i], bases[i] = match, basis
-  return matches, treedef.unflatten(bases)
+    bases |= {path: x for path, x in drawn if not _tree.is_masked(x)}
+  pairs, treedef = _tree.flatten(params)
+  every = [bases.get(path, optax.MaskedNode()) for path, _ in pairs]
+  return [matches.get(path) for path, _ in pairs], treedef.unflatten(every)
