@@ -97,8 +97,7 @@ def from_torch(
   layouts, gap = _layouts_and_gap(tx, params)
   start = tx.init(params)
   wide = _coded_state.all_decoded(start)
-  bare = _tree.unbox(wide)
-  shapes = _shapes_of_moments(bare)
+  shapes = _shapes_of_moments(wide)
   step = _galore_torch.check_states(state, names, shapes)
   leaves = {
     path: _galore_torch.read_leaf(
@@ -110,11 +109,10 @@ def from_torch(
     for path, shape in shapes.items()
   }
   fill = lambda x: _FILLS[type(x)](x, leaves) if type(x) in _FILLS else x
-  new = jax.tree.map(fill, bare, is_leaf=lambda x: type(x) in _FILLS)
+  new = jax.tree.map(fill, wide, is_leaf=lambda x: type(x) in _FILLS)
   new = jax.tree.map_with_path(
     lambda path, x: jnp.full_like(x, step) if _is_count(path) else x, new
   )
-  new = jax.tree.structure(wide).unflatten(jax.tree.leaves(new))
   return _coded_state.all_encoded(new, start)
 
 

@@ -448,9 +448,11 @@ def test_a_path_that_is_the_end_of_another():
     np.testing.assert_array_equal(p[:, :2], np.asarray(old[path], np.float64))
 
 
-@pytest.mark.parametrize('wrapped', ['MultiSteps', 'trace'])
+@pytest.mark.parametrize('wrapped', ['MultiSteps', 'trace', 'codes'])
 def test_boxes_that_a_wrapper_keeps(wrapped):
   def make(rank):
+    if wrapped == 'codes':
+      return so.golore(0.1, rank=rank, moment_bits=8)
     if wrapped == 'MultiSteps':
       return optax.MultiSteps(so.golore(0.1, rank=rank), 2)
     return optax.chain(so.golore(0.1, rank=rank), optax.trace(0.9))

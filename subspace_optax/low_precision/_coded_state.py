@@ -84,24 +84,28 @@ def encoded(
 
 
 def all_decoded(state: Any) -> Any:
-  """Returns any state with its codes and scales decoded to float32 moments."""
+  """Returns any state without boxes, its moments decoded to float32.
+
+  Boxes go first, since those of codes and scales name different axes.
+  """
   return jax.tree.map(
     lambda x: CodedState(x.count, decoded(x), {}) if _is_state(x) else x,
-    state,
+    _tree.unbox(state),
     is_leaf=_is_state,
   )
 
 
 def all_encoded(wide: Any, like: Any) -> Any:
-  """Undoes `all_decoded`: returns its result, coded like the state `like`."""
-  return jax.tree.map(
+  """Returns the result of `all_decoded`, coded and boxed like a state."""
+  coded = jax.tree.map(
     lambda x, y: (
       encoded(x.coded, y._replace(count=x.count)) if _is_state(x) else x
     ),
     wide,
-    like,
+    _tree.unbox(like),
     is_leaf=_is_state,
   )
+  return jax.tree.structure(like).unflatten(jax.tree.leaves(coded))
 
 
 def _change(

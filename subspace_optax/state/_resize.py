@@ -103,9 +103,9 @@ def carry_over(
   }
   # At another rank, quantized moments have other blocks.
   old, new = map(_coded_state.all_decoded, (state, start))
-  pairs = list(_pairs(_tree.unbox(old), _tree.unbox(new)))
+  pairs = list(_pairs(old, new))
   leaves = _projected_leaves(pairs, new, layouts, anew)
-  fresh = _fresh_paths(pairs, _tree.unbox(new), params, leaves)
+  fresh = _fresh_paths(pairs, new, params, leaves)
   arrays = [
     new if path in fresh else _resized(path, old, new, leaves)
     for path, old, new in pairs
