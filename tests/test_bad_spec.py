@@ -94,9 +94,8 @@ def test_traced_integers_are_named_with_the_call_that_is_right(
   call = f'inject_hyperparams(so.{factory.__name__}, static_args={names})'
   with errors.raises(TypeError, *names, call):
     make(learning_rate=1e-3, **arguments).init(PARAMS)
-  if 'every_k' in names:
-    call = 'schedule(count // every_k)'
-  with errors.raises(TypeError, *names, call):
+  more = ['schedule(count // every_k)'] if 'every_k' in names else []
+  with errors.raises(TypeError, *names, call, *more):
     jax.eval_shape(make(learning_rate=1e-3, **arguments).init, params)
   make = optax.inject_hyperparams(factory, static_args=names)
   jax.eval_shape(make(learning_rate=1e-3, **arguments).init, params)

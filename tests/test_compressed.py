@@ -257,7 +257,8 @@ def test_any_chain_around_project(name):
   _assert_same(_steps_of(name), tx, _problem(*names).params)
 
 
-def test_boxes_and_a_false_for_a_whole_subtree():
+@pytest.mark.parametrize('dtype', ['float32', 'int8'])
+def test_boxes_and_a_false_for_a_whole_subtree(dtype):
   bare = {
     'a': {'w': jnp.ones((4, 6))},
     'b': {'w': jnp.ones((4, 6)), 'bias': jnp.zeros(6)},
@@ -270,7 +271,9 @@ def test_boxes_and_a_false_for_a_whole_subtree():
     return jnp.mean(rso.dot(x, p['a']['w']) * (x @ p['b']['w']))
 
   def trained(params, mask):
-    tx = optax.masked(so.golore(0.1, inner=optax.identity(), rank=2), mask)
+    spec = so.SubspaceSpec(2, basis_dtype=dtype, only_if_smaller=False)
+    golore = so.golore(0.1, inner=optax.identity(), spec=spec)
+    tx = optax.masked(golore, mask)
     step = jax.jit(rso.compressed_step(loss, tx))
     return step(params, tx.init(params), jnp.ones((3, 4)))[0]
 

@@ -448,11 +448,9 @@ def test_a_path_that_is_the_end_of_another():
     np.testing.assert_array_equal(p[:, :2], np.asarray(old[path], np.float64))
 
 
-@pytest.mark.parametrize('wrapped', ['MultiSteps', 'trace', 'codes'])
+@pytest.mark.parametrize('wrapped', ['MultiSteps', 'trace'])
 def test_boxes_that_a_wrapper_keeps(wrapped):
   def make(rank):
-    if wrapped == 'codes':
-      return so.golore(0.1, rank=rank, moment_bits=8)
     if wrapped == 'MultiSteps':
       return optax.MultiSteps(so.golore(0.1, rank=rank), 2)
     return optax.chain(so.golore(0.1, rank=rank), optax.trace(0.9))
@@ -463,6 +461,29 @@ def test_boxes_that_a_wrapper_keeps(wrapped):
   assert jax.tree.structure(got) == jax.tree.structure(make(4).init(params))
   p = np.asarray(measure.bases(got)['w'], np.float64)
   np.testing.assert_allclose(p.T @ p, np.eye(4), atol=1e-5)
+
+
+def test_boxes_around_codes():
+  """Those of moments and of bases, beside bare parameters."""
+
+  def make(rank):
+    spec = so.SubspaceSpec(rank, basis_dtype='int8')
+    return so.golore(0.1, moment_bits=8, spec=spec)
+
+  def resized(params):
+    state = cases.jit(make(16).init)(params)
+    _, state = cases.jit(make(16).update)(params, state, params)
+    return so.resize_rank(make(24), state, params)
+
+  w = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
+  got, wanted = (
+    jax.tree.leaves(resized({'w': x}))
+    for x in (nn.Partitioned(w, names=('e', 'm')), w)
+  )
+  for x, y in zip(got, wanted, strict=True):
+    np.testing.assert_array_equal(x, y)
+  assert sum(x.dtype == jnp.int8 for x in got) == 2
+  assert all(np.any(np.asarray(x)) for x in got if x.dtype == jnp.int8)
 
 
 @pytest.mark.parametrize(

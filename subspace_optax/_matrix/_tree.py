@@ -29,8 +29,11 @@ def is_entry(x: Any) -> bool:
 
 
 def unbox(tree: Any) -> Any:
-  """Returns `tree` with boxes replaced by the arrays inside them."""
-  return _boxes.unbox(tree, is_leaf=is_entry)
+  """Returns `tree` with boxes replaced by the arrays inside them.
+
+  Also inside of entries: each part of a `QuantizedBasis` has a box of its own.
+  """
+  return _boxes.unbox(tree)
 
 
 def path_str(path: Sequence[Any]) -> str:

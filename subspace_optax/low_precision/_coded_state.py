@@ -96,7 +96,7 @@ def all_decoded(state: Any) -> Any:
 
 
 def all_encoded(wide: Any, like: Any) -> Any:
-  """Returns the result of `all_decoded`, coded and boxed like a state."""
+  """Undoes `all_decoded`: returns its result, coded and boxed like `like`."""
   coded = jax.tree.map(
     lambda x, y: (
       encoded(x.coded, y._replace(count=x.count)) if _is_state(x) else x

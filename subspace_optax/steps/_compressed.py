@@ -118,19 +118,18 @@ def compressed_step(
 def _gradients_like(tx: Any, params: Any) -> Any:
   """Returns the shapes of the gradients of a compressed step."""
   shapes = {
-    match.path: jax.ShapeDtypeStruct(
+    path: jax.ShapeDtypeStruct(
       match.layout.coords_shape,
       jnp.promote_types(match.leaf.dtype, jnp.float32),
     )
     for record in _describe.records_of(tx, params)
-    for match in record.matches
-    if match and match.layout
+    for path, match in _projected(record).items()
   }
   take = lambda path, leaf: shapes.get(path, leaf)
   return _tree.map_entries(take, params)
 
 
-def _projected(record: _describe.Record) -> dict[str, _spec.Match]:
+def _projected(record: _describe.Record) -> dict[str, Any]:
   """Returns the matches of a `project`'s leaves, by path."""
   return {m.path: m for m in record.matches if m and m.layout}
 
@@ -201,10 +200,8 @@ def _hide_from(one: _Found, params: Any) -> Any:
   seen = {match.path for match in one.record.matches if match}
   # A wrapper hides a subtree as a whole, or leaf by leaf.
   hidden = {path for path, _ in _tree.flatten(one.state.seed)[0]} - seen
-  mask = lambda path, x: (
-    optax.MaskedNode() if _tree.path_str(path) in hidden else x
-  )
   is_hidden = lambda path, _: _tree.path_str(path) in hidden
+  mask = lambda path, x: optax.MaskedNode() if is_hidden(path, x) else x
   return jax.tree.map_with_path(
     mask, params, is_leaf=is_hidden, is_leaf_takes_path=True
   )
