@@ -7,6 +7,7 @@
 import copy
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,6 +234,11 @@ def test_moments_in_8_bits_are_rounded():
   kept = exported({'w': theirs})
   state = so.from_torch(tx, kept, params, {'mlp/kernel': 'w'})
   assert any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
+  boxed = jax.tree.map(lambda x: nn.Partitioned(x, ('in', 'out')), params)
+  again = so.from_torch(tx, kept, boxed, {'mlp/kernel': 'w'})
+  assert jax.tree.structure(again) == jax.tree.structure(tx.init(boxed))
+  for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(x, y)
   g = np.random.default_rng(3).standard_normal((256, 64))
   updates, _ = jax.jit(tx.update)(
     {'mlp': {'kernel': jnp.asarray(g.T, jnp.float32)}}, state, params
