@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import flax
 from flax import nnx
 import flax.linen as nn
 import jax
@@ -494,12 +495,23 @@ def test_rules_whose_names_have_numbers_are_not_one(tmp_path):
 def test_keys_that_are_tuples(tmp_path):
   """Of `flax.traverse_util.flatten_dict`; Orbax spells them as strings."""
   params = {('up', 'kernel'): normal(12, 20), ('norm', 'scale'): jnp.ones(12)}
-  state = saved(tmp_path, so.golore(0.1, 3), params)
-  run = restored(tmp_path, so.golore(0.1, 3), params)
+  make = lambda rank, projector: so.subspace(
+    SPEC(rank), projector, optax.scale_by_adam(), transport='first'
+  )
+  tx = make(3, projectors.stiefel(9))
+  state = saved(tmp_path, tx, params)
+  run = restored(tmp_path, tx, params)
   assert run.changes == ()
   assert_same((run.params, run.state), (params, state))
-  run = restored(tmp_path, so.golore(0.1, 4), params)
+  run = restored(tmp_path, make(4, projectors.stiefel(9)), params)
   assert run.changes == ('rank 3 -> 4 of up/kernel',)
+  # Bases that the new rule does not store; then a tree without tuples.
+  run = restored(tmp_path, make(3, projectors.dct(9)), params)
+  assert 'basis and moments anew of up/kernel' in run.changes
+  run = restored(tmp_path, tx, flax.traverse_util.unflatten_dict(params))
+  assert run.changes == ()
+  leaves = jax.tree.leaves
+  assert_same(leaves((run.params, run.state)), leaves((params, state)))
 
 
 @pytest.mark.parametrize(
@@ -522,7 +534,8 @@ def test_coordinates_do_not_meet_other_bases(tmp_path, name, other):
     return so.rso.subproblems(spec, optax.adam(0.1), **rule).step(jnp.sum)
 
   params = {'gate': normal(12, 20), 'up': normal(12, 20)}
-  state = saved(tmp_path, step(), params)
+  gap = np.int64(200)  # the default, as no JSON takes it
+  state = saved(tmp_path, step(update_proj_gap=gap), params)
   assert_same(restored(tmp_path, step(), params).state, state)
   with errors.raises(ValueError, "'gate'", f' {name}=', 'merged'):
     restored(tmp_path, step(**{name: other}), params)

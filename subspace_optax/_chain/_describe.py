@@ -145,7 +145,11 @@ def projections_of(tx: Any, params: Any) -> list[Record]:
 
 
 def heard(tx: Any, params: Any) -> list[Record | Whole | Drawn]:
-  """Returns the records of all parts of an optimizer at `init`."""
+  """Returns the records of all parts of an optimizer at `init`.
+
+  What `init` says to users is not said. A part that is traced twice, as by
+  `optax.MultiSteps`, is there twice.
+  """
   records: list[Record | Whole | Drawn] = []
   with _listening(records), _notices.quiet(errors=True):
     # A new function each time, since jax caches traces by function.

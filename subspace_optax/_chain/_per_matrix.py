@@ -58,7 +58,8 @@ def per_matrix(
       s = structure.unflatten(row)
       layer = extra_args.get('layer')
       layer = index if layer is None else _noise.seed_of_layer(layer, index)
-      u, s = inner.update(u, s, weight, **{**extra_args, 'layer': layer})
+      known = {} if layer is None else {'layer': layer}
+      u, s = inner.update(u, s, weight, **{**extra_args, **known})
       return u, tuple(jax.tree.leaves(s))
 
     results = [

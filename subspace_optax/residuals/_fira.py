@@ -54,6 +54,7 @@ def fira(
 
   Raises:
     ValueError: a limiter below 1; `rounding` outside [0, 1).
+    TypeError: `rounding` is no number.
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, Eq. (5)-(7)
@@ -70,7 +71,7 @@ def fira(
   """
   _base.check_limiter(limiter)
   if rounding is not None:
-    _arguments.check_decay(rounding, 'rounding')
+    _arguments.check_decay(rounding, 'rounding, if not None,')
 
   def update(node: _projected.Projected, scale: Any, count: Any, last: Any):
     layout, r = node.layout, node.coords
@@ -85,7 +86,8 @@ def fira(
     outside = total - share * (2.0 - share) * inner
     outside = jnp.maximum(outside, 0.0)  # a difference of rounded sums
     if rounding is not None:
-      outside = jnp.where(outside <= rounding * total, 0.0, outside)
+      little = (outside <= rounding * total) & jnp.isfinite(total)
+      outside = jnp.where(little, 0.0, outside)
     norm = _linalg.safe_sqrt(layout.sum_columns(phi * phi * outside))
     raw = 1.0 if official_betas is None else _bias(official_betas, count)
     factor, last = _base.limit_growth(raw * norm, last, limiter)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint notes beside the arrays, and what an optimizer needs of them."""
 
+import ast
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import re
 from typing import Any
@@ -114,13 +115,23 @@ class Wanted:
 
   def path_of(self, path: Sequence[Any]) -> str:
     """Returns the path of an array in a tree that Orbax returns."""
-    saved = _saved_path(path)
-    return self._paths.get(saved, saved)
+    return self._paths.get(_saved_path(path)) or '/'.join(map(_spelled, path))
 
 
 def _saved_path(path: Any) -> str:
   # Orbax keeps the string of a key, also of a tuple, which spells a path here.
   return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _spelled(key: Any) -> str:
+  """Returns a key of Orbax's tree, that of a tuple as the path it spells."""
+  name = _saved_path((key,))
+  if not name.startswith('('):
+    return name
+  try:
+    return '/'.join(map(str, ast.literal_eval(name)))
+  except (SyntaxError, ValueError):
+    return name
 
 
 def _of_type(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -52,7 +52,7 @@ class Rule:
       'rank': match.layout.rank,
       'rows': list(match.layout.rows),
       'columns': list(match.layout.cols),
-      'update_proj_gap': self.gap,
+      'update_proj_gap': int(self.gap),  # JSON takes no integers of numpy
       'sample': self.sample,
       'basis_dtype': jnp.dtype(self.basis_dtype).name,
       'key_group': group,
