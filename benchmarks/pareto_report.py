@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import math
 import re
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,10 +29,11 @@ NOTES = """
 - **loss vs adamw** and **z** compare the seeds that both methods ran, since
   some seeds are easier. z is the difference to AdamW's loss over its standard
   error. The error comes from sigma, the standard deviation of one seed, pooled
-  over all methods of a table. It treats the seeds of two methods as
-  independent, which makes z too small if anything. If a method
-  were no different from AdamW, a z beyond 3.1 would have a chance of 0.2 %, for
-  one comparison.
+  over all points of a table that have several seeds. It treats the seeds of two
+  methods as independent, which makes z too small if anything. If a method were
+  no different from AdamW, z would have Student's t-distribution with sigma's
+  degrees of freedom: for one comparison, a z beyond 3.1 would have a chance of
+  0.3 % with 70 of them, and of 2 % with 6.
 - **AdamW needs** is an upper bound on the tokens that AdamW needs for the same
   loss, as a multiple of the method's. It is interpolated between AdamW's own
   runs of other lengths, linearly in the logarithm of tokens; these lines are
@@ -77,13 +78,25 @@ def mean(search: dict) -> float:
   return statistics.fmean(losses(search))
 
 
-def sigma(searches: list[dict]) -> float | None:
-  """The pooled standard deviation of a seed; None if no method has two."""
-  groups = [x for x in map(losses, searches) if len(x) > 1]
-  groups = [x for x in groups if all(map(math.isfinite, x))]
-  free = sum(len(x) - 1 for x in groups)
-  squares = sum((len(x) - 1) * statistics.variance(x) for x in groups)
-  return (squares / free) ** 0.5 if free else None
+class Spread(NamedTuple):
+  """How much the losses of one seed vary."""
+
+  sigma: float  # the pooled standard deviation
+  free: int  # its degrees of freedom
+
+
+def spread_of(searches: list[dict]) -> Spread | None:
+  """Pooled over all points; None if none has two seeds."""
+  points: dict[tuple, list[float]] = {}
+  for i, search in enumerate(searches):
+    for run in search['runs']:
+      if run['test'] is not None:
+        point = (i, run['lr'], run['decay'])
+        points.setdefault(point, []).append(run['test'])
+  several = [x for x in points.values() if len(x) > 1]
+  free = sum(len(x) - 1 for x in several)
+  squares = sum((len(x) - 1) * statistics.variance(x) for x in several)
+  return Spread((squares / free) ** 0.5, free) if free else None
 
 
 def on_common_seeds(*searches: dict) -> list[list[float]]:
@@ -95,13 +108,13 @@ def on_common_seeds(*searches: dict) -> list[list[float]]:
   return [losses(x | {'runs': common(x)}) for x in searches]
 
 
-def z_score(one: dict, other: dict, spread: float | None) -> float | None:
+def z_score(one: dict, other: dict, spread: Spread | None) -> float | None:
   """The difference of two losses over its standard error; less is better."""
   if not spread or one is other:
     return None
   pair = on_common_seeds(one, other)
   difference = statistics.fmean(pair[0]) - statistics.fmean(pair[1])
-  return difference / (spread * (2 / len(pair[0])) ** 0.5)
+  return difference / (spread.sigma * (2 / len(pair[0])) ** 0.5)
 
 
 def change(one: dict, other: dict) -> str:
@@ -131,7 +144,7 @@ def front(searches: list[dict]) -> list[dict]:
 
 def sentence(searches: list[dict]) -> str:
   """The front in words: from how many bytes on which method, with z."""
-  spread, kept = sigma(searches), front(searches)
+  spread, kept = spread_of(searches), front(searches)
   parts = []
   for below, search in zip([None, *kept], kept, strict=False):
     size = search['memory']['optimizer_bytes'] / MIB
@@ -178,7 +191,7 @@ def _smooth(search: dict) -> np.ndarray:
 def cells(
   search: dict,
   base: dict | None = None,
-  spread: float | None = None,
+  spread: Spread | None = None,
   adamws: Sequence[dict] = (),
 ) -> list[str]:
   """One line; some of its cells are relative to AdamW's."""
@@ -261,7 +274,7 @@ def markdown(results: dict[str, Any]) -> str:
   for name, searches in groups(results).items():
     if all(search['method'] == 'adamw' for search in searches):
       continue  # a length that others are compared with
-    spread = sigma(searches)
+    spread = spread_of(searches)
     base = adamw(searches)
     rows = [
       cells(search, base, spread, adamws)
@@ -269,7 +282,9 @@ def markdown(results: dict[str, Any]) -> str:
       if not contenders.CONTENDERS[search['method']].varies
     ]
     text += f'\n### {name}\n\n{sentence(select_ready(searches))}\n'
-    text += f'\nSigma is {spread:.4f}.\n' if spread else ''
+    if spread:
+      free = f'{spread.free} degrees of freedom'
+      text += f'\nSigma is {spread.sigma:.4f}, with {free}.\n'
     text += f'\n{harness.table(HEAD, rows)}\n'
     if varied := variations(searches):
       text += f'\n{VARIED}\n{harness.table(("method", *_SPLITS), varied)}\n'

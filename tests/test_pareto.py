@@ -202,15 +202,24 @@ def test_a_warm_up_is_a_share_of_the_steps():
 
 
 def test_sigma_and_z():
-  spread = pareto_report.sigma(ALL)
+  spread = pareto_report.spread_of(ALL)
   parts = [0.02**2 / 2, 2 * 0.02**2, 0.01**2 / 2]
-  np.testing.assert_allclose(spread, (sum(parts) / 4) ** 0.5)
+  assert spread.free == 4
+  np.testing.assert_allclose(spread.sigma, (sum(parts) / 4) ** 0.5)
   # Of the two seeds that both have.
   z = pareto_report.z_score(GOOD, ADAMW, spread)
-  np.testing.assert_allclose(z, (1.41 - 1.51) / spread)
+  np.testing.assert_allclose(z, (1.41 - 1.51) / spread.sigma)
   assert pareto_report.change(GOOD, ADAMW) == '-6.62 %'
-  assert pareto_report.sigma([SMALL]) is None
+  assert pareto_report.spread_of([SMALL]) is None
   assert pareto_report.z_score(SMALL, ADAMW, None) is None
+
+
+def test_sigma_takes_seeds_of_points_that_are_not_the_best_too():
+  more = [{'lr': 9.0, 'decay': 0.0, 'test': x} for x in (2.0, 2.2, None)]
+  again = {**SMALL, 'runs': [*SMALL['runs'], *more]}
+  spread = pareto_report.spread_of([again])
+  assert spread.free == 1
+  np.testing.assert_allclose(spread.sigma, 0.2 / 2**0.5)
 
 
 def test_the_front_is_what_nothing_smaller_beats():

@@ -16,6 +16,7 @@ from benchmarks.claims import counter
 import subspace_optax as so
 
 M, COLUMNS, RANKS, COUNT, STEPS = 16, 16, (1, 2, 4, 8, 16), 50, 2000
+DRAWN = (1, 4, 16)
 RANK = M // 4  # of momentum and Adam
 SMOOTHNESS = 3.0
 # Equal curvatures, for which the bound is tight, and a spread of 10.
@@ -107,7 +108,9 @@ def picture(panels: Any, data: dict) -> None:
   """The share of the bound, and the decay of the others."""
   left, right = panels
   for name, ratio in data['gd'].items():
-    color = f'C{RANKS.index(int(name.split("= ")[1]))}'
+    if (rank := int(name.split('= ')[1])) not in DRAWN:
+      continue
+    color = f'C{DRAWN.index(rank)}'
     style = '-' if name.startswith('equal') else '--'
     left.plot(range(1, len(ratio) + 1), ratio, style, color=color, label=name)
   left.axhline(1, color='k', linestyle=':')
