@@ -78,4 +78,5 @@ def picture(axes: Any, data: dict) -> None:
     bound = parameters(int(rank)).bound
     axes.axhline(bound, color=f'C{i}', ls='--', label=f'{share}: bound')
   axes.set(xlabel='subproblem', ylabel='||grad f||^2')
-  axes.legend(fontsize=8)
+  axes.set_ylim(bottom=0.6)  # below the lines there is room for the legend
+  axes.legend(fontsize=8, loc='lower left')
