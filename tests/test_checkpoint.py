@@ -514,6 +514,15 @@ def test_keys_that_are_tuples(tmp_path):
   assert_same(leaves((run.params, run.state)), leaves((params, state)))
 
 
+@pytest.mark.parametrize('key', ['(3)', '(up', "('ab')"])
+def test_keys_that_are_no_tuples(tmp_path, key):
+  params = {key: normal(12, 20), 'w': jnp.ones(3)}
+  state = saved(tmp_path, so.golore(0.1, 3), params)
+  assert_same(restored(tmp_path, so.golore(0.1, 3), params).state, state)
+  with errors.raises(ValueError, f'params/{key}'):
+    restored(tmp_path, so.golore(0.1, 3), {'w': params['w']})
+
+
 @pytest.mark.parametrize(
   'name, other',
   [
@@ -534,7 +543,7 @@ def test_coordinates_do_not_meet_other_bases(tmp_path, name, other):
     return so.rso.subproblems(spec, optax.adam(0.1), **rule).step(jnp.sum)
 
   params = {'gate': normal(12, 20), 'up': normal(12, 20)}
-  gap = np.int64(200)  # the default, as no JSON takes it
+  gap = np.int64(200)  # the default, of a type that JSON does not take
   state = saved(tmp_path, step(update_proj_gap=gap), params)
   assert_same(restored(tmp_path, step(), params).state, state)
   with errors.raises(ValueError, "'gate'", f' {name}=', 'merged'):

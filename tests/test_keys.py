@@ -142,3 +142,20 @@ def test_matrices_with_states_of_their_own_round_apart(stacked):
     pairs = [(of_layer(0)[0], of_layer(1)[0])]
   for first, second in pairs:
     assert 0.05 < np.mean(first != second) < 0.6
+
+
+def test_an_optimizer_that_takes_no_layer_gets_none():
+  """There is none outside of stacks and of the layers of `layerwise`."""
+  taken = []
+
+  def update(updates, state, params=None, *, value=None):
+    taken.append(value)
+    return updates, state
+
+  inner = optax.GradientTransformationExtraArgs(optax.identity().init, update)
+  tx = so.subspace(
+    so.SubspaceSpec(8), projectors.stiefel(9), inner, transport='reset'
+  )
+  tree = {'w': jax.random.normal(jax.random.key(0), (32, 64))}
+  tx.update(tree, tx.init(tree), tree, value=2.0)
+  assert taken[-1] == 2.0

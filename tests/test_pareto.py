@@ -212,6 +212,8 @@ def test_sigma_and_z():
   assert pareto_report.change(GOOD, ADAMW) == '-6.62 %'
   assert pareto_report.spread_of([SMALL]) is None
   assert pareto_report.z_score(SMALL, ADAMW, None) is None
+  none = pareto_report.Spread(0.0, 1)
+  assert pareto_report.z_score(SMALL, ADAMW, none) is None
 
 
 def test_sigma_takes_seeds_of_points_that_are_not_the_best_too():

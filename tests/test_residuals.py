@@ -438,12 +438,11 @@ def test_fira_forgets_the_rounding_of_a_gradient_inside_its_basis(dtype):
   assert norm_of_second(low) > 0.7 * unlimited
 
 
-@pytest.mark.parametrize('overflowing', [3e19, math.inf, math.nan])
-def test_fira_takes_no_column_that_is_not_finite_for_rounding(overflowing):
+def test_fira_takes_no_column_that_overflows_for_rounding():
   """The norm of the other columns alone would be remembered."""
   params = {'w': jnp.zeros((32, 48))}
   gradient = jax.random.normal(jax.random.key(0), (32, 48))
   tx = so.fira_adamw(1.0, 8)
-  bad = {'w': gradient.at[3, 5].set(overflowing)}
+  bad = {'w': gradient.at[3, 5].set(3e19)}  # its square is infinite
   _, state = cases.jit(tx.update)(bad, tx.init(params), params)
   np.testing.assert_array_equal(state[0][2].residual['w'], 0.0)

@@ -126,12 +126,11 @@ def _saved_path(path: Any) -> str:
 def _spelled(key: Any) -> str:
   """Returns a key of Orbax's tree, that of a tuple as the path it spells."""
   name = _saved_path((key,))
-  if not name.startswith('('):
-    return name
   try:
-    return '/'.join(map(str, ast.literal_eval(name)))
+    value = ast.literal_eval(name) if name.startswith('(') else name
   except (SyntaxError, ValueError):
     return name
+  return '/'.join(map(str, value)) if isinstance(value, tuple) else name
 
 
 def _of_type(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
